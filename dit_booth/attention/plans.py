@@ -1,0 +1,68 @@
+"""Frame plans: for every query frame, the key frames that it reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+Frames = tuple[tuple[int, ...], ...]
+"""``frames[i]`` are the groups of a segment that query frame ``i`` reads, sorted, without repeats."""
+
+# Terms of the plan language: query frame i, frames f, argument k -> key frames.
+_TERMS: dict[str, tuple[bool, Callable[[int, int, int], range | set[int]]]] = {
+    "self": (False, lambda i, f, k: {i}),
+    "first": (False, lambda i, f, k: {0}),
+    "previous": (False, lambda i, f, k: {max(i - 1, 0)}),
+    "all": (False, lambda i, f, k: range(f)),
+    "window": (True, lambda i, f, k: range(max(i - k + 1, 0), i + 1)),
+    "sink": (True, lambda i, f, k: range(min(k, f))),
+    "keyframes": (True, lambda i, f, k: {i // k * k, max(i - 1, 0)}),
+}
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """Which frames a frame reads, as a sum of terms.
+
+    ``first+previous`` (Tune-A-Video, VideoBooth; a frame's own keys are not included), ``first`` (Text2Video-Zero),
+    ``self``, ``self+first``, ``window(k)`` (the last k frames, its own among them), ``keyframes(m)`` (the keyframe at
+    or before it, every m-th frame, and the previous frame), ``sink(s)+window(k)``, ``all`` (joint space-time).
+    A key is read once however many terms name it.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        self.frames(1)  # raises on a plan that does not parse
+
+    def frames(self, count: int) -> Frames:
+        """The plan compiled for `count` frames."""
+        return _compile(self.text, count)
+
+
+@lru_cache(maxsize=256)
+def _compile(text: str, count: int) -> Frames:
+    terms = [_term(part.strip(), text) for part in text.split("+")]
+    return tuple(
+        tuple(sorted({j for reads, k in terms for j in reads(i, count, k)})) for i in range(count)
+    )
+
+
+def _term(part: str, text: str) -> tuple[Callable[[int, int, int], range | set[int]], int]:
+    match = re.fullmatch(r"([a-z]+)(?:\((\d+)\))?", part)
+    name, argument = (match[1], match[2]) if match else (part, None)
+    takes, reads = _TERMS.get(name, (None, None))
+    if reads is None:
+        raise ValueError(
+            f"plan {text!r}: unknown term {part!r}; use a sum of {', '.join(f'{n}(k)' if t else n for n, (t, _) in _TERMS.items())}"
+        )
+    if takes != (argument is not None) or (argument is not None and int(argument) < 1):
+        raise ValueError(f"plan {text!r}: write {name}(k) with k >= 1" if takes else f"plan {text!r}: {name} takes no argument")
+    return reads, int(argument or 0)
+
+
+def seen_by_all(count: int, groups: int = 1) -> Frames:
+    """Every one of `count` query frames reads every group (text tokens, a reference for all frames)."""
+    return (tuple(range(groups)),) * count

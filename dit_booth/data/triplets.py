@@ -1,0 +1,345 @@
+"""VideoBooth's data set format: videos, captions, and the subject's mask in the first frame of each video.
+
+    root/*.csv                          columns videoid,page_dir,name (the caption)
+    root/videos/<page_dir>/<videoid>.mp4
+    root/masks/<videoid>/mask.json      and mask_<value>.png, of the video's frame 0
+
+The image prompt is cut from frame 0, so a clip always begins there: only then do mask, prompt and video
+agree.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from dit_booth.data.example import Example, check_caption
+from dit_booth.data.image_prompt import Augment, Entry, Mask, pixel_box, prepare, read_entries, read_mask
+from dit_booth.data.video import check_length, probe, read_video
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("videoid", "page_dir", "name")
+NAMED_IN_MESSAGES = 5  # a message that lists thousands of broken files helps nobody
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletsConfig:
+    """Options of a data set in VideoBooth's format.
+
+    Attributes:
+        root: the folder that holds the CSV files, `videos/` and `masks/`.
+        csv: which CSV files of `root` to read; a name or a glob.
+        frames: frames per example.
+        stride: distance between the frames read (VideoBooth: 16 frames at 4).
+        vary_stride: in training, draw the stride from 1 to `stride`.
+        size: height and width in pixels, or the side of a square. The video is scaled to cover it and
+            cropped.
+        image_size: side of the image prompt; the smaller side of `size` where it is None.
+        augment: how training varies the image prompt; see `Augment`.
+        max_broken: how many broken examples may be left out before that is an error; 0 tolerates none.
+        seed: of everything random.
+    """
+
+    root: str
+    csv: str = "*.csv"
+    frames: int = 8
+    stride: int = 4
+    vary_stride: bool = False
+    size: int | tuple[int, int] = 256
+    image_size: int | None = None
+    augment: Augment = field(default_factory=Augment)
+    max_broken: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = [(name, getattr(self, name), 1) for name in ("frames", "stride")]
+        bounds += [("size", min(self.height_width), 8), ("image_size", self.prompt_size, 8)]
+        for name, value, low in (*bounds, ("max_broken", self.max_broken, 0), ("seed", self.seed, 0)):
+            if value < low:
+                raise ValueError(f"data.{name} is {value}; it must be at least {low}")
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def prompt_size(self) -> int:
+        return min(self.height_width) if self.image_size is None else self.image_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a CSV file, with the paths that it leads to."""
+
+    key: str
+    caption: str
+    video: Path
+    masks: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A row that passed the scan, and its subject: the entry of `mask.json` whose label is in the caption."""
+
+    row: Row
+    entry: Entry
+
+
+class Triplets:
+    """A data set in VideoBooth's format.
+
+    `dataset[i]` is example `i` unvaried, for evaluation; `dataset.at(i, epoch)` varies the image prompt (and
+    the stride) purely by `(seed, i, epoch)`, for training.
+
+    Building it scans every example (headers, masks and captions; no video is decoded). Broken ones are left
+    out and counted in one warning, up to `max_broken`. What is left is fixed: a file that breaks later is an
+    error that names it, because to swap in another example would change the data silently.
+
+    Raises:
+        ValueError: a CSV file is malformed, a path leaves `root`, or more than `max_broken` examples are
+        broken.
+    """
+
+    def __init__(self, config: TripletsConfig) -> None:
+        self.config = config
+        self.items, self.broken = scan(config)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index` as it is on disk."""
+        return self._load(index, None)
+
+    def at(self, index: int, epoch: int) -> Example:
+        """Example `index` as training sees it in `epoch`."""
+        return self._load(index, np.random.default_rng((self.config.seed, index, epoch)))
+
+    def _load(self, index: int, rng: np.random.Generator | None) -> Example:
+        if not 0 <= index < len(self.items):
+            raise IndexError(f"index is {index}; the data set holds 0 to {len(self.items) - 1}")
+        config, row, entry = self.config, self.items[index].row, self.items[index].entry
+        try:
+            stride = config.stride
+            if rng is not None and config.vary_stride:
+                stride = int(rng.integers(1, config.stride + 1))
+            pictures = read_video(row.video, frames=config.frames, stride=stride)
+            _, height, width, _ = pictures.shape
+            mask = read_mask(row.masks / f"mask_{entry.value}.png", height=height, width=width)
+            augment = None if rng is None else config.augment
+            image = prepare(
+                pictures[0], size=config.prompt_size, mask=mask, box=entry.box, augment=augment, rng=rng
+            )
+            box = pixel_box(entry.box, mask, height=height, width=width)
+            video, small = fit(torch.from_numpy(pictures), mask, box=box, size=config.height_width)
+        except ValueError as error:
+            raise ValueError(f"example {row.key}: {error}") from error
+        masks = torch.zeros(video.shape[0], *small.shape, dtype=torch.bool)
+        masks[0] = small
+        return Example(
+            key=row.key,
+            video=video,
+            caption=row.caption,
+            subject=entry.label,
+            image=image,
+            mask=masks,
+            mask_frames=1,
+        )
+
+
+def fit(
+    pictures: Tensor, mask: Mask, *, box: tuple[int, int, int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Scale a video to cover `size`, and crop it to `size` about the subject.
+
+    The crop is central, moved as little as needed for the subject's box (in frame 0) to be inside; a box
+    larger than the crop is centred. Every frame is cropped alike.
+
+    Args:
+        pictures: `f h w 3` uint8.
+        mask: `h w`, of frame 0.
+        box: `(x0, y0, x1, y1)` of the subject in frame 0, in pixels.
+        size: height and width of the result.
+
+    Returns:
+        The video, `f 3 h w` float32 in [-1, 1], and the mask, `h w` bool.
+    """
+    _, height, width, _ = pictures.shape
+    scale = max(size[0] / height, size[1] / width)
+    scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    x0, y0, x1, y1 = (scale * edge for edge in box)
+    top = _offset(scaled[0], size[0], y0, y1)
+    left = _offset(scaled[1], size[1], x0, x1)
+    window = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+    # In bytes the resize is several times faster than in floats.
+    video = F.interpolate(
+        rearrange(pictures, "f h w c -> f c h w"),
+        size=scaled,
+        mode="bicubic",
+        antialias=True,
+        align_corners=False,
+    )[window]
+    soft = rearrange(torch.from_numpy(mask).float(), "h w -> 1 1 h w")
+    small = F.interpolate(soft, size=scaled, mode="bilinear", antialias=True, align_corners=False)[window]
+    return video.float().div(127.5).sub(1).contiguous(), small[0, 0] > 0.5
+
+
+def _offset(length: int, window: int, start: float, end: float) -> int:
+    """Where a window of `window` pixels begins on a line of `length`, to hold [start, end] if it can."""
+    offset = (length - window) / 2
+    offset = (start + end - window) / 2 if end - start > window else min(max(offset, end - window), start)
+    return min(max(round(offset), 0), length - window)
+
+
+def scan(config: TripletsConfig) -> tuple[list[Item], dict[str, str]]:
+    """Check every example of a data set without decoding videos.
+
+    Returns:
+        The sound examples in the order of the files, and for each broken one, by its key, what is wrong.
+
+    Raises:
+        ValueError: see `Triplets`.
+    """
+    root = Path(config.root)
+    if not root.is_dir():
+        raise ValueError(
+            f"data.root is {config.root!r}, which is no folder; give the folder with the CSV files"
+        )
+    files = sorted(root.glob(config.csv))
+    if not files:
+        raise ValueError(
+            f"data.csv is {config.csv!r}, and {root} has no such file; give a CSV file or a glob"
+        )
+    rows = [row for file in files for row in read_rows(file, root=root)]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(lambda row: _check(row, root, config), rows))
+    items: list[Item] = []
+    broken: dict[str, str] = {}
+    seen: set[str] = set()
+    for row, result in zip(rows, results, strict=True):
+        if row.key in seen:
+            broken[f"{row.key} (again)"] = "the videoid occurs twice; keep one of the lines"
+        elif isinstance(result, str):
+            broken[row.key] = result
+        else:
+            items.append(result)
+        seen.add(row.key)
+    _report(broken, len(rows), config)
+    if not items:
+        raise ValueError(
+            f"data.root is {config.root!r}, which holds no examples; check data.csv={config.csv!r}"
+        )
+    return items, broken
+
+
+def read_rows(file: Path, *, root: Path) -> list[Row]:
+    """Read one CSV file, and check that its paths stay in `root`.
+
+    Raises:
+        ValueError: a column or a value is missing, the file is no UTF-8 text, or a path leaves `root`.
+    """
+    rows: list[Row] = []
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+                raise ValueError(
+                    f"{file}: has no column {', '.join(missing)}; the first line must be {','.join(COLUMNS)}"
+                )
+            for line in reader:
+                videoid, page_dir, name = (line[column] for column in COLUMNS)
+                if not videoid or page_dir is None or not name or None in line:
+                    raise ValueError(
+                        f"{file}, line {reader.line_num}: must have the values {', '.join(COLUMNS)}; "
+                        "fill them in, and quote a caption that has commas"
+                    )
+                video = within(root, Path("videos", page_dir, f"{videoid}.mp4"))
+                rows.append(
+                    Row(key=videoid, caption=name, video=video, masks=within(root, Path("masks", videoid)))
+                )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: not a CSV file in UTF-8 ({error}); save it as one") from error
+    return rows
+
+
+def within(root: Path, path: Path) -> Path:
+    """`root / path`, refused if it leads out of `root`, be it by `..`, an absolute path, or a link.
+
+    A data set may come from a stranger; its paths must not make a program read other files.
+
+    Raises:
+        ValueError: naming the path.
+    """
+    if path.is_absolute() or ".." in path.parts or not (root / path).resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"path {str(path)!r} leads out of data.root={str(root)!r}; "
+            "move the file into the root (a link must point inside), or correct the CSV file"
+        )
+    return root / path
+
+
+def _check(row: Row, root: Path, config: TripletsConfig) -> Item | str:
+    """The item, or what is wrong with it; a path that leaves the root is raised, never tolerated."""
+    folder = row.masks.relative_to(root)
+    entries = within(root, folder / "mask.json")
+    try:
+        entry = subject_of(row, read_entries(entries))
+    except ValueError as error:
+        return str(error)
+    file = within(root, folder / f"mask_{entry.value}.png")
+    try:
+        info = probe(row.video)
+        check_length(row.video, info, start=0, frames=config.frames, stride=config.stride)
+        mask = read_mask(file, height=info.height, width=info.width)
+        pixel_box(entry.box, mask, height=info.height, width=info.width)
+    except ValueError as error:
+        return str(error)
+    return Item(row=row, entry=entry)
+
+
+def subject_of(row: Row, entries: Sequence[Entry]) -> Entry:
+    """The entry with the highest logit among those whose label is in the caption.
+
+    Raises:
+        ValueError: the caption has none of the labels.
+    """
+    for entry in sorted(entries, key=lambda entry: -entry.logit):
+        try:
+            check_caption(row.key, row.caption, entry.label)
+        except ValueError:
+            continue
+        return entry
+    labels = ", ".join(repr(entry.label) for entry in entries)
+    raise ValueError(
+        f"{row.key}: the caption {row.caption!r} has none of the mask's labels ({labels}) as whole words; "
+        "write the label into the caption, or correct mask.json"
+    )
+
+
+def _report(broken: dict[str, str], total: int, config: TripletsConfig) -> None:
+    if not broken:
+        return
+    first = [f"\n  {key}: {reason}" for key, reason in list(broken.items())[:NAMED_IN_MESSAGES]]
+    more = f"\n  and {len(broken) - len(first)} more" if len(broken) > len(first) else ""
+    listing = "".join(first) + more
+    if len(broken) > config.max_broken:
+        raise ValueError(
+            f"{len(broken)} of {total} examples in {config.root} are broken, and "
+            f"data.max_broken is {config.max_broken}; repair or remove them, or raise data.max_broken "
+            f"to leave them out:{listing}"
+        )
+    logger.warning(
+        "%d of %d examples in %s are broken and left out:%s", len(broken), total, config.root, listing
+    )

@@ -1,0 +1,40 @@
+"""Diffusion: schedules, objectives, samplers and guidance. Knows tensors only."""
+
+from dit_booth.diffusion.guidance import GuidanceConfig, guide
+from dit_booth.diffusion.noise import randn, randn_like
+from dit_booth.diffusion.objectives import (
+    EpsObjective,
+    FlowObjective,
+    Objective,
+    ObjectiveConfig,
+    VObjective,
+    make_objective,
+)
+from dit_booth.diffusion.samplers import SamplerConfig, sample
+from dit_booth.diffusion.schedule import (
+    NUM_TIMESTEPS,
+    DiscreteSchedule,
+    linear_betas,
+    scaled_linear_betas,
+    spaced_steps,
+)
+
+__all__ = [
+    "NUM_TIMESTEPS",
+    "DiscreteSchedule",
+    "EpsObjective",
+    "FlowObjective",
+    "GuidanceConfig",
+    "Objective",
+    "ObjectiveConfig",
+    "SamplerConfig",
+    "VObjective",
+    "guide",
+    "linear_betas",
+    "make_objective",
+    "randn",
+    "randn_like",
+    "sample",
+    "scaled_linear_betas",
+    "spaced_steps",
+]

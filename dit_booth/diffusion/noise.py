@@ -1,0 +1,49 @@
+"""Gaussian noise that is the same on every device: drawn on the CPU in float32, then moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def randn(
+    shape: Sequence[int],
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal numbers of any `shape`; equal for equal generator states on every device and dtype.
+
+    Raises ValueError for a generator that lives on an accelerator: its numbers differ from the CPU's.
+    """
+    require_cpu(generator)
+    return torch.randn(tuple(shape), generator=generator).to(device=device, dtype=dtype)
+
+
+def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers with the shape, device and dtype of `x`."""
+    return randn(x.shape, generator, x.device, x.dtype)
+
+
+def require_cpu(generator: torch.Generator) -> None:
+    """Raise ValueError for a generator of another device."""
+    if generator.device.type != "cpu":
+        raise ValueError(
+            f"generator is on {generator.device}: random numbers are drawn on the CPU so that every device "
+            "gets the same ones; pass torch.Generator('cpu').manual_seed(seed)"
+        )
+
+
+def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Append axes to a per-sample `coefficient` (b,) until it broadcasts against `x` (b ...)."""
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype for arithmetic on noise levels: what the tensors promote to, float32 at the least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -1,0 +1,53 @@
+"""Options of the diffusion objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dit_booth.diffusion.schedule import BetaSchedule
+
+_CHOICES = {
+    "kind": ("eps", "v", "flow"),
+    "beta_schedule": ("linear", "scaled_linear"),
+    "prediction": ("velocity", "x0"),
+    "t_sampling": ("logit_normal", "uniform"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Options of the diffusion objective. Raises ValueError for values that cannot work."""
+
+    kind: Literal["eps", "v", "flow"] = "eps"
+    """eps: predict the noise (VideoBooth); v: predict alpha*eps - sigma*x0; flow: rectified flow."""
+    beta_schedule: BetaSchedule = "linear"
+    """eps and v: linear (VideoBooth, DiT) or scaled_linear (Stable Diffusion 1.x)."""
+    beta_start: float | None = None
+    """eps and v: beta of the first step; none: 0.0001 for linear, 0.00085 for scaled_linear."""
+    beta_end: float | None = None
+    """eps and v: beta of the last of the 1000 steps; none: 0.02 for linear, 0.012 for scaled_linear."""
+    prediction: Literal["velocity", "x0"] = "velocity"
+    """flow: what the network outputs. x0 keeps the velocity loss and suits pixel-space transformers (JiT)."""
+    t_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    """flow: distribution of the training time."""
+    logit_mean: float = 0.0
+    """flow: mean of logit(t), larger is noisier. JiT in pixel space: 0.8 (its time runs the other way)."""
+    logit_std: float = 1.0
+    """flow: standard deviation of logit(t). JiT: 0.8."""
+    shift: float = 1.0
+    """flow: shift s towards noise, t -> s t / (1 + (s - 1) t), in training and sampling; 1 is none."""
+    t_min: float = 0.05
+    """flow with prediction x0: the loss divides by max(t, t_min)."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(choices)}")
+        if self.kind != "flow" and self.prediction != "velocity":
+            raise ValueError(f"prediction={self.prediction!r} belongs to kind=flow, not to kind={self.kind}")
+        for name in ("logit_std", "shift", "t_min"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose a positive number")
+        if self.t_min >= 1:
+            raise ValueError(f"t_min={self.t_min}: time ends at 1, choose a smaller number such as 0.05")

@@ -1,0 +1,215 @@
+"""What the network predicts and what it is trained against: eps, v, or a flow's velocity.
+
+An objective fixes the path from data to noise, the regression target, and how a prediction turns into an
+estimate of the data. A training step reads
+
+    t = objective.sample_t(len(x0), generator, x0.device)
+    eps = randn_like(x0, generator)
+    prediction = model(objective.noise(x0, t, eps), objective.timestep(t))
+    loss = objective.loss(prediction, x0, eps, t).mean()
+
+`t` is in the objective's own unit (an integer step, or a fraction in [0, 1]); the timestep in [0, 1000) is
+what a network's embedding receives. Arrays are (b ...): any axes may follow the batch. Arithmetic is in float32
+or more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_booth.diffusion.noise import compute_dtype, expand_like, require_cpu
+from dit_booth.diffusion.objective_config import ObjectiveConfig
+from dit_booth.diffusion.schedule import (
+    NUM_TIMESTEPS,
+    DiscreteSchedule,
+    linear_betas,
+    scaled_linear_betas,
+)
+
+_BETAS = {"linear": (linear_betas, 1e-4, 0.02), "scaled_linear": (scaled_linear_betas, 8.5e-4, 0.012)}
+
+
+class Objective(ABC):
+    """The path from data to noise, the target, and the conversions of a prediction."""
+
+    @abstractmethod
+    def noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t (b ...) at time t (b,), in the dtype of x0."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should output at x_t: (b ...)."""
+
+    @abstractmethod
+    def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The data that a prediction implies."""
+
+    @abstractmethod
+    def to_eps(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction implies."""
+
+    @abstractmethod
+    def sample_t(self, batch: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+        """(batch,) training times, drawn on the CPU and moved."""
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """The number in [0, 1000) that the network's time embedding receives: (b,) floating point."""
+
+    @abstractmethod
+    def time(self, timestep: Tensor) -> Tensor:
+        """The inverse of `timestep`; a reference image is noised to the video's time with it."""
+
+    def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(b,) mean squared error over all other axes."""
+        return per_sample_mse(pred, self.target(x0, eps, t))
+
+
+def per_sample_mse(pred: Tensor, target: Tensor) -> Tensor:
+    """(b,) mean over all axes but the first, in float32 at least. Raises ValueError for unequal shapes."""
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"prediction has shape {tuple(pred.shape)}, its target {tuple(target.shape)}: they must be equal "
+            "(drop variance channels first)"
+        )
+    dtype = compute_dtype(pred, target)
+    return (pred.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteObjective(Objective):
+    """What eps and v share: a discrete schedule. t is an integer step (b,)."""
+
+    schedule: DiscreteSchedule
+
+    def _levels(self, t: Tensor, *arrays: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(*arrays)
+        return self.schedule.at("alpha", t, arrays[0], dtype), self.schedule.at("sigma", t, arrays[0], dtype)
+
+    def noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        alpha, sigma = self._levels(t, x0, eps)
+        return (alpha * x0 + sigma * eps).to(x0.dtype)
+
+    def sample_t(self, batch: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+        require_cpu(generator)
+        return torch.randint(len(self.schedule), (batch,), generator=generator).to(device)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t.float() * (NUM_TIMESTEPS / len(self.schedule))
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return (timestep * (len(self.schedule) / NUM_TIMESTEPS)).round().long()
+
+
+class EpsObjective(DiscreteObjective):
+    """The network predicts the noise (DDPM eq. 14)."""
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return eps
+
+    def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0 = (x_t - sigma eps) / alpha (DDPM eq. 4, solved for x0)."""
+        alpha, sigma = self._levels(t, x_t, pred)
+        return (x_t - sigma * pred) / alpha
+
+    def to_eps(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return pred
+
+
+class VObjective(DiscreteObjective):
+    """The network predicts v = alpha eps - sigma x0 (Salimans & Ho, 2022, appendix D)."""
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self._levels(t, x0, eps)
+        return alpha * eps - sigma * x0
+
+    def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0 = alpha x_t - sigma v: (alpha, sigma) is a rotation."""
+        alpha, sigma = self._levels(t, x_t, pred)
+        return alpha * x_t - sigma * pred
+
+    def to_eps(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """eps = sigma x_t + alpha v."""
+        alpha, sigma = self._levels(t, x_t, pred)
+        return sigma * x_t + alpha * pred
+
+
+@dataclass(frozen=True)
+class FlowObjective(Objective):
+    """Rectified flow (Liu et al., 2022): x_t = (1 - t) x0 + t eps, velocity eps - x0, t in [0, 1].
+
+    With prediction "x0" the loss is that of the implied velocity (x_t - x0_hat) / max(t, t_min), as "Back to
+    basics" (JiT; Li & He, 2025) recommends for pixels.
+    """
+
+    config: ObjectiveConfig
+
+    def noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        s = _time_like(t, x0, eps)
+        return ((1 - s) * x0 + s * eps).to(x0.dtype)
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return x0 if self.config.prediction == "x0" else eps - x0
+
+    def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(b,) squared error of the velocity; for x0 that is the error of x0 over max(t, t_min) squared."""
+        mse = per_sample_mse(pred, self.target(x0, eps, t))
+        if self.config.prediction == "velocity":
+            return mse
+        return mse / t.to(mse.dtype).clamp_min(self.config.t_min).square()
+
+    def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0 = x_t - t v."""
+        return pred if self.config.prediction == "x0" else x_t - _time_like(t, x_t, pred) * pred
+
+    def to_eps(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """eps = x_t + (1 - t) v; from x0, (x_t - (1 - t) x0) / t, where t = 0 holds no noise to recover."""
+        s = _time_like(t, x_t, pred)
+        if self.config.prediction == "velocity":
+            return x_t + (1 - s) * pred
+        return (x_t - (1 - s) * pred) / s.clamp_min(1e-6)
+
+    def sample_t(self, batch: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+        """float32; logit-normal (Esser et al., 2024, section 3.1) or uniform, then shifted."""
+        require_cpu(generator)
+        c = self.config
+        if c.t_sampling == "uniform":
+            u = torch.rand(batch, generator=generator)
+        else:
+            u = torch.sigmoid(torch.randn(batch, generator=generator) * c.logit_std + c.logit_mean)
+        return shift_time(u, c.shift).to(device)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """999 t: the ends 0 and 1 meet the first and last step of the discrete process."""
+        return t * (NUM_TIMESTEPS - 1)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return timestep / (NUM_TIMESTEPS - 1)
+
+    def times(self, steps: int) -> Tensor:
+        """(steps + 1,) float64 sampling times from 1 to 0, shifted."""
+        return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.config.shift)
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): the resolution-dependent shift (Esser et al., 2024, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _time_like(t: Tensor, *arrays: Tensor) -> Tensor:
+    return expand_like(t.to(compute_dtype(*arrays)), arrays[0])
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that the options describe."""
+    if config.kind == "flow":
+        return FlowObjective(config)
+    betas, start, end = _BETAS[config.beta_schedule]
+    start = start if config.beta_start is None else config.beta_start
+    end = end if config.beta_end is None else config.beta_end
+    schedule = DiscreteSchedule(betas(NUM_TIMESTEPS, start, end))
+    return EpsObjective(schedule) if config.kind == "eps" else VObjective(schedule)

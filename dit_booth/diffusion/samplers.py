@@ -1,0 +1,233 @@
+"""From noise to data: DDPM and DDIM over a respaced discrete process, Euler and Heun along a flow.
+
+Every sampler sees the network only through its estimate of x0, which `clip_x0` may clamp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_booth.diffusion.noise import compute_dtype, randn_like
+from dit_booth.diffusion.objectives import DiscreteObjective, FlowObjective, Objective
+from dit_booth.diffusion.schedule import DiscreteSchedule
+
+Model = Callable[[Tensor, Tensor], Tensor]
+"""model(x_t (b ...), timestep (b,) in [0, 1000)) -> prediction (b ...)."""
+Callback = Callable[[int, Tensor, Tensor], None]
+"""callback(step, x after the step, estimate of x0), step counting from 0."""
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""denoise(x_t, t in the objective's units) -> estimate of x0."""
+Kind = Literal["ddpm", "ddim", "euler", "heun"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """Options of the sampler. Raises ValueError for values that cannot work."""
+
+    kind: Literal["auto", "ddpm", "ddim", "euler", "heun"] = "auto"
+    """ddpm, ddim for eps and v; euler, heun for flow; auto: ddim or euler. VideoBooth: ddpm, 250 steps."""
+    steps: int = 50
+    """Sampling steps. heun evaluates the network 2 * steps - 1 times."""
+    eta: float = 0.0
+    """ddim: fresh noise per step, 0 deterministic, 1 ancestral."""
+    spacing: str = "even"
+    """ddpm, ddim: even (both ends included), ddim (constant stride from 0), or counts such as 10,15,20."""
+    clip_x0: float | None = None
+    """Clamp every estimate of x0 to [-clip_x0, clip_x0]; pixel space: 1."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("auto", "ddpm", "ddim", "euler", "heun"):
+            raise ValueError(f"kind={self.kind!r}: choose auto, ddpm, ddim, euler or heun")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: choose at least 1")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta}: choose a number from 0 to 1")
+        if self.eta > 0 and self.kind not in ("auto", "ddim"):
+            raise ValueError(f"eta={self.eta} belongs to kind=ddim, not to kind={self.kind}; use eta=0")
+        if self.clip_x0 is not None and self.clip_x0 <= 0:
+            raise ValueError(f"clip_x0={self.clip_x0}: choose a positive bound, or leave it out for none")
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    objective: Objective,
+    config: SamplerConfig,
+    noise: Tensor,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Run the sampler from `noise` (b ...), standard normal, to an estimate of x0 of equal shape and dtype.
+
+    generator: a CPU generator; needed by ddpm and by ddim with eta > 0. In every step the model is called
+    before the sampler draws. The state is kept in float32 at least; the model sees the dtype of `noise`.
+    Raises ValueError if the sampler does not fit the objective.
+    """
+    kind = resolve_kind(config, objective)
+    if generator is None and (kind == "ddpm" or config.eta > 0):
+        raise ValueError(
+            f"generator is missing: {kind} draws noise in every step; pass a CPU torch.Generator"
+        )
+    denoise = _denoiser(model, objective, config, noise.dtype)
+    x = noise.to(compute_dtype(noise))
+    report = callback or (lambda step, x, x0: None)
+    if isinstance(objective, FlowObjective):
+        x = _sample_flow(denoise, objective, config, kind, x, report)
+    else:
+        assert isinstance(objective, DiscreteObjective)
+        x = _sample_discrete(denoise, objective, config, kind, x, generator, report)
+    return x.to(noise.dtype)
+
+
+def resolve_kind(config: SamplerConfig, objective: Objective) -> Kind:
+    """The sampler that will run. Raises ValueError, naming what fits, for a sampler of the other family."""
+    flow = isinstance(objective, FlowObjective)
+    fitting = ("euler", "heun") if flow else ("ddim", "ddpm")
+    kind = fitting[0] if config.kind == "auto" else config.kind
+    if kind not in fitting:
+        raise ValueError(
+            f"kind={kind} does not fit {type(objective).__name__}; choose {' or '.join(fitting)}"
+        )
+    if flow and config.spacing != "even":
+        raise ValueError(f"spacing={config.spacing!r} belongs to ddpm and ddim; a flow takes spacing='even'")
+    if flow and config.eta > 0:
+        raise ValueError(f"eta={config.eta} belongs to ddim; {kind} is deterministic, use eta=0")
+    return kind  # type: ignore[return-value]
+
+
+def _denoiser(model: Model, objective: Objective, config: SamplerConfig, dtype: torch.dtype) -> Denoiser:
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        pred = model(x.to(dtype), objective.timestep(t))
+        if pred.shape != x.shape:
+            raise ValueError(
+                f"the model returned shape {tuple(pred.shape)} for an input of shape {tuple(x.shape)}: "
+                "they must be equal (drop variance channels first)"
+            )
+        x0 = objective.to_x0(pred.to(x.dtype), x, t)
+        return x0 if config.clip_x0 is None else x0.clamp(-config.clip_x0, config.clip_x0)
+
+    return denoise
+
+
+# ---- discrete processes ----
+
+
+def spacing_of(config: SamplerConfig) -> str:
+    """The section counts for `DiscreteSchedule.respace`. Raises ValueError if they do not sum to `steps`."""
+    if config.spacing in ("even", "ddim"):
+        return f"{'' if config.spacing == 'even' else 'ddim'}{config.steps}"
+    try:
+        total = sum(int(part) for part in config.spacing.split(","))
+    except ValueError:
+        raise ValueError(
+            f"spacing={config.spacing!r}: write even, ddim, or counts such as 10,15,20"
+        ) from None
+    if total != config.steps:
+        raise ValueError(
+            f"spacing={config.spacing!r} makes {total} steps, not steps={config.steps}; use {total}"
+        )
+    return config.spacing
+
+
+def _sample_discrete(
+    denoise: Denoiser,
+    objective: DiscreteObjective,
+    config: SamplerConfig,
+    kind: Kind,
+    x: Tensor,
+    generator: torch.Generator | None,
+    report: Callback,
+) -> Tensor:
+    spaced = objective.schedule.respace(spacing_of(config))
+    for step, i in enumerate(reversed(range(len(spaced)))):
+        index = torch.full((len(x),), i, device=x.device)
+        x0 = denoise(x, torch.full_like(index, int(spaced.timestep_map[i])))
+        fresh = (
+            None if generator is None or (kind == "ddim" and config.eta == 0) else randn_like(x, generator)
+        )
+        x = (
+            ddpm_step(spaced, x0, x, index, fresh)
+            if kind == "ddpm"
+            else ddim_step(spaced, x0, x, index, config.eta, fresh)
+        )
+        report(step, x, x0)
+    return x
+
+
+def ddpm_step(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
+    """x_{t-1} ~ N(posterior mean, fixed-large variance) (DDPM algorithm 2); step 0 adds no noise.
+
+    x0: the estimate at x_t (b ...); t: (b,) steps of `schedule`.
+    """
+    mean = schedule.posterior_mean(x0, x_t, t)
+    if noise is None:
+        return mean
+    std = schedule.at("fixed_large_variance", t, x_t).sqrt()
+    return mean + _not_last(t, x_t) * std * noise
+
+
+def ddim_step(
+    schedule: DiscreteSchedule,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """x_{t-1} = sqrt(abar_{t-1}) x0 + sqrt(1 - abar_{t-1} - s^2) eps + s noise (DDIM).
+
+    s = eta sqrt((1 - abar_{t-1}) / (1 - abar_t)) sqrt(1 - abar_t / abar_{t-1}); eps follows from x0 and x_t.
+    Song et al., 2021, eqs. 12 and 16. x0: the estimate at x_t (b ...); t: (b,) steps of `schedule`.
+    """
+    eps = (x_t - schedule.at("alpha", t, x_t) * x0) / schedule.at("sigma", t, x_t)
+    before = schedule.at("alphas_cumprod_prev", t, x_t)
+    variance = eta**2 * schedule.at("posterior_variance", t, x_t)
+    x = before.sqrt() * x0 + (1 - before - variance).clamp_min(0).sqrt() * eps
+    return x if noise is None else x + _not_last(t, x_t) * variance.sqrt() * noise
+
+
+def _not_last(t: Tensor, x: Tensor) -> Tensor:
+    """1 where t > 0, else 0, broadcastable against x."""
+    return (t > 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ---- flows ----
+
+
+def _sample_flow(
+    denoise: Denoiser,
+    objective: FlowObjective,
+    config: SamplerConfig,
+    kind: Kind,
+    x: Tensor,
+    report: Callback,
+) -> Tensor:
+    times = objective.times(config.steps).tolist()
+    for step, (t, s) in enumerate(pairwise(times)):
+        x0 = denoise(x, _full(x, t))
+        after = euler_step(x0, x, t, s)
+        if kind == "heun" and s > 0:
+            after = heun_step(x0, x, denoise(after, _full(x, s)), after, t, s)
+        x = after
+        report(step, x, x0)
+    return x
+
+
+def _full(x: Tensor, t: float) -> Tensor:
+    return torch.full((len(x),), t, device=x.device, dtype=x.dtype)
+
+
+def euler_step(x0: Tensor, x_t: Tensor, t: float, s: float) -> Tensor:
+    """x_t + (s - t) v with v = (x_t - x0) / t, written so that s = 0 gives exactly x0."""
+    return x0 + (s / t) * (x_t - x0)
+
+
+def heun_step(x0: Tensor, x_t: Tensor, x0_s: Tensor, x_s: Tensor, t: float, s: float) -> Tensor:
+    """The trapezoid x_t + (s - t) (v_t + v_s) / 2 with v_s at Euler's x_s (Karras et al., 2022, alg. 1)."""
+    return x_t + (s - t) * ((x_t - x0) / t + (x_s - x0_s) / s) / 2

@@ -1,0 +1,193 @@
+"""Pixels to latents and back, frame by frame: lossless space-to-depth, AutoencoderKL, AutoencoderTiny."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dit_booth.models.encoder_config import AutoencoderConfig
+
+
+class Autoencoder(nn.Module, ABC):
+    """Frozen, always in eval mode. `channels` of the latents; `factor`: pixels per latent along a side."""
+
+    channels: int
+    factor: int
+
+    @abstractmethod
+    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Video (b f 3 h w, [-1, 1]) -> latents (b f c h/factor w/factor).
+
+        `generator` draws the posterior's sample (`kl` only). ValueError: wrong shape, or a side that `factor`
+        does not divide.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b f c h w) -> video (b f 3 h*factor w*factor), nominally in [-1, 1], not clamped."""
+
+    def train(self, mode: bool = True) -> "Autoencoder":
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def _check_video(self, video: Tensor) -> None:
+        if video.ndim != 5 or video.shape[2] != 3:
+            raise ValueError(f"video has shape {tuple(video.shape)}: expected (b, f, 3, h, w) in [-1, 1]")
+        height, width = video.shape[-2:]
+        if height % self.factor or width % self.factor:
+            fit = tuple(max(1, side // self.factor) * self.factor for side in (height, width))
+            raise ValueError(
+                f"video size {height} x {width} is not divisible by the autoencoder's factor {self.factor}: "
+                f"resize or crop it, e.g. to {fit[0]} x {fit[1]}"
+            )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[2] != self.channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}: expected (b, f, {self.channels}, h, w)"
+            )
+
+
+class PixelAutoencoder(Autoencoder):
+    """Space-to-depth by `patch`: lossless, no parameters; patch 1 is the identity."""
+
+    def __init__(self, patch: int = 1) -> None:
+        super().__init__()
+        if patch < 1:
+            raise ValueError(f"AutoencoderConfig.patch = {patch} must be at least 1")
+        self.channels, self.factor = 3 * patch**2, patch
+        self.eval()
+
+    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        self._check_video(video)
+        return rearrange(video, "b f c (h p) (w q) -> b f (c p q) h w", p=self.factor, q=self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._check_latents(latents)
+        return rearrange(latents, "b f (c p q) h w -> b f c (h p) (w q)", p=self.factor, q=self.factor)
+
+
+class DiffusersAutoencoder(Autoencoder):
+    """diffusers' AutoencoderKL or AutoencoderTiny on single frames; latents = (z - shift) * scaling factor.
+
+    The factors come from the autoencoder's own configuration (0.18215 for Stable Diffusion 1). At most
+    `chunk` frames pass at once; the posterior's noise is drawn once for the whole video, so `chunk` changes
+    no result.
+    """
+
+    def __init__(self, vae: nn.Module, *, sample: bool, chunk: int) -> None:
+        super().__init__()
+        if chunk < 1:
+            raise ValueError(f"AutoencoderConfig.chunk = {chunk} must be at least 1")
+        self.vae: Any = vae.requires_grad_(False)
+        config: Any = vae.config
+        self.kl = hasattr(vae, "quant_conv")
+        self.sample, self.chunk = sample, chunk
+        self.channels = config.latent_channels
+        widths = config.block_out_channels if self.kl else config.encoder_block_out_channels
+        self.factor = 2 ** (len(widths) - 1)
+        self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        self.eval()
+
+    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        self._check_video(video)
+        z = self._chunked(
+            self._moments if self.kl else self._tiny_latents, rearrange(video, "b f c h w -> (b f) c h w")
+        )
+        if self.kl:
+            from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+            posterior = DiagonalGaussianDistribution(z)
+            z = posterior.sample(generator) if self.sample else posterior.mode()
+        z = (z - self.shift) * self.scale
+        return rearrange(z, "(b f) c h w -> b f c h w", b=len(video)).to(video.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._check_latents(latents)
+        z = rearrange(latents, "b f c h w -> (b f) c h w") / self.scale + self.shift
+        frames = self._chunked(lambda x: self.vae.decode(x).sample, z)
+        return rearrange(frames, "(b f) c h w -> b f c h w", b=len(latents)).to(latents.dtype)
+
+    def _moments(self, frames: Tensor) -> Tensor:
+        return self.vae.encode(frames).latent_dist.parameters
+
+    def _tiny_latents(self, frames: Tensor) -> Tensor:
+        return self.vae.encode(frames).latents
+
+    def _chunked(self, function: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+        return torch.cat([function(part) for part in frames.to(self.vae.dtype).split(self.chunk)])
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """The autoencoder of a run. ValueError: a missing path, no safetensors file, or wrong weights."""
+    if config.kind == "pixel":
+        if config.path or config.subfolder:
+            raise ValueError(
+                f"AutoencoderConfig.path = {config.path!r} (subfolder = {config.subfolder!r}) is for kind = kl or "
+                "tiny, but kind = pixel: set kind, or leave both empty"
+            )
+        return PixelAutoencoder(config.patch)
+    if config.patch != 1:
+        raise ValueError(
+            f"AutoencoderConfig.patch = {config.patch} is for kind = pixel; with kind = {config.kind} the "
+            "factor comes from the weights: leave patch at 1"
+        )
+    vae = _load(config)
+    return DiffusersAutoencoder(vae, sample=config.posterior == "sample", chunk=config.chunk)
+
+
+def _load(config: AutoencoderConfig) -> nn.Module:
+    """safetensors only (a pickle runs code); a local folder never touches the network."""
+    where = f"AutoencoderConfig.path = {config.path!r}, subfolder = {config.subfolder!r}"
+    source, local = _source(config, where)
+
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    kind: Any = {"kl": AutoencoderKL, "tiny": AutoencoderTiny}[config.kind]
+    place = {"subfolder": config.subfolder or None, "local_files_only": local}
+    loading = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    try:
+        saved = kind.load_config(source, **place).get("_class_name", kind.__name__)
+        if saved != kind.__name__:
+            raise ValueError(
+                f"{where} holds {saved}, not {kind.__name__} (kind = {config.kind}): change kind or path"
+            )
+        vae, found = kind.from_pretrained(source, **place, **loading)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{where} could not be loaded: {error}; only safetensors weights are read (convert a .bin with "
+            "save_pretrained), and a hub name needs the network or a filled cache"
+        ) from error
+    wrong = {name: keys for name, keys in found.items() if keys}
+    if wrong:
+        raise ValueError(
+            f"{where}: the weights do not fit {kind.__name__}: {wrong}; use the folder it was saved to"
+        )
+    return vae
+
+
+def _source(config: AutoencoderConfig, where: str) -> tuple[str, bool]:
+    """What diffusers is to load, and whether it is a local folder."""
+    if not config.path:
+        raise ValueError(
+            f"AutoencoderConfig.path is empty but kind = {config.kind}: give a local diffusers folder, a hub "
+            "name such as CompVis/stable-diffusion-v1-4 (with subfolder vae), or use kind = pixel"
+        )
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        if not (folder / config.subfolder / "config.json").is_file():
+            raise ValueError(
+                f"{where}: {folder / config.subfolder}/config.json does not exist; point to the folder that "
+                "save_pretrained wrote, and set subfolder (vae in a Stable Diffusion pipeline)"
+            )
+        return str(folder), True
+    if folder.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
+        raise ValueError(
+            f"{where}: this folder does not exist; give an existing one, or a hub name owner/name"
+        )
+    return config.path, False

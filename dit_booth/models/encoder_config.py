@@ -1,0 +1,40 @@
+"""Configurations of the frozen encoders (CLIP, autoencoder). Standard library only: `--help` stays fast."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Which CLIP reads the text and the reference image."""
+
+    model: str = "dit-booth-tiny"
+    """An open_clip model name, e.g. `ViT-L-14-quickgelu` (Stable Diffusion 1's), or our `dit-booth-tiny`."""
+
+    pretrained: str = "embedded"
+    """Weights: `embedded` (in the package; dit-booth-tiny only), an open_clip tag such as `openai`
+    (downloaded), a local .safetensors or .pt file, `local-dir:/path` (an open_clip folder, whose own
+    configuration replaces `model`), or `none` (random)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """What turns pixels into latents."""
+
+    kind: Literal["pixel", "kl", "tiny"] = "pixel"
+    """`pixel`: lossless space-to-depth; `kl`: Stable Diffusion's AutoencoderKL; `tiny`: AutoencoderTiny."""
+
+    path: str = ""
+    """kl, tiny: a diffusers folder, or a hub name (`CompVis/stable-diffusion-v1-4`); safetensors only."""
+
+    subfolder: str = ""
+    """kl, tiny: the folder inside `path` that holds the autoencoder, e.g. `vae`."""
+
+    patch: int = 1
+    """pixel: the space-to-depth factor; channels are 3 x patch^2."""
+
+    posterior: Literal["sample", "mode"] = "sample"
+    """kl: draw the latent from the posterior (the original code), or take its mode (deterministic)."""
+
+    chunk: int = 8
+    """kl, tiny: frames per pass; bounds memory, changes nothing else."""

@@ -1,0 +1,362 @@
+"""Parts of the video U-Net: Stable Diffusion 1.x's blocks, inflated as VideoBooth's base model is.
+
+Convolutions see one frame at a time. The group norms of residual blocks pool their statistics over a video's
+frames (upstream norms a 3-D tensor), those of transformer blocks are per frame; the golden tensors say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dit_booth.attention import FramePlan, Frames
+from dit_booth.attention.plans import seen_by_all
+from dit_booth.inject import Injection, Modulation, Role, Site
+from dit_booth.models.layers import Attention, timestep_embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    in_channels: int = 4
+    """Channels of the latents that enter."""
+    out_channels: int = 4
+    """Channels of the prediction."""
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Width of each level, from full resolution down."""
+    layers_per_block: int = 2
+    """Residual blocks of a level on the way down; one more on the way up."""
+    heads: int = 8
+    """Heads of every attention (Stable Diffusion 1.x calls this number attention_head_dim)."""
+    norm_groups: int = 32
+    """Groups of every group norm."""
+    text_dim: int = 768
+    """Width of the text tokens."""
+    down_attention: tuple[bool, ...] = (True, True, True, False)
+    """Which levels have transformer blocks; the way up mirrors it."""
+    plan: str = "first+previous"
+    """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
+    linear_projection: bool = False
+    """Linear layers, not 1x1 convolutions, around the transformers (use_linear_projection; SD 2.x)."""
+    attention: str = "auto"
+    """Attention kernel."""
+    watermark: bool = False
+    """VideoBooth's branch that learns its training videos' watermark; leave it out to sample without one."""
+    checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        counts = ("in_channels", "out_channels", "layers_per_block", "heads", "norm_groups", "text_dim")
+        for field in counts:
+            if getattr(self, field) < 1:
+                raise ValueError(f"unet.{field} is {getattr(self, field)}; use 1 or more")
+        if not self.channels:
+            raise ValueError("unet.channels is empty; give one width per level")
+        if len(self.down_attention) != len(self.channels):
+            raise ValueError(
+                f"unet.down_attention has {len(self.down_attention)} flags for the {len(self.channels)}"
+                f" levels of unet.channels {self.channels}; give one flag per level"
+            )
+        for field, divisor in (("norm_groups", self.norm_groups), ("heads", self.heads)):
+            for width in self.channels:
+                if width < 1 or width % divisor:
+                    raise ValueError(
+                        f"unet.channels {self.channels}: {width} is not a multiple of unet.{field} {divisor};"
+                        f" use multiples of it, or another unet.{field}"
+                    )
+        if self.watermark and len(self.channels) < 2:
+            raise ValueError(
+                f"unet.watermark needs two widths, unet.channels is {self.channels}; set it to false"
+            )
+        if self.channels[0] % 2:
+            raise ValueError(f"unet.channels[0] is {self.channels[0]}; the time embedding needs an even one")
+        FramePlan(self.plan)
+
+
+class Step(NamedTuple):
+    """What every block of one forward pass reads."""
+
+    time: Tensor  # b c
+    text: Tensor  # b l c
+    plan: Frames
+    inject: Injection
+
+
+# ---- layers ------------------------------------------------------------------------------------------------
+
+
+class FrameConv(nn.Conv2d):
+    """A 2-D convolution of every frame: (b f c h w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(rearrange(x, "b f c h w -> (b f) c h w"))
+        return rearrange(y, "(b f) c h w -> b f c h w", f=x.shape[1])
+
+
+class VideoNorm(nn.GroupNorm):
+    """Group norm of (b f c h w) with statistics over all frames of a video."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(rearrange(x, "b f c h w -> b c f h w"))
+        return rearrange(y, "b c f h w -> b f c h w")
+
+
+class PointwiseConv(nn.Conv2d):
+    """A linear layer of tokens (... c) whose weights have a 1x1 convolution's shape, as in SD 1.x."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__(dim, dim_out, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, rearrange(self.weight, "o i 1 1 -> o i"), self.bias)
+
+
+class TimeEmbedding(nn.Module):
+    """t (b,) -> (b dim) through the `modulation` port, whose source is the sinusoidal embedding (b width)."""
+
+    def __init__(self, name: str, width: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.width = width
+        self.site = Site(name=name, port="modulation", role="time", dim=dim)
+
+    def forward(self, t: Tensor, dtype: torch.dtype, inject: Injection) -> Tensor:
+        source = timestep_embedding(t, self.width).to(dtype)
+        time = self.linear_2(F.silu(self.linear_1(source)))
+        return inject(self.site, Modulation(time, source)).vector
+
+
+class Resample(nn.Module):
+    """A 3x3 convolution that halves the side (stride 2), or follows nearest-neighbour scaling to `size`."""
+
+    def __init__(self, dim: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = FrameConv(dim, dim, kernel_size=3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is not None:  # the skip's size: a side that was odd is not twice its half
+            x = F.interpolate(x, size=(x.shape[2], *size), mode="nearest")
+        return self.conv(x)
+
+
+# ---- blocks ------------------------------------------------------------------------------------------------
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions with the time embedding between them: (b f c h w)."""
+
+    def __init__(self, dim: int, dim_out: int, time_dim: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = VideoNorm(groups, dim, eps=1e-5)
+        self.conv1 = FrameConv(dim, dim_out, kernel_size=3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, dim_out)
+        self.norm2 = VideoNorm(groups, dim_out, eps=1e-5)
+        self.conv2 = FrameConv(dim_out, dim_out, kernel_size=3, padding=1)
+        self.conv_shortcut = nn.Identity() if dim == dim_out else FrameConv(dim, dim_out, kernel_size=1)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = y + rearrange(self.time_emb_proj(F.silu(step.time)), "b c -> b 1 c 1 1")
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.conv_shortcut(x) + y
+
+
+class UNetAttention(Attention):
+    """`Attention` under Stable Diffusion's parameter name ``to_out.0``."""
+
+    def __init__(self, name: str, role: Role, dim: int, source_dim: int, config: UNetConfig) -> None:
+        super().__init__(name, role, dim, config.heads, source_dim, kernel=config.attention)
+        self.add_module("to_out", nn.Sequential(self.to_out))
+
+
+class GEGLU(nn.Module):
+    """Linear unit gated by GELU (Shazeer 2020)."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """(... c) -> (... c) through 4c gated units; ``net.1`` is where upstream has its dropout."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Attention over frames by plan, over the text, a feed-forward, attention over time; x: (b f n c)."""
+
+    def __init__(self, name: str, dim: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3, self.norm_temp = (nn.LayerNorm(dim) for _ in range(4))
+        self.attn1 = UNetAttention(f"{name}.attn1", "cross_frame", dim, dim, config)
+        self.attn2 = UNetAttention(f"{name}.attn2", "text", dim, config.text_dim, config)
+        self.ff = FeedForward(dim)
+        self.attn_temp = UNetAttention(f"{name}.attn_temp", "temporal", dim, dim, config)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attn1(y, y, step.plan, step.inject)
+        text = rearrange(step.text, "b l c -> b 1 l c")
+        x = x + self.attn2(self.norm2(x), text, seen_by_all(x.shape[1]), step.inject)
+        x = x + self.ff(self.norm3(x))
+        y = rearrange(self.norm_temp(x), "b f n c -> (b n) 1 f c")  # a pixel's frames are one group of keys
+        y = self.attn_temp(y, y, seen_by_all(1), step.inject)
+        return x + rearrange(y, "(b n) 1 f c -> b f n c", b=x.shape[0])
+
+
+class VideoTransformer(nn.Module):
+    """A transformer block between two projections, with a residual around: (b f c h w)."""
+
+    def __init__(self, name: str, dim: int, config: UNetConfig) -> None:
+        super().__init__()
+        projection = nn.Linear if config.linear_projection else PointwiseConv
+        self.norm = nn.GroupNorm(config.norm_groups, dim, eps=1e-6)
+        self.proj_in = projection(dim, dim)
+        block = TransformerBlock(f"{name}.transformer_blocks.0", dim, config)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = projection(dim, dim)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        b, _, _, h, _ = x.shape
+        y = self.norm(rearrange(x, "b f c h w -> (b f) c h w"))
+        y = self.proj_in(rearrange(y, "(b f) c h w -> b f (h w) c", b=b))
+        for block in self.transformer_blocks:
+            y = block(y, step)
+        return x + rearrange(self.proj_out(y), "b f (h w) c -> b f c h w", h=h)
+
+
+# ---- levels ------------------------------------------------------------------------------------------------
+
+
+class Level(nn.Module):
+    """Residual blocks, each followed by a transformer where the level has attention.
+
+    ``dims`` are the widths that enter the residual blocks; all leave `dim_out`.
+    """
+
+    def __init__(self, name: str, dims: list[int], dim_out: int, config: UNetConfig, attentions: int) -> None:
+        super().__init__()
+        time_dim = 4 * config.channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock(dim, dim_out, time_dim, config.norm_groups) for dim in dims)
+        self.attentions = nn.ModuleList(
+            VideoTransformer(f"{name}.attentions.{j}", dim_out, config) for j in range(attentions)
+        )
+        self.checkpointing = config.checkpointing
+
+    def layer(self, j: int, x: Tensor, step: Step) -> Tensor:
+        """Residual block j and its transformer, if there is one."""
+        for module in (*self.resnets[j : j + 1], *self.attentions[j : j + 1]):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(module, x, step, use_reentrant=False)
+            else:
+                x = module(x, step)
+        return x
+
+
+class DownLevel(Level):
+    """A level on the way down; returns what it leaves behind for the way up, the last being its output."""
+
+    def __init__(
+        self, name: str, dim: int, dim_out: int, config: UNetConfig, *, attends: bool, halves: bool
+    ) -> None:
+        layers = config.layers_per_block
+        super().__init__(name, [dim] + [dim_out] * (layers - 1), dim_out, config, layers if attends else 0)
+        self.downsamplers = nn.ModuleList([Resample(dim_out, stride=2)] if halves else [])
+
+    def forward(self, x: Tensor, step: Step) -> list[Tensor]:
+        skips = []
+        for j in range(len(self.resnets)):
+            x = self.layer(j, x, step)
+            skips.append(x)
+        skips.extend(half(x) for half in self.downsamplers)
+        return skips
+
+
+class MidLevel(Level):
+    """Residual block, transformer, residual block at the lowest resolution."""
+
+    def __init__(self, name: str, dim: int, config: UNetConfig) -> None:
+        super().__init__(name, [dim, dim], dim, config, attentions=1)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        return self.layer(1, self.layer(0, x, step), step)
+
+
+class UpLevel(Level):
+    """A level on the way up; takes its skips from the end of the list, and scales to the next one's size.
+
+    ``skips`` are their widths, in the order in which they are taken.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        skips: list[int],
+        dim_out: int,
+        config: UNetConfig,
+        *,
+        attends: bool,
+        doubles: bool,
+    ) -> None:
+        entering = [dim] + [dim_out] * (len(skips) - 1)
+        dims = [width + skip for width, skip in zip(entering, skips, strict=True)]
+        super().__init__(name, dims, dim_out, config, len(skips) if attends else 0)
+        self.upsamplers = nn.ModuleList([Resample(dim_out)] if doubles else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], step: Step) -> Tensor:
+        for j in range(len(self.resnets)):
+            x = self.layer(j, torch.cat([x, skips.pop()], dim=2), step)  # b f c h w
+        for double in self.upsamplers:
+            x = double(x, size=skips[-1].shape[-2:])
+        return x
+
+
+def build_levels(
+    prefix: str, widths: tuple[int, ...], attention: tuple[bool, ...], config: UNetConfig
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The way down and the way up of a U-Net whose levels have these widths, from full resolution down."""
+    down, up, last = nn.ModuleList(), nn.ModuleList(), len(widths) - 1
+    dim, skips = widths[0], [widths[0]]
+    for i, width in enumerate(widths):
+        level = f"{prefix}down_blocks.{i}"
+        down.append(DownLevel(level, dim, width, config, attends=attention[i], halves=i < last))
+        skips += [width] * (config.layers_per_block + (i < last))
+        dim = width
+    for i, width in enumerate(reversed(widths)):
+        level, attends = f"{prefix}up_blocks.{i}", attention[last - i]
+        taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
+        up.append(UpLevel(level, dim, taken, width, config, attends=attends, doubles=i < last))
+        dim = width
+    return down, up
+
+
+def go_down(levels: nn.ModuleList, x: Tensor, step: Step) -> list[Tensor]:
+    """x (b f c h w) and every level's skips, at falling resolution; the last is where the way up starts."""
+    skips = [x]
+    for level in levels:
+        skips += level(skips[-1], step)
+    return skips
+
+
+def go_up(levels: nn.ModuleList, x: Tensor, skips: list[Tensor], step: Step) -> Tensor:
+    """Back to full resolution, using up `skips` from the end."""
+    for level in levels:
+        x = level(x, skips, step)
+    return x

@@ -1,0 +1,90 @@
+"""K/V concat: cross-frame attention also reads the reference's keys and values (VideoBooth section 3.3, eqs 5-6)."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dit_booth.attention import Segment, attend
+from dit_booth.inject import QKV, Condition, Reference, Site, Sites
+from dit_booth.strategy import Strategy, StrategyConfig, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVConcatConfig(StrategyConfig):
+    where: str = "*"
+    """Glob over the cross-frame attentions that read the image."""
+    update: Literal["first_frame_value", "direct"] = "first_frame_value"
+    """The image updates the values of the frames it reaches (the paper), or those frames read it directly."""
+    reference_at: Literal["first", "keyframes", "all"] = "first"
+    """Frames that the image reaches."""
+    keyframe_every: int = 8
+    """Distance of keyframes, for reference_at=keyframes."""
+    reference_noise: Literal["matched", "clean"] = "matched"
+    """Noise the reference to the video's timestep (the paper), or keep it clean."""
+    train_frame_kv: bool = True
+    """Give the frames keys and values of their own to train (the paper), or keep the backbone's."""
+
+    def __post_init__(self) -> None:
+        if self.keyframe_every < 1:
+            raise ValueError(f"kv_concat.keyframe_every is {self.keyframe_every}; use 1 or more frames")
+
+
+@register("kv_concat")
+class KVConcat(Strategy):
+    """Cross-frame attention reads the reference's keys and values (VideoBooth's fine stage)."""
+
+    Config = KVConcatConfig
+    trains = {"fine": ("*",), "joint": ("*",)}
+
+    def __init__(self, config: KVConcatConfig, sites: Sites) -> None:
+        super().__init__(config, sites)
+        self.noise = config.reference_noise
+        for site in sites.match(config.where, port="qkv", role="cross_frame"):
+            self.attach(site, ReferenceKV(site, config))
+
+    def forward(self, reference: Reference) -> Condition:
+        return Condition(hidden=reference.hidden(list(self.attached), self.noise))
+
+
+class ReferenceKV(nn.Module):
+    """Keys and values of the reference, and (the paper) new ones of the frames; all start as the backbone's own."""
+
+    def __init__(self, site: Site, config: KVConcatConfig) -> None:
+        super().__init__()
+        self.site, self.config = site.name, config
+        self.to_k_exemplar, self.to_v_exemplar = site.copy_of("to_k"), site.copy_of("to_v")
+        if config.train_frame_kv:
+            self.to_k_new, self.to_v_new = site.copy_of("to_k"), site.copy_of("to_v")
+
+    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+        frames = qkv.segments[0]
+        if self.config.train_frame_kv:
+            frames = replace(frames, k=qkv.heads(self.to_k_new(qkv.x)), v=qkv.heads(self.to_v_new(qkv.x)))
+        qkv = replace(qkv, segments=(frames, *qkv.segments[1:]))
+        if self.site not in condition.hidden:
+            return qkv
+        hidden = rearrange(condition.hidden[self.site], "b m c -> b 1 m c")
+        k, v = qkv.heads(self.to_k_exemplar(hidden)), qkv.heads(self.to_v_exemplar(hidden))
+        reached = self.reached(qkv.q.shape[1])
+        if self.config.update == "direct":
+            return qkv.reading(Segment(k, v, tuple((0,) if i in reached else () for i in range(qkv.q.shape[1]))))
+        v_new = self.updated_values(qkv.q, frames, k, v, reached)
+        return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
+
+    def reached(self, frames: int) -> list[int]:
+        """The frames that read the image."""
+        every = {"first": frames, "keyframes": self.config.keyframe_every, "all": 1}[self.config.reference_at]
+        return list(range(0, frames, every))
+
+    def updated_values(self, q: Tensor, frames: Segment, k: Tensor, v: Tensor, reached: list[int]) -> Tensor:
+        """Equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames that the image reaches."""
+        values = list(frames.v.unbind(1))
+        at = tuple((i,) for i in range(len(reached)))
+        own = Segment(frames.k[:, reached], frames.v[:, reached], at)
+        image = Segment(k, v, ((0,),) * len(reached))
+        for i, value in zip(reached, attend(q[:, reached], (image, own)).unbind(1), strict=True):
+            values[i] = value.to(frames.v.dtype)
+        return torch.stack(values, dim=1)

@@ -1,0 +1,125 @@
+"""Token replacement: five embeddings of the image take the subject's place in the prompt.
+
+The coarse stage of VideoBooth (section 3.2), which is ELITE's global mapping.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dit_booth.attention import Segment
+from dit_booth.inject import QKV, Condition, Modulation, PromptTokens, Reference, Site, Sites
+from dit_booth.strategy import Strategy, StrategyConfig, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReplacementConfig(StrategyConfig):
+    width: int = 0
+    """Hidden width of the mapper's MLPs; 0: the image tower's own (1024 for ViT-L/14, as in ELITE)."""
+    penalty: float = 0.01
+    """Weight of mean |embedding| in the loss."""
+    train_text_kv: bool = True
+    """Train copies of what reads the text: K/V of every text attention, or the DiT's text projection."""
+
+
+@register("token_replacement")
+class TokenReplacement(Strategy):
+    """Image embeddings replace the subject's words before the text transformer (VideoBooth's coarse stage)."""
+
+    Config = TokenReplacementConfig
+    trains = {"coarse": ("*",), "joint": ("*",)}
+
+    def __init__(self, config: TokenReplacementConfig, sites: Sites) -> None:
+        super().__init__(config, sites)
+        self.penalty = config.penalty
+        (words,) = sites.match("*", port="prompt")
+        self.mapper = Mapper(sites.image_dim, config.width or sites.image_dim, words.dim)
+        self.attach(words, ReplaceSubject())
+        if config.train_text_kv:
+            for site in sites.of(port="qkv", role="text"):
+                self.attach(site, TextKV(site))
+            for site in sites.of(port="modulation", role="text"):
+                self.attach(site, TextProjection(site))
+
+    def forward(self, reference: Reference) -> Condition:
+        words = self.mapper(reference.states)
+        return Condition(tokens=words, penalty=self.penalty * words.abs().mean())
+
+
+class Mapper(nn.Module):
+    """e_j = MLP_cls_j(s_j[:, :1]) + mean over patches of MLP_patch_j(s_j[:, 1:]), for five image states s_j."""
+
+    def __init__(self, image_dim: int, width: int, text_dim: int, states: int = 5) -> None:
+        super().__init__()
+        self.states = states
+        for j in range(states):  # upstream's names
+            self.add_module(f"mapping_{j}", _mlp(image_dim, width, text_dim))
+            self.add_module(f"mapping_patch_{j}", _mlp(image_dim, width, text_dim))
+
+    def forward(self, states: tuple[Tensor, ...]) -> Tensor:
+        """Five of (b (1 + n) c) -> b 5 d."""
+        cls, patch = ([self.get_submodule(f"{n}_{j}") for j in range(self.states)] for n in ("mapping", "mapping_patch"))
+        words = [c(s[:, :1]) + p(s[:, 1:]).mean(1, keepdim=True) for c, p, s in zip(cls, patch, states, strict=True)]
+        return torch.cat(words, dim=1)
+
+
+def _mlp(image_dim: int, width: int, text_dim: int) -> nn.Sequential:
+    hidden = [nn.Linear(image_dim, width), nn.LayerNorm(width), nn.LeakyReLU()]
+    return nn.Sequential(*hidden, nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(), nn.Linear(width, text_dim))
+
+
+class ReplaceSubject(nn.Module):
+    """Every occurrence of the subject becomes the image's words; the tail shifts; what passes the end is cut."""
+
+    def forward(self, prompt: PromptTokens, condition: Condition) -> PromptTokens:
+        words = condition.tokens
+        if words is None:
+            return prompt
+        length, count = prompt.ids.shape[1], words.shape[1]
+        sources = [_sources(spans, length, count) for spans in prompt.spans.tolist()]
+        index = torch.tensor(sources, device=words.device)  # b l, into [prompt; words]
+        rows = torch.cat([prompt.embeddings, words.to(prompt.embeddings.dtype)], dim=1)
+        ids = torch.cat([prompt.ids, prompt.ids.new_full((len(sources), count), -1)], dim=1)
+        return replace(
+            prompt,
+            embeddings=rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1])),
+            ids=ids.gather(1, index),
+            spans=torch.where(index >= length, 1, 0),
+        )
+
+
+def _sources(spans: list[int], length: int, count: int) -> list[int]:
+    """Where each of `length` output positions comes from: a prompt position, or ``length + j`` for word j."""
+    out: list[int] = []
+    for position, span in enumerate(spans):
+        if span == 0:
+            out.append(position)
+        elif position == 0 or spans[position - 1] != span:  # an occurrence begins
+            out.extend(range(length, length + count))
+    padding = [length - 1] * length  # a span longer than the words leaves room: repeat the last token, the padding
+    return (out + padding)[:length]
+
+
+class TextKV(nn.Module):
+    """A text attention's own keys and values for prompts that hold an image."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.to_k_global, self.to_v_global = site.copy_of("to_k"), site.copy_of("to_v")
+
+    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+        text = qkv.segments[0]
+        k, v = self.to_k_global(qkv.source), self.to_v_global(qkv.source)
+        return replace(qkv, segments=(Segment(qkv.heads(k), qkv.heads(v), text.frames), *qkv.segments[1:]))
+
+
+class TextProjection(nn.Module):
+    """Without text attention the text enters by one projection: a copy of it is trained instead."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.projection = site.copy_of("projection")
+
+    def forward(self, modulation: Modulation, condition: Condition) -> Modulation:
+        return replace(modulation, vector=self.projection(modulation.source))
