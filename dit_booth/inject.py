@@ -121,6 +121,7 @@ class QKV:
     segments: tuple[Segment, ...]
     x: Tensor  # b f n c, the normalised hidden state that the queries were projected from
     source: Tensor  # b g m c, what keys and values were projected from: x itself, or the text tokens
+    kernel: str = "auto"  # the attention kernel that the run asked for
 
     def heads(self, x: Tensor) -> Tensor:
         """Split a projection's output (b g m c) into this attention's heads: (b g m k d)."""

@@ -71,7 +71,7 @@ class ReferenceKV(nn.Module):
         reached = self.reached(qkv.q.shape[1])
         if self.config.update == "direct":
             return qkv.reading(Segment(k, v, tuple((0,) if i in reached else () for i in range(qkv.q.shape[1]))))
-        v_new = self.updated_values(qkv.q, frames, k, v, reached)
+        v_new = self.updated_values(qkv, frames, k, v, reached)
         return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
 
     def reached(self, frames: int) -> list[int]:
@@ -79,12 +79,12 @@ class ReferenceKV(nn.Module):
         every = {"first": frames, "keyframes": self.config.keyframe_every, "all": 1}[self.config.reference_at]
         return list(range(0, frames, every))
 
-    def updated_values(self, q: Tensor, frames: Segment, k: Tensor, v: Tensor, reached: list[int]) -> Tensor:
+    def updated_values(self, qkv: QKV, frames: Segment, k: Tensor, v: Tensor, reached: list[int]) -> Tensor:
         """Equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames that the image reaches."""
         values = list(frames.v.unbind(1))
         at = tuple((i,) for i in range(len(reached)))
         own = Segment(frames.k[:, reached], frames.v[:, reached], at)
         image = Segment(k, v, ((0,),) * len(reached))
-        for i, value in zip(reached, attend(q[:, reached], (image, own)).unbind(1), strict=True):
+        for i, value in zip(reached, attend(qkv.q[:, reached], (image, own), qkv.kernel).unbind(1), strict=True):
             values[i] = value.to(frames.v.dtype)
         return torch.stack(values, dim=1)

@@ -2,11 +2,11 @@
 
 from dit_booth.diffusion.guidance import GuidanceConfig, guide
 from dit_booth.diffusion.noise import randn, randn_like
+from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.objectives import (
     EpsObjective,
     FlowObjective,
     Objective,
-    ObjectiveConfig,
     VObjective,
     make_objective,
 )

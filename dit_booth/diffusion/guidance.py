@@ -18,6 +18,7 @@ class GuidanceConfig:
     """Guide only the first so many channels; none: all. VideoBooth's released code guides 3 of 4."""
 
     def __post_init__(self) -> None:
+        """Raise ValueError, naming the field, for values that cannot work."""
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"channels={self.channels}: guide at least one channel, or leave it out for all")
 

@@ -17,7 +17,7 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Options of the diffusion objective. Raises ValueError for values that cannot work."""
+    """Options of the diffusion objective."""
 
     kind: Literal["eps", "v", "flow"] = "eps"
     """eps: predict the noise (VideoBooth); v: predict alpha*eps - sigma*x0; flow: rectified flow."""
@@ -41,6 +41,7 @@ class ObjectiveConfig:
     """flow with prediction x0: the loss divides by max(t, t_min)."""
 
     def __post_init__(self) -> None:
+        """Raise ValueError, naming the field, for values that cannot work."""
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(choices)}")

@@ -9,8 +9,8 @@ estimate of the data. A training step reads
     loss = objective.loss(prediction, x0, eps, t).mean()
 
 `t` is in the objective's own unit (an integer step, or a fraction in [0, 1]); the timestep in [0, 1000) is
-what a network's embedding receives. Arrays are (b ...): any axes may follow the batch. Arithmetic is in float32
-or more.
+what a network's embedding receives. Arrays are (b ...): any axes may follow the batch. Arithmetic is in
+float32 or more.
 """
 
 from __future__ import annotations

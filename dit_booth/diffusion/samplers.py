@@ -28,7 +28,7 @@ Kind = Literal["ddpm", "ddim", "euler", "heun"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """Options of the sampler. Raises ValueError for values that cannot work."""
+    """Options of the sampler."""
 
     kind: Literal["auto", "ddpm", "ddim", "euler", "heun"] = "auto"
     """ddpm, ddim for eps and v; euler, heun for flow; auto: ddim or euler. VideoBooth: ddpm, 250 steps."""
@@ -42,6 +42,7 @@ class SamplerConfig:
     """Clamp every estimate of x0 to [-clip_x0, clip_x0]; pixel space: 1."""
 
     def __post_init__(self) -> None:
+        """Raise ValueError, naming the field, for values that cannot work."""
         if self.kind not in ("auto", "ddpm", "ddim", "euler", "heun"):
             raise ValueError(f"kind={self.kind!r}: choose auto, ddpm, ddim, euler or heun")
         if self.steps < 1:

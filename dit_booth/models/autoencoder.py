@@ -124,12 +124,12 @@ class DiffusersAutoencoder(Autoencoder):
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder of a run. ValueError: a missing path, no safetensors file, or wrong weights."""
+    """The autoencoder of a run. ValueError: a missing path or wrong weights."""
     if config.kind == "pixel":
         if config.path or config.subfolder:
             raise ValueError(
-                f"AutoencoderConfig.path = {config.path!r} (subfolder = {config.subfolder!r}) is for kind = kl or "
-                "tiny, but kind = pixel: set kind, or leave both empty"
+                f"AutoencoderConfig.path = {config.path!r} (subfolder = {config.subfolder!r}) is for kind = "
+                "kl or tiny, but kind = pixel: set kind, or leave both empty"
             )
         return PixelAutoencoder(config.patch)
     if config.patch != 1:

@@ -71,5 +71,5 @@ class Attention(nn.Module):
             rearrange(project(y), "b f n (k d) -> b f n k d", k=self.heads)
             for project, y in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
         )
-        qkv = inject(self.site, QKV(q, (Segment(k, v, frames),), x, source))
-        return self.to_out(rearrange(attend(qkv.q, qkv.segments, self.kernel), "b f n k d -> b f n (k d)"))
+        qkv = inject(self.site, QKV(q, (Segment(k, v, frames),), x, source, self.kernel))
+        return self.to_out(rearrange(attend(qkv.q, qkv.segments, qkv.kernel), "b f n k d -> b f n (k d)"))

@@ -51,7 +51,9 @@ class Case:
     def __init__(self, name: str) -> None:
         info, tensors = load(name)
         self.tensors = tensors
-        weights = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
+        weights = {
+            key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")
+        }
         own = {key: x for key, x in weights.items() if key.split(".")[-2] not in INJECTED}
         self.unet = VideoUNet(config_of(info["config"], watermark=any("watermark" in key for key in own)))
         self.unet.load_state_dict(own)  # strict: the parameter names are upstream's, all of them
@@ -88,7 +90,7 @@ class Case:
         return (ours - self.video(f"outputs.{output}")).abs().max().item()
 
     def reference(self, noisy: Tensor, t: Tensor, text: Text) -> Reference:
-        """A reference (b f c h w) that records itself without reading any image, as the original's copies do."""
+        """A reference (b f c h w) that records itself without reading an image, as the original's does."""
 
         def record(latent: Tensor, clean: bool, sites: Sequence[str]) -> dict[str, Tensor]:
             no_image = self.strategies.bind({name: Condition() for name in self.strategies.names})
@@ -141,21 +143,44 @@ def test_fine_stage_without_an_image(case: Case) -> None:
     assert case.error(case.run(case.fine(None)), "c_fine_no_exemplar") <= TOLERANCE
 
 
-FINE = {  # output: (latent, timestep, batch, reference frames)
-    "c_fine_same_noise": ("exemplar_latent_same_noise", "exemplar_timestep", "", 1),
-    "c_fine_same_noise_b2": ("exemplar_latent_same_noise_b2", "exemplar_timestep_b2", "_b2", 1),
-    "c_fine_other_exemplar_timestep": ("exemplar_latent_same_noise", "exemplar_timestep_other", "", 1),
-    # The released code draws noise for every copy; frame 0 feels the others through norms and temporal attention.
-    "d_fine_own_noise": ("exemplar_latent_own_noise", "exemplar_timestep", "", 4),
-    "d_fine_own_noise_b2": ("exemplar_latent_own_noise_b2", "exemplar_timestep_b2", "_b2", 4),
+FINE = {  # output: (latent, timestep, text of the reference, batch, frames of the reference)
+    "c_fine_same_noise": ("same_noise", "exemplar_timestep", "exemplar_encoder_hidden_states", "", 1),
+    "c_fine_same_noise_b2": ("same_noise", "exemplar_timestep", "exemplar_encoder_hidden_states", "_b2", 1),
+    "c_fine_other_exemplar_timestep": (
+        "same_noise",
+        "exemplar_timestep_other",
+        "exemplar_encoder_hidden_states",
+        "",
+        1,
+    ),
+    # Without a text of its own the reference reads the video's.
+    "c_fine_exemplar_text_none": ("same_noise", "exemplar_timestep", "encoder_hidden_states", "", 1),
+    # The released code noises every copy anew; they reach frame 0 through norms and temporal attention.
+    "d_fine_own_noise": ("own_noise", "exemplar_timestep", "exemplar_encoder_hidden_states", "", 4),
+    "d_fine_own_noise_b2": ("own_noise", "exemplar_timestep", "exemplar_encoder_hidden_states", "_b2", 4),
 }
 
 
 @pytest.mark.parametrize("output", FINE)
 def test_fine_stage(case: Case, output: str) -> None:
-    latent, timestep, batch, frames = FINE[output]
-    text = case.text(f"inputs.exemplar_encoder_hidden_states{batch}")
+    latent, timestep, text, batch, frames = FINE[output]
     with torch.no_grad():
-        noisy = case.video(f"inputs.{latent}")[:, :frames]
-        inject = case.fine(case.reference(noisy, case.tensors[f"inputs.{timestep}"], text))
+        noisy = case.video(f"inputs.exemplar_latent_{latent}{batch}")[:, :frames]
+        t = case.tensors[f"inputs.{timestep}{batch}"]
+        inject = case.fine(case.reference(noisy, t, case.text(f"inputs.{text}{batch}")))
     assert case.error(case.run(inject, batch), output) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_guided_predictions(case: Case) -> None:
+    """The two predictions of guidance: the unconditional one has no image, but the trained projections."""
+    x, t = case.video("inputs.sample_b2")[:1], case.tensors["inputs.e_timestep"][:1]
+    cond, uncond = case.text("inputs.encoder_hidden_states_b2").tokens.chunk(2)
+    noisy = case.video("inputs.exemplar_latent_own_noise_b2")[:1]
+    null = case.text("inputs.exemplar_encoder_hidden_states_b2").tokens[:1]
+    inject = case.fine(
+        case.reference(noisy, case.tensors["inputs.exemplar_timestep_b2"][:1], Text(null, null))
+    )
+    ours = case.unet(x, t, Text(cond, cond), inject)
+    assert case.error(ours, "e_cond") <= TOLERANCE
+    assert case.error(case.unet(x, t, Text(uncond, uncond), case.fine(None)), "e_uncond") <= TOLERANCE

@@ -141,7 +141,7 @@ def test_a_broken_example_stops_the_stream_and_is_named():
         def at(self, index: int, epoch: int) -> Example:
             raise ValueError("clip-7 is truncated")
 
-    with pytest.raises(ValueError, match="batch 3 of rank 0.*clip-7 is truncated"):
+    with pytest.raises(ValueError, match=r"batch 3 of rank 0.*clip-7 is truncated"):
         Loader(Broken(9), batch_size=1).batch(3)
 
 
@@ -157,6 +157,9 @@ def test_a_broken_example_stops_the_stream_and_is_named():
 def test_a_loader_refuses_what_it_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
         Loader(Numbers(3), **{"batch_size": 1, **options})
+
+
+def test_a_stream_needs_examples_and_a_start():
     with pytest.raises(ValueError, match="empty"):
         Loader(Numbers(0), batch_size=1)
     with pytest.raises(ValueError, match="start is -1"):

@@ -217,12 +217,10 @@ def test_held_out_looks_never_occur_in_training():
     assert share == pytest.approx(0.1, abs=0.01)
 
 
-def test_splits_are_different_streams():
-    assert Toyworld(ToyworldConfig(split="heldout"))[0].key == "toyworld/0/heldout/0"
-    assert is_heldout(*(Toyworld(ToyworldConfig(split="heldout"))[0].identity[k] for k in LOOKS))
-
-
-LOOKS = ("shape", "texture", "colours")
+def test_the_held_out_data_set_holds_held_out_looks():
+    made = Toyworld(ToyworldConfig(split="heldout"))[0]
+    assert made.key == "toyworld/0/heldout/0" and made.identity is not None
+    assert is_heldout(made.identity["shape"], made.identity["texture"], made.identity["colours"])
 
 
 def test_captions_tell_as_much_as_asked():
@@ -265,5 +263,8 @@ def test_a_plain_subject_without_its_colour_is_called_plain():
 def test_a_wrong_option_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ToyworldConfig(**options)
+
+
+def test_an_index_beyond_the_end_is_refused():
     with pytest.raises(IndexError, match="0 to 4"):
         Toyworld(ToyworldConfig(length=5))[5]

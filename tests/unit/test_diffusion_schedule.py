@@ -45,7 +45,7 @@ def test_spacing_that_cannot_be_is_an_error_that_shows_it(sections: str) -> None
 
 
 def test_tables_agree_with_bayes_rule() -> None:
-    """The posterior of x_{t-1} from the product of two Gaussians: prior q(x_{t-1}|x0), likelihood q(x_t|x_{t-1})."""
+    """The posterior of x_{t-1}: the product of the Gaussians q(x_{t-1} | x0) and q(x_t | x_{t-1})."""
     schedule = DiscreteSchedule(scaled_linear_betas())
     before, beta = schedule.alphas_cumprod_prev[1:], schedule.betas[1:]
     precision = 1 / (1 - before) + (1 - beta) / beta
@@ -65,7 +65,7 @@ def test_scaled_linear_is_stable_diffusions() -> None:
 @pytest.mark.parametrize("arguments", [(0, 1e-4, 0.02), (10, 0.0, 0.02), (10, 0.02, 1e-4), (10, 0.1, 1.0)])
 def test_impossible_betas_are_refused(arguments: tuple[int, float, float]) -> None:
     for betas in (linear_betas, scaled_linear_betas):
-        with pytest.raises(ValueError, match="n=0|beta_start="):
+        with pytest.raises(ValueError, match=r"n=0|beta_start="):
             betas(*arguments)
 
 

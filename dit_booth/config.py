@@ -1,0 +1,239 @@
+"""The configuration of a run: frozen dataclasses, validated where they are built.
+
+A field's docstring is its help on the command line. Every ValueError names the field, its value and the fix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dit_booth.data.toyworld import Describe, Toyworld, ToyworldConfig
+from dit_booth.data.triplets import Triplets, TripletsConfig
+from dit_booth.data.example import VideoDataset
+from dit_booth.data.image_prompt import Augment
+from dit_booth.diffusion.guidance import GuidanceConfig
+from dit_booth.diffusion.objectives import ObjectiveConfig
+from dit_booth.diffusion.samplers import SamplerConfig
+from dit_booth.models.dit import DiTConfig
+from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
+from dit_booth.models.unet import UNetConfig
+from dit_booth.strategy import StrategyConfig
+
+StageName = Literal["base", "coarse", "fine", "joint"]
+STAGES: tuple[StageName, ...] = ("base", "coarse", "fine", "joint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    kind: Literal["toyworld", "triplets"] = "toyworld"
+    """toyworld: procedural, no files. triplets: a folder in VideoBooth's format."""
+    root: str = ""
+    """triplets: the folder with the CSV files, videos/ and masks/."""
+    csv: str = "*.csv"
+    """triplets: which CSV files of the folder to train on."""
+    heldout_csv: str = ""
+    """triplets: the CSV files whose image prompts are sampled from; empty: those trained on."""
+    frames: int = 8
+    """Frames of a video."""
+    stride: int = 4
+    """triplets: distance of the frames read (VideoBooth: 16 frames, every 4th)."""
+    size: int = 32
+    """Side of the videos in pixels."""
+    image_size: int = 0
+    """Side of the image prompt in pixels; 0: the videos' side."""
+    describe: Describe = "none"
+    """toyworld: what a caption says of the subject's looks; none leaves them to the image."""
+    augment: bool = True
+    """triplets: flip, rotate and trim the image prompt in training, as VideoBooth does."""
+    max_broken: int = 0
+    """triplets: how many broken videos may be left out, with a warning, before that is an error."""
+    workers: int = 0
+    """Processes that read the data, on each rank."""
+    seed: int = 0
+    """Seed of the data."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "triplets" and not self.root:
+            raise ValueError("data.root is empty; data.kind=triplets needs the folder of the data set")
+        for name, low in (("frames", 1), ("stride", 1), ("size", 8), ("workers", 0), ("max_broken", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; use {low} or more")
+
+    def build(self, *, heldout: bool) -> VideoDataset:
+        """The data set to train on, or the one whose image prompts are sampled from."""
+        image_size = self.image_size or None
+        if self.kind == "toyworld":
+            split: Literal["train", "heldout"] = "heldout" if heldout else "train"
+            return Toyworld(
+                ToyworldConfig(
+                    frames=self.frames,
+                    size=self.size,
+                    image_size=image_size,
+                    seed=self.seed,
+                    split=split,
+                    describe=self.describe,
+                )
+            )
+        return Triplets(
+            TripletsConfig(
+                root=self.root,
+                csv=(self.heldout_csv or self.csv) if heldout else self.csv,
+                frames=self.frames,
+                stride=self.stride,
+                size=self.size,
+                image_size=image_size,
+                augment=Augment() if self.augment and not heldout else Augment(flip=False, degrees=0.0, trim=0.0),
+                max_broken=self.max_broken,
+                seed=self.seed,
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    steps: int = 200
+    """Optimizer steps."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    warmup: int = 20
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    strategies: tuple[str, ...] = ()
+    """Strategies that are active; empty: those that this stage or an earlier one trains."""
+    train: tuple[str, ...] = ()
+    """Globs over parameter names that are trained; empty: what the strategies declare, and the backbone in `base`."""
+    finetune_coarse: bool = False
+    """Also train what the coarse stage trains (VideoBooth's released fine stage does)."""
+    drop: float = 0.0
+    """Share of rows that lose text and reference together, for guidance (VideoBooth's fine stage: 0.1)."""
+    single_frames: bool = False
+    """Train on every frame as a video of its own: cheap pretraining on images."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}; use 0 or more")
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop is {self.drop}; it is a share of the rows, 0 to 1")
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}; use a positive learning rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesConfig:
+    base: StageConfig = StageConfig()
+    """Pretraining of the backbone, without an image."""
+    coarse: StageConfig = StageConfig()
+    """VideoBooth's first stage."""
+    fine: StageConfig = StageConfig(drop=0.1)
+    """VideoBooth's second stage."""
+    joint: StageConfig = StageConfig(drop=0.1)
+    """Everything at once (the paper's `unified`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    batch_size: int = 16
+    """Videos in an optimizer step, over all ranks and accumulation steps."""
+    accumulation: int = 1
+    """Micro-batches in an optimizer step, on each rank."""
+    clip: float = 0.1
+    """Gradient norm is clipped to this (VideoBooth: 0.1)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    ema: float = 0.999
+    """Decay of the exponential moving average that a stage ends with; 0: none."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Seed of initialisation, noise and order."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; use 1 or more")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema is {self.ema}; it is a decay, 0 to 1 (exclusive)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    videos: int = 8
+    """Held-out image prompts to sample videos from; 0: none."""
+    seed: int = 0
+    """Seed of the sampling noise."""
+    batch_size: int = 8
+    """Videos sampled at once on a rank."""
+    fps: int = 8
+    """Frames per second of the written videos."""
+    reference: Literal["own", "shuffled", "none"] = "own"
+    """The image prompt that a video gets: its own, another one's (a control), or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    strategy: str = "token_replacement+kv_concat"
+    """Strategies, joined by +; `python -m dit_booth.strategies` lists them."""
+    backbone: Literal["dit", "unet"] = "dit"
+    """Which network."""
+    weights: str = "embedded"
+    """Where the backbone starts: embedded (the toy world's base), none (random), or a run folder or .safetensors file."""
+    schedule: tuple[StageName, ...] = ()
+    """Stages in order; empty: coarse and fine, as far as the strategies train in them."""
+    out: str = ""
+    """Run folder; empty: runs/<strategy>-<backbone>-<hash of the settings>."""
+    plugin: tuple[str, ...] = ()
+    """Python files that register further strategies."""
+    ds_config: str = "ds_config.json"
+    """DeepSpeed's engine settings (ZeRO stage, precision, offload)."""
+    data: DataConfig = DataConfig()
+    stages: StagesConfig = StagesConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    dit: DiTConfig = DiTConfig()
+    unet: UNetConfig = UNetConfig()
+    clip: ClipConfig = ClipConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+
+    def options(self) -> dict[str, StrategyConfig]:
+        """The options of the run's strategies, by name (sections that `cli` adds for the chosen strategies)."""
+        names = (part.strip() for part in self.strategy.split("+"))
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers: what ``run.yaml`` holds."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def fingerprint(self) -> str:
+        """Eight hex digits that change with every setting but the folder and what only watches the run."""
+        settings = self.as_dict()
+        settings.pop("out")
+        settings["data"].pop("workers")
+        settings["train"].pop("checkpoint_every")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+    def folder(self) -> str:
+        """The run folder: the same settings always name the same one, so the same command resumes."""
+        return self.out or f"runs/{self.strategy}-{self.backbone}-{self.fingerprint()}"
+
+
+__all__ = [
+    "STAGES",
+    "DataConfig",
+    "RunConfig",
+    "SampleConfig",
+    "StageConfig",
+    "StageName",
+    "StagesConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,155 @@
+"""How far a video's subject is from the image prompt's in colour: optimal transport between palettes.
+
+In the toy world the exact colours are in the image prompt and never in the caption, so this distance is a
+direct measure of whether the image was used. Units are Delta E 2000 (about 1 is a just noticeable difference,
+CIE 142-2001); 0 is the same palette.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange, reduce, repeat
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.cluster.vq import vq
+from scipy.optimize import linprog
+from skimage.color import deltaE_ciede2000
+from torch import Tensor
+
+from dit_booth.evaluation.check import check_pictures
+from dit_booth.evaluation.segment import WHITE, subject_mask, to_lab
+
+Array = NDArray[np.float64]
+
+_SEED = 0
+_RESTARTS = 4
+_ITERATIONS = 20
+_INTERIOR = 0.4  # the outline is left out of a palette where at least this share of the subject remains
+
+
+class Palette(NamedTuple):
+    """Colours in CIELAB, `k 3`, heaviest first, and their weights, `k`, which sum to 1."""
+
+    colours: Array
+    weights: Array
+
+
+@dataclass(frozen=True)
+class PaletteScore:
+    """A video's palette distance in Delta E 2000, and the share of frames in which a subject was found."""
+
+    distance: float
+    found: float
+
+
+def palette(pixels: Tensor, k: int = 3) -> Palette:
+    """The `k` main colours of some pixels: seeded k-means in CIELAB, independent of the pixels' order.
+
+    Args:
+        pixels: `n 3`, RGB in [0, 1]; values beyond are clamped.
+        k: how many colours at most; fewer come back where the pixels have fewer.
+
+    Raises:
+        ValueError: there are no pixels, or `k` is below 1.
+    """
+    if pixels.ndim != 2 or pixels.shape[1] != 3 or pixels.numel() == 0:
+        raise ValueError(f"pixels has shape {tuple(pixels.shape)}; it must be (n 3), not empty")
+    if k < 1:
+        raise ValueError(f"k is {k}; a palette needs at least 1 colour")
+    points, counts = np.unique(to_lab(pixels * 2 - 1), axis=0, return_counts=True)
+    rng = np.random.default_rng(_SEED)
+    runs = [_k_means(points, counts, min(k, len(points)), rng) for _ in range(_RESTARTS)]
+    centres, nearest, _ = min(runs, key=lambda run: run[2])
+    mass = np.bincount(nearest, weights=counts, minlength=len(centres))
+    order = [i for i in np.argsort(-mass, kind="stable") if mass[i] > 0]
+    return Palette(centres[order], mass[order] / mass.sum())
+
+
+def palette_distance(a: Palette, b: Palette) -> float:
+    """The least work that turns one palette into the other, in Delta E 2000 (earth mover's distance).
+
+    Minimises `sum_ij plan_ij deltaE(a_i, b_j)` over plans whose margins are the two weights (Rubner et al.,
+    IJCV 2000), so two single colours are exactly their CIE2000 difference apart.
+    """
+    cost = deltaE_ciede2000(rearrange(a.colours, "i c -> i 1 c"), rearrange(b.colours, "j c -> 1 j c"))
+    rows, columns = cost.shape
+    margins = np.concatenate(
+        [repeat(np.eye(rows), "r i -> r (i j)", j=columns), repeat(np.eye(columns), "r j -> r (i j)", i=rows)]
+    )
+    # One margin follows from the others: without it rounding cannot make the plan infeasible.
+    wanted = np.concatenate([a.weights, b.weights])[:-1]
+    plan = linprog(rearrange(cost, "i j -> (i j)"), A_eq=margins[:-1], b_eq=wanted, method="highs")
+    assert plan.success, plan.message
+    return max(0.0, float(plan.fun))
+
+
+def video_palette_distance(
+    video: Tensor, image: Tensor, *, masks: Tensor | None = None, k: int = 3
+) -> PaletteScore:
+    """The distance between the subject's palette in the frames and in the image prompt, mean over frames.
+
+    A frame without a subject counts with the palette of the whole frame: that is its background, which is far
+    from any subject that can be seen on it. It is never left out, so a subject that vanishes scores worse.
+
+    Args:
+        video: `f 3 h w` in [-1, 1].
+        image: `3 s s` in [-1, 1], the subject on white.
+        masks: `f h w` bool, true on the subject; `subject_mask` of every frame where it is None.
+        k: colours of a palette.
+
+    Raises:
+        ValueError: a tensor has the wrong shape or is not finite.
+    """
+    check_pictures("video", video, axes="f 3 h w")
+    check_pictures("image", image, axes="3 s s")
+    frames, _, height, width = video.shape
+    if masks is not None and (tuple(masks.shape) != (frames, height, width) or masks.dtype != torch.bool):
+        raise ValueError(
+            f"masks is {masks.dtype} of shape {tuple(masks.shape)}; "
+            f"it must be torch.bool of the video's shape (f, h, w) = {(frames, height, width)}"
+        )
+    found: Sequence[Tensor] = [subject_mask(frame) for frame in video] if masks is None else list(masks.cpu())
+    target = subject_palette(image, subject_mask(image, background=WHITE), k)
+    distances = [
+        palette_distance(subject_palette(frame, mask, k), target)
+        for frame, mask in zip(video, found, strict=True)
+    ]
+    return PaletteScore(float(np.mean(distances)), sum(bool(mask.any()) for mask in found) / frames)
+
+
+def subject_palette(frame: Tensor, mask: Tensor, k: int = 3) -> Palette:
+    """The palette of a frame `3 h w` in [-1, 1] inside `mask` (`h w` bool); of all of it where that is empty.
+
+    The outline mixes subject and background, so it is left out where enough of the subject remains.
+    """
+    inside = mask.cpu().numpy()
+    interior = ndimage.binary_erosion(inside, structure=np.ones((3, 3)), border_value=1)
+    if interior.sum() >= max(1, _INTERIOR * inside.sum()):
+        inside = interior
+    pixels = rearrange((frame.detach().cpu().clamp(-1, 1) + 1) / 2, "c h w -> h w c")
+    return palette(pixels[torch.from_numpy(inside if inside.any() else ~inside)], k)
+
+
+def _k_means(
+    points: Array, counts: NDArray[np.int64], k: int, rng: np.random.Generator
+) -> tuple[Array, NDArray[np.int64], float]:
+    """Centres, nearest centre of every point, and the weighted inertia; starts as k-means++ does."""
+    centres = points[[rng.choice(len(points), p=counts / counts.sum())]]
+    while len(centres) < k:
+        mass = counts * vq(points, centres, check_finite=False)[1] ** 2
+        centres = np.concatenate([centres, points[[rng.choice(len(points), p=mass / mass.sum())]]])
+    for _ in range(_ITERATIONS):
+        nearest, _ = vq(points, centres, check_finite=False)
+        member = counts * (nearest == np.arange(k)[:, None])
+        mass = reduce(member, "k n -> k 1", "sum")
+        moved = np.where(mass > 0, member @ points / np.maximum(mass, 1), centres)
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
+    nearest, distance = vq(points, centres, check_finite=False)
+    return centres, nearest, float(counts @ distance**2)

@@ -1,0 +1,71 @@
+"""`Injected`: backbone, text encoder and strategies under one root, the only module that DeepSpeed sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dit_booth.inject import Condition, Injection, Recorder, Reference, Site, Sites
+from dit_booth.models.clip import Prompt, Text, TextEncoder
+from dit_booth.strategy import Strategies
+
+
+class Backbone(Protocol):
+    """What a backbone offers: a forward pass with one line per site, and the list of its sites."""
+
+    def __call__(self, x: Tensor, t: Tensor, text: Text, inject: Injection) -> Tensor: ...
+
+    def sites(self) -> list[Site]: ...
+
+
+class Prediction(NamedTuple):
+    """What the network predicts (b f c h w), and the strategies' penalty (a scalar)."""
+
+    output: Tensor
+    penalty: Tensor
+
+
+class Injected(nn.Module):
+    """x (b f c h w) at timestep t (b,), a prompt and a reference -> `Prediction`.
+
+    `null` is the tokenised null prompt (one row), the text of the reference's own pass.
+    """
+
+    def __init__(self, backbone: nn.Module, text: TextEncoder, strategy: Strategies, null: Prompt) -> None:
+        super().__init__()
+        self.backbone, self.text, self.strategy = backbone, text, strategy
+        self.active: tuple[str, ...] = strategy.names
+        self.register_buffer("null_ids", null.ids, persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, prompt: Prompt, reference: Reference | None = None) -> Prediction:
+        conditions: Mapping[str, Condition] = {name: Condition() for name in self.active}
+        if reference is not None:
+            reference = replace(reference, record=lambda *args: self.record(t, *args))
+            conditions = self.strategy(reference, self.active)
+        inject = self.strategy.bind(conditions)
+        output = self.backbone(x, t, self.text(prompt, inject), inject)
+        penalties = [c.penalty for c in conditions.values() if c.penalty is not None]
+        return Prediction(output, torch.stack(penalties).sum() if penalties else output.new_zeros(()))
+
+    def record(self, t: Tensor, latent: Tensor, clean: bool, sites: Sequence[str]) -> Mapping[str, Tensor]:
+        """Run the reference (b 1 c h w) as a video of one frame with null text; its hidden states at `sites`.
+
+        The taps stay active without a condition: the reference meets the trained keys and values, but no image
+        (in the golden tensors the reference's pass uses them too).
+        """
+        recorder = Recorder(self.strategy.bind({name: Condition() for name in self.active}), sites)
+        ids = self.null_ids.expand(len(latent), -1)
+        text = self.text(Prompt(ids, torch.zeros_like(ids)), recorder)
+        self.backbone(latent, torch.zeros_like(t) if clean else t, text, recorder)
+        return recorder.hidden
+
+
+def gather_sites(
+    backbone: Backbone, text: TextEncoder, *, image_dim: int, image_embed_dim: int, latent_channels: int, frames: int
+) -> Sites:
+    """The sites of the whole model: the text encoder's, then the backbone's."""
+    return Sites((*text.sites(), *backbone.sites()), image_dim, image_embed_dim, latent_channels, frames)

@@ -1,0 +1,85 @@
+"""From a configuration to the parts of a run: encoders, backbone, strategies, objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dit_booth.config import RunConfig
+from dit_booth.diffusion.objectives import Objective, make_objective
+from dit_booth.inject import Reference
+from dit_booth.injected import Injected, gather_sites
+from dit_booth.models.autoencoder import Autoencoder, build_autoencoder
+from dit_booth.models.clip import NULL_PROMPT, ImageEncoder, build_clip
+from dit_booth.models.dit import VideoDiT
+from dit_booth.models.unet import VideoUNet
+from dit_booth.models.weights import load_start
+from dit_booth.strategy import create, find
+
+
+@dataclass
+class Parts:
+    """What a run is made of. Only `root` trains; the others are frozen and hold no state."""
+
+    config: RunConfig
+    root: Injected
+    autoencoder: Autoencoder
+    image_encoder: ImageEncoder
+    objective: Objective
+
+    def to(self, device: torch.device) -> Parts:
+        for module in (self.root, self.autoencoder, self.image_encoder):
+            module.to(device)
+        return self
+
+    @torch.no_grad()
+    def reference(self, images: Tensor, dtype: torch.dtype) -> Reference:
+        """Image prompts (b 3 s s) as strategies see them; `noisy` is the clean latent until it is noised."""
+        seen = self.image_encoder(images)
+        latent = self.autoencoder.encode(images.unsqueeze(1)).to(dtype)
+        return Reference(
+            image=images,
+            states=tuple(state.to(dtype) for state in seen.states),
+            embedding=seen.embedding.to(dtype),
+            latent=latent,
+            noisy=latent,
+        )
+
+
+def build(config: RunConfig) -> Parts:
+    """All parts on the CPU, seeded; the backbone from `config.weights`, strategies warm-started from it."""
+    torch.manual_seed(config.train.seed)
+    text, image_encoder = build_clip(config.clip)
+    autoencoder = build_autoencoder(config.autoencoder)
+    backbone = build_backbone(config, autoencoder.channels, text.width, text.embed_dim)
+    load_start(backbone, text, config.weights, config.backbone)
+    sites = gather_sites(
+        backbone,
+        text,
+        image_dim=image_encoder.width,
+        image_embed_dim=image_encoder.embed_dim,
+        latent_channels=autoencoder.channels,
+        frames=config.data.frames,
+    )
+    strategy = create(find(config.strategy), config.options(), sites)
+    root = Injected(backbone, text, strategy, text.tokenize([NULL_PROMPT]))
+    return Parts(config, root, autoencoder, image_encoder, make_objective(config.objective))
+
+
+def build_backbone(config: RunConfig, channels: int, text_dim: int, text_embed_dim: int) -> nn.Module:
+    """The backbone with random weights; its channels and text widths are those of the encoders."""
+    if config.backbone == "dit":
+        return VideoDiT(config.dit, channels=channels, text_dim=text_dim, text_embed_dim=text_embed_dim)
+    return VideoUNet(
+        dataclasses.replace(config.unet, in_channels=channels, out_channels=channels, text_dim=text_dim)
+    )
+
+
+def repository_file(path: str) -> Path:
+    """A path as given, or relative to the folder that holds the package (a clone of the repository)."""
+    given = Path(path)
+    return given if given.exists() else Path(__file__).parents[2] / path

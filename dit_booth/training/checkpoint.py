@@ -1,0 +1,52 @@
+"""Checkpoints of a stage: DeepSpeed's own files and the averages, made current by one atomic rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from dit_booth.training.distributed import Ranks
+from dit_booth.training.ema import Ema
+
+
+def save(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks, step: int) -> None:
+    """Write ``step<n>/``, then point ``latest.json`` at it, then drop the older ones. A cut leaves the old one current."""
+    tag = f"step{step}"
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True)
+    if ema is not None:
+        save_file(ema.shadow, folder / tag / f"ema_rank{ranks.rank}.safetensors")
+    ranks.barrier()
+    if ranks.first:
+        partial = folder / "latest.json.part"
+        partial.write_text(json.dumps({"tag": tag, "ranks": ranks.world, "zero": engine.zero_optimization_stage()}))
+        partial.replace(folder / "latest.json")
+        for old in folder.glob("step*"):
+            if old.name != tag:
+                shutil.rmtree(old)
+    ranks.barrier()
+
+
+def load(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks) -> int:
+    """Continue from the latest checkpoint; the number of steps done, 0 where there is none.
+
+    ValueError: it was written by another number of ranks or ZeRO stage.
+    """
+    latest = folder / "latest.json"
+    if not latest.is_file():
+        return 0
+    found = json.loads(latest.read_text())
+    here = {"ranks": ranks.world, "zero": engine.zero_optimization_stage()}
+    if any(found[key] != here[key] for key in here):
+        raise ValueError(
+            f"{folder} was written by {found['ranks']} ranks at ZeRO stage {found['zero']}, this run has {here['ranks']}"
+            f" at {here['zero']}; run it as it was begun, or remove {folder} to start the stage again"
+        )
+    _, state = engine.load_checkpoint(str(folder), tag=found["tag"], load_module_strict=False)
+    if ema is not None:
+        for name, value in load_file(folder / found["tag"] / f"ema_rank{ranks.rank}.safetensors").items():
+            ema.shadow[name].copy_(value)
+    return int(state["step"])

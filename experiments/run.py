@@ -1,0 +1,231 @@
+"""Train the stages of a strategy, sample videos from held-out image prompts, and measure them.
+
+    deepspeed experiments/run.py --strategy kv_concat
+    python experiments/run.py --strategy token_replacement+kv_concat --backbone unet --stages.fine.steps 500
+
+Settings come from the --config file (default: experiments/configs/demo.yaml) and, over it, from the command line.
+The same command resumes an interrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported late: --help and a wrong flag answer before DeepSpeed and diffusers load
+    from torch import Tensor
+
+    from dit_booth.config import RunConfig
+    from dit_booth.data.example import Example
+    from dit_booth.training.build import Parts
+    from dit_booth.training.distributed import Ranks
+    from dit_booth.training.journal import Journal
+
+DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "demo.yaml")
+log = logging.getLogger("dit_booth")
+
+
+def main(argv: list[str]) -> int:
+    """0: finished; 1: an error, said in one line; 2: a bad flag; 130: interrupted, resumable."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    from dit_booth.cli import parse
+
+    begin = time.perf_counter()
+    try:
+        config = parse(argv, default_config=DEFAULT_CONFIG, description=__doc__ or "")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    from dit_booth.training.distributed import start, stop
+    from dit_booth.training.trainer import Interrupted
+
+    ranks = start()
+    logging.getLogger().setLevel(logging.INFO if ranks.first else logging.ERROR)
+    try:
+        run(config, ranks, begin)
+    except Interrupted as stopped:
+        log.error("\n%s", stopped)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        stop()
+    return 0
+
+
+def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
+    """The main job: train every stage, sample, measure, and say where everything is."""
+    from dit_booth.training.journal import Journal
+    from dit_booth.training.stage import schedule_of
+
+    folder = Path(config.folder())
+    if (folder / "finished").is_file() and same_settings(folder, config):
+        log.info("this run is finished; %s", describe(folder))
+        return
+    parts = fresh_parts(config, ranks)
+    schedule = schedule_of(config, parts.root)
+    log.info("%s on %s: stages %s, in %s", config.strategy, config.backbone, ", ".join(schedule) or "none", folder)
+    if ranks.first:
+        claim(folder, config)
+    ranks.barrier()
+    journal = Journal(folder) if ranks.first else None
+    parts = train(config, folder, ranks, journal, begin)
+    rows = sample_heldout(parts, folder, ranks)
+    if journal:
+        measure(parts, rows, folder, journal)
+        journal.close()
+        (folder / "finished").write_text("")
+        log.info("%s", describe(folder))
+
+
+def fresh_parts(config: RunConfig, ranks: Ranks) -> Parts:
+    from dit_booth.training.build import build
+
+    return build(config).to(ranks.device)
+
+
+def same_settings(folder: Path, config: RunConfig) -> bool:
+    """Whether a folder's ``run.yaml`` describes this run; ValueError, listing what differs, if it does not."""
+    import yaml
+
+    there = yaml.safe_load((folder / "run.yaml").read_text())
+    here = config.as_dict()
+    changed = differences(there, here)
+    if changed:
+        raise ValueError(f"{folder} holds another run ({'; '.join(changed[:5])}); choose another --out")
+    return True
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Settings that differ, as ``name: old -> new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if old == new else [f"{name}: {old} there, {new} here"]
+
+
+def claim(folder: Path, config: RunConfig) -> None:
+    """Create the run folder with its ``run.yaml``, or check that the one there is this run's."""
+    import yaml
+
+    if (folder / "run.yaml").is_file():
+        same_settings(folder, config)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "run.yaml.part"
+    partial.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    partial.replace(folder / "run.yaml")
+
+
+def train(config: RunConfig, folder: Path, ranks: Ranks, journal: Journal | None, begin: float) -> Parts:
+    """Train the stages that are not finished yet, each from the weights of those before it."""
+    from dit_booth.models.weights import load_strictly, part, read, write
+    from dit_booth.training.stage import active_strategies, schedule_of
+    from dit_booth.training.trainer import train_stage
+
+    trained: dict[str, Tensor] = {}
+    parts = fresh_parts(config, ranks)
+    schedule = schedule_of(config, parts.root)
+    for index, name in enumerate(schedule):
+        active = active_strategies(config, parts.root, schedule, index)
+        weights = folder / "checkpoints" / f"{index}_{name}" / "weights.safetensors"
+        if not weights.is_file():
+            train_stage(parts, name, index, active, weights.parent, ranks, journal, begin)
+            parts = fresh_parts(config, ranks)  # DeepSpeed keeps its hooks on a module: the next stage gets a new one
+        trained |= read(weights)
+        load_strictly(parts.root, trained, str(weights), partial=True)
+        parts.root.active = tuple(active)
+    if ranks.first and trained:
+        write(folder / "weights.safetensors", {k: v for k, v in parts.root.state_dict().items() if not k.startswith("strategy.")})
+        write(folder / "strategy.safetensors", part(trained, "strategy."), {"strategy": config.strategy})
+    return parts.to(ranks.device)
+
+
+def sample_heldout(parts: Parts, folder: Path, ranks: Ranks) -> list[tuple[Example, Tensor, Tensor]]:
+    """Sample held-out image prompts, shared out over the ranks; the first rank gets (example, prompt, video) of all."""
+    import torch
+    import torch.distributed as dist
+
+    from dit_booth.data.video import write_video
+    from dit_booth.sampling import generate
+
+    config = parts.config
+    dataset = config.data.build(heldout=True)
+    count = min(config.sample.videos, len(dataset))
+    examples = [dataset[i] for i in range(count)]
+    given = [examples[(i + (config.sample.reference == "shuffled")) % max(count, 1)].image for i in range(count)]
+    mine: list[tuple[int, Tensor]] = []
+    own = list(range(ranks.rank, count, ranks.world))
+    for at in range(0, len(own), config.sample.batch_size):
+        rows = own[at : at + config.sample.batch_size]
+        videos = generate(
+            parts,
+            torch.stack([given[i] for i in rows]).to(ranks.device),
+            [examples[i].caption for i in rows],
+            [examples[i].subject for i in rows],
+            [config.sample.seed * 1_000_003 + i for i in rows],
+            size=(config.data.frames, *examples[rows[0]].video.shape[-2:]),
+            use_image=config.sample.reference != "none",
+        )
+        for i, video in zip(rows, videos.float().cpu(), strict=True):
+            write_video(folder / "samples" / f"{i:03d}.mp4", video, fps=config.sample.fps)
+            mine.append((i, video))
+        log.info("sampled %d of %d videos", min(at + len(rows), len(own)), len(own))
+    everyone: list[Any] = [None] * ranks.world
+    dist.all_gather_object(everyone, mine)
+    return [(examples[i], given[i], video) for i, video in sorted((row for rows in everyone for row in rows), key=lambda row: row[0])]
+
+
+def measure(parts: Parts, rows: list[tuple[Example, Tensor, Tensor]], folder: Path, journal: Journal) -> None:
+    """Metrics of the sampled videos against their own image prompts, the contact sheet, and TensorBoard's videos."""
+    import torch
+
+    from dit_booth.contact_sheet import SheetRow, contact_sheet
+    from dit_booth.evaluation import evaluate, summary
+    from dit_booth.models.weights import write_text
+
+    if not rows:
+        return
+    device = next(parts.image_encoder.parameters()).device
+    with torch.no_grad():
+        scores = evaluate(
+            [video for _, _, video in rows],
+            [example.video for example, _, _ in rows],
+            [example.image for example, _, _ in rows],
+            [example.caption for example, _, _ in rows],
+            image_features=lambda images: parts.image_encoder(images.to(device)).embedding,
+            text_features=lambda captions: parts.root.text(parts.root.text.tokenize(list(captions))).pooled,
+        )
+    lines = [{"key": example.key, "caption": example.caption, **score} for (example, _, _), score in zip(rows, scores, strict=True)]
+    write_text(folder / "samples" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    means = {name: (s.mean, s.stderr, s.n) for name, s in summary(scores).items()}
+    journal.line({"samples": {name: {"mean": m, "stderr": e, "n": n} for name, (m, e, n) in means.items()}})
+    for name, (mean, stderr, n) in means.items():
+        log.info("  %-22s %8.3f +- %.3f  (%d videos)", name, mean, stderr, n)
+        journal.board.add_scalar(f"samples/{name}", mean)
+    sheet = [SheetRow(image=image, truth=e.video, generated=video, caption=e.caption) for e, image, video in rows[:12]]
+    contact_sheet(sheet, folder / "samples" / "contact_sheet.png")
+    for number, (_, _, video) in enumerate(rows[:4]):
+        journal.video(f"samples/{number:03d}", video, parts.config.sample.fps)
+
+
+def describe(folder: Path) -> str:
+    """Where a finished run's files are."""
+    return "\n".join(
+        [
+            f"run folder      {folder}",
+            f"contact sheet   {folder / 'samples' / 'contact_sheet.png'}",
+            f"videos          {folder / 'samples'}/*.mp4, metrics.jsonl",
+            f"weights         {folder / 'strategy.safetensors'}, weights.safetensors, checkpoints/",
+            f"curves          tensorboard --logdir {folder / 'tensorboard'}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

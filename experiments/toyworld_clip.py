@@ -1,0 +1,86 @@
+"""Train the embedded tiny CLIP on the toy world: image prompts and video frames against captions (CLIP, section 2).
+
+    python experiments/toyworld_clip.py --steps 600 --out dit_booth/assets/clip.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from dit_booth.data.example import Batch, Loader
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
+from dit_booth.models.clip import ClipConfig, TextEncoder, build_clip_model, clip_state_dict, contrastive_forward
+from dit_booth.models.weights import write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Image-caption pairs in a step; half are image prompts, half frames."""
+    lr: float = 1e-3
+    """Peak learning rate, after 50 steps of warm-up, cosine to zero."""
+    seed: int = 0
+    """Seed of weights and data."""
+    out: str = "dit_booth/assets/clip.safetensors"
+    """Where the weights go, in float16; the log goes beside it as .jsonl."""
+
+
+def main(settings: Settings) -> None:
+    torch.manual_seed(settings.seed)
+    model = build_clip_model(ClipConfig(pretrained="none")).requires_grad_(True)
+    text = TextEncoder(model)
+    world = Toyworld(ToyworldConfig(frames=2, size=32, seed=settings.seed, describe="full"))
+    stream = Loader(world, batch_size=settings.batch_size, seed=settings.seed, workers=1).stream(0)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings.steps))
+    out, log, start = Path(settings.out), [], time.time()
+    for step in range(settings.steps):
+        images, captions = pairs(next(stream))
+        image, words, scale = contrastive_forward(model, images, text.tokenize(captions))
+        loss, accuracy = contrastive_loss(scale * image @ words.T)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=4.6052)  # 100, as in CLIP
+        if step % 25 == 24:
+            log.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "s": time.time() - start})
+            print(json.dumps(log[-1]), flush=True)
+    write(out, clip_state_dict(model, torch.float16))
+    out.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Warm-up over 50 steps, then cosine to zero, as a share of the peak."""
+    return min(1.0, (step + 1) / 50) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps))))
+
+
+def pairs(batch: Batch) -> tuple[Tensor, list[str]]:
+    """Half image prompts with the subject's looks, half frames with the whole caption."""
+    half = len(batch) // 2
+    images = torch.cat([batch.image[:half], batch.video[half:, 0]])  # b c h w
+    looks = [caption.split(" is ")[0] for caption in batch.captions[:half]]
+    return images, looks + batch.captions[half:]
+
+
+def contrastive_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """CLIP's symmetric cross-entropy over a batch, and the share of captions that find their image."""
+    target = torch.arange(len(logits))
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, (logits.argmax(0) == target).float().mean()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
