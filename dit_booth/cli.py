@@ -57,7 +57,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     """A YAML mapping; ``extends: other.yaml`` reads that file first (relative to this one)."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"--config {path} is not a file{suggest(file.name, [p.name for p in file.parent.glob('*.yaml')])}")
+        raise ValueError(
+            f"--config {path} is not a file{suggest(file.name, [p.name for p in file.parent.glob('*.yaml')])}"
+        )
     try:
         settings = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
@@ -81,7 +83,9 @@ def drop_other_strategies(settings: dict[str, Any], strategy: str, *, chosen_her
     """Sections of strategies that do not run: dropped with a warning where the command line chose another strategy."""
     for name in set(registered()) & set(settings) - {part.strip() for part in strategy.split("+")}:
         if not chosen_here:
-            raise ValueError(f"section {name!r} in the file belongs to no strategy of {strategy!r}; remove it or add +{name}")
+            raise ValueError(
+                f"section {name!r} in the file belongs to no strategy of {strategy!r}; remove it or add +{name}"
+            )
         log.warning("--strategy %s: the file's options of %s are not used", strategy, name)
         del settings[name]
 

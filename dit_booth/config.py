@@ -11,10 +11,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dit_booth.data.toyworld import Describe, Toyworld, ToyworldConfig
-from dit_booth.data.triplets import Triplets, TripletsConfig
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.image_prompt import Augment
+from dit_booth.data.toyworld import Describe, Toyworld, ToyworldConfig
+from dit_booth.data.triplets import Triplets, TripletsConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objectives import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
@@ -23,8 +23,8 @@ from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.unet import UNetConfig
 from dit_booth.strategy import StrategyConfig
 
-StageName = Literal["base", "coarse", "fine", "joint"]
-STAGES: tuple[StageName, ...] = ("base", "coarse", "fine", "joint")
+StageName = Literal["images", "base", "coarse", "fine", "joint"]
+STAGES: tuple[StageName, ...] = ("images", "base", "coarse", "fine", "joint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,9 @@ class DataConfig:
                 stride=self.stride,
                 size=self.size,
                 image_size=image_size,
-                augment=Augment() if self.augment and not heldout else Augment(flip=False, degrees=0.0, trim=0.0),
+                augment=Augment()
+                if self.augment and not heldout
+                else Augment(flip=False, degrees=0.0, trim=0.0),
                 max_broken=self.max_broken,
                 seed=self.seed,
             )
@@ -106,7 +108,7 @@ class StageConfig:
     strategies: tuple[str, ...] = ()
     """Strategies that are active; empty: those that this stage or an earlier one trains."""
     train: tuple[str, ...] = ()
-    """Globs over parameter names that are trained; empty: what the strategies declare, and the backbone in `base`."""
+    """Globs over parameter names to train; empty: what the strategies declare, or the backbone (images, base)."""
     finetune_coarse: bool = False
     """Also train what the coarse stage trains (VideoBooth's released fine stage does)."""
     drop: float = 0.0
@@ -125,8 +127,10 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesConfig:
+    images: StageConfig = StageConfig(single_frames=True)
+    """Pretraining of the backbone on single frames, text only: far cheaper than on videos."""
     base: StageConfig = StageConfig()
-    """Pretraining of the backbone, without an image."""
+    """Pretraining of the backbone on videos, text only."""
     coarse: StageConfig = StageConfig()
     """VideoBooth's first stage."""
     fine: StageConfig = StageConfig(drop=0.1)
@@ -183,7 +187,7 @@ class RunConfig:
     backbone: Literal["dit", "unet"] = "dit"
     """Which network."""
     weights: str = "embedded"
-    """Where the backbone starts: embedded (the toy world's base), none (random), or a run folder or .safetensors file."""
+    """Where the backbone starts: embedded (the toy world's base), none (random), a run folder, a .safetensors file."""
     schedule: tuple[StageName, ...] = ()
     """Stages in order; empty: coarse and fine, as far as the strategies train in them."""
     out: str = ""

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dit_booth.inject import Condition, Injection, Recorder, Reference, Site, Sites
-from dit_booth.models.clip import Prompt, Text, TextEncoder
+from dit_booth.inject import Condition, Recorder, Reference, Sites
+from dit_booth.models.clip import Prompt, TextEncoder
+from dit_booth.models.dit import VideoDiT
+from dit_booth.models.unet import VideoUNet
 from dit_booth.strategy import Strategies
-
-
-class Backbone(Protocol):
-    """What a backbone offers: a forward pass with one line per site, and the list of its sites."""
-
-    def __call__(self, x: Tensor, t: Tensor, text: Text, inject: Injection) -> Tensor: ...
-
-    def sites(self) -> list[Site]: ...
 
 
 class Prediction(NamedTuple):
@@ -34,6 +28,8 @@ class Injected(nn.Module):
 
     `null` is the tokenised null prompt (one row), the text of the reference's own pass.
     """
+
+    null_ids: Tensor
 
     def __init__(self, backbone: nn.Module, text: TextEncoder, strategy: Strategies, null: Prompt) -> None:
         super().__init__()
@@ -65,7 +61,13 @@ class Injected(nn.Module):
 
 
 def gather_sites(
-    backbone: Backbone, text: TextEncoder, *, image_dim: int, image_embed_dim: int, latent_channels: int, frames: int
+    backbone: VideoDiT | VideoUNet,
+    text: TextEncoder,
+    *,
+    image_dim: int,
+    image_embed_dim: int,
+    latent_channels: int,
+    frames: int,
 ) -> Sites:
     """The sites of the whole model: the text encoder's, then the backbone's."""
     return Sites((*text.sites(), *backbone.sites()), image_dim, image_embed_dim, latent_channels, frames)

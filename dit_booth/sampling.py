@@ -45,7 +45,10 @@ def generate(
         return torch.stack([randn(shape, draw, device, dtype) for draw in draws])
 
     batch, guided = len(images), parts.config.guidance.scale != 1
-    prompt = parts.root.text.tokenize([*captions, *([NULL_PROMPT] * batch if guided else [])], [*subjects, *([None] * batch if guided else [])])
+    prompt = parts.root.text.tokenize(
+        [*captions, *([NULL_PROMPT] * batch if guided else [])],
+        [*subjects, *([None] * batch if guided else [])],
+    )
     pictures = torch.cat([images, torch.zeros_like(images)]) if guided else images
     reference = parts.reference(pictures, dtype) if use_image and parts.root.active else None
 
@@ -55,7 +58,9 @@ def generate(
         noised = reference
         if reference is not None:
             eps = repeat(noise(*reference.latent.shape[1:]), "b ... -> (r b) ...", r=rows)
-            noised = replace(reference, noisy=parts.objective.noise(reference.latent, parts.objective.time(times), eps))
+            noised = replace(
+                reference, noisy=parts.objective.noise(reference.latent, parts.objective.time(times), eps)
+            )
         output = parts.root(both, times, prompt, noised).output
         if not guided:
             return output

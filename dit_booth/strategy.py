@@ -122,7 +122,9 @@ def register(name: str) -> Callable[[S], S]:
     def add(cls: S) -> S:
         old = _REGISTRY.get(name)
         if old is not None and old.__module__ != cls.__module__:
-            raise ValueError(f"strategy {name!r} is registered by both {old.__module__} and {cls.__module__}; rename one")
+            raise ValueError(
+                f"strategy {name!r} is registered by both {old.__module__} and {cls.__module__}; rename one"
+            )
         cls.name = name
         _REGISTRY[name] = cls
         return cls
@@ -160,6 +162,8 @@ def find(expression: str) -> dict[str, type[Strategy]]:
     return {name: known[name] for name in names}
 
 
-def create(classes: Mapping[str, type[Strategy]], configs: Mapping[str, StrategyConfig], sites: Sites) -> Strategies:
+def create(
+    classes: Mapping[str, type[Strategy]], configs: Mapping[str, StrategyConfig], sites: Sites
+) -> Strategies:
     """Build the named strategies on a model's sites; options that are absent keep their defaults."""
     return Strategies({name: cls(configs.get(name, cls.Config()), sites) for name, cls in classes.items()})

@@ -69,7 +69,9 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
         return
     parts = fresh_parts(config, ranks)
     schedule = schedule_of(config, parts.root)
-    log.info("%s on %s: stages %s, in %s", config.strategy, config.backbone, ", ".join(schedule) or "none", folder)
+    log.info(
+        "%s on %s: stages %s, in %s", config.strategy, config.backbone, ", ".join(schedule) or "none", folder
+    )
     if ranks.first:
         claim(folder, config)
     ranks.barrier()
@@ -105,7 +107,11 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Settings that differ, as ``name: old -> new``."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+        ]
     return [] if old == new else [f"{name}: {old} there, {new} here"]
 
 
@@ -136,12 +142,17 @@ def train(config: RunConfig, folder: Path, ranks: Ranks, journal: Journal | None
         weights = folder / "checkpoints" / f"{index}_{name}" / "weights.safetensors"
         if not weights.is_file():
             train_stage(parts, name, index, active, weights.parent, ranks, journal, begin)
-            parts = fresh_parts(config, ranks)  # DeepSpeed keeps its hooks on a module: the next stage gets a new one
+            parts = fresh_parts(
+                config, ranks
+            )  # DeepSpeed keeps its hooks on a module: the next stage gets a new one
         trained |= read(weights)
         load_strictly(parts.root, trained, str(weights), partial=True)
         parts.root.active = tuple(active)
     if ranks.first and trained:
-        write(folder / "weights.safetensors", {k: v for k, v in parts.root.state_dict().items() if not k.startswith("strategy.")})
+        write(
+            folder / "weights.safetensors",
+            {k: v for k, v in parts.root.state_dict().items() if not k.startswith("strategy.")},
+        )
         write(folder / "strategy.safetensors", part(trained, "strategy."), {"strategy": config.strategy})
     return parts.to(ranks.device)
 
@@ -158,7 +169,9 @@ def sample_heldout(parts: Parts, folder: Path, ranks: Ranks) -> list[tuple[Examp
     dataset = config.data.build(heldout=True)
     count = min(config.sample.videos, len(dataset))
     examples = [dataset[i] for i in range(count)]
-    given = [examples[(i + (config.sample.reference == "shuffled")) % max(count, 1)].image for i in range(count)]
+    given = [
+        examples[(i + (config.sample.reference == "shuffled")) % max(count, 1)].image for i in range(count)
+    ]
     mine: list[tuple[int, Tensor]] = []
     own = list(range(ranks.rank, count, ranks.world))
     for at in range(0, len(own), config.sample.batch_size):
@@ -178,7 +191,10 @@ def sample_heldout(parts: Parts, folder: Path, ranks: Ranks) -> list[tuple[Examp
         log.info("sampled %d of %d videos", min(at + len(rows), len(own)), len(own))
     everyone: list[Any] = [None] * ranks.world
     dist.all_gather_object(everyone, mine)
-    return [(examples[i], given[i], video) for i, video in sorted((row for rows in everyone for row in rows), key=lambda row: row[0])]
+    return [
+        (examples[i], given[i], video)
+        for i, video in sorted((row for rows in everyone for row in rows), key=lambda row: row[0])
+    ]
 
 
 def measure(parts: Parts, rows: list[tuple[Example, Tensor, Tensor]], folder: Path, journal: Journal) -> None:
@@ -201,14 +217,20 @@ def measure(parts: Parts, rows: list[tuple[Example, Tensor, Tensor]], folder: Pa
             image_features=lambda images: parts.image_encoder(images.to(device)).embedding,
             text_features=lambda captions: parts.root.text(parts.root.text.tokenize(list(captions))).pooled,
         )
-    lines = [{"key": example.key, "caption": example.caption, **score} for (example, _, _), score in zip(rows, scores, strict=True)]
+    lines = [
+        {"key": example.key, "caption": example.caption, **score}
+        for (example, _, _), score in zip(rows, scores, strict=True)
+    ]
     write_text(folder / "samples" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     means = {name: (s.mean, s.stderr, s.n) for name, s in summary(scores).items()}
     journal.line({"samples": {name: {"mean": m, "stderr": e, "n": n} for name, (m, e, n) in means.items()}})
     for name, (mean, stderr, n) in means.items():
         log.info("  %-22s %8.3f +- %.3f  (%d videos)", name, mean, stderr, n)
         journal.board.add_scalar(f"samples/{name}", mean)
-    sheet = [SheetRow(image=image, truth=e.video, generated=video, caption=e.caption) for e, image, video in rows[:12]]
+    sheet = [
+        SheetRow(image=image, truth=e.video, generated=video, caption=e.caption)
+        for e, image, video in rows[:12]
+    ]
     contact_sheet(sheet, folder / "samples" / "contact_sheet.png")
     for number, (_, _, video) in enumerate(rows[:4]):
         journal.video(f"samples/{number:03d}", video, parts.config.sample.fps)

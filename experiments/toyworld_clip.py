@@ -1,6 +1,6 @@
 """Train the embedded tiny CLIP on the toy world: image prompts and video frames against captions (CLIP, section 2).
 
-    python experiments/toyworld_clip.py --steps 600 --out dit_booth/assets/clip.safetensors
+python experiments/toyworld_clip.py --steps 600 --out dit_booth/assets/clip.safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from torch import Tensor
 
 from dit_booth.data.example import Batch, Loader
 from dit_booth.data.toyworld import Toyworld, ToyworldConfig
-from dit_booth.models.clip import ClipConfig, TextEncoder, build_clip_model, clip_state_dict, contrastive_forward
+from dit_booth.models.clip import (
+    ClipConfig,
+    TextEncoder,
+    build_clip_model,
+    clip_state_dict,
+    contrastive_forward,
+)
 from dit_booth.models.weights import write
 
 
@@ -54,9 +60,11 @@ def main(settings: Settings) -> None:
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(max=4.6052)  # 100, as in CLIP
+            dict(model.named_parameters())["logit_scale"].clamp_(max=4.6052)  # 100, as in CLIP
         if step % 25 == 24:
-            log.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "s": time.time() - start})
+            log.append(
+                {"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "s": time.time() - start}
+            )
             print(json.dumps(log[-1]), flush=True)
     write(out, clip_state_dict(model, torch.float16))
     out.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))

@@ -70,7 +70,9 @@ class ReferenceKV(nn.Module):
         k, v = qkv.heads(self.to_k_exemplar(hidden)), qkv.heads(self.to_v_exemplar(hidden))
         reached = self.reached(qkv.q.shape[1])
         if self.config.update == "direct":
-            return qkv.reading(Segment(k, v, tuple((0,) if i in reached else () for i in range(qkv.q.shape[1]))))
+            return qkv.reading(
+                Segment(k, v, tuple((0,) if i in reached else () for i in range(qkv.q.shape[1])))
+            )
         v_new = self.updated_values(qkv, frames, k, v, reached)
         return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
 
@@ -85,6 +87,8 @@ class ReferenceKV(nn.Module):
         at = tuple((i,) for i in range(len(reached)))
         own = Segment(frames.k[:, reached], frames.v[:, reached], at)
         image = Segment(k, v, ((0,),) * len(reached))
-        for i, value in zip(reached, attend(qkv.q[:, reached], (image, own), qkv.kernel).unbind(1), strict=True):
+        for i, value in zip(
+            reached, attend(qkv.q[:, reached], (image, own), qkv.kernel).unbind(1), strict=True
+        ):
             values[i] = value.to(frames.v.dtype)
         return torch.stack(values, dim=1)

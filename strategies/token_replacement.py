@@ -59,14 +59,21 @@ class Mapper(nn.Module):
 
     def forward(self, states: tuple[Tensor, ...]) -> Tensor:
         """Five of (b (1 + n) c) -> b 5 d."""
-        cls, patch = ([self.get_submodule(f"{n}_{j}") for j in range(self.states)] for n in ("mapping", "mapping_patch"))
-        words = [c(s[:, :1]) + p(s[:, 1:]).mean(1, keepdim=True) for c, p, s in zip(cls, patch, states, strict=True)]
+        cls, patch = (
+            [self.get_submodule(f"{n}_{j}") for j in range(self.states)] for n in ("mapping", "mapping_patch")
+        )
+        words = [
+            c(s[:, :1]) + p(s[:, 1:]).mean(1, keepdim=True)
+            for c, p, s in zip(cls, patch, states, strict=True)
+        ]
         return torch.cat(words, dim=1)
 
 
 def _mlp(image_dim: int, width: int, text_dim: int) -> nn.Sequential:
     hidden = [nn.Linear(image_dim, width), nn.LayerNorm(width), nn.LeakyReLU()]
-    return nn.Sequential(*hidden, nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(), nn.Linear(width, text_dim))
+    return nn.Sequential(
+        *hidden, nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(), nn.Linear(width, text_dim)
+    )
 
 
 class ReplaceSubject(nn.Module):
@@ -97,7 +104,9 @@ def _sources(spans: list[int], length: int, count: int) -> list[int]:
             out.append(position)
         elif position == 0 or spans[position - 1] != span:  # an occurrence begins
             out.extend(range(length, length + count))
-    padding = [length - 1] * length  # a span longer than the words leaves room: repeat the last token, the padding
+    padding = [
+        length - 1
+    ] * length  # a span longer than the words leaves room: repeat the last token, the padding
     return (out + padding)[:length]
 
 

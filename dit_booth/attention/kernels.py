@@ -73,16 +73,20 @@ KERNELS = {
 
 def choose(name: str, q: Tensor) -> Kernel:
     """The kernel for tensors like q. ``auto``: PyTorch's CPU flash kernel on the CPU, the math path elsewhere."""
+    kernel: Kernel = _choose(name, q.device.type)
+    return kernel
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=32)
+def _choose(name: str, device: str) -> Kernel:
     if name == "auto":
-        name = "torch_flash" if q.device.type == "cpu" else "math"
-        _say(name, q.device.type)
+        name = "torch_flash" if device == "cpu" else "math"
+        log.info("attention kernel on %s: %s", device, name)
     if name not in KERNELS:
         raise ValueError(f"attention kernel {name!r} is unknown; use auto or one of {', '.join(KERNELS)}")
-    if name == "torch_flash" and q.device.type != "cpu":
-        raise ValueError("attention kernel 'torch_flash' runs on the CPU so far; use auto or math on this device")
+    if name == "torch_flash" and device != "cpu":
+        raise ValueError(
+            "attention kernel 'torch_flash' runs on the CPU so far; use auto or math on this device"
+        )
     return KERNELS[name]
-
-
-@lru_cache(maxsize=8)
-def _say(name: str, device: str) -> None:
-    log.info("attention kernel on %s: %s", device, name)

@@ -45,9 +45,7 @@ class FramePlan:
 @lru_cache(maxsize=256)
 def _compile(text: str, count: int) -> Frames:
     terms = [_term(part.strip(), text) for part in text.split("+")]
-    return tuple(
-        tuple(sorted({j for reads, k in terms for j in reads(i, count, k)})) for i in range(count)
-    )
+    return tuple(tuple(sorted({j for reads, k in terms for j in reads(i, count, k)})) for i in range(count))
 
 
 def _term(part: str, text: str) -> tuple[Callable[[int, int, int], range | set[int]], int]:
@@ -55,11 +53,14 @@ def _term(part: str, text: str) -> tuple[Callable[[int, int, int], range | set[i
     name, argument = (match[1], match[2]) if match else (part, None)
     takes, reads = _TERMS.get(name, (None, None))
     if reads is None:
-        raise ValueError(
-            f"plan {text!r}: unknown term {part!r}; use a sum of {', '.join(f'{n}(k)' if t else n for n, (t, _) in _TERMS.items())}"
-        )
+        known = ", ".join(f"{n}(k)" if takes_k else n for n, (takes_k, _) in _TERMS.items())
+        raise ValueError(f"plan {text!r}: unknown term {part!r}; use a sum of {known}")
     if takes != (argument is not None) or (argument is not None and int(argument) < 1):
-        raise ValueError(f"plan {text!r}: write {name}(k) with k >= 1" if takes else f"plan {text!r}: {name} takes no argument")
+        raise ValueError(
+            f"plan {text!r}: write {name}(k) with k >= 1"
+            if takes
+            else f"plan {text!r}: {name} takes no argument"
+        )
     return reads, int(argument or 0)
 
 

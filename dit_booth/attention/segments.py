@@ -44,7 +44,9 @@ class Read:
     folded: bool
 
 
-def attend(q: Tensor, segments: Sequence[Segment], kernel: str = "auto", scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor, segments: Sequence[Segment], kernel: str = "auto", scale: float | None = None
+) -> Tensor:
     """Softmax attention of every query over every key that it may read, in all segments jointly.
 
     q: (b f n k d), scaled by d ** -0.5 unless `scale` says otherwise. Returns (b f n k d).
@@ -52,7 +54,7 @@ def attend(q: Tensor, segments: Sequence[Segment], kernel: str = "auto", scale: 
     """
     _validate(q, segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plan = tuple((index, read) for index, s in enumerate(segments) for read in reads(s.frames))
+    plan = _plan(tuple(s.frames for s in segments))
     queries = [s.query for s in segments if s.query is not None]
     own = tuple(s.query is not None for s in segments)
     keys_values = [t for s in segments for t in (s.k, s.v)]
@@ -60,7 +62,8 @@ def attend(q: Tensor, segments: Sequence[Segment], kernel: str = "auto", scale: 
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
     tensors = [t.to(dtype) for t in (q, *queries, *keys_values)]
-    return _Joint.apply(plan, own, choose(kernel, tensors[0]), scale, *tensors)
+    out: Tensor = _Joint.apply(plan, own, choose(kernel, tensors[0]), scale, *tensors)
+    return out
 
 
 def _validate(q: Tensor, segments: Sequence[Segment]) -> None:
@@ -69,10 +72,20 @@ def _validate(q: Tensor, segments: Sequence[Segment]) -> None:
         if len(s.frames) != frames:
             raise ValueError(f"a segment says what {len(s.frames)} query frames read, but there are {frames}")
         if s.k.shape != s.v.shape or s.k.shape[-2:] != q.shape[-2:] or s.k.shape[0] != q.shape[0]:
-            raise ValueError(f"k {tuple(s.k.shape)} and v {tuple(s.v.shape)} do not fit q {tuple(q.shape)} (b f n k d)")
+            raise ValueError(
+                f"k {tuple(s.k.shape)} and v {tuple(s.v.shape)} do not fit q {tuple(q.shape)} (b f n k d)"
+            )
     for i in range(frames):
         if not any(s.frames[i] for s in segments):
-            raise ValueError(f"query frame {i} reads no key in any segment; give it at least one in the frame plan")
+            raise ValueError(
+                f"query frame {i} reads no key in any segment; give it at least one in the frame plan"
+            )
+
+
+@torch.compiler.assume_constant_result
+def _plan(frames: tuple[Frames, ...]) -> tuple[tuple[int, Read], ...]:
+    """(segment, read) of every plain attention to run; a constant of the compiled graph."""
+    return tuple((index, read) for index, f in enumerate(frames) for read in reads(f))
 
 
 @lru_cache(maxsize=512)
@@ -86,7 +99,9 @@ def reads(frames: Frames) -> tuple[Read, ...]:
         folded = len(fold[0]) * len(fold[1]) >= len(pairing[0])
         queries, groups = fold if folded else pairing
         out.append(Read(queries, groups, folded))
-        left -= {(i, g) for i in queries for g in groups} if folded else set(zip(queries, groups, strict=True))
+        left -= (
+            {(i, g) for i in queries for g in groups} if folded else set(zip(queries, groups, strict=True))
+        )
     return tuple(out)
 
 
@@ -138,7 +153,12 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: tuple[tuple[int, Read], ...], own: tuple[bool, ...], kernel: Kernel, scale: float, *tensors: Tensor
+        ctx: Any,
+        plan: tuple[tuple[int, Read], ...],
+        own: tuple[bool, ...],
+        kernel: Kernel,
+        scale: float,
+        *tensors: Tensor,
     ) -> Tensor:
         q, *rest = tensors
         out, lse = None, None  # b f n k d; b f n k 1
@@ -189,7 +209,9 @@ def _positions(own: tuple[bool, ...], index: int) -> tuple[int, int, int]:
     return (1 + sum(own[:index]) if own[index] else 0, keys, keys + 1)
 
 
-def _operands(q: Tensor, rest: Sequence[Tensor], own: tuple[bool, ...], index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(
+    q: Tensor, rest: Sequence[Tensor], own: tuple[bool, ...], index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     at = _positions(own, index)
     everything = (q, *rest)
     return everything[at[0]], everything[at[1]], everything[at[2]]

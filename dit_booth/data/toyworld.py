@@ -315,7 +315,7 @@ def _sample_looks(rng: np.random.Generator, split: Split) -> tuple[str, str, tup
 def _path(rng: np.random.Generator, motion: str) -> tuple[float, tuple[float, float], tuple[float, float]]:
     """Radius, first centre and last centre; the subject stays (almost) inside the frame all along."""
     moving = motion in ("left", "right", "up", "down", "bouncing")
-    radius = float(rng.uniform(0.27, 0.33) if moving else rng.uniform(0.3, 0.38))
+    radius = float(rng.uniform(0.3, 0.36) if moving else rng.uniform(0.34, 0.42))
     near, slack = 0.9 * radius, 0.5 - radius
     across = 0.5 + float(rng.uniform(-slack, slack)) * 0.8
     other = 0.5 + float(rng.uniform(-slack, slack)) * 0.8

@@ -24,7 +24,7 @@ class Size(NamedTuple):
 
 
 SIZES = {  # S to XL as in DiT, table 1
-    "nano": Size(6, 128, 4),
+    "nano": Size(5, 128, 4),
     "S": Size(12, 384, 6),
     "B": Size(12, 768, 12),
     "L": Size(24, 1024, 16),
@@ -39,7 +39,7 @@ class DiTConfig:
     patch: Literal[1, 2, 4, 8] = 2
     """Side of a token in latent pixels."""
     plan: str = "first+previous"
-    """Frames that a frame's cross-frame attention reads: self, first, previous, window(k), keyframes(m), sink(s), all, and sums."""
+    """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
     attention: str = "auto"
     """Attention kernel."""
     checkpointing: bool = False
@@ -98,7 +98,7 @@ class VideoDiT(nn.Module):
 
     def sites(self) -> list[Site]:
         """Every site of the backbone, in the order of the forward pass."""
-        blocks = [site for block in self.blocks for site in block.sites()]
+        blocks = [site for block in self.blocks if isinstance(block, DiTBlock) for site in block.sites()]
         return [self.entry, self.text_site, *blocks, self.exit]
 
     def initialise(self) -> None:
@@ -109,12 +109,15 @@ class VideoDiT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
-        for linear in (*self.t_embedder.mlp[::2], self.text_embedder):
-            nn.init.normal_(linear.weight, std=0.02)
-        zeroed = [b.modulation.linear for b in self.blocks]
-        for linear in (*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for small in (*self.t_embedder.mlp.modules(), self.text_embedder):
+            if isinstance(small, nn.Linear):
+                nn.init.normal_(small.weight, std=0.02)
+        zeroed = [m.linear for m in self.modules() if isinstance(m, BlockModulation | FinalLayer)]
+        for parameter in (
+            *self.final_layer.adaLN_modulation.parameters(),
+            *(p for z in zeroed for p in z.parameters()),
+        ):
+            nn.init.zeros_(parameter)
 
 
 class PatchEmbed(nn.Module):
@@ -128,7 +131,10 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frames, height, width = x.shape[1], x.shape[-2], x.shape[-1]
         if height % self.patch or width % self.patch:
-            raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {self.patch}; change dit.patch or the size")
+            raise ValueError(
+                f"latents of {height} x {width} cannot be cut into patches of {self.patch};"
+                " change dit.patch or data.size"
+            )
         tokens = self.proj(rearrange(x, "b f c h w -> (b f) c h w"))
         hidden = tokens.shape[1]
         tokens = rearrange(tokens, "(b f) d h w -> b f (h w) d", f=frames)
@@ -185,7 +191,9 @@ class DiTBlock(nn.Module):
         self.modulation = BlockModulation(f"{name}.modulation", hidden)
         self.attn1 = Attention(f"{name}.attn1", "cross_frame", hidden, heads, bias=True, kernel=kernel)
         self.attn_temp = Attention(f"{name}.attn_temp", "temporal", hidden, heads, bias=True, kernel=kernel)
-        self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU("tanh"), nn.Linear(4 * hidden, hidden))
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, 4 * hidden), nn.GELU("tanh"), nn.Linear(4 * hidden, hidden)
+        )
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
 
     def forward(self, x: Tensor, c: Tensor, plan: Frames, inject: Injection) -> Tensor:

@@ -13,9 +13,11 @@ from dit_booth.inject import QKV, Injection, Role, Site
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of t (b,), cosines first, in float32: (b dim). DDPM section 3.3 / Transformer section 3.5."""
+    """Sinusoidal embedding of t (b,), cosines first, in float32: (b dim). Transformer section 3.5."""
     half = dim // 2
-    frequency = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    frequency = torch.exp(
+        -math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
     angle = rearrange(t.float(), "b -> b 1") * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -46,7 +48,14 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, name: str, role: Role, dim: int, heads: int, source_dim: int | None = None, bias: bool = False, kernel: str = "auto"
+        self,
+        name: str,
+        role: Role,
+        dim: int,
+        heads: int,
+        source_dim: int | None = None,
+        bias: bool = False,
+        kernel: str = "auto",
     ) -> None:
         super().__init__()
         if dim % heads:

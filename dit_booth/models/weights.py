@@ -23,9 +23,13 @@ def load_start(backbone: nn.Module, text: nn.Module, source: str, kind: str) -> 
     if file.is_dir():
         file = file / "weights.safetensors"
     if not file.is_file():
-        raise ValueError(f"weights is {source!r}, but {file} is not a file; use embedded, none, a run folder or a .safetensors file")
+        raise ValueError(
+            f"weights is {source!r}, but {file} is not a file; use embedded, none, a run folder or a .safetensors file"
+        )
     state = read(file)
-    load_strictly(backbone, part(state, "backbone."), f"weights={source}: {file.name} for the {kind} backbone")
+    load_strictly(
+        backbone, part(state, "backbone."), f"weights={source}: {file.name} for the {kind} backbone"
+    )
     if words := part(state, "text."):
         load_strictly(text, words, f"weights={source}: {file.name} for the text encoder")
 
@@ -35,7 +39,9 @@ def read(file: Path) -> dict[str, Tensor]:
     try:
         return {name: t.float() if t.is_floating_point() else t for name, t in load_file(file).items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}; it may be cut off: copy it again") from error
+        raise ValueError(
+            f"{file} cannot be read as safetensors: {error}; it may be cut off: copy it again"
+        ) from error
 
 
 def write(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -58,14 +64,27 @@ def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str, *, partial: bool = False) -> None:
-    """Load a state dict; anything missing (unless `partial`), unexpected or of another shape is an error that lists it."""
+def load_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], what: str, *, partial: bool = False
+) -> None:
+    """Load a state dict; what is missing (unless `partial`), unexpected or of another shape is an error that lists it."""
     own = module.state_dict()
     missing = [] if partial else [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
-    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    shapes = [
+        f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
     problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    found = "; ".join(f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for kind, names in problems if names)
+    found = "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for kind, names in problems
+        if names
+    )
     if found:
-        raise ValueError(f"{what}: the weights are of another architecture: {found}; choose the sizes that the file was made with, or weights=none")
+        raise ValueError(
+            f"{what}: the weights are of another architecture: {found};"
+            " choose the sizes that the file was made with, or weights=none"
+        )
     module.load_state_dict(dict(state), strict=not partial)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_booth.config import RunConfig
 from dit_booth.diffusion.objectives import Objective, make_objective
@@ -70,7 +70,9 @@ def build(config: RunConfig) -> Parts:
     return Parts(config, root, autoencoder, image_encoder, make_objective(config.objective))
 
 
-def build_backbone(config: RunConfig, channels: int, text_dim: int, text_embed_dim: int) -> nn.Module:
+def build_backbone(
+    config: RunConfig, channels: int, text_dim: int, text_embed_dim: int
+) -> VideoDiT | VideoUNet:
     """The backbone with random weights; its channels and text widths are those of the encoders."""
     if config.backbone == "dit":
         return VideoDiT(config.dit, channels=channels, text_dim=text_dim, text_embed_dim=text_embed_dim)

@@ -14,15 +14,19 @@ from dit_booth.training.ema import Ema
 
 
 def save(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks, step: int) -> None:
-    """Write ``step<n>/``, then point ``latest.json`` at it, then drop the older ones. A cut leaves the old one current."""
+    """Write ``step<n>/``, point ``latest.json`` at it, drop the older ones. A cut leaves the old one current."""
     tag = f"step{step}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True)
+    engine.save_checkpoint(
+        str(folder), tag=tag, client_state={"step": step}, save_latest=False, exclude_frozen_parameters=True
+    )
     if ema is not None:
         save_file(ema.shadow, folder / tag / f"ema_rank{ranks.rank}.safetensors")
     ranks.barrier()
     if ranks.first:
         partial = folder / "latest.json.part"
-        partial.write_text(json.dumps({"tag": tag, "ranks": ranks.world, "zero": engine.zero_optimization_stage()}))
+        partial.write_text(
+            json.dumps({"tag": tag, "ranks": ranks.world, "zero": engine.zero_optimization_stage()})
+        )
         partial.replace(folder / "latest.json")
         for old in folder.glob("step*"):
             if old.name != tag:

@@ -46,7 +46,9 @@ def start() -> Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        alone = dict(
+            RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
         for name, value in alone.items():
             os.environ.setdefault(name, str(value))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -61,7 +63,9 @@ def start() -> Ranks:
         torch.cuda.set_device(local)
     else:  # ranks share the cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
-    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_gpu else torch.device("cpu"))
+    return Ranks(
+        dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    )
 
 
 def stop() -> None:

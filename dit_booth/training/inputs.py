@@ -38,7 +38,12 @@ def generator_of(*numbers: int) -> torch.Generator:
 
 @torch.no_grad()
 def make_inputs(
-    parts: Parts, batch: Batch, stage: StageConfig, generator: torch.Generator, dtype: torch.dtype, with_image: bool
+    parts: Parts,
+    batch: Batch,
+    stage: StageConfig,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    with_image: bool,
 ) -> Inputs:
     """Encode, drop, draw times and noise. The reference's noise is drawn before the video's, as in VideoBooth.
 

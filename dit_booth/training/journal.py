@@ -44,12 +44,16 @@ class Journal:
         """A video (f 3 h w in [-1, 1]) as TensorBoard shows it: an animated GIF (its own writer needs moviepy)."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        pixels = rearrange(((video.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu(), "f c h w -> f h w c")
+        pixels = rearrange(
+            ((video.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu(), "f c h w -> f h w c"
+        )
         frames = [Image.fromarray(frame.numpy()) for frame in pixels]
         data = io.BytesIO()
         frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
         height, width = pixels.shape[1:3]
-        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data.getvalue())
+        picture = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=data.getvalue()
+        )
         self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]))
 
     def close(self) -> None:

@@ -23,7 +23,9 @@ def schedule_of(config: RunConfig, root: Injected) -> tuple[StageName, ...]:
     return tuple(stage for stage in STAGES if stage in trained and stage in ("coarse", "fine"))
 
 
-def active_strategies(config: RunConfig, root: Injected, schedule: Sequence[StageName], index: int) -> tuple[str, ...]:
+def active_strategies(
+    config: RunConfig, root: Injected, schedule: Sequence[StageName], index: int
+) -> tuple[str, ...]:
     """The strategies that take part in a stage: as configured, or those that this stage or an earlier one trains."""
     stage = stage_config(config, schedule[index])
     for name in stage.strategies:
@@ -43,12 +45,14 @@ def stage_config(config: RunConfig, name: StageName) -> StageConfig:
     return stage
 
 
-def trainable_globs(config: RunConfig, root: Injected, name: StageName, active: Sequence[str]) -> tuple[str, ...]:
+def trainable_globs(
+    config: RunConfig, root: Injected, name: StageName, active: Sequence[str]
+) -> tuple[str, ...]:
     """Globs over the root's parameter names that a stage trains, as configured or as its strategies declare."""
     stage = stage_config(config, name)
     if stage.train:
         return stage.train
-    if name == "base":
+    if name in ("images", "base"):
         return ("backbone.*",)
     stages = (name, "coarse") if stage.finetune_coarse else (name,)
     globs = []

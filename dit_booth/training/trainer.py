@@ -28,7 +28,14 @@ from dit_booth.training.stage import set_trainable, stage_config, trainable_glob
 
 log = logging.getLogger(__name__)
 
-OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler")
+OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
 
 
 class Interrupted(Exception):
@@ -36,7 +43,14 @@ class Interrupted(Exception):
 
 
 def train_stage(
-    parts: Parts, name: StageName, index: int, active: Sequence[str], folder: Path, ranks: Ranks, journal: Journal | None, begin: float
+    parts: Parts,
+    name: StageName,
+    index: int,
+    active: Sequence[str],
+    folder: Path,
+    ranks: Ranks,
+    journal: Journal | None,
+    begin: float,
 ) -> None:
     """Train stage `index` of the schedule, or continue it, and write ``weights.safetensors`` into `folder` at its end.
 
@@ -61,7 +75,9 @@ def train_stage(
         workers=config.data.workers,
     )
     batches = loader.stream(done * config.train.accumulation)
-    bar = tqdm(total=stage.steps, initial=done, desc=name, unit="step", disable=not ranks.first, mininterval=1.0)
+    bar = tqdm(
+        total=stage.steps, initial=done, desc=name, unit="step", disable=not ranks.first, mininterval=1.0
+    )
     with stop_signals() as stop, bar:
         for step in range(done + 1, stage.steps + 1):
             start = time.perf_counter()
@@ -75,13 +91,18 @@ def train_stage(
             check_finite(loss, name, step, folder)
             if journal:
                 seconds = time.perf_counter() - start
-                values = {"loss": loss, "penalty": penalty, "lr": engine.get_lr()[0], "grad_norm": grad_norm(engine)}
+                values = {
+                    "loss": loss,
+                    "penalty": penalty,
+                    "lr": engine.get_lr()[0],
+                    "grad_norm": grad_norm(engine),
+                }
                 journal.step(name, step, {**values, "seconds": seconds})
                 if step == done + 1:
                     log.info("first step of %s after %.1f s", name, time.perf_counter() - begin)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
-            if stopping or step % config.train.checkpoint_every == 0 and step < stage.steps:
+            if stopping or (step % config.train.checkpoint_every == 0 and step < stage.steps):
                 checkpoint.save(folder, engine, ema, ranks, step)
             if stopping:
                 raise Interrupted(f"stopped at step {step} of stage {name}; the same command resumes there")
@@ -90,7 +111,12 @@ def train_stage(
 
 
 def micro_step(
-    parts: Parts, engine: Any, batch: Batch, stage: StageConfig, generator: torch.Generator, dtype: torch.dtype
+    parts: Parts,
+    engine: Any,
+    batch: Batch,
+    stage: StageConfig,
+    generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> tuple[float, float]:
     """Forward and backward of one micro-batch; the optimizer steps at the accumulation boundary."""
     batch = batch.to(engine.device)
@@ -110,7 +136,10 @@ def make_engine(parts: Parts, trained: list[torch.nn.Parameter], stage: StageCon
     optimizer = torch.optim.AdamW(trained, lr=stage.lr, betas=train.betas, weight_decay=train.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, stage))
     engine, *_ = deepspeed.initialize(
-        model=parts.root, optimizer=optimizer, lr_scheduler=schedule, config=engine_settings(parts.config, ranks)
+        model=parts.root,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=engine_settings(parts.config, ranks),
     )
     return engine
 
@@ -127,7 +156,9 @@ def engine_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """``ds_config.json`` plus what the run's configuration decides; a setting in both is an error."""
     file = repository_file(config.ds_config)
     if not file.is_file():
-        raise ValueError(f"ds_config is {config.ds_config!r}, which is not a file; give DeepSpeed's JSON settings")
+        raise ValueError(
+            f"ds_config is {config.ds_config!r}, which is not a file; give DeepSpeed's JSON settings"
+        )
     try:
         settings: dict[str, Any] = json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -172,7 +203,12 @@ def grad_norm(engine: Any) -> float:
 
 
 def finish(
-    parts: Parts, parameters: dict[str, torch.nn.Parameter], ema: Ema | None, folder: Path, ranks: Ranks, name: str
+    parts: Parts,
+    parameters: dict[str, torch.nn.Parameter],
+    ema: Ema | None,
+    folder: Path,
+    ranks: Ranks,
+    name: str,
 ) -> None:
     """Write what the stage trained (its averages); the file appears last and whole: it marks the stage as finished."""
     import deepspeed
