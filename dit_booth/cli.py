@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import importlib.util
 import logging
+import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import yaml
 
 from dit_booth.config import RunConfig
 from dit_booth.inject import suggest
-from dit_booth.strategy import find, registered
+from dit_booth.strategy import StrategyConfig, find, registered
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +31,16 @@ def parse(argv: Sequence[str], *, default_config: str = "", description: str = "
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=default_config)
     first.add_argument("--strategy")
-    first.add_argument("--plugin", nargs="*", default=[])
+    first.add_argument("--plugin", nargs="*", action="extend", default=[])
     first.add_argument("--local_rank", "--local-rank", type=int)
     peeled, rest = first.parse_known_args(list(argv))
     settings = read_yaml(peeled.config) if peeled.config else {}
-    plugins = [*settings.pop("plugin", []), *peeled.plugin]
+    listed = settings.pop("plugin", None) or []
+    plugins = list(dict.fromkeys([*([listed] if isinstance(listed, str) else listed), *peeled.plugin]))
+    registered()  # the installed ones first: a plug-in that takes one of their names is an error
     for path in plugins:
         load_plugin(path)
-    strategy = peeled.strategy or settings.get("strategy") or RunConfig.strategy
+    strategy = str(peeled.strategy or settings.get("strategy") or RunConfig.strategy)
     settings["strategy"] = strategy
     drop_other_strategies(settings, strategy, chosen_here=peeled.strategy is not None)
     try:
@@ -53,9 +57,11 @@ def parse(argv: Sequence[str], *, default_config: str = "", description: str = "
         raise
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML mapping; ``extends: other.yaml`` reads that file first (relative to this one)."""
     file = Path(path)
+    if file.resolve() in below:
+        raise ValueError(f"--config {below[0]} extends itself by way of {path}; remove one `extends`")
     if not file.is_file():
         raise ValueError(
             f"--config {path} is not a file{suggest(file.name, [p.name for p in file.parent.glob('*.yaml')])}"
@@ -67,7 +73,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"--config {path} holds a {type(settings).__name__}; write `name: value` lines")
     parent = settings.pop("extends", None)
-    return merge(read_yaml(str(file.parent / parent)), settings) if parent else settings
+    if not parent:
+        return settings
+    return merge(read_yaml(str(file.parent / parent), (*below, file.resolve())), settings)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def drop_other_strategies(settings: dict[str, Any], strategy: str, *, chosen_her
 
 
 def to_argv(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A nested mapping as command-line arguments: ``{"a": {"b": 1}}`` -> ``["--a.b", "1"]``."""
+    """A nested mapping as command-line arguments: ``{"a": {"b": 1}}`` -> ``["--a.b=1"]``."""
     out: list[str] = []
     for key, value in settings.items():
         name = f"{prefix}{key}"
@@ -100,17 +108,20 @@ def to_argv(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
         elif isinstance(value, (list, tuple)):
             out += [f"--{name}", *map(str, value)]
         else:
-            out += [f"--{name}", str(value)]
+            out += [f"--{name}={value}"]  # one word: a value may begin with a dash
     return out
 
 
 def config_class(strategy: str) -> type[RunConfig]:
     """`RunConfig` with one more section for each chosen strategy that has options."""
-    sections: list[Any] = [
-        (name, cls.Config, dataclasses.field(default=cls.Config()))
-        for name, cls in find(strategy).items()
-        if dataclasses.fields(cls.Config)
-    ]
+    return _with_sections(
+        tuple((name, cls.Config) for name, cls in find(strategy).items() if dataclasses.fields(cls.Config))
+    )
+
+
+@cache  # equal settings are equal objects: one class for one set of sections
+def _with_sections(options: tuple[tuple[str, type[StrategyConfig]], ...]) -> type[RunConfig]:
+    sections: list[Any] = [(name, cls, dataclasses.field(default=cls())) for name, cls in options]
     return dataclasses.make_dataclass("RunConfig", sections, bases=(RunConfig,), frozen=True, kw_only=True)
 
 
@@ -120,7 +131,9 @@ def load_plugin(path: str) -> None:
         raise ValueError(f"--plugin {path} is not a file; give the path of a Python file")
     spec = importlib.util.spec_from_file_location(f"dit_booth_plugin_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where dataclasses and tyro look up the types of its options
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"--plugin {path} failed: {type(error).__name__}: {error}") from error

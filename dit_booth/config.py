@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -220,15 +221,21 @@ class RunConfig:
 
     def fingerprint(self) -> str:
         """Eight hex digits that change with every setting but the folder and what only watches the run."""
-        settings = self.as_dict()
-        settings.pop("out")
-        settings["data"].pop("workers")
-        settings["train"].pop("checkpoint_every")
+        settings = decisive(self.as_dict())
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
     def folder(self) -> str:
         """The run folder: the same settings always name the same one, so the same command resumes."""
         return self.out or f"runs/{self.strategy}-{self.backbone}-{self.fingerprint()}"
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings (`RunConfig.as_dict`, or a ``run.yaml``) that change a run's result: two runs differ if these do."""
+    out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    out.pop("out", None)
+    out.get("data", {}).pop("workers", None)
+    out.get("train", {}).pop("checkpoint_every", None)
+    return out
 
 
 __all__ = [
@@ -240,4 +247,5 @@ __all__ = [
     "StageName",
     "StagesConfig",
     "TrainConfig",
+    "decisive",
 ]

@@ -18,6 +18,7 @@ A strategy is one short file::
 
 from __future__ import annotations
 
+import functools
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -132,8 +133,9 @@ def register(name: str) -> Callable[[S], S]:
     return add
 
 
+@functools.cache
 def load_plugins() -> None:
-    """Import every module named under the entry-point group ``dit_booth.strategies``, the built-in ones among them."""
+    """Once: import every module named under the entry-point group ``dit_booth.strategies``, the built-in ones among them."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
@@ -144,8 +146,7 @@ def load_plugins() -> None:
 
 def registered() -> dict[str, type[Strategy]]:
     """All registered strategies, sorted by name."""
-    if not _REGISTRY:
-        load_plugins()
+    load_plugins()
     return dict(sorted(_REGISTRY.items()))
 
 

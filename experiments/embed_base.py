@@ -1,4 +1,4 @@
-"""Put a finished base run into the package: dit_booth/assets/<backbone>.safetensors in float16, and its log beside.
+"""Put a finished base run into the package: the backbone as an asset of its own, the text tower into the tiny CLIP.
 
 python experiments/embed_base.py runs/base-dit
 """
@@ -10,23 +10,38 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
-from dit_booth.models.weights import ASSETS, read, write
+from dit_booth.models.weights import ASSETS, part, read, write
 
 
 def main(folder: Path) -> None:
-    """ValueError where the run is not finished."""
+    """Weights in float16 under dit_booth/assets/, every 25th line of the log under docs/results/.
+
+    ValueError: the run is not finished.
+    """
     if not (folder / "finished").is_file():
         raise ValueError(f"{folder} is not a finished run; run it to its end first")
     settings = yaml.safe_load((folder / "run.yaml").read_text())
-    state = {name: value.to(torch.float16) for name, value in read(folder / "weights.safetensors").items()}
-    file = ASSETS / f"{settings['backbone']}.safetensors"
-    write(file, state, {"schedule": "+".join(settings["schedule"]), "seed": str(settings["train"]["seed"])})
+    state = read(folder / "weights.safetensors")
+    write(
+        ASSETS / f"{settings['backbone']}.safetensors",
+        half({name: value for name, value in state.items() if name.startswith("backbone.")}),
+        {"schedule": "+".join(settings["schedule"]), "seed": str(settings["train"]["seed"])},
+    )
+    clip = ASSETS / "clip.safetensors"
+    write(clip, half(read(clip) | part(state, "text.")))
     log = Path("docs/results") / f"base_{settings['backbone']}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     log.write_text("".join(line for i, line in enumerate(lines) if i % 25 == 0 or '"samples"' in line))
-    print(f"{file}: {file.stat().st_size / 1e6:.2f} MB; log {log}")
+    for file in sorted(ASSETS.glob("*.safetensors")):
+        print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
+
+
+def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floating-point tensors in float16."""
+    return {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in state.items()}
 
 
 if __name__ == "__main__":

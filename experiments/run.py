@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,28 +32,36 @@ log = logging.getLogger("dit_booth")
 
 def main(argv: list[str]) -> int:
     """0: finished; 1: an error, said in one line; 2: a bad flag; 130: interrupted, resumable."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    from dit_booth.cli import parse
-
     begin = time.perf_counter()
+    rank = int(os.environ.get("RANK", "0"))  # the launcher's
+    logging.basicConfig(
+        level=logging.ERROR if rank else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
+    log.setLevel(logging.ERROR if rank else logging.INFO)
     try:
-        config = parse(argv, default_config=DEFAULT_CONFIG, description=__doc__ or "")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    from dit_booth.training.distributed import start, stop
-    from dit_booth.training.trainer import Interrupted
-
-    ranks = start()
-    logging.getLogger().setLevel(logging.INFO if ranks.first else logging.ERROR)
-    try:
-        run(config, ranks, begin)
-    except Interrupted as stopped:
-        log.error("\n%s", stopped)
+        return start_run(argv, begin)
+    except KeyboardInterrupt as stopped:
+        log.info("\n%s", stopped or "stopped; the same command resumes")
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 1
+
+
+def start_run(argv: list[str], begin: float) -> int:
+    """Read the settings; if there is anything left to do, join the other ranks and do it."""
+    from dit_booth.cli import parse
+
+    config = parse(argv, default_config=DEFAULT_CONFIG, description=__doc__ or "")
+    folder = Path(config.folder())
+    check_folder(folder, config)
+    if (folder / "finished").is_file():
+        log.info("this run is finished, nothing to do; --out FOLDER makes another one\n%s", describe(folder))
+        return 0
+    from dit_booth.training.distributed import start, stop
+
+    try:
+        run(config, start(), begin)
     finally:
         stop()
     return 0
@@ -64,19 +73,17 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
     from dit_booth.training.stage import schedule_of
 
     folder = Path(config.folder())
-    if (folder / "finished").is_file() and same_settings(folder, config):
-        log.info("this run is finished; %s", describe(folder))
-        return
     parts = fresh_parts(config, ranks)
     schedule = schedule_of(config, parts.root)
     log.info(
-        "%s on %s: stages %s, in %s", config.strategy, config.backbone, ", ".join(schedule) or "none", folder
+        "%s on %s, ranks: %d, stages: %s", config.strategy, config.backbone, ranks.world, " ".join(schedule)
     )
+    log.info("run folder: %s", folder)
     if ranks.first:
         claim(folder, config)
     ranks.barrier()
     journal = Journal(folder) if ranks.first else None
-    parts = train(config, folder, ranks, journal, begin)
+    parts = train(parts, folder, ranks, journal, begin)
     rows = sample_heldout(parts, folder, ranks)
     if journal:
         measure(parts, rows, folder, journal)
@@ -91,16 +98,20 @@ def fresh_parts(config: RunConfig, ranks: Ranks) -> Parts:
     return build(config).to(ranks.device)
 
 
-def same_settings(folder: Path, config: RunConfig) -> bool:
-    """Whether a folder's ``run.yaml`` describes this run; ValueError, listing what differs, if it does not."""
+def check_folder(folder: Path, config: RunConfig) -> None:
+    """ValueError, listing what differs, if another run has begun in the folder."""
     import yaml
 
-    there = yaml.safe_load((folder / "run.yaml").read_text())
-    here = config.as_dict()
-    changed = differences(there, here)
+    from dit_booth.config import decisive
+
+    settings = folder / "run.yaml"
+    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "finished"))
+    if not (begun and settings.is_file()):  # a run that failed before its first step left nothing to lose
+        return
+    changed = differences(decisive(yaml.safe_load(settings.read_text())), decisive(config.as_dict()))
     if changed:
-        raise ValueError(f"{folder} holds another run ({'; '.join(changed[:5])}); choose another --out")
-    return True
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise ValueError(f"{folder} holds another run ({'; '.join(changed[:5])}{more}); choose another --out")
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -116,26 +127,23 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def claim(folder: Path, config: RunConfig) -> None:
-    """Create the run folder with its ``run.yaml``, or check that the one there is this run's."""
+    """Create the run folder with its ``run.yaml``, which repeats the run: ``--config <folder>/run.yaml``."""
     import yaml
 
-    if (folder / "run.yaml").is_file():
-        same_settings(folder, config)
-        return
+    from dit_booth.models.weights import write_text
+
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "run.yaml.part"
-    partial.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
-    partial.replace(folder / "run.yaml")
+    write_text(folder / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
 
 
-def train(config: RunConfig, folder: Path, ranks: Ranks, journal: Journal | None, begin: float) -> Parts:
+def train(parts: Parts, folder: Path, ranks: Ranks, journal: Journal | None, begin: float) -> Parts:
     """Train the stages that are not finished yet, each from the weights of those before it."""
     from dit_booth.models.weights import load_strictly, part, read, write
     from dit_booth.training.stage import active_strategies, schedule_of
     from dit_booth.training.trainer import train_stage
 
+    config = parts.config
     trained: dict[str, Tensor] = {}
-    parts = fresh_parts(config, ranks)
     schedule = schedule_of(config, parts.root)
     for index, name in enumerate(schedule):
         active = active_strategies(config, parts.root, schedule, index)

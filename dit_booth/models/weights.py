@@ -67,7 +67,7 @@ def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def load_strictly(
     module: nn.Module, state: Mapping[str, Tensor], what: str, *, partial: bool = False
 ) -> None:
-    """Load a state dict; what is missing (unless `partial`), unexpected or of another shape is an error that lists it."""
+    """Load a state dict; what is missing (unless `partial`), unexpected or of another shape is a listing error."""
     own = module.state_dict()
     missing = [] if partial else [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]

@@ -46,8 +46,8 @@ def load(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks) -> int:
     here = {"ranks": ranks.world, "zero": engine.zero_optimization_stage()}
     if any(found[key] != here[key] for key in here):
         raise ValueError(
-            f"{folder} was written by {found['ranks']} ranks at ZeRO stage {found['zero']}, this run has {here['ranks']}"
-            f" at {here['zero']}; run it as it was begun, or remove {folder} to start the stage again"
+            f"{folder} was written by {found['ranks']} ranks at ZeRO stage {found['zero']}, this run has"
+            f" {here['ranks']} at {here['zero']}; run it as begun, or remove {folder} to start the stage again"
         )
     _, state = engine.load_checkpoint(str(folder), tag=found["tag"], load_module_strict=False)
     if ema is not None:

@@ -46,22 +46,26 @@ def start() -> Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        alone = dict(
-            RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-        for name, value in alone.items():
-            os.environ.setdefault(name, str(value))
+        alone = f"RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+        for name, value in (pair.split("=") for pair in alone.split()):
+            os.environ.setdefault(name, value)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
     compatible = getattr(deepspeed.ops, "__compatible_ops__", {})  # a private name: only where it exists
     if not on_gpu and "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except dist.DistNetworkError as error:
+        raise ValueError(
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']}, where the ranks meet, cannot be used:"
+            f" {str(error).splitlines()[0]}; give the launcher a free one: deepspeed --master_port 29501 ..."
+        ) from error
     local = int(os.environ["LOCAL_RANK"])
     if on_gpu:
         torch.cuda.set_device(local)
-    else:  # ranks share the cores
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     return Ranks(
         dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_gpu else torch.device("cpu")

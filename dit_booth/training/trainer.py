@@ -38,7 +38,7 @@ OURS = (
 )
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The user stopped the run; a checkpoint of this moment is written."""
 
 
@@ -81,7 +81,7 @@ def train_stage(
     with stop_signals() as stop, bar:
         for step in range(done + 1, stage.steps + 1):
             start = time.perf_counter()
-            losses = []
+            losses, lr = [], engine.get_lr()[0]
             for part in range(config.train.accumulation):
                 generator = generator_of(config.train.seed, index, step, part, ranks.rank)
                 losses.append(micro_step(parts, engine, next(batches), stage, generator, dtype))
@@ -91,12 +91,7 @@ def train_stage(
             check_finite(loss, name, step, folder)
             if journal:
                 seconds = time.perf_counter() - start
-                values = {
-                    "loss": loss,
-                    "penalty": penalty,
-                    "lr": engine.get_lr()[0],
-                    "grad_norm": grad_norm(engine),
-                }
+                values = {"loss": loss, "penalty": penalty, "lr": lr, "grad_norm": grad_norm(engine)}
                 journal.step(name, step, {**values, "seconds": seconds})
                 if step == done + 1:
                     log.info("first step of %s after %.1f s", name, time.perf_counter() - begin)
@@ -171,8 +166,8 @@ def engine_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     train, pieces = config.train, config.train.accumulation * ranks.world
     if train.batch_size % pieces:
         raise ValueError(
-            f"train.batch_size {train.batch_size} is not divisible by accumulation {train.accumulation} x {ranks.world} ranks;"
-            f" use a multiple of {pieces}"
+            f"train.batch_size {train.batch_size} is not divisible by accumulation {train.accumulation} x"
+            f" {ranks.world} ranks; use a multiple of {pieces}"
         )
     for precision in ("bf16", "fp16"):
         if settings.get(precision, {}).get("enabled") == "auto":
@@ -191,8 +186,8 @@ def check_finite(loss: float, name: str, step: int, folder: Path) -> None:
     """The same on every rank: the loss is already averaged."""
     if not math.isfinite(loss):
         raise ValueError(
-            f"the loss is {loss} at step {step} of stage {name}; checkpoints in {folder} are untouched: lower"
-            f" --stages.{name}.lr or --train.clip, or look for broken data, and run again to resume"
+            f"the loss is {loss} at step {step} of stage {name}; the checkpoints in {folder} are untouched: lower"
+            f" --stages.{name}.lr or --train.clip in a new run (--out), or mend the data and run this again to resume"
         )
 
 

@@ -1,0 +1,89 @@
+"""A run that is cut off continues with the same command, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+STEPS = 16
+LONGER = ["--stages.coarse.steps", str(STEPS), "--sample.videos", "1"]
+WORKER = ["--data.workers", "1"]  # a reader process gets the same signals; it changes no batch
+ALL_STEPS = [("coarse", step) for step in range(1, STEPS + 1)] + [("fine", 1), ("fine", 2)]
+
+
+def latest(folder: Path) -> int:
+    """The step of the coarse stage's current checkpoint."""
+    tag = json.loads((folder / "checkpoints" / "0_coarse" / "latest.json").read_text())["tag"]
+    return int(tag.removeprefix("step"))
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """The lines of every step without what may differ: the seconds."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(program, tiny, train_all, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    ended = program.run(*tiny, *train_all, *LONGER, "--out", str(folder))
+    assert ended.code == 0, ended.output
+    return folder
+
+
+def test_interrupted_then_killed_it_still_ends_with_the_same_weights(
+    program, tiny, train_all, unbroken: Path, steps_of, tmp_path: Path
+):
+    folder = tmp_path / "run"
+    command = [*tiny, *train_all, *LONGER, *WORKER, "--train.checkpoint-every", "2", "--out", str(folder)]
+
+    ended = program.cut(*command, folder=folder, steps=3, number=signal.SIGINT)
+    assert ended.code == 130, ended.output
+    assert "Traceback" not in ended.output
+    done = steps_of(folder)[-1][1]
+    assert 3 <= done < STEPS
+    assert latest(folder) == done  # of this moment, not the last periodic one
+    assert f"stopped at step {done} of stage coarse; the same command resumes there" in ended.output
+    assert not (folder / "finished").exists()
+
+    ended = program.cut(*command, folder=folder, steps=done + 3, number=signal.SIGKILL)
+    assert ended.code == -signal.SIGKILL, ended.output
+    killed = steps_of(folder)[-1][1]
+    assert done + 3 <= killed <= STEPS
+    assert latest(folder) % 2 == 0 or latest(folder) == done
+    assert killed - 3 <= latest(folder) <= killed
+
+    ended = program.run(*command)
+    assert ended.code == 0, ended.output
+    assert steps_of(folder) == ALL_STEPS  # each once, in order
+    assert numbers(folder) == numbers(unbroken)
+    for name in ("weights.safetensors", "strategy.safetensors", "checkpoints/0_coarse/weights.safetensors"):
+        ours, theirs = load_file(folder / name), load_file(unbroken / name)
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+def test_interrupted_under_the_launcher_with_two_ranks(program, tiny, steps_of, tmp_path: Path):
+    folder = tmp_path / "run"
+    command = [*tiny, *LONGER, *WORKER, "--out", str(folder)]
+
+    ended = program.cut(*command, folder=folder, steps=3, number=signal.SIGINT, ranks=2)
+    assert ended.code != 0
+    assert "Traceback" not in ended.output.replace(LAUNCHERS_OWN, ""), ended.output
+    done = steps_of(folder)[-1][1]
+    assert latest(folder) == done < STEPS
+    assert ended.output.count(f"stopped at step {done} of stage coarse") == 1
+
+    ended = program.run(*command, ranks=2)
+    assert ended.code == 0, ended.output
+    assert steps_of(folder) == ALL_STEPS
+    assert (folder / "finished").is_file()
+
+
+LAUNCHERS_OWN = ""

@@ -1,0 +1,184 @@
+"""What the tests share: arguments of a tiny run, and the real program, in this process or launched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--strategy",
+    "token_replacement+kv_concat",
+    "--weights",
+    "none",
+    "--clip.pretrained",
+    "none",
+    "--data.size",
+    "12",
+    "--data.frames",
+    "3",
+    "--stages.coarse.steps",
+    "2",
+    "--stages.fine.steps",
+    "2",
+    "--train.batch-size",
+    "2",
+    "--sample.videos",
+    "2",
+    "--sampler.steps",
+    "2",
+]
+# Trains every weight: a new DiT's output layer is zero, so strategies alone would get no gradient.
+TRAIN_ALL = ["--stages.coarse.train", "backbone.*", "strategy.*", "--stages.fine.train", "*"]
+TINY_UNET = [
+    "--backbone",
+    "unet",
+    "--unet.channels",
+    "8",
+    "16",
+    "--unet.norm-groups",
+    "4",
+    "--unet.heads",
+    "2",
+    "--unet.layers-per-block",
+    "1",
+    "--unet.down-attention",
+    "True",
+    "True",
+]
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+TIMEOUT = 600.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An ended run of the program."""
+
+    code: int
+    output: str
+
+    def errors(self) -> list[str]:
+        """The lines in which it says what is wrong."""
+        return [line for line in self.output.splitlines() if line.startswith("error")]
+
+
+class Program:
+    """``experiments/run.py`` in a process group of its own: by python, or with `ranks` by DeepSpeed's launcher."""
+
+    def start(self, *arguments: str, ranks: int = 0) -> subprocess.Popen[str]:
+        env = {k: v for k, v in os.environ.items() if k not in RANKS} | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable]
+        if ranks:
+            env |= {"LOCAL_SIZE": str(ranks)}  # on the CPU the launcher starts so many ranks
+            launcher = Path(sys.executable).parent / "deepspeed"
+            command = [str(launcher), "--master_port", str(free_port())]
+            env["PATH"] = f"{launcher.parent}{os.pathsep}{env['PATH']}"
+        return subprocess.Popen(
+            [*command, "experiments/run.py", *arguments],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, process: subprocess.Popen[str], number: int = 0) -> Ended:
+        """Wait until it ends, after signal `number` to the whole group, as Ctrl-C sends it."""
+        try:
+            if number:
+                os.killpg(process.pid, number)
+            output, _ = process.communicate(timeout=TIMEOUT)
+            return Ended(process.returncode, output)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def run(self, *arguments: str, ranks: int = 0) -> Ended:
+        return self.end(self.start(*arguments, ranks=ranks))
+
+    def cut(self, *arguments: str, folder: Path, steps: int, number: int, ranks: int = 0) -> Ended:
+        """Start, wait until ``metrics.jsonl`` has `steps` lines, and signal."""
+        process = self.start(*arguments, ranks=ranks)
+        limit = time.monotonic() + TIMEOUT
+        while len(metrics(folder)) < steps and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.02)
+        return self.end(process, number if process.poll() is None else 0)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` that are whole."""
+    file = folder / "metrics.jsonl"
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """Arguments of a run of two stages with two steps each."""
+    return list(TINY)
+
+
+@pytest.fixture(scope="session")
+def train_all() -> list[str]:
+    """Further arguments: both stages train every weight."""
+    return list(TRAIN_ALL)
+
+
+@pytest.fixture(scope="session")
+def tiny_unet() -> list[str]:
+    """Further arguments: the U-Net, tiny."""
+    return list(TINY_UNET)
+
+
+@pytest.fixture(scope="session")
+def program() -> Program:
+    return Program()
+
+
+@pytest.fixture(scope="session")
+def steps_of() -> Callable[[Path], list[tuple[str, int]]]:
+    """Folder -> (stage, step) of each line that a step wrote."""
+    return lambda folder: [(line["stage"], line["step"]) for line in metrics(folder) if "step" in line]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """The program's ``main`` in this process, which saves the seconds of a launch."""
+    import torch
+
+    from experiments.run import main
+
+    threads = torch.get_num_threads()
+    for name in RANKS:  # what `start` sets is undone after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: str) -> Ended:
+        capfd.readouterr()
+        code = main(list(arguments))
+        return Ended(code, "".join(capfd.readouterr()))
+
+    yield run
+    torch.set_num_threads(threads)

@@ -1,0 +1,159 @@
+"""The mapper and the replacement of the subject's tokens, against VideoBooth's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from files import has, load
+from torch import Tensor
+
+from dit_booth.inject import Condition, PromptTokens
+from strategies.token_replacement import Mapper, ReplaceSubject
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.skipif(
+    not has("videobooth_mapper"), reason="golden file videobooth_mapper is absent"
+)
+INFO, TENSORS = load("videobooth_mapper") if has("videobooth_mapper") else ({}, {})
+SHARED = [
+    "one_token",
+    "two_token",
+    "three_token",
+    "five_token",
+    "seven_token",
+    "at_end_truncated",
+    "at_end_two_token",
+    "fits_exactly",
+    "absent",
+    "batch2_mixed",
+]
+END = 59
+
+
+def spans_of(ids: list[int], subject: list[int]) -> list[int]:
+    """k where the subject's k-th occurrence stands: true subsequence search."""
+    spans, count, i = [0] * len(ids), 0, 0
+    while i < len(ids):
+        if ids[i : i + len(subject)] == subject:
+            count += 1
+            spans[i : i + len(subject)] = [count] * len(subject)
+            i += len(subject)
+        else:
+            i += 1
+    return spans
+
+
+def prompt_of(case: str) -> tuple[PromptTokens, Tensor]:
+    """The prompt, and the image's words of each row."""
+    ids = TENSORS[f"inputs.{case}.ids"]
+    subjects = [TENSORS[f"inputs.{case}.inj_index_{row}"].tolist() for row in range(len(ids))]
+    spans = [spans_of(row, subject) for row, subject in zip(ids.tolist(), subjects, strict=True)]
+    words = TENSORS["inputs.inj_embedding"][: len(ids)]
+    return PromptTokens(TENSORS["inputs.table"][ids], ids, torch.tensor(spans)), words
+
+
+def run(case: str) -> tuple[PromptTokens, Tensor]:
+    prompt, words = prompt_of(case)
+    return ReplaceSubject()(prompt, Condition(tokens=words)), words
+
+
+def spell(text: str, words: Tensor) -> Tensor:
+    """The embeddings (77 d) that a line of the golden description spells; the end token fills the rest."""
+    tokens = text.split()
+    rows = [words[int(t[1:])] if t.startswith("*") else TENSORS["inputs.table"][int(t)] for t in tokens]
+    return torch.stack(rows + [TENSORS["inputs.table"][END]] * (77 - len(rows)))
+
+
+def test_mapper() -> None:
+    size = INFO["mapper"]
+    mapper = Mapper(size["input_dim"], size["width"], size["output_dim"], size["layers"])
+    prefix = "weights.mapper."
+    mapper.load_state_dict({k.removeprefix(prefix): x for k, x in TENSORS.items() if k.startswith(prefix)})
+    states = tuple(TENSORS[f"inputs.mapper_emb_{j}"] for j in range(size["layers"]))
+    with torch.no_grad():
+        ours = mapper(states)
+        swapped = mapper(states[::-1])
+    assert (ours - TENSORS["outputs.mapper"]).abs().max() <= 2e-5
+    assert (swapped - TENSORS["outputs.mapper"]).abs().max() > 1e-2, "the order of the states matters"
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_replacement_equals_the_original(case: str) -> None:
+    out, _ = run(case)
+    assert torch.equal(out.embeddings, TENSORS[f"outputs.{case}.embeds"])
+
+
+def test_rows_of_a_batch_use_their_own_image() -> None:
+    out, words = run("batch2_mixed")
+    assert torch.equal(out.embeddings[0, 3:8], words[0])
+    assert torch.equal(out.embeddings[1, 1:6], words[1])
+    assert not torch.equal(words[0], words[1])
+
+
+@pytest.mark.parametrize(
+    ("case", "ours"),
+    [
+        # The original writes a second occurrence at its unshifted place: it overwrites 8 9 10 11 here,
+        ("twice_far", "58 3 *0 *1 *2 *3 *4 5 6 7 8 9 10 11 *0 *1 *2 *3 *4 12 13"),
+        # cuts the first occurrence off after two tokens here,
+        ("twice_near", "58 3 *0 *1 *2 *3 *4 5 *0 *1 *2 *3 *4 12 13 14"),
+        # loses 7 8 9 here,
+        ("twice_two_token", "58 3 *0 *1 *2 *3 *4 5 6 7 8 9 *0 *1 *2 *3 *4 12 13"),
+        # and takes the first token of a two-token subject for the subject.
+        ("first_token_only_matches", "58 3 40 5 6 7 8 9 10"),
+    ],
+)
+def test_where_ours_differs_by_design(case: str, ours: str) -> None:
+    out, words = run(case)
+    expected = spell(ours, words[0])
+    assert torch.equal(out.embeddings[0], expected)
+    assert not torch.equal(TENSORS[f"outputs.{case}.embeds"][0], expected), (
+        "else it belongs to the shared ones"
+    )
+
+
+def test_the_spelling_is_the_originals() -> None:
+    """`spell` reads the golden description as its outputs were written (cases without an ellipsis inside)."""
+    for case in ("one_token", "twice_far", "twice_near"):
+        line = INFO["result"][case][0].split(" ...")[0]
+        _, words = prompt_of(case)
+        assert torch.equal(spell(line, words[0]), TENSORS[f"outputs.{case}.embeds"][0])
+
+
+@pytest.mark.parametrize("case", [*SHARED, "twice_far", "twice_near", "twice_two_token"])
+def test_ids_and_spans_move_with_the_embeddings(case: str) -> None:
+    prompt, _ = prompt_of(case)
+    out, words = run(case)
+    for row in range(len(out.ids)):
+        for position, token in enumerate(out.ids[row].tolist()):
+            here = out.embeddings[row, position]
+            if token >= 0:
+                assert torch.equal(here, TENSORS["inputs.table"][token])
+                assert out.spans[row, position] == 0
+            else:
+                assert any(torch.equal(here, word) for word in words[row])
+                assert out.spans[row, position] == 1
+    assert bool((out.ids == -1).any()) == bool(prompt.spans.any())
+
+
+def test_without_an_image_nothing_is_replaced() -> None:
+    prompt, _ = prompt_of("one_token")
+    assert ReplaceSubject()(prompt, Condition()) is prompt
+
+
+def test_adjacent_occurrences_are_two() -> None:
+    prompt, words = prompt_of("one_token")
+    ids = torch.tensor([[58, 40, 40, 5] + [END] * 73])
+    prompt = PromptTokens(TENSORS["inputs.table"][ids], ids, torch.tensor([[0, 1, 2] + [0] * 74]))
+    out = ReplaceSubject()(prompt, Condition(tokens=words))
+    assert torch.equal(out.embeddings[0], spell("58 *0 *1 *2 *3 *4 *0 *1 *2 *3 *4 5", words[0]))
+
+
+def test_gradients_reach_the_words_and_the_tokens() -> None:
+    prompt, words = prompt_of("two_token")
+    words, table = words.clone().requires_grad_(), prompt.embeddings.clone().requires_grad_()
+    out = ReplaceSubject()(PromptTokens(table, prompt.ids, prompt.spans), Condition(tokens=words))
+    out.embeddings.sum().backward()
+    assert torch.equal(words.grad, torch.ones_like(words))
+    assert not table.grad[0, prompt.spans[0] > 0].any(), "the subject's own embedding is gone"
+    assert table.grad[0, 2].eq(1).all()
