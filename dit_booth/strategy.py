@@ -135,7 +135,7 @@ def register(name: str) -> Callable[[S], S]:
 
 @functools.cache
 def load_plugins() -> None:
-    """Once: import every module named under the entry-point group ``dit_booth.strategies``, the built-in ones among them."""
+    """Once: import all modules under the entry-point group ``dit_booth.strategies``, the built-in ones among them."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             entry.load()

@@ -48,7 +48,8 @@ def write(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] |
     """Write tensors atomically: the file is there whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial, dict(metadata or {}))
+    plain = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(plain, partial, dict(metadata) if metadata else None)  # {} without tensors is a broken file
     partial.replace(file)
 
 

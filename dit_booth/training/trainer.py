@@ -38,6 +38,9 @@ OURS = (
 )
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
 class Interrupted(KeyboardInterrupt):
     """The user stopped the run; a checkpoint of this moment is written."""
 
@@ -74,11 +77,10 @@ def train_stage(
         world_size=ranks.world,
         workers=config.data.workers,
     )
-    batches = loader.stream(done * config.train.accumulation)
     bar = tqdm(
         total=stage.steps, initial=done, desc=name, unit="step", disable=not ranks.first, mininterval=1.0
     )
-    with stop_signals() as stop, bar:
+    with stop_signals() as stop, reading(loader, done * config.train.accumulation) as batches, bar:
         for step in range(done + 1, stage.steps + 1):
             start = time.perf_counter()
             losses, lr = [], engine.get_lr()[0]
@@ -217,6 +219,24 @@ def finish(
     ranks.barrier()
 
 
+@contextlib.contextmanager
+def reading(loader: Loader, start: int) -> Iterator[Iterator[Batch]]:
+    """The batches from number `start`. Ctrl-C and the launcher's SIGTERM pass the reader processes by.
+
+    They reach the whole process group, and the step that they meet still needs its batches. As the readers do not
+    hear SIGTERM, they are told to end here (a private name of PyTorch's: without it they end with their iterator).
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # inherited by the readers, which start now
+    try:
+        batches = loader.stream(start)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    try:
+        yield batches
+    finally:
+        getattr(batches, "_shutdown_workers", lambda: None)()
+
+
 class StopFlag:
     """Set by SIGINT or SIGTERM."""
 
@@ -231,7 +251,7 @@ def stop_signals() -> Iterator[StopFlag]:
     def stop(number: int, frame: Any) -> None:
         flag.is_set = True
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, stop) for number in STOPPING}
     try:
         yield flag
     finally:

@@ -188,6 +188,11 @@ OPTIONS = [
 ]
 
 
+def recorded(run: Any, t: Tensor) -> Any:
+    """The reference as a strategy gets it inside a forward pass at timestep t."""
+    return replace(run.reference(), record=lambda *args: run.root.record(t, *args))
+
+
 class Watch(Injection):
     """Keeps the payload that enters a site and the one that leaves it."""
 
@@ -283,9 +288,7 @@ def test_a_clean_reference_does_not_depend_on_the_time(noise: str, backbone: str
     run = make("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_noise=noise)})
     part, made = run.root.strategy.part("kv_concat"), []
     for t in (run.t, run.t + 100):
-        reference = run.reference()
-        record = (lambda t: lambda *args: run.root.record(t, *args))(t)
-        made.append(part(replace(reference, record=record)).hidden)
+        made.append(part(recorded(run, t)).hidden)
     last = list(part.attached)[-1]
     if noise == "clean":
         assert all(torch.equal(made[0][site], made[1][site]) for site in part.attached)
@@ -306,14 +309,10 @@ def test_frames_that_nothing_joins_to_the_image_do_not_change(backbone: str, mak
     run = make("kv_concat", backbone, options={"kv_concat": options})
     site = next(iter(part.attached))
     watch = Watch(
-        run.root.strategy.bind({"kv_concat": run.root.strategy.part("kv_concat")(recorded(run))}), site
+        run.root.strategy.bind({"kv_concat": run.root.strategy.part("kv_concat")(recorded(run, run.t))}), site
     )
     run.root.backbone(run.x, run.t, run.root.text(run.prompt), watch)
     assert [s.frames for s in watch.after.segments] == [((0,), (0,), (0, 1)), ((0,), (), ())]
-
-
-def recorded(run: Any) -> Any:
-    return replace(run.reference(), record=lambda *args: run.root.record(run.t, *args))
 
 
 @pytest.mark.parametrize("plan", ["self", "all", "window(2)", "sink(1)+window(2)"])

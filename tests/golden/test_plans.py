@@ -122,6 +122,4 @@ def test_repeated_keys_change_nothing() -> None:
         torch.einsum("bfnkd,bmkd->bfknm", q, repeat(k[:, 0], "b m k d -> b (r m) k d", r=2)) * 8**-0.5, -1
     )
     expected = torch.einsum("bfknm,bmkd->bfnkd", twice, repeat(v[:, 0], "b m k d -> b (r m) k d", r=2))
-    assert (
-        attend(q, [Segment(k, v, FramePlan("first+previous").frames(2))]) - expected
-    ).abs().max() < 1e-12
+    assert (attend(q, [Segment(k, v, FramePlan("first+previous").frames(2))]) - expected).abs().max() < 1e-12

@@ -72,7 +72,9 @@ class Spy(nn.Module):
 def test_the_output_is_zero_at_initialisation() -> None:
     dit, (x, t, text) = build(random=False), inputs()
     assert not dit(x, t, text).any()
-    assert dit.x_embedder(x).any() and dit.blocks[0].attn1.to_q.weight.any(), "only the head and the gates are"
+    assert dit.x_embedder(x).any() and dit.blocks[0].attn1.to_q.weight.any(), (
+        "only the head and the gates are"
+    )
     assert all(not p.any() for block in dit.blocks for p in block.modulation.parameters())
 
 

@@ -97,7 +97,9 @@ def test_taps_of_a_site_act_in_the_written_order(order: tuple[str, ...], expecte
     strategies = Strategies({name: parts[name] for name in order})
     x = Latents(torch.full((1, 1, 3, 1, 1), 3.0))
     backwards = {name: Condition() for name in reversed(order)}
-    assert strategies.bind(backwards)(ENTRY, x).x.unique().item() == expected, "the order of conditions is none"
+    assert strategies.bind(backwards)(ENTRY, x).x.unique().item() == expected, (
+        "the order of conditions is none"
+    )
 
 
 def test_only_strategies_with_a_condition_are_bound_and_each_gets_its_own() -> None:

@@ -35,6 +35,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [p.name for p in file.parent.iterdir()] == ["w.safetensors"], "no .part is left"
 
 
+@pytest.mark.parametrize("metadata", [None, {}, {"stage": "fine"}])
+def test_a_file_may_hold_nothing(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    write(tmp_path / "w.safetensors", {}, metadata)
+    assert read(tmp_path / "w.safetensors") == {}
+
+
 def test_a_cut_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "w.safetensors"
     write(file, {"a": torch.zeros(2)})
@@ -103,7 +109,11 @@ def test_load_start_takes_a_file_or_a_run_folder(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     write(
         file,
-        {f"{p}.{k}": v for p, m in (("backbone", backbone), ("text", text)) for k, v in m.state_dict().items()},
+        {
+            f"{p}.{k}": v
+            for p, m in (("backbone", backbone), ("text", text))
+            for k, v in m.state_dict().items()
+        },
     )
     for source in (file, tmp_path):
         new, words = layer(8), layer(9)

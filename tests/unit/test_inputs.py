@@ -1,0 +1,187 @@
+"""From a batch to the inputs of one training step: dropping, times, noise, single frames."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+
+from dit_booth.config import DataConfig, RunConfig, StageConfig
+from dit_booth.data.example import Batch, collate
+from dit_booth.diffusion.objective_config import ObjectiveConfig
+from dit_booth.models.clip import NULL_PROMPT
+from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
+from dit_booth.training.build import Parts, build
+from dit_booth.training.inputs import Inputs, generator_of, make_inputs
+
+torch.set_num_threads(1)
+BATCH, FRAMES = 6, 3
+
+
+@cache
+def parts_of(kind: Any = "eps") -> Parts:
+    config = RunConfig(
+        strategy="none",
+        weights="none",
+        clip=ClipConfig(pretrained="none"),
+        autoencoder=AutoencoderConfig(patch=3),
+        data=DataConfig(size=12, frames=FRAMES),
+        objective=ObjectiveConfig(kind=kind),
+    )
+    return build(config)
+
+
+@cache
+def batch() -> Batch:
+    data = parts_of().config.data.build(heldout=False)
+    return collate([data[i] for i in range(BATCH)])
+
+
+def inputs(
+    drop: float = 0.0, seed: int = 0, kind: str = "eps", image: bool = True, single: bool = False
+) -> Inputs:
+    stage = StageConfig(drop=drop, single_frames=single)
+    return make_inputs(parts_of(kind), batch(), stage, generator_of(seed), torch.float32, image)
+
+
+# ---- randomness --------------------------------------------------------------------------------------------
+
+
+def test_generator_of_is_a_pure_function_of_its_numbers() -> None:
+    def draw(*numbers: int) -> list[float]:
+        return torch.rand(4, generator=generator_of(*numbers)).tolist()
+
+    torch.manual_seed(1)
+    first = draw(0, 1, 2, 3)
+    torch.manual_seed(2)
+    torch.rand(7)
+    assert draw(0, 1, 2, 3) == first
+    others = [(0, 1, 2, 4), (1, 1, 2, 3), (0, 1, 3, 2), (0, 1, 2), (0, 1, 2, 3, 1)]
+    assert len({tuple(draw(*n)) for n in others} | {tuple(first)}) == 1 + len(others)
+
+
+def test_inputs_are_a_pure_function_of_the_generator() -> None:
+    one, again, other = inputs(0.5), inputs(0.5), inputs(0.5, seed=1)
+    assert one.reference is not None and again.reference is not None
+    for field in ("x_t", "timestep", "eps", "t"):
+        assert torch.equal(getattr(one, field), getattr(again, field))
+        assert not torch.equal(getattr(one, field), getattr(other, field))
+    assert torch.equal(one.reference.noisy, again.reference.noisy)
+    assert torch.equal(one.prompt.ids, again.prompt.ids)
+
+
+# ---- dropping ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_dropped_at_zero() -> None:
+    made, text = inputs(0.0), parts_of().root.text
+    expected = text.tokenize(batch().captions, batch().subjects)
+    assert torch.equal(made.prompt.ids, expected.ids)
+    assert torch.equal(made.prompt.spans, expected.spans)
+    assert made.prompt.spans.any(dim=1).all(), "every caption has its subject"
+    assert torch.equal(made.reference.image, batch().image)
+
+
+def test_everything_is_dropped_at_one() -> None:
+    made = inputs(1.0)
+    null = parts_of().root.text.tokenize([NULL_PROMPT] * BATCH)
+    assert torch.equal(made.prompt.ids, null.ids)
+    assert not made.prompt.spans.any()
+    assert not made.reference.image.any()
+    assert not made.reference.latent.any(), "the latent of a zero image (pixel autoencoder)"
+    zero = parts_of().image_encoder(torch.zeros_like(batch().image))
+    assert torch.equal(made.reference.embedding, zero.embedding)
+
+
+def test_text_and_image_are_dropped_together_at_the_rate() -> None:
+    null = parts_of().root.text.tokenize([NULL_PROMPT]).ids
+    count = 0
+    for seed in range(20):
+        made = inputs(0.3, seed=seed)
+        no_text = (made.prompt.ids == null).all(1)
+        assert torch.equal(no_text, ~made.reference.image.flatten(1).any(1))
+        assert torch.equal(no_text, ~made.prompt.spans.any(1))
+        count += int(no_text.sum())
+    assert 0.15 < count / (20 * BATCH) < 0.45
+
+
+# ---- noise -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+def test_the_video_is_noised_to_its_time(kind: str) -> None:
+    made, objective = inputs(kind=kind), parts_of(kind).objective
+    assert torch.equal(made.x0, parts_of().autoencoder.encode(batch().video))
+    target = objective.target(made.x0, made.eps, made.t)
+    assert (objective.to_x0(target, made.x_t, made.t) - made.x0).abs().max() < 1e-2
+    assert (objective.to_eps(target, made.x_t, made.t) - made.eps).abs().max() < 1e-3
+    assert torch.equal(made.timestep, objective.timestep(made.t))
+    assert made.t.unique().numel() > 1
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+def test_the_reference_is_noised_to_the_videos_own_time(kind: str) -> None:
+    """Its noise follows from the closed form at the video's t, is standard normal, and is drawn before the video's."""
+    made, objective = inputs(kind=kind), parts_of(kind).objective
+    reference = made.reference
+    draw = generator_of(0)
+    torch.rand(BATCH, generator=draw)
+    t = objective.sample_t(BATCH, draw)
+    first, second = (torch.randn(x.shape, generator=draw) for x in (reference.latent, made.x0))
+    assert torch.equal(t, made.t)
+    assert torch.equal(second, made.eps)
+    target = objective.target(reference.latent, first, made.t)
+    assert (objective.to_eps(target, reference.noisy, made.t) - first).abs().max() < 1e-3
+    if kind == "eps":
+        alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[made.t]
+        a, s = (rearrange(v, "b -> b 1 1 1 1") for v in (alphas.sqrt(), (1 - alphas).sqrt()))
+        assert (reference.noisy - (a * reference.latent + s * first)).abs().max() < 1e-5
+    assert torch.equal(reference.latent, parts_of().autoencoder.encode(batch().image.unsqueeze(1)))
+
+
+def test_the_reference_changes_nothing_before_the_videos_noise() -> None:
+    """A run without an image has the same drops and times as one with it."""
+    with_image, without = inputs(0.5), inputs(0.5, image=False)
+    assert without.reference is None
+    assert torch.equal(with_image.t, without.t)
+    assert torch.equal(with_image.prompt.ids, without.prompt.ids)
+
+
+def test_dtype_is_the_networks() -> None:
+    made = make_inputs(parts_of(), batch(), StageConfig(), generator_of(0), torch.bfloat16, True)
+    assert made.x_t.dtype == made.reference.noisy.dtype == made.reference.embedding.dtype == torch.bfloat16
+    assert all(s.dtype == torch.bfloat16 for s in made.reference.states)
+    assert made.x0.dtype == made.eps.dtype == torch.float32, "the loss's target keeps its precision"
+
+
+# ---- single frames -----------------------------------------------------------------------------------------
+
+
+def test_single_frames_become_videos_with_times_of_their_own() -> None:
+    made, whole = inputs(image=False, single=True), inputs(image=False)
+    assert made.x_t.shape == (BATCH * FRAMES, 1, *whole.x_t.shape[2:])
+    assert torch.equal(made.x0, rearrange(whole.x0, "b f c h w -> (b f) 1 c h w"))
+    for i in range(BATCH * FRAMES):
+        assert torch.equal(made.prompt.ids[i], whole.prompt.ids[i // FRAMES])
+        assert torch.equal(made.prompt.spans[i], whole.prompt.spans[i // FRAMES])
+    times = rearrange(made.t, "(b f) -> b f", f=FRAMES)
+    assert all(row.unique().numel() > 1 for row in times)
+    assert len(made.t) == len(made.timestep) == len(made.eps) == BATCH * FRAMES
+    assert torch.equal(parts_of().objective.noise(made.x0, made.t, made.eps), made.x_t)
+
+
+def test_single_frames_with_an_image_are_an_error() -> None:
+    with pytest.raises(ValueError, match="single_frames is for stages without an image"):
+        inputs(single=True)
+
+
+def test_a_reference_of_parts_is_the_images_encodings() -> None:
+    parts = parts_of()
+    made, seen = parts.reference(batch().image, torch.float32), parts.image_encoder(batch().image)
+    assert len(made.states) == 5
+    assert all(torch.equal(a, b) for a, b in zip(made.states, seen.states, strict=True))
+    assert torch.equal(made.noisy, made.latent), "until it is noised"
+    assert made.latent.shape == (BATCH, 1, 27, 4, 4)

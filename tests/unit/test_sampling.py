@@ -1,0 +1,198 @@
+"""From image prompts to videos: what a video depends on, and what guidance costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_booth.config import DataConfig, RunConfig
+from dit_booth.diffusion.guidance import GuidanceConfig
+from dit_booth.diffusion.objective_config import ObjectiveConfig
+from dit_booth.diffusion.samplers import SamplerConfig
+from dit_booth.models.clip import NULL_PROMPT
+from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
+from dit_booth.sampling import generate
+from dit_booth.training.build import Parts, build
+
+torch.set_num_threads(1)
+CAPTIONS, SUBJECTS = ["a dog runs", "a red cat", "the cup of tea"], ["dog", "cat", "cup"]
+IMAGES = torch.rand(3, 3, 12, 12, generator=torch.Generator().manual_seed(3)) * 2 - 1
+SIZE = (3, 12, 12)
+
+
+@cache
+def built(strategy: str, objective: Any = "flow") -> Parts:
+    config = RunConfig(
+        strategy=strategy,
+        weights="none",
+        clip=ClipConfig(pretrained="none"),
+        autoencoder=AutoencoderConfig(patch=3),
+        data=DataConfig(size=12, frames=3),
+        objective=ObjectiveConfig(kind=objective),
+    )
+    parts = build(config)
+    generator = torch.Generator().manual_seed(5)
+    for p in parts.root.parameters():  # the zero initialisation would hide everything
+        if not p.any():
+            p.data.normal_(std=0.1, generator=generator)
+    return parts
+
+
+def parts_of(
+    strategy: str = "token_replacement+kv_concat",
+    objective: str = "flow",
+    scale: float = 3.0,
+    channels: int | None = None,
+    **sampler: Any,
+) -> Parts:
+    parts = built(strategy, objective)
+    sampling = SamplerConfig(**{"steps": 3, **sampler})
+    guidance = GuidanceConfig(scale=scale, channels=channels)
+    return replace(parts, config=replace(parts.config, sampler=sampling, guidance=guidance))
+
+
+def videos(parts: Parts, rows: list[int], seeds: list[int] | None = None, **options: Any) -> Tensor:
+    return generate(
+        parts,
+        options.pop("images", IMAGES)[rows],
+        [CAPTIONS[i] for i in rows],
+        [SUBJECTS[i] for i in rows],
+        [10 + i for i in rows] if seeds is None else seeds,
+        size=options.pop("size", SIZE),
+        **options,
+    )
+
+
+def worst(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"),
+    [
+        ("flow", {}),
+        ("flow", {"kind": "heun"}),
+        ("eps", {"kind": "ddim"}),
+        pytest.param(
+            "eps",
+            {"kind": "ddpm"},
+            marks=pytest.mark.xfail(
+                strict=True, reason="the sampler draws for all rows from row 0's generator"
+            ),
+        ),
+        pytest.param(
+            "eps",
+            {"kind": "ddim", "eta": 1.0},
+            marks=pytest.mark.xfail(
+                strict=True, reason="the sampler draws for all rows from row 0's generator"
+            ),
+        ),
+    ],
+)
+def test_a_video_depends_on_its_own_row_and_seed_only(objective: str, sampler: dict[str, Any]) -> None:
+    parts = parts_of(objective=objective, clip_x0=1.0, **sampler)
+    together = videos(parts, [0, 1, 2])
+    # An eps network's rounding errors grow by 1 / alpha = 160 at the first step.
+    tolerance = 1e-5 if objective == "flow" else 1e-3
+    assert worst(videos(parts, [2, 0]), together[[2, 0]]) < tolerance
+    assert worst(videos(parts, [1]), together[[1]]) < tolerance
+
+
+def test_seeds_images_and_captions_matter() -> None:
+    parts = parts_of()
+    plain = videos(parts, [0])
+    assert torch.equal(videos(parts, [0]), plain)
+    assert worst(videos(parts, [0], seeds=[11]), plain) > 1e-2
+    assert worst(videos(parts, [0], images=IMAGES.flip(0)), plain) > 1e-4
+    other = generate(parts, IMAGES[:1], ["a dog sits"], ["dog"], [10], size=SIZE)
+    assert worst(other, plain) > 1e-5
+
+
+def test_the_size_is_asked_for_and_pixels_are_in_range() -> None:
+    out = videos(parts_of(), [0, 1], size=(4, 6, 18))
+    assert out.shape == (2, 4, 3, 6, 18)
+    assert out.abs().max() <= 1
+    assert not out.requires_grad
+
+
+# ---- guidance ----------------------------------------------------------------------------------------------
+
+
+def rows_of_calls(parts: Parts, **options: Any) -> tuple[list[tuple[int, int]], Tensor]:
+    """(rows, frames) of every pass through the backbone, and the videos."""
+    calls: list[tuple[int, int]] = []
+    handle = parts.root.backbone.register_forward_pre_hook(lambda m, args: calls.append(args[0].shape[:2]))
+    try:
+        return calls, videos(parts, [0, 1], **options)
+    finally:
+        handle.remove()
+
+
+def test_guidance_of_one_skips_the_unconditional_pass() -> None:
+    with_reference = [(2, 1), (2, 3)]
+    assert rows_of_calls(parts_of(scale=1.0))[0] == with_reference * 3
+    assert rows_of_calls(parts_of(scale=2.0))[0] == [(4, 1), (4, 3)] * 3
+    assert rows_of_calls(parts_of(scale=1.0), use_image=False)[0] == [(2, 3)] * 3
+
+
+def test_guidance_is_linear_in_the_scale_over_one_step() -> None:
+    """One Euler step from noise: x0 = noise - velocity, so videos lie on a line in the scale."""
+    size = {"steps": 1}
+    one, two, four = (videos(parts_of(scale=s, **size), [0]) for s in (1.0, 1.5, 2.0))
+    inside = (four.abs() < 1) & (two.abs() < 1) & (one.abs() < 1)  # what the range did not clamp
+    assert inside.float().mean() > 0.1
+    assert worst((one + four)[inside] / 2, two[inside]) < 1e-5
+    assert worst(one, four) > 1e-4
+
+
+def test_the_unconditional_rows_have_the_null_prompt_and_the_zero_image() -> None:
+    parts = parts_of()
+    seen: list[tuple[Any, Any]] = []
+    handle = parts.root.register_forward_pre_hook(lambda m, args: seen.append((args[2], args[3])))
+    videos(parts, [0, 1])
+    handle.remove()
+    null = parts.root.text.tokenize([NULL_PROMPT]).ids
+    for prompt, reference in seen:
+        assert torch.equal(prompt.ids[2:], null.expand(2, -1))
+        assert not prompt.spans[2:].any() and prompt.spans[:2].any(dim=1).all()
+        assert torch.equal(reference.image[:2], IMAGES[:2])
+        assert not reference.image[2:].any()
+
+
+def test_the_reference_is_noised_to_the_time_of_each_step_with_fresh_noise() -> None:
+    parts = parts_of()
+    seen: list[tuple[Tensor, Any]] = []
+    handle = parts.root.register_forward_pre_hook(lambda m, args: seen.append((args[1], args[3])))
+    videos(parts, [0, 1])
+    handle.remove()
+    noises = []
+    for timestep, reference in seen:
+        t = (timestep / 999).reshape(-1, 1, 1, 1, 1)
+        noises.append((reference.noisy - (1 - t) * reference.latent) / t)
+        assert worst(noises[-1][:2], noises[-1][2:]) < 1e-5, "both branches of a row share it"
+    assert len(seen) == 3
+    assert worst(noises[0], noises[1]) > 1 and worst(noises[0][0], noises[0][1]) > 1
+    assert 0.8 < torch.cat(noises).std() < 1.2
+
+
+# ---- the image ---------------------------------------------------------------------------------------------
+
+
+def test_use_image_false_ignores_images() -> None:
+    parts = parts_of()
+    out = videos(parts, [0, 1], use_image=False)
+    assert torch.equal(videos(parts, [0, 1], use_image=False, images=IMAGES.flip(0)), out)
+    assert worst(out, videos(parts, [0, 1])) > 1e-4
+
+
+def test_without_active_strategies_no_reference_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_of()
+    plain = videos(parts_of("none"), [0])
+    monkeypatch.setattr(parts.root, "active", ())
+    monkeypatch.setattr(Parts, "reference", lambda *args: pytest.fail("encoded an image for nothing"))
+    assert videos(parts, [0]).shape == plain.shape

@@ -1,0 +1,205 @@
+"""What a stage trains: schedule, active strategies, globs, frozen parameters; and the averages it ends with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dit_booth.config import DataConfig, RunConfig, StageConfig, StagesConfig
+from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
+from dit_booth.models.unet import UNetConfig
+from dit_booth.training.build import build
+from dit_booth.training.ema import Ema
+from dit_booth.training.stage import (
+    active_strategies,
+    schedule_of,
+    set_trainable,
+    trainable_globs,
+)
+
+torch.set_num_threads(1)
+
+
+def config_of(strategy: str, **more: Any) -> RunConfig:
+    return RunConfig(
+        strategy=strategy,
+        backbone="unet",
+        weights="none",
+        clip=ClipConfig(pretrained="none"),
+        autoencoder=AutoencoderConfig(patch=3),
+        data=DataConfig(size=12, frames=3),
+        unet=UNetConfig(
+            channels=(8, 16), norm_groups=4, heads=2, layers_per_block=1, down_attention=(True, True)
+        ),
+        **more,
+    )
+
+
+@cache
+def root_of(strategy: str) -> Any:
+    return build(config_of(strategy)).root
+
+
+BOTH = "token_replacement+kv_concat"
+
+
+# ---- schedule and active strategies ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "schedule", "active"),
+    [
+        (BOTH, ("coarse", "fine"), [("token_replacement",), ("token_replacement", "kv_concat")]),
+        (
+            "kv_concat+token_replacement",
+            ("coarse", "fine"),
+            [("token_replacement",), ("kv_concat", "token_replacement")],
+        ),
+        ("kv_concat", ("fine",), [("kv_concat",)]),
+        ("token_replacement", ("coarse",), [("token_replacement",)]),
+        ("none", (), []),
+    ],
+)
+def test_schedule_and_active_strategies_follow_from_what_is_trained(
+    strategy: str, schedule: tuple[str, ...], active: list[tuple[str, ...]]
+) -> None:
+    config, root = config_of(strategy), root_of(strategy)
+    assert schedule_of(config, root) == schedule
+    assert [active_strategies(config, root, schedule, i) for i in range(len(schedule))] == active
+
+
+def test_a_configured_schedule_is_taken_as_it_is() -> None:
+    config, root = config_of(BOTH, schedule=("base", "joint")), root_of(BOTH)
+    schedule = schedule_of(config, root)
+    assert schedule == ("base", "joint")
+    assert active_strategies(config, root, schedule, 0) == ()
+    assert active_strategies(config, root, schedule, 1) == ("token_replacement", "kv_concat")
+    fine_only = config_of(BOTH, schedule=("fine",))
+    assert active_strategies(fine_only, root, ("fine",), 0) == ("kv_concat",)
+
+
+def test_configured_strategies_of_a_stage() -> None:
+    stages = StagesConfig(fine=StageConfig(strategies=("kv_concat",)))
+    config, root = config_of(BOTH, stages=stages), root_of(BOTH)
+    assert active_strategies(config, root, ("coarse", "fine"), 1) == ("kv_concat",)
+    wrong = config_of(BOTH, stages=StagesConfig(fine=StageConfig(strategies=("adaln",))))
+    with pytest.raises(ValueError, match=r"stages\.fine\.strategies names 'adaln'.*add it with \+"):
+        active_strategies(wrong, root, ("coarse", "fine"), 1)
+
+
+# ---- globs -------------------------------------------------------------------------------------------------
+
+
+def trained(config: RunConfig, name: Any, active: tuple[str, ...]) -> set[str]:
+    root = root_of(config.strategy)
+    return set(set_trainable(root, trainable_globs(config, root, name, active)))
+
+
+def under(root: nn.Module, *prefixes: str) -> set[str]:
+    found = {name for name, _ in root.named_parameters() if name.startswith(prefixes)}
+    assert found
+    return found
+
+
+def test_stages_train_what_the_strategies_declare() -> None:
+    config, root = config_of(BOTH), root_of(BOTH)
+    coarse, fine = under(root, "strategy.token_replacement."), under(root, "strategy.kv_concat.")
+    both = ("token_replacement", "kv_concat")
+    assert trained(config, "coarse", ("token_replacement",)) == coarse
+    assert trained(config, "fine", both) == fine
+    assert trained(config, "joint", both) == coarse | fine
+    assert trained(config, "base", ()) == under(root, "backbone.")
+    assert trained(config, "images", ()) == under(root, "backbone.")
+
+
+def test_finetune_coarse_adds_what_the_coarse_stage_trains() -> None:
+    config = config_of(BOTH, stages=StagesConfig(fine=StageConfig(finetune_coarse=True)))
+    root = root_of(BOTH)
+    everything = under(root, "strategy.")
+    assert trained(config, "fine", ("token_replacement", "kv_concat")) == everything
+    assert trained(config, "fine", ("kv_concat",)) == under(root, "strategy.kv_concat."), (
+        "an inactive one stays"
+    )
+
+
+def test_configured_globs_replace_the_declared_ones() -> None:
+    stages = StagesConfig(fine=StageConfig(train=("strategy.kv_concat.*.to_v_*", "backbone.conv_in.*")))
+    names = trained(config_of(BOTH, stages=stages), "fine", ("kv_concat",))
+    assert {n.split(".")[-2] for n in names} == {"to_v_new", "to_v_exemplar", "conv_in"}
+
+
+def test_a_stage_that_trains_nothing_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"stage 'coarse' trains nothing.*'kv_concat'.*--stages\.coarse\.train"
+    ):
+        trainable_globs(config_of("kv_concat"), root_of("kv_concat"), "coarse", ("kv_concat",))
+    with pytest.raises(ValueError, match=r"stage 'fine' trains nothing"):
+        trainable_globs(config_of("none"), root_of("none"), "fine", ("none",))
+
+
+def test_a_glob_that_matches_nothing_is_an_error_with_the_nearest_names() -> None:
+    root = root_of(BOTH)
+    with pytest.raises(
+        ValueError, match=r"train glob 'backbone\.conv_inn\.weight' matches none of the \d+"
+    ) as e:
+        set_trainable(root, ["strategy.*", "backbone.conv_inn.weight"])
+    assert "nearest: backbone.conv_in.weight" in str(e.value)
+
+
+def test_set_trainable_freezes_the_rest_and_thaws_what_was_frozen() -> None:
+    root = root_of(BOTH)
+    set_trainable(root, ["backbone.*"])
+    chosen = set_trainable(
+        root, ["strategy.kv_concat.*", "strategy.kv_concat.*.to_k_new.weight", "text.ln_final.*"]
+    )
+    state = {name: p.requires_grad for name, p in root.named_parameters()}
+    assert {name for name, on in state.items() if on} == set(chosen)
+    assert set(chosen) == under(root, "strategy.kv_concat.", "text.ln_final.")
+    parameters = dict(root.named_parameters())
+    assert all(chosen[name] is parameters[name] for name in chosen)
+
+
+def test_globs_are_case_sensitive_and_match_whole_names() -> None:
+    module = nn.ModuleDict({"aB": nn.Linear(1, 1), "ab": nn.Linear(1, 1)})
+    assert set(set_trainable(module, ["ab.*"])) == {"ab.weight", "ab.bias"}
+    with pytest.raises(ValueError, match="matches none of the 4"):
+        set_trainable(module, ["weight"])
+
+
+# ---- averages ----------------------------------------------------------------------------------------------
+
+
+def test_ema_follows_the_closed_form() -> None:
+    parameter = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    ema, expected = Ema({"p": parameter}, decay=0.5), 0.0
+    for step in range(1, 12):
+        parameter.data.fill_(float(step))
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert ema.shadow["p"].dtype == torch.float32
+        assert ema.shadow["p"].tolist() == pytest.approx([expected] * 3, rel=1e-5)
+    ema.copy_to_parameters()
+    assert torch.equal(parameter.data, ema.shadow["p"].bfloat16())
+
+
+def test_ema_starts_as_a_copy() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    ema = Ema({"p": parameter}, decay=0.9)
+    parameter.data.zero_()
+    assert ema.shadow["p"].tolist() == [1, 1]
+
+
+def test_stage_config_errors() -> None:
+    for options, says in (
+        ({"steps": -1}, "steps is -1"),
+        ({"drop": 1.5}, "drop is 1.5"),
+        ({"lr": 0.0}, "lr is 0.0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replace(StageConfig(), **options)
