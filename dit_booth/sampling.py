@@ -39,11 +39,6 @@ def generate(
     frames, height, width = size
     factor, channels = parts.autoencoder.factor, parts.autoencoder.channels
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def noise(*shape: int) -> Tensor:
-        """(b ...), each row from its own generator."""
-        return torch.stack([randn(shape, draw, device, dtype) for draw in draws])
-
     batch, guided = len(images), parts.config.guidance.scale != 1
     prompt = parts.root.text.tokenize(
         [*captions, *([NULL_PROMPT] * batch if guided else [])],
@@ -57,7 +52,8 @@ def generate(
         both, times = repeat(x, "b ... -> (r b) ...", r=rows), repeat(timestep, "b -> (r b)", r=rows)
         noised = reference
         if reference is not None:
-            eps = repeat(noise(*reference.latent.shape[1:]), "b ... -> (r b) ...", r=rows)
+            eps = randn((batch, *reference.latent.shape[1:]), draws, device, dtype)
+            eps = repeat(eps, "b ... -> (r b) ...", r=rows)
             noised = replace(
                 reference, noisy=parts.objective.noise(reference.latent, parts.objective.time(times), eps)
             )
@@ -67,6 +63,6 @@ def generate(
         conditional, unconditional = output.chunk(2)
         return guide(conditional, unconditional, parts.config.guidance.scale, parts.config.guidance.channels)
 
-    start = noise(frames, channels, height // factor, width // factor)
-    latents = sample(model, parts.objective, parts.config.sampler, start, draws[0])
+    start = randn((batch, frames, channels, height // factor, width // factor), draws, device, dtype)
+    latents = sample(model, parts.objective, parts.config.sampler, start, draws)
     return parts.autoencoder.decode(latents).clamp(-1, 1)

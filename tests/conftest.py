@@ -161,7 +161,9 @@ def steps_of() -> Callable[[Path], list[tuple[str, int]]]:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Any]:
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> Iterator[Any]:
     """The program's ``main`` in this process, which saves the seconds of a launch."""
     import torch
 
@@ -176,9 +178,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
     monkeypatch.chdir(ROOT)
 
     def run(*arguments: str) -> Ended:
+        if "deepspeed" in sys.modules:  # it keeps the group of the run before, which has ended
+            monkeypatch.setattr(sys.modules["deepspeed"].utils.groups, "_WORLD_GROUP", None)
         capfd.readouterr()
+        caplog.clear()
         code = main(list(arguments))
-        return Ended(code, "".join(capfd.readouterr()))
+        return Ended(code, "".join(capfd.readouterr()) + caplog.text)  # pytest takes the log's lines
 
     yield run
     torch.set_num_threads(threads)

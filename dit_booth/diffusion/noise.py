@@ -7,22 +7,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One generator for a whole batch, or one per row."""
+
 
 def randn(
     shape: Sequence[int],
-    generator: torch.Generator,
+    generator: Generators,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normal numbers of any `shape`; equal for equal generator states on every device and dtype.
 
+    With one generator per row (b, the first axis) a row's numbers do not depend on the batch around it.
     Raises ValueError for a generator that lives on an accelerator: its numbers differ from the CPU's.
     """
+    if not isinstance(generator, torch.Generator):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} rows: pass one, or one per row")
+        return torch.stack([randn(shape[1:], row, device, dtype) for row in generator])
     require_cpu(generator)
     return torch.randn(tuple(shape), generator=generator).to(device=device, dtype=dtype)
 
 
-def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
+def randn_like(x: Tensor, generator: Generators) -> Tensor:
     """Standard normal numbers with the shape, device and dtype of `x`."""
     return randn(x.shape, generator, x.device, x.dtype)
 

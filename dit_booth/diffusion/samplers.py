@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_booth.diffusion.noise import compute_dtype, randn_like
+from dit_booth.diffusion.noise import Generators, compute_dtype, randn_like
 from dit_booth.diffusion.objectives import DiscreteObjective, FlowObjective, Objective
 from dit_booth.diffusion.schedule import DiscreteSchedule
 
@@ -61,12 +61,12 @@ def sample(
     objective: Objective,
     config: SamplerConfig,
     noise: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Run the sampler from `noise` (b ...), standard normal, to an estimate of x0 of equal shape and dtype.
 
-    generator: a CPU generator; needed by ddpm and by ddim with eta > 0. In every step the model is called
+    generator: on the CPU, one or one per row; needed by ddpm and by ddim with eta > 0. In every step the model runs
     before the sampler draws. The state is kept in float32 at least; the model sees the dtype of `noise`.
     Raises ValueError if the sampler does not fit the objective.
     """
@@ -142,7 +142,7 @@ def _sample_discrete(
     config: SamplerConfig,
     kind: Kind,
     x: Tensor,
-    generator: torch.Generator | None,
+    generator: Generators | None,
     report: Callback,
 ) -> Tensor:
     spaced = objective.schedule.respace(spacing_of(config))

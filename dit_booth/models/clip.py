@@ -1,7 +1,7 @@
 """CLIP: the text tower with the `prompt` port, and the image tower's hidden states (open_clip underneath)."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Text:
-    """What the text tower says about a prompt."""
+class Text(NamedTuple):
+    """What the text tower says about a prompt. A tuple: ZeRO-3's backward looks for a module's outputs in tuples only."""
 
     tokens: Tensor  # b l d, after the final layer norm (transformers' `last_hidden_state`)
     pooled: Tensor  # b e, the end token's state through the text projection, not normalised

@@ -299,9 +299,10 @@ class MidLevel(Level):
 
 
 class UpLevel(Level):
-    """A level on the way up; takes its skips from the end of the list, and scales to the next one's size.
+    """A level on the way up; takes its skips from their end, and scales to the next level's size.
 
-    ``skips`` are their widths, in the order in which they are taken.
+    ``skips`` are their widths, in the order in which they are taken. ``forward`` leaves its arguments as they are:
+    ZeRO-3 hands a module copies of the lists that it is called with.
     """
 
     def __init__(
@@ -320,11 +321,11 @@ class UpLevel(Level):
         super().__init__(name, dims, dim_out, config, len(skips) if attends else 0)
         self.upsamplers = nn.ModuleList([Resample(dim_out)] if doubles else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], step: Step) -> Tensor:
-        for j in range(len(self.resnets)):
-            x = self.layer(j, torch.cat([x, skips.pop()], dim=2), step)  # b f c h w
+    def forward(self, x: Tensor, skips: list[Tensor], size: tuple[int, int], step: Step) -> Tensor:
+        for j, skip in enumerate(reversed(skips)):
+            x = self.layer(j, torch.cat([x, skip], dim=2), step)  # b f c h w
         for double in self.upsamplers:
-            x = double(x, size=skips[-1].shape[-2:])
+            x = double(x, size=size)
         return x
 
 
@@ -356,7 +357,11 @@ def go_down(levels: nn.ModuleList, x: Tensor, step: Step) -> list[Tensor]:
 
 
 def go_up(levels: nn.ModuleList, x: Tensor, skips: list[Tensor], step: Step) -> Tensor:
-    """Back to full resolution, using up `skips` from the end."""
+    """Back to full resolution, using the `skips` from their end."""
     for level in levels:
-        x = level(x, skips, step)
+        assert isinstance(level, UpLevel)
+        rest = len(skips) - len(level.resnets)
+        height, width = skips[max(rest - 1, 0)].shape[-2:]  # of the next level
+        x = level(x, skips[rest:], (height, width), step)
+        skips = skips[:rest]
     return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -71,11 +72,15 @@ def test_interrupted_then_killed_it_still_ends_with_the_same_weights(
 
 def test_interrupted_under_the_launcher_with_two_ranks(program, tiny, steps_of, tmp_path: Path):
     folder = tmp_path / "run"
-    command = [*tiny, *LONGER, *WORKER, "--out", str(folder)]
+    # More micro-batches than a reader keeps ready: the step that meets the signal still needs new ones.
+    command = [*tiny, *LONGER, *WORKER, "--train.batch-size", "8", "--train.accumulation", "4"]
+    command += ["--out", str(folder)]
 
     ended = program.cut(*command, folder=folder, steps=3, number=signal.SIGINT, ranks=2)
     assert ended.code != 0
-    assert "Traceback" not in ended.output.replace(LAUNCHERS_OWN, ""), ended.output
+    assert not re.search(r'File ".*(/run|trainer|dataloader)\.py"', ended.output), (
+        ended.output
+    )  # the launcher has one
     done = steps_of(folder)[-1][1]
     assert latest(folder) == done < STEPS
     assert ended.output.count(f"stopped at step {done} of stage coarse") == 1
@@ -84,6 +89,3 @@ def test_interrupted_under_the_launcher_with_two_ranks(program, tiny, steps_of, 
     assert ended.code == 0, ended.output
     assert steps_of(folder) == ALL_STEPS
     assert (folder / "finished").is_file()
-
-
-LAUNCHERS_OWN = ""

@@ -164,3 +164,11 @@ def test_zero_stage_3_on_two_ranks(program, tiny, tiny_unet, zero3, tmp_path: Pa
     assert first.shape == (width, width)
     assert all(bool(torch.isfinite(value).all()) for value in trained.values())
     assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
+
+
+def test_zero_stage_3_on_the_dit(program, tiny, zero3, tmp_path: Path):
+    """Its pooled text goes through a parameter that the text encoder itself uses, in the backward pass too."""
+    ended = program.run(*tiny, *zero3, "--sample.videos", "0", "--out", str(tmp_path))
+    assert ended.code == 0, ended.output
+    trained = load_file(tmp_path / "strategy.safetensors")
+    assert trained["kv_concat.taps.blocks.0.attn1.to_k_new.weight"].shape == (128, 128)

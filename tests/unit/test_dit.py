@@ -96,7 +96,7 @@ def test_time_and_text_matter() -> None:
     dit, (x, t, text) = build(), inputs()
     plain = dit(x, t, text)
     assert worst(dit(x, t + 1, text), plain) > 1e-4
-    assert worst(dit(x, t, replace(text, pooled=text.pooled.flip(0))), plain) > 1e-4
+    assert worst(dit(x, t, text._replace(pooled=text.pooled.flip(0))), plain) > 1e-4
 
 
 def test_rows_of_a_batch_are_independent() -> None:

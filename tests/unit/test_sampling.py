@@ -78,20 +78,8 @@ def worst(a: Tensor, b: Tensor) -> float:
         ("flow", {}),
         ("flow", {"kind": "heun"}),
         ("eps", {"kind": "ddim"}),
-        pytest.param(
-            "eps",
-            {"kind": "ddpm"},
-            marks=pytest.mark.xfail(
-                strict=True, reason="the sampler draws for all rows from row 0's generator"
-            ),
-        ),
-        pytest.param(
-            "eps",
-            {"kind": "ddim", "eta": 1.0},
-            marks=pytest.mark.xfail(
-                strict=True, reason="the sampler draws for all rows from row 0's generator"
-            ),
-        ),
+        ("eps", {"kind": "ddpm"}),
+        ("eps", {"kind": "ddim", "eta": 1.0}),
     ],
 )
 def test_a_video_depends_on_its_own_row_and_seed_only(objective: str, sampler: dict[str, Any]) -> None:
