@@ -9,7 +9,6 @@ The same command resumes an interrupted run.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -21,7 +20,6 @@ if TYPE_CHECKING:  # imported late: --help and a wrong flag answer before DeepSp
     from torch import Tensor
 
     from dit_booth.config import RunConfig
-    from dit_booth.data.example import Example
     from dit_booth.training.build import Parts
     from dit_booth.training.distributed import Ranks
     from dit_booth.training.journal import Journal
@@ -71,6 +69,7 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
     """The main job: train every stage, sample, measure, and say where everything is."""
     from dit_booth.training.journal import Journal
     from dit_booth.training.stage import schedule_of
+    from experiments.sample import measure, sample_heldout
 
     folder = Path(config.folder())
     parts = fresh_parts(config, ranks)
@@ -84,9 +83,16 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
     ranks.barrier()
     journal = Journal(folder) if ranks.first else None
     parts = train(parts, folder, ranks, journal, begin)
-    rows = sample_heldout(parts, folder, ranks)
+    samples = folder / "samples"
+    rows = sample_heldout(parts, samples, ranks)
+    if journal and rows:
+        means = measure(parts, rows, samples)
+        journal.line({"samples": means})
+        for name, statistic in means.items():
+            journal.board.add_scalar(f"samples/{name}", statistic["mean"])
+        for number, row in enumerate(rows[:4]):
+            journal.video(f"samples/{number:03d}", row.video, config.sample.fps)
     if journal:
-        measure(parts, rows, folder, journal)
         journal.close()
         (folder / "finished").write_text("")
         log.info("%s", describe(folder))
@@ -150,9 +156,8 @@ def train(parts: Parts, folder: Path, ranks: Ranks, journal: Journal | None, beg
         weights = folder / "checkpoints" / f"{index}_{name}" / "weights.safetensors"
         if not weights.is_file():
             train_stage(parts, name, index, active, weights.parent, ranks, journal, begin)
-            parts = fresh_parts(
-                config, ranks
-            )  # DeepSpeed keeps its hooks on a module: the next stage gets a new one
+            # DeepSpeed keeps its hooks on a module: the next stage gets a new one.
+            parts = fresh_parts(config, ranks)
         trained |= read(weights)
         load_strictly(parts.root, trained, str(weights), partial=True)
         parts.root.active = tuple(active)
@@ -163,85 +168,6 @@ def train(parts: Parts, folder: Path, ranks: Ranks, journal: Journal | None, beg
         )
         write(folder / "strategy.safetensors", part(trained, "strategy."), {"strategy": config.strategy})
     return parts.to(ranks.device)
-
-
-def sample_heldout(parts: Parts, folder: Path, ranks: Ranks) -> list[tuple[Example, Tensor, Tensor]]:
-    """Sample held-out image prompts, shared out over the ranks; the first rank gets (example, prompt, video) of all."""
-    import torch
-    import torch.distributed as dist
-
-    from dit_booth.data.video import write_video
-    from dit_booth.sampling import generate
-
-    config = parts.config
-    dataset = config.data.build(heldout=True)
-    count = min(config.sample.videos, len(dataset))
-    examples = [dataset[i] for i in range(count)]
-    given = [
-        examples[(i + (config.sample.reference == "shuffled")) % max(count, 1)].image for i in range(count)
-    ]
-    mine: list[tuple[int, Tensor]] = []
-    own = list(range(ranks.rank, count, ranks.world))
-    for at in range(0, len(own), config.sample.batch_size):
-        rows = own[at : at + config.sample.batch_size]
-        videos = generate(
-            parts,
-            torch.stack([given[i] for i in rows]).to(ranks.device),
-            [examples[i].caption for i in rows],
-            [examples[i].subject for i in rows],
-            [config.sample.seed * 1_000_003 + i for i in rows],
-            size=(config.data.frames, *examples[rows[0]].video.shape[-2:]),
-            use_image=config.sample.reference != "none",
-        )
-        for i, video in zip(rows, videos.float().cpu(), strict=True):
-            write_video(folder / "samples" / f"{i:03d}.mp4", video, fps=config.sample.fps)
-            mine.append((i, video))
-        log.info("sampled %d of %d videos", min(at + len(rows), len(own)), len(own))
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, mine)
-    return [
-        (examples[i], given[i], video)
-        for i, video in sorted((row for rows in everyone for row in rows), key=lambda row: row[0])
-    ]
-
-
-def measure(parts: Parts, rows: list[tuple[Example, Tensor, Tensor]], folder: Path, journal: Journal) -> None:
-    """Metrics of the sampled videos against their own image prompts, the contact sheet, and TensorBoard's videos."""
-    import torch
-
-    from dit_booth.contact_sheet import SheetRow, contact_sheet
-    from dit_booth.evaluation import evaluate, summary
-    from dit_booth.models.weights import write_text
-
-    if not rows:
-        return
-    device = next(parts.image_encoder.parameters()).device
-    with torch.no_grad():
-        scores = evaluate(
-            [video for _, _, video in rows],
-            [example.video for example, _, _ in rows],
-            [example.image for example, _, _ in rows],
-            [example.caption for example, _, _ in rows],
-            image_features=lambda images: parts.image_encoder(images.to(device)).embedding,
-            text_features=lambda captions: parts.root.text(parts.root.text.tokenize(list(captions))).pooled,
-        )
-    lines = [
-        {"key": example.key, "caption": example.caption, **score}
-        for (example, _, _), score in zip(rows, scores, strict=True)
-    ]
-    write_text(folder / "samples" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    means = {name: (s.mean, s.stderr, s.n) for name, s in summary(scores).items()}
-    journal.line({"samples": {name: {"mean": m, "stderr": e, "n": n} for name, (m, e, n) in means.items()}})
-    for name, (mean, stderr, n) in means.items():
-        log.info("  %-22s %8.3f +- %.3f  (%d videos)", name, mean, stderr, n)
-        journal.board.add_scalar(f"samples/{name}", mean)
-    sheet = [
-        SheetRow(image=image, truth=e.video, generated=video, caption=e.caption)
-        for e, image, video in rows[:12]
-    ]
-    contact_sheet(sheet, folder / "samples" / "contact_sheet.png")
-    for number, (_, _, video) in enumerate(rows[:4]):
-        journal.video(f"samples/{number:03d}", video, parts.config.sample.fps)
 
 
 def describe(folder: Path) -> str:

@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Text(NamedTuple):
-    """What the text tower says about a prompt. A tuple: ZeRO-3's backward looks for a module's outputs in tuples only."""
+    """What the text tower says about a prompt. A tuple: ZeRO-3 looks for a module's outputs in tuples only."""
 
     tokens: Tensor  # b l d, after the final layer norm (transformers' `last_hidden_state`)
     pooled: Tensor  # b e, the end token's state through the text projection, not normalised

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +23,9 @@ from dit_booth.cli import parse
 from dit_booth.data.video import probe
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 LAUNCHED = ["--train.checkpoint-every", "1", "--sample.videos", "3"]  # two ranks share three videos
+FAST = ["--stages.coarse.lr", "0.01", "--stages.fine.lr", "0.01"]  # two steps must show in the videos
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def launched(program, tiny, tmp_path_factory) -> Run:
+def launched(program, tiny, train_all, tmp_path_factory) -> Run:
     """By DeepSpeed's launcher, on two ranks, as ``ds_config.json`` has it (ZeRO stage 2)."""
     folder = tmp_path_factory.mktemp("launched") / "run"
-    arguments = [*tiny, *LAUNCHED, "--out", str(folder)]
+    arguments = [*tiny, *train_all, *LAUNCHED, *FAST, "--out", str(folder)]
     ended = program.run(*arguments, ranks=2)
     assert ended.code == 0, ended.output
     return Run(folder, arguments, ended.output)
@@ -140,6 +145,29 @@ def test_the_same_command_again_does_nothing_and_says_so(launched: Run, program)
     assert "finished, nothing to do" in ended.output
     assert str(launched.folder / "samples" / "contact_sheet.png") in ended.output
     assert {path: path.stat().st_mtime_ns for path in launched.folder.rglob("*")} == before
+
+
+def test_a_finished_run_samples_again_and_from_an_image_of_ones_own(launched: Run, tmp_path: Path):
+    picture = np.full((20, 16, 3), 255, np.uint8)
+    picture[5:15, 4:12] = (200, 30, 30)
+    Image.fromarray(picture).save(tmp_path / "mine.png")
+    command = [sys.executable, "experiments/sample.py", str(launched.folder)]
+    own = ["--image", str(tmp_path / "mine.png"), "--caption", "a star is spinning", "--subject", "star"]
+    again = subprocess.run([*command, "--reference", "own"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    first = (launched.folder / "samples" / "metrics.jsonl").read_text().splitlines()
+    second = (launched.folder / "samples-own-seed0" / "metrics.jsonl").read_text().splitlines()
+    for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
+        assert a["key"] == b["key"]
+        assert abs(a["psnr"] - b["psnr"]) < 1e-4  # the saved weights are the run's
+    mine = subprocess.run([*command, *own], cwd=ROOT, capture_output=True, text=True)
+    assert mine.returncode == 0, mine.stderr
+    assert probe(mine.stdout.strip().splitlines()[-1]).frames == 3
+    wrong = subprocess.run(
+        [*command, *own[:4], "--subject", "moon"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert wrong.returncode == 1
+    assert "moon" in wrong.stderr.splitlines()[-1]
 
 
 def test_the_unet_by_plain_python(program, tiny, tiny_unet, tmp_path: Path):

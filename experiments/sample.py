@@ -1,0 +1,195 @@
+"""Sample videos from a finished run: its held-out image prompts again, or an image of your own.
+
+python experiments/sample.py runs/RUN --reference shuffled --seeds 0 1 2
+python experiments/sample.py runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+
+from dit_booth.cli import parse
+from dit_booth.contact_sheet import SheetRow, contact_sheet
+from dit_booth.data.example import Example
+from dit_booth.data.image_prompt import load_image_prompt
+from dit_booth.data.video import write_video
+from dit_booth.evaluation import evaluate, summary
+from dit_booth.models.weights import load_strictly, read, write_text
+from dit_booth.sampling import generate
+from dit_booth.training.build import Parts, build
+from dit_booth.training.distributed import Ranks, start, stop
+from dit_booth.training.stage import active_strategies, schedule_of
+
+log = logging.getLogger("dit_booth")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A held-out example, the image prompt that its video was given, and the video (f 3 h w in [-1, 1])."""
+
+    example: Example
+    image: Tensor
+    video: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    run: Annotated[str, tyro.conf.Positional]
+    """The folder of a finished run."""
+    reference: Literal["own", "shuffled", "none"] = "own"
+    """The image prompt that a video gets: its own, the next one's (a control), or none."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the sampling noise, one set of videos each."""
+    videos: int = 0
+    """Held-out image prompts; 0: as many as the run sampled."""
+    image: str = ""
+    """An image, or a folder with image.jpg and a mask, to sample from instead of the held-out ones."""
+    caption: str = ""
+    """The text for --image."""
+    subject: str = ""
+    """The word of the caption that the image stands for."""
+
+
+def main(settings: Settings) -> None:
+    """ValueError: the run is not finished, or --image has no caption with its subject."""
+    parts = load_run(Path(settings.run))
+    ranks = start()
+    try:
+        for seed in settings.seeds:
+            sample = dataclasses.replace(
+                parts.config.sample,
+                seed=seed,
+                reference=settings.reference,
+                videos=settings.videos or parts.config.sample.videos,
+            )
+            parts.config = dataclasses.replace(parts.config, sample=sample)
+            if settings.image:
+                print(sample_own(parts, settings, seed))
+                continue
+            out = Path(settings.run) / f"samples-{settings.reference}-seed{seed}"
+            means = measure(parts, sample_heldout(parts, out, ranks), out)
+            print(json.dumps({"reference": settings.reference, "seed": seed, "folder": str(out), **means}))
+    finally:
+        stop()
+
+
+def load_run(folder: Path) -> Parts:
+    """The model of a finished run, its last stage's strategies active."""
+    if not (folder / "finished").is_file():
+        raise ValueError(
+            f"{folder} is not a finished run; run it to its end first (the same command resumes)"
+        )
+    config = parse(["--config", str(folder / "run.yaml")])
+    parts = build(config)
+    for name, prefix in (("weights", ""), ("strategy", "strategy.")):
+        file = folder / f"{name}.safetensors"
+        if file.is_file():
+            load_strictly(parts.root, {prefix + k: v for k, v in read(file).items()}, str(file), partial=True)
+    schedule = schedule_of(config, parts.root)
+    if schedule:
+        parts.root.active = active_strategies(config, parts.root, schedule, len(schedule) - 1)
+    return parts.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def sample_own(parts: Parts, settings: Settings, seed: int) -> Path:
+    """One video of a user's image and caption, with a contact sheet; the video's path."""
+    config = parts.config
+    side = config.data.image_size or config.data.size
+    image = load_image_prompt(settings.image, size=side)
+    device = next(parts.root.parameters()).device
+    video = generate(
+        parts,
+        image[None].to(device),
+        [settings.caption],
+        [settings.subject or None],
+        [seed],
+        size=(config.data.frames, config.data.size, config.data.size),
+        use_image=settings.reference != "none",
+    )[0].float()
+    path = Path(settings.run) / "samples-own-image" / f"{Path(settings.image).stem}-seed{seed}.mp4"
+    write_video(path, video.cpu(), fps=config.sample.fps)
+    sheet = SheetRow(image=image, generated=video.cpu(), caption=settings.caption)
+    contact_sheet([sheet], path.with_suffix(".png"))
+    return path
+
+
+def sample_heldout(parts: Parts, out: Path, ranks: Ranks) -> list[Row]:
+    """Sample the held-out image prompts into `out`, shared over the ranks; every rank gets all rows, in order."""
+    config = parts.config
+    dataset = config.data.build(heldout=True)
+    count = min(config.sample.videos, len(dataset))
+    examples = [dataset[i] for i in range(count)]
+    shift = int(config.sample.reference == "shuffled")
+    given = [examples[(i + shift) % count].image for i in range(count)]
+    mine: list[tuple[int, Tensor]] = []
+    own = list(range(ranks.rank, count, ranks.world))
+    for at in range(0, len(own), config.sample.batch_size):
+        rows = own[at : at + config.sample.batch_size]
+        videos = generate(
+            parts,
+            torch.stack([given[i] for i in rows]).to(ranks.device),
+            [examples[i].caption for i in rows],
+            [examples[i].subject for i in rows],
+            [config.sample.seed * 1_000_003 + i for i in rows],
+            size=(config.data.frames, *examples[rows[0]].video.shape[-2:]),
+            use_image=config.sample.reference != "none",
+        )
+        for i, video in zip(rows, videos.float().cpu(), strict=True):
+            write_video(out / f"{i:03d}.mp4", video, fps=config.sample.fps)
+            mine.append((i, video))
+        log.info("sampled %d of %d videos", min(at + len(rows), len(own)), len(own))
+    everyone: list[list[tuple[int, Tensor]]] = [[] for _ in range(ranks.world)]
+    dist.all_gather_object(everyone, mine)
+    videos_by_index = dict(row for rows in everyone for row in rows)
+    return [Row(examples[i], given[i], videos_by_index[i]) for i in range(count)]
+
+
+def measure(parts: Parts, rows: list[Row], out: Path) -> dict[str, dict[str, float]]:
+    """Scores of videos against their own image prompts (not the given ones), as files in `out`; means over videos."""
+    device = next(parts.image_encoder.parameters()).device
+    with torch.no_grad():
+        scores = evaluate(
+            [row.video for row in rows],
+            [row.example.video for row in rows],
+            [row.example.image for row in rows],
+            [row.example.caption for row in rows],
+            image_features=lambda images: parts.image_encoder(images.to(device)).embedding,
+            text_features=lambda captions: parts.root.text(parts.root.text.tokenize(list(captions))).pooled,
+        )
+    lines = [
+        {"key": row.example.key, "caption": row.example.caption, **score}
+        for row, score in zip(rows, scores, strict=True)
+    ]
+    write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    contact_sheet(
+        [
+            SheetRow(
+                image=row.image, truth=row.example.video, generated=row.video, caption=row.example.caption
+            )
+            for row in rows[:12]
+        ],
+        out / "contact_sheet.png",
+    )
+    means = {name: dataclasses.asdict(statistic) for name, statistic in summary(scores).items()}
+    for name, statistic in means.items():
+        log.info("  %-18s %8.3f +- %.3f  (%d videos)", name, *statistic.values())
+    return means
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
