@@ -42,7 +42,9 @@ class Settings:
     seed: int = 0
     """Seed of weights and data."""
     out: str = "dit_booth/assets/clip.safetensors"
-    """Where the weights go, in float16; the log goes beside it as .jsonl."""
+    """Where the weights go, in float16."""
+    log: str = "docs/results/toyworld_clip.jsonl"
+    """Where the losses go."""
 
 
 def main(settings: Settings) -> None:
@@ -54,7 +56,7 @@ def main(settings: Settings) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings.steps))
-    out, log, start = Path(settings.out), [], time.time()
+    log, start = [], time.time()
     for step in range(settings.steps):
         images, captions = pairs(next(stream))
         image, words, scale = contrastive_forward(model, images, text.tokenize(captions))
@@ -71,8 +73,8 @@ def main(settings: Settings) -> None:
                 {"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "s": time.time() - start}
             )
             print(json.dumps(log[-1]), flush=True)
-    write(out, clip_state_dict(model, torch.float16))
-    out.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    write(Path(settings.out), clip_state_dict(model, torch.float16))
+    Path(settings.log).write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
 def learning_rate(step: int, steps: int) -> float:
