@@ -184,7 +184,7 @@ class SampleConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     strategy: str = "token_replacement+kv_concat"
-    """Strategies, joined by +; `python -m dit_booth.strategies` lists them."""
+    """Strategies, joined by +, such as token_replacement+kv_concat (VideoBooth), kv_concat, none."""
     backbone: Literal["dit", "unet"] = "dit"
     """Which network."""
     weights: str = "embedded"

@@ -4,7 +4,7 @@ A strategy is one short file::
 
     @register("adaln")
     class AdaLN(Strategy):
-        '''One line that `python -m dit_booth.strategies` shows.'''
+        '''The pooled image shifts every block's modulation.'''
         trains = {"fine": ("*",)}
 
         def __init__(self, config, sites):
@@ -42,8 +42,9 @@ class StrategyConfig:
 class Strategy(nn.Module):
     """Owns its taps; runs once per step.
 
-    Parameters are used only inside their owner's ``forward`` (ZeRO-3 gathers them there). A tap must act as if there
-    were no image when it gets the empty `Condition`: so do the reference's own pass and the unconditional one.
+    Parameters are used only inside their owner's ``forward`` (ZeRO-3 gathers them there), and a bare ``nn.Parameter``
+    belongs into a module that returns a tensor (its backward hook does not look into payloads). A tap must act as if
+    there were no image when it gets the empty `Condition`: so do the reference's own pass and the unconditional one.
     """
 
     name: ClassVar[str]
