@@ -35,10 +35,6 @@ class Settings:
     """Image-caption pairs in a step; half are image prompts, half frames."""
     lr: float = 1e-3
     """Peak learning rate, after 50 steps of warm-up, cosine to zero."""
-    start: str = "none"
-    """Weights to begin from: none (random), embedded, or a file."""
-    lock_text: bool = False
-    """Train the image tower alone, towards the text tower as it is (LiT); after a base run has changed that one."""
     seed: int = 0
     """Seed of weights and data."""
     out: str = "dit_booth/assets/clip.safetensors"
@@ -49,12 +45,11 @@ class Settings:
 
 def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
-    model = build_clip_model(ClipConfig(pretrained=settings.start)).requires_grad_(True)
-    text = TextEncoder(model).requires_grad_(not settings.lock_text)
+    model = build_clip_model(ClipConfig(pretrained="none")).requires_grad_(True)
+    text = TextEncoder(model)
     world = Toyworld(ToyworldConfig(frames=2, size=32, seed=settings.seed, describe="full"))
     stream = Loader(world, batch_size=settings.batch_size, seed=settings.seed, workers=1).stream(0)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings.steps))
     log, start = [], time.time()
     for step in range(settings.steps):
