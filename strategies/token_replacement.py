@@ -4,6 +4,7 @@ The coarse stage of VideoBooth (section 3.2), which is ELITE's global mapping.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ class TokenReplacementConfig(StrategyConfig):
     """Weight of mean |embedding| in the loss."""
     train_text_kv: bool = True
     """Train copies of what reads the text: K/V of every text attention, or the DiT's text projection."""
+    compat: Literal["", "videobooth"] = ""
+    """videobooth: replace as the released code does, its mistakes included (docs/fidelity.md)."""
 
 
 @register("token_replacement")
@@ -29,13 +32,14 @@ class TokenReplacement(Strategy):
 
     Config = TokenReplacementConfig
     trains = {"coarse": ("*",), "joint": ("*",)}
+    depends_on_time = False
 
     def __init__(self, config: TokenReplacementConfig, sites: Sites) -> None:
         super().__init__(config, sites)
         self.penalty = config.penalty
         (words,) = sites.match("*", port="prompt")
         self.mapper = Mapper(sites.image_dim, config.width or sites.image_dim, words.dim)
-        self.attach(words, ReplaceSubject())
+        self.attach(words, ReplaceSubject(config.compat))
         if config.train_text_kv:
             for site in sites.of(port="qkv", role="text"):
                 self.attach(site, TextKV(site))
@@ -79,12 +83,17 @@ def _mlp(image_dim: int, width: int, text_dim: int) -> nn.Sequential:
 class ReplaceSubject(nn.Module):
     """Every occurrence of the subject becomes the image's words; the tail shifts; what passes the end is cut."""
 
+    def __init__(self, compat: Literal["", "videobooth"] = "") -> None:
+        super().__init__()
+        self.sources = {"": _sources, "videobooth": _released_sources}[compat]
+
     def forward(self, prompt: PromptTokens, condition: Condition) -> PromptTokens:
         words = condition.tokens
         if words is None:
             return prompt
         length, count = prompt.ids.shape[1], words.shape[1]
-        sources = [_sources(spans, length, count) for spans in prompt.spans.tolist()]
+        captions = zip(prompt.ids.tolist(), prompt.spans.tolist(), strict=True)
+        sources = [self.sources(ids, spans, count) for ids, spans in captions]
         index = torch.tensor(sources, device=words.device)  # b l, into [prompt; words]
         rows = torch.cat([prompt.embeddings, words.to(prompt.embeddings.dtype)], dim=1)
         ids = torch.cat([prompt.ids, prompt.ids.new_full((len(sources), count), -1)], dim=1)
@@ -96,18 +105,30 @@ class ReplaceSubject(nn.Module):
         )
 
 
-def _sources(spans: list[int], length: int, count: int) -> list[int]:
-    """Where each of `length` output positions comes from: a prompt position, or ``length + j`` for word j."""
-    out: list[int] = []
+def _sources(ids: list[int], spans: list[int], count: int) -> list[int]:
+    """Where each output position comes from: a prompt position, or ``len(ids) + j`` for word j."""
+    length, out = len(ids), []
     for position, span in enumerate(spans):
         if span == 0:
             out.append(position)
         elif position == 0 or spans[position - 1] != span:  # an occurrence begins
             out.extend(range(length, length + count))
-    padding = [
-        length - 1
-    ] * length  # a span longer than the words leaves room: repeat the last token, the padding
+    padding = [length - 1] * length  # after a subject longer than the words: the last token, the padding
     return (out + padding)[:length]
+
+
+def _released_sources(ids: list[int], spans: list[int], count: int) -> list[int]:
+    """The same by the released code's rule (golden: ``twice_*``, ``first_token_only_matches``).
+
+    The subject stands wherever its *first* token does, and every occurrence is written at its place in the *original*
+    prompt, the original tail after it: a later one overwrites the shifted tail of the one before, or its words.
+    """
+    length, subject = len(ids), [at for at, span in enumerate(spans) if span == 1]
+    out, past = list(range(length)), max(len(subject) - count, 0)
+    for start in (at for at in range(length) if subject and ids[at] == ids[subject[0]]):
+        tail = [*range(start + len(subject), length), *range(length - past, length)]
+        out[start:] = [*range(length, length + count), *tail][: length - start]
+    return out
 
 
 class TextKV(nn.Module):

@@ -1,11 +1,23 @@
-"""Classifier-free guidance (Ho & Salimans, 2022)."""
+"""Classifier-free guidance (Ho & Salimans, 2022), by text and image together or by each with a scale of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Branch(NamedTuple):
+    """One prediction of a guided step: with or without the text, with or without the image."""
+
+    text: bool
+    image: bool
+
+
+BOTH, IMAGE, NEITHER = Branch(True, True), Branch(False, True), Branch(False, False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +26,46 @@ class GuidanceConfig:
 
     scale: float = 4.0
     """uncond + scale * (cond - uncond); 1 is no guidance. VideoBooth samples with 4."""
+    image: float | None = None
+    """Scale of the image alone, instead of `scale`: eps(0,0) + image (eps(0,I) - eps(0,0)) + text (eps(T,I) - eps(0,I))
+    (InstructPix2Pix, arXiv 2211.09800, eq. 3). Train with stages.*.drop_text."""
+    text: float | None = None
+    """Scale of the text alone, with `image`'s; where only one of the two is given, the other is 1."""
     channels: int | None = None
     """Guide only the first so many channels; none: all. VideoBooth's released code guides 3 of 4."""
+    unconditional: Literal["zero_image", "omit"] = "zero_image"
+    """The unconditional branch's image: the zero image, as in training, or none at all (VideoBooth's released code)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for values that cannot work."""
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"channels={self.channels}: guide at least one channel, or leave it out for all")
+        if self.unconditional not in ("zero_image", "omit"):
+            raise ValueError(f"unconditional={self.unconditional!r}: choose zero_image or omit")
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Of the image and of the text."""
+        if self.image is None and self.text is None:
+            return self.scale, self.scale
+        return (1.0 if self.image is None else self.image), (1.0 if self.text is None else self.text)
+
+    def branches(self) -> tuple[Branch, ...]:
+        """The predictions that a step needs, that with text and image first; those without weight are left out."""
+        image, text = self.scales
+        return (BOTH, *[IMAGE] * (image != text), *[NEITHER] * (image != 1))
+
+    def combine(self, predictions: Sequence[Tensor], axis: int = -3) -> Tensor:
+        """The guided prediction, from one for each of `branches` (b ..., channels on `axis`)."""
+        image, text = self.scales
+        named = dict(zip(self.branches(), predictions, strict=True))
+        if len(named) == 1:
+            return named[BOTH]
+        if len(named) == 2:  # by both at once, or by the text alone
+            return guide(named[BOTH], predictions[1], text, self.channels, axis)
+        by_image = guide(named[IMAGE], named[NEITHER], image)
+        guided = by_image + text * (named[BOTH] - named[IMAGE])
+        return _only(self.channels, guided, named[BOTH], axis)
 
 
 def guide(
@@ -33,7 +78,11 @@ def guide(
     """
     if cond.shape != uncond.shape:
         raise ValueError(f"cond {tuple(cond.shape)} and uncond {tuple(uncond.shape)} must have equal shapes")
-    guided = uncond + scale * (cond - uncond)
+    return _only(channels, uncond + scale * (cond - uncond), cond, axis)
+
+
+def _only(channels: slice | int | None, guided: Tensor, cond: Tensor, axis: int) -> Tensor:
+    """The guided prediction in the chosen channels, the conditional one in the others."""
     if channels is None:
         return guided
     count = cond.shape[axis]

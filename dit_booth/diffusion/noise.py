@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ def randn(
 def randn_like(x: Tensor, generator: Generators) -> Tensor:
     """Standard normal numbers with the shape, device and dtype of `x`."""
     return randn(x.shape, generator, x.device, x.dtype)
+
+
+def per_row(draw: Callable[[int, torch.Generator], Tensor], rows: int, generator: Generators) -> Tensor:
+    """``draw(n, generator)`` gives n rows: all at once of one generator, or each of its own."""
+    if isinstance(generator, torch.Generator):
+        return draw(rows, generator)
+    if len(generator) != rows:
+        raise ValueError(f"{len(generator)} generators for {rows} rows: pass one, or one per row")
+    return torch.cat([draw(1, row) for row in generator])
 
 
 def require_cpu(generator: torch.Generator) -> None:

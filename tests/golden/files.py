@@ -9,10 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
+
+
+class GoldenError(ValueError):
+    """A golden file that cannot be read or run."""
 
 
 def golden_dirs() -> list[Path]:
@@ -21,22 +26,33 @@ def golden_dirs() -> list[Path]:
     return [folder for folder in candidates if folder.is_dir()]
 
 
+def golden_files() -> dict[str, Path]:
+    """Name -> the .safetensors of every golden file; that of the first folder that has it."""
+    found = [path for folder in golden_dirs() for path in sorted(folder.glob("*.safetensors"))]
+    return {path.stem: path for path in reversed(found)}
+
+
 def has(name: str) -> bool:
     """Whether both files of `name` are there."""
-    return any(_complete(folder, name) for folder in golden_dirs())
+    return name in golden_files()
 
 
 def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of golden case file `name`. Raises FileNotFoundError."""
-    for folder in golden_dirs():
-        if _complete(folder, name):
-            return json.loads((folder / f"{name}.json").read_text()), load_file(
-                folder / f"{name}.safetensors"
-            )
-    raise FileNotFoundError(
-        f"{name}.json and {name}.safetensors are in none of {[str(d) for d in golden_dirs()]}"
-    )
+    """The description and the tensors of golden file `name`. Raises GoldenError, FileNotFoundError."""
+    if not has(name):
+        raise FileNotFoundError(f"{name}.safetensors is in none of {[str(d) for d in golden_dirs()]}")
+    return read(golden_files()[name])
 
 
-def _complete(folder: Path, name: str) -> bool:
-    return all((folder / f"{name}.{suffix}").is_file() for suffix in ("json", "safetensors"))
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors, `path` being the .safetensors file. Raises GoldenError."""
+    try:
+        info = json.loads(path.with_suffix(".json").read_text())
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise GoldenError(f"cannot be read: {error}") from error
+    if not isinstance(info, dict) or not any(key.startswith("outputs.") for key in tensors):
+        raise GoldenError(
+            "unknown format: a golden file is a json object, and tensors outputs.* among others"
+        )
+    return info, tensors

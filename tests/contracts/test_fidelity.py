@@ -1,0 +1,193 @@
+"""The switches that reproduce the released VideoBooth (docs/fidelity.md), through the public path of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_booth.config import StageConfig
+from dit_booth.data.example import collate
+from dit_booth.diffusion.guidance import GuidanceConfig
+from dit_booth.diffusion.samplers import SamplerConfig
+from dit_booth.inject import Condition, PromptTokens
+from dit_booth.sampling import generate
+from dit_booth.training.inputs import generator_of, make_inputs
+from strategies.kv_concat import KVConcatConfig
+from strategies.token_replacement import TokenReplacementConfig
+
+BACKBONES = pytest.mark.parametrize("backbone", ["dit", "unet"])
+Make = Callable[..., Any]
+
+
+def worst(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def watched(run: Any) -> list[tuple[Tensor, Tensor]]:
+    """(x, t) of every pass through the backbone from now on."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    run.root.backbone.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
+    return calls
+
+
+def loosened(run: Any) -> Any:
+    """Trained strategies: as they start, an image's keys are the backbone's own."""
+    generator = torch.Generator().manual_seed(3)
+    for p in run.root.strategy.parameters():
+        p.data.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return run
+
+
+def sampled(run: Any, **guidance: Any) -> Tensor:
+    """Two videos with two steps, the first of them from noise."""
+    config = replace(
+        run.parts.config, guidance=GuidanceConfig(**guidance), sampler=SamplerConfig(kind="ddim", steps=2)
+    )
+    images = run.reference().image
+    captions, subjects = ["a dog runs", "the red cat"], ["dog", "cat"]
+    return generate(
+        replace(run.parts, config=config), images, captions, subjects, [1, 2], size=(3, *images.shape[-2:])
+    )
+
+
+# ---- reference_frames: the copies of the reference, each with noise of its own -------------------------------------
+
+
+@BACKBONES
+@pytest.mark.parametrize("copies", [1, 3])
+def test_training_noises_every_copy_anew(copies: int, backbone: str, make: Make) -> None:
+    run = make("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_frames=copies)})
+    data = run.parts.config.data.build(heldout=False)
+    batch, stage = collate([data[i] for i in range(2)]), StageConfig()
+    made = make_inputs(run.parts, batch, stage, generator_of(0), torch.float32, with_image=True)
+    reference, objective = made.reference, run.parts.objective
+    assert reference.latent.shape[1] == 1 and reference.noisy.shape[1] == copies
+    clean = reference.latent.expand_as(reference.noisy)
+    signal = objective.noise(clean, made.t, torch.zeros_like(clean))
+    level = objective.noise(torch.zeros_like(clean), made.t, torch.ones_like(clean))
+    eps = (reference.noisy - signal) / level
+    assert 0.8 < eps.std() < 1.2
+    for r in range(1, copies):
+        assert worst(eps[:, 0], eps[:, r]) > 1
+
+
+@BACKBONES
+def test_sampling_runs_the_copies_as_a_video(backbone: str, make: Make) -> None:
+    run = make("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_frames=3)})
+    calls = watched(run)
+    sampled(run)
+    (noisy, _), (x, _) = calls[:2]
+    assert noisy.shape == x.shape and noisy.shape[:2] == (4, 3), "two videos, both branches of guidance"
+    assert worst(noisy[:, 0], noisy[:, 1]) > 1 and worst(noisy[:, 1], noisy[:, 2]) > 1
+
+
+@BACKBONES
+@torch.no_grad()
+def test_the_first_copy_is_read_and_the_others_reach_it(backbone: str, make: Make) -> None:
+    run = make("kv_concat", backbone)
+    reference, sites = run.reference(), list(run.root.strategy.part("kv_concat").attached)
+    others = torch.randn(2, 2, *reference.noisy.shape[2:], generator=torch.Generator().manual_seed(7))
+    copies = torch.cat([reference.noisy, others], dim=1)
+    one = run.root.record(run.t, reference.noisy, False, sites)
+    three = run.root.record(run.t, copies, False, sites)
+    assert all(three[site].shape == one[site].shape for site in sites)
+    assert any(worst(three[site], one[site]) > 1e-3 for site in sites)
+    swapped = run.root.record(run.t, copies[:, [1, 0, 2]], False, sites)
+    assert all(worst(swapped[site], three[site]) > 1e-3 for site in sites)
+    loosened(run)
+    assert worst(run(replace(reference, noisy=copies)), run(reference)) > 1e-5
+
+
+@torch.no_grad()
+def test_copies_with_equal_noise_are_one_frame(make: Make) -> None:
+    """On the U-Net, which does not know its frames' places."""
+    run = loosened(make("kv_concat", "unet"))
+    reference = run.reference()
+    copies = replace(reference, noisy=reference.noisy.expand(-1, 3, -1, -1, -1))
+    assert worst(run(copies), run(reference)) < 1e-5
+
+
+def test_copies_are_made_for_active_strategies_only(make: Make) -> None:
+    options = {"kv_concat": KVConcatConfig(reference_frames=3)}
+    run = make("token_replacement+kv_concat", "dit", options=options)
+    images = run.reference().image
+    assert run.parts.reference(images, torch.float32).noisy.shape[1] == 3
+    run.root.active = ("token_replacement",)
+    assert run.parts.reference(images, torch.float32).noisy.shape[1] == 1
+
+
+def test_the_number_of_copies_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"kv_concat\.reference_frames is 0; use 1 or more"):
+        KVConcatConfig(reference_frames=0)
+    with pytest.raises(ValueError, match="reference_frames is 4 with reference_noise=clean"):
+        KVConcatConfig(reference_frames=4, reference_noise="clean")
+
+
+# ---- guidance.unconditional: what the unconditional branch sees ----------------------------------------------------
+
+
+@BACKBONES
+@torch.no_grad()
+def test_the_unconditional_branch_may_go_without_an_image(backbone: str, make: Make) -> None:
+    """``omit`` runs it in a pass of its own, without a reference (golden: ``e_uncond``)."""
+    run = loosened(make("token_replacement+kv_concat", backbone))
+    calls = watched(run)
+    omitted = sampled(run, scale=2.0, unconditional="omit")
+    assert [tuple(x.shape[:2]) for x, _ in calls] == [(2, 1), (2, 3), (2, 3)] * 2
+    assert torch.equal(calls[1][0], calls[2][0]), "the same x in both branches"
+    assert worst(omitted, sampled(run, scale=2.0)) > 1e-1
+    plain = make("none", backbone)
+    assert worst(sampled(plain, scale=2.0, unconditional="omit"), sampled(plain, scale=2.0)) < 5e-3, (
+        "rounding, which the first step multiplies by 160"
+    )
+
+
+@torch.no_grad()
+def test_omitting_is_the_prediction_without_a_reference(make: Make) -> None:
+    run = loosened(make("kv_concat", "unet"))
+    seen: list[tuple[Any, ...]] = []
+    handle = run.root.register_forward_hook(lambda module, args, out: seen.append((*args[:4], out.output)))
+    sampled(run, scale=3.0, unconditional="omit")
+    handle.remove()
+    (_, _, _, with_image, _), (x, t, null, without, unconditional) = seen[:2]
+    assert with_image is not None and without is None
+    assert torch.equal(null.ids, run.root.text.tokenize(["None", "None"]).ids)
+    assert torch.equal(run.root(x, t, null, None).output, unconditional)
+
+
+def test_the_unconditional_branch_has_two_names() -> None:
+    with pytest.raises(ValueError, match="unconditional='none': choose zero_image or omit"):
+        GuidanceConfig(unconditional="none")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_all_switches_of_the_released_sampler_together(make: Make) -> None:
+    options = {
+        "kv_concat": KVConcatConfig(reference_frames=3),
+        "token_replacement": TokenReplacementConfig(compat="videobooth"),
+    }
+    run = loosened(make("token_replacement+kv_concat", "unet", options=options))
+    released = sampled(run, scale=2.0, channels=3, unconditional="omit")
+    assert released.isfinite().all()
+    assert worst(released, sampled(run, scale=2.0, unconditional="omit")) > 1e-1
+    assert worst(released, sampled(run, scale=2.0, channels=3)) > 1e-1
+
+
+# ---- token_replacement.compat --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compat", ["", "videobooth"])
+def test_compat_chooses_the_rule_of_replacement(compat: Any, make: Make) -> None:
+    options = {"token_replacement": TokenReplacementConfig(compat=compat)}
+    part = make("token_replacement", "dit", options=options).root.strategy.part("token_replacement")
+    ids = torch.tensor([[9, 3, 4, 3, 5, 6, 7, 8, 8, 8]])
+    prompt = PromptTokens(torch.zeros(1, 10, 2), ids, torch.tensor([[0, 1, 0, 2, 0, 0, 0, 0, 0, 0]]))
+    words = Condition(tokens=torch.ones(1, 3, 2))
+    out = part.attached["text.prompt"](prompt, words).ids[0].tolist()
+    expected = {"": [9, -1, -1, -1, 4, -1, -1, -1, 5, 6], "videobooth": [9, -1, -1, -1, -1, -1, 5, 6, 7, 8]}
+    assert out == expected[compat]
