@@ -1,7 +1,7 @@
 """Pixels to latents and back, frame by frame: lossless space-to-depth, AutoencoderKL, AutoencoderTiny."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from dit_booth.models.encoder_config import AutoencoderConfig
 
+Draws = torch.Generator | Sequence[torch.Generator] | None
+"""Generators of random draws: one for the batch, one for each row, or torch's global one."""
+
 
 class Autoencoder(nn.Module, ABC):
     """Frozen, always in eval mode. `channels` of the latents; `factor`: pixels per latent along a side."""
@@ -20,11 +23,11 @@ class Autoencoder(nn.Module, ABC):
     factor: int
 
     @abstractmethod
-    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, video: Tensor, generator: Draws = None) -> Tensor:
         """Video (b f 3 h w, [-1, 1]) -> latents (b f c h/factor w/factor).
 
-        `generator` draws the posterior's sample (`kl` only). ValueError: wrong shape, or a side that `factor`
-        does not divide.
+        `generator`, one or one per row, draws the posterior's sample (`kl` only). ValueError: wrong shape, or a side
+        that `factor` does not divide.
         """
 
     @abstractmethod
@@ -63,7 +66,7 @@ class PixelAutoencoder(Autoencoder):
         self.channels, self.factor = 3 * patch**2, patch
         self.eval()
 
-    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, video: Tensor, generator: Draws = None) -> Tensor:
         self._check_video(video)
         return rearrange(video, "b f c (h p) (w q) -> b f (c p q) h w", p=self.factor, q=self.factor)
 
@@ -94,7 +97,7 @@ class DiffusersAutoencoder(Autoencoder):
         self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
         self.eval()
 
-    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, video: Tensor, generator: Draws = None) -> Tensor:
         self._check_video(video)
         z = self._chunked(
             self._moments if self.kl else self._tiny_latents, rearrange(video, "b f c h w -> (b f) c h w")
@@ -103,6 +106,8 @@ class DiffusersAutoencoder(Autoencoder):
             from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
             posterior = DiagonalGaussianDistribution(z)
+            if isinstance(generator, Sequence):  # diffusers knows rows of frames
+                generator = [row for row in generator for _ in range(video.shape[1])]
             z = posterior.sample(generator) if self.sample else posterior.mode()
         z = (z - self.shift) * self.scale
         return rearrange(z, "(b f) c h w -> b f c h w", b=len(video)).to(video.dtype)

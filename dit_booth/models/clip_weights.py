@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dit_booth.inject import suggest
 from dit_booth.models.encoder_config import ClipConfig
+from dit_booth.models.upstream_clip import from_transformers, unlike_transformers
+from dit_booth.models.weights import load_strictly, read_folder, read_json, refuse
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ def build_clip_model(config: ClipConfig) -> nn.Module:
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
     if tag:
         _check_activation(config, settings, tag)
+    if not tag and Path(config.pretrained).expanduser().is_dir():
+        return _from_transformers_folder(config)
     source = config.pretrained if tag else _weights_file(config)
     try:
         # Strict, and a pickle is read by torch's weights-only unpickler.
@@ -113,7 +117,8 @@ def _weights_file(config: ClipConfig) -> str | None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
         raise ValueError(
             f"ClipConfig.pretrained = {source!r} is neither a file nor a tag of {config.model} (its tags: "
-            f"{tags}): give one of them, an existing .safetensors file, embedded, local-dir:/path or none"
+            f"{tags}): give one of them, an existing .safetensors file, a transformers folder, embedded, "
+            "local-dir:/path or none"
         )
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"ClipConfig.pretrained = {source!r}: the file must end in {', '.join(_SUFFIXES)}")
@@ -137,3 +142,26 @@ def _from_folder(config: ClipConfig) -> nn.Module:
         return open_clip.create_model(f"local-dir:{folder}", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(f"{where} could not be loaded: {error}; save the weights as .safetensors") from error
+
+
+def _from_transformers_folder(config: ClipConfig) -> nn.Module:
+    """A folder of transformers' CLIPModel with `config.json`, such as openai/clip-vit-large-patch14."""
+    import open_clip
+
+    folder = Path(config.pretrained).expanduser()
+    where = f"ClipConfig.pretrained = {config.pretrained!r}"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{where}: {folder}/config.json does not exist: give a transformers folder of CLIP")
+    settings = read_json(folder / "config.json")
+    if not {"text_config", "vision_config"} <= set(settings):
+        raise ValueError(
+            f"{where} holds {settings.get('architectures', 'no CLIPModel')}, not a CLIPModel with both towers: "
+            "give a folder such as clip-vit-large-patch14"
+        )
+    model = open_clip.create_model(config.model, load_weights=False)
+    towers = {"text_config": model.transformer, "vision_config": model.visual.transformer}
+    unlike = [line for name, tower in towers.items() for line in unlike_transformers(settings[name], tower)]
+    refuse(unlike, where, "choose the clip.model that it is")
+    state = from_transformers(read_folder(folder, "model", "pytorch_model"))
+    load_strictly(model, state, where, fix=f"model = {config.model!r} may be another size: {_FIX}")
+    return model

@@ -13,8 +13,9 @@ class ClipConfig:
 
     pretrained: str = "embedded"
     """Weights: `embedded` (in the package; dit-booth-tiny only), an open_clip tag such as `openai`
-    (downloaded), a local .safetensors or .pt file, `local-dir:/path` (an open_clip folder, whose own
-    configuration replaces `model`), or `none` (random)."""
+    (downloaded), a local .safetensors or .pt file of open_clip's, a transformers folder
+    (`path/to/clip-vit-large-patch14`), `local-dir:/path` (an open_clip folder, whose own configuration
+    replaces `model`), or `none` (random)."""
 
 
 @dataclass(frozen=True, kw_only=True)

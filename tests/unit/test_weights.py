@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from dit_booth.files import write_text
 from dit_booth.models import weights
-from dit_booth.models.weights import load_start, load_strictly, part, read, write, write_text
+from dit_booth.models.weights import load_start, load_strictly, part, read, write
 
 
 def layer(seed: int = 0, width: int = 3) -> nn.Linear:
@@ -147,3 +148,12 @@ def test_load_start_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_part() -> None:
     a, b = torch.zeros(1), torch.ones(1)
     assert part({"x.a.x.a": a, "y.x.a": b}, "x.a.") == {"x.a": a}
+
+
+def test_strict_loading_of_some_names() -> None:
+    target = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    state = {"1.weight": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match=r"x: .*1 missing \(1\.bias\); mend it$"):
+        load_strictly(target, state, "x", names=["1.weight", "1.bias"], fix="mend it")
+    load_strictly(target, state, "x", names=["1.weight"])
+    assert not target[1].weight.any() and target[0].weight.any()

@@ -1,0 +1,112 @@
+"""Files that several processes share: written whole or not at all, and locks that end with their owner.
+
+Standard library only, so that a sweep that has nothing to do answers at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SLOT = "DIT_BOOTH_SLOT"
+"""Environment variable: where a sweep has put a process (``host:devices``); the lock tells it to other sweeps."""
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `file` at the end, in one step and on the disk; not after an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.part")  # two processes may write the same file
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(file)
+        sync(file.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(file) as partial:
+        partial.write_text(text)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's entries."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines. A last line without its end was cut off, and is left out."""
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+class Lock:
+    """A folder's lock, held by one process or by the ranks of one run.
+
+    These are the kernel's record locks on ``<folder>/lock``: they end with their process, however it ends, and are not
+    inherited by its children. Every rank holds a byte of the file, and only who gets all bytes becomes the owner: where
+    one rank was killed and the others live on for a while, the folder stays theirs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "lock"
+        self.number = -1
+
+    def take(self) -> bool:
+        """Become the owner (the first rank) if there is none."""
+        if not self._try():
+            self.release()
+            return False
+        fcntl.lockf(self.number, fcntl.LOCK_UN, 0, 1)  # all bytes but the first: those of the other ranks
+        os.ftruncate(self.number, 0)
+        os.write(self.number, f"{socket.gethostname()} {os.getpid()} {os.environ.get(SLOT, '')}\n".encode())
+        return True
+
+    def join(self, rank: int) -> None:
+        """Hold the owner's lock too, as one of its further ranks."""
+        self._open()
+        fcntl.lockf(self.number, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+
+    def release(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+        self.number = -1
+
+    def held(self) -> bool:
+        """Whether another process holds it. (This process must not: closing the file would end its own lock.)"""
+        assert self.number < 0, f"{self.file} is held by this process"
+        if not self.file.is_file():
+            return False
+        free = self._try()
+        self.release()
+        return not free
+
+    def owner(self) -> str:
+        """Host, process number and slot of the last owner, for messages."""
+        return self.file.read_text().strip() if self.file.is_file() else ""
+
+    def _try(self) -> bool:
+        self._open()
+        try:
+            fcntl.lockf(self.number, fcntl.LOCK_EX | fcntl.LOCK_NB, 0, 0)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def _open(self) -> None:
+        assert self.number < 0, f"{self.file} is held by this process"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.number = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,0 +1,143 @@
+"""VideoBooth's recipe and its sampling, as a user with the official files runs them; here all of it is tiny."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import official
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_booth.cli import parse
+from dit_booth.data.video import probe, write_video
+from dit_booth.models.upstream import export_diffusers_unet, export_videobooth
+from dit_booth.models.weights import part
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+RECIPE, SAMPLING = (f"experiments/configs/videobooth_{name}.yaml" for name in ("unet", "sample"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user has: Stable Diffusion, CLIP, ELITE's mapper, VideoBooth's two files, and a data set."""
+    folder = tmp_path_factory.mktemp("official")
+    torch.manual_seed(0)
+    official.write_sd(folder / "sd")
+    official.write_transformers(folder / "clip", official.randomised(official.clip_model()), "")
+    official.write_elite(folder / "global_mapper.pt")
+    official.write_videobooth(folder)
+    for number in range(2):
+        name = f"clip{number}"
+        video = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        video[:, :, 4:12, 4:12] = 1.0
+        write_video(folder / "data" / "videos" / "page" / f"{name}.mp4", video, fps=8)
+        masks = folder / "data" / "masks" / name
+        masks.mkdir(parents=True)
+        mask = np.zeros((16, 16), np.uint8)
+        mask[4:12, 4:12] = 255
+        Image.fromarray(mask).save(masks / "mask_1.png")
+        entry = {"value": 1, "label": "dog", "logit": 0.9, "box": [4.0, 4.0, 12.0, 12.0]}
+        (masks / "mask.json").write_text(json.dumps([{"value": 0, "label": "background"}, entry]))
+    with (folder / "data" / "all.csv").open("w", newline="") as stream:
+        rows = [(f"clip{number}", "page", f"a dog is walking, take {number}") for number in range(2)]
+        csv.writer(stream).writerows([("videoid", "page_dir", "name"), *rows])
+    return folder
+
+
+def tiny(files: Path) -> list[str]:
+    """On top of either YAML file: small sizes, and where the files are."""
+    flags = f"""
+        --unet.channels 8 16 --unet.layers-per-block 1 --unet.heads 2 --unet.norm-groups 4
+        --unet.down-attention True False --data.frames 3 --data.stride 1 --data.size 16 --data.workers 0
+        --train.batch-size 2 --sample.videos 1 --sampler.steps 2 --clip.model dit-booth-tiny
+        --clip.pretrained {files}/clip --autoencoder.path {files}/sd --autoencoder.subfolder vae
+        --data.root {files}/data
+    """
+    return flags.split()
+
+
+def python(*arguments: str) -> str:
+    """Run a script as one process; what it printed."""
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def written(folder: Path) -> dict[str, Tensor]:
+    """A run folder's weights, under the names of the whole model."""
+    strategy = load_file(folder / "strategy.safetensors")
+    return load_file(folder / "weights.safetensors") | {f"strategy.{k}": v for k, v in strategy.items()}
+
+
+def test_the_recipe_trains_both_stages_from_stable_diffusion_and_elite(files: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    short = ["--stages.coarse.steps", "1", "--stages.fine.steps", "1"]
+    start = ["--weights", str(files / "sd"), "--strategy-weights", str(files / "global_mapper.pt")]
+    said = python("experiments/run.py", "--config", RECIPE, *tiny(files), *short, *start, "--out", str(run))
+    assert "token_replacement+kv_concat on unet, ranks: 1, stages: coarse fine" in said
+    assert "ELITE's mapper; the text attention's K/V stay the backbone's" in said
+    ours, image = written(run), official.image_unet().from_pretrained(files / "sd" / "unet").state_dict()
+    spatial = export_diffusers_unet(part(ours, "backbone."))
+    assert set(spatial) == set(image) and all(torch.equal(spatial[name], image[name]) for name in image)
+    # A step at 1e-4 moves a parameter by about as much (AdamW), from where the official files put it.
+    elite = torch.load(files / "global_mapper.pt")["mapping_patch_2.3.weight"]
+    mapper = ours["strategy.token_replacement.mapper.mapping_patch_2.3.weight"]
+    assert 0 < (mapper - elite).abs().max() < 1e-3
+    site = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    for tap in ("to_k_new", "to_v_exemplar"):
+        moved = ours[f"strategy.kv_concat.taps.{site}.{tap}.weight"] - image[f"{site}.{tap[:4]}.weight"]
+        assert 0 < moved.abs().max() < 1e-3, tap
+    assert probe(run / "samples" / "000.mp4").frames == 3
+
+
+def test_sampling_from_videobooths_files(files: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    unet, mapper = (str(files / name) for name in ("watermark_remove_module.pt", "mapper.pt"))
+    start = ["--weights", unet, "--strategy-weights", mapper]
+    said = python("experiments/run.py", "--config", SAMPLING, *tiny(files), *start, "--out", str(run))
+    assert "first step" not in said, "nothing is trained"
+    exported = export_videobooth(written(run))
+    for key, file in (("ema_unet", unet), ("ema", mapper)):
+        state = torch.load(file)[key]
+        assert set(exported[key]) == set(state)
+        assert all(torch.equal(exported[key][name], state[name]) for name in state), key
+    assert probe(run / "samples" / "000.mp4").frames == 3
+    picture = np.full((20, 16, 3), 255, np.uint8)
+    picture[5:15, 4:12] = (200, 30, 30)
+    Image.fromarray(picture).save(tmp_path / "panda.png")
+    own = ["--image", str(tmp_path / "panda.png"), "--caption", "a panda is running", "--subject", "panda"]
+    assert probe(python("experiments/sample.py", str(run), *own).strip().splitlines()[0]).frames == 3
+
+
+@pytest.mark.parametrize("file", [RECIPE, SAMPLING])
+def test_the_files_hold_the_papers_settings(file: str) -> None:
+    config = parse(["--config", str(ROOT / file)])
+    data, train, stages = config.data, config.train, config.stages
+    assert (data.frames, data.stride, data.size) == (16, 4, 256)
+    assert (train.batch_size, train.clip, train.weight_decay) == (16, 0.1, 0.0)
+    assert (stages.coarse.lr, stages.fine.lr, stages.coarse.drop, stages.fine.drop) == (1e-4, 1e-4, 0.0, 0.1)
+    assert (config.objective.kind, config.objective.beta_schedule) == ("eps", "linear")
+    assert (config.sampler.kind, config.sampler.steps, config.guidance.scale) == ("ddpm", 250, 4.0)
+    assert config.options()["token_replacement"].penalty == 0.01  # type: ignore[attr-defined]
+    sampling = file == SAMPLING
+    assert config.unet.watermark == sampling
+    assert (stages.coarse.steps == 0) == (stages.fine.steps == 0) == sampling
