@@ -1,0 +1,283 @@
+"""Read a sweep's folder, or run folders, into the points that a report is made of. Nothing but files is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dit_booth.report.study import COSTS, PLACES, Group, Point, Prompt, Score, Stage, Study
+
+
+def read_study(folders: Sequence[Path]) -> Study:
+    """A sweep's folder, or one run folder and more.
+
+    Raises:
+        ValueError: a folder is neither, or a file in it is missing or malformed; the message names it.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; give a sweep's folder, or run folders")
+    if (folders[0] / "sweep.jsonl").is_file():
+        if len(folders) > 1:
+            raise ValueError(f"{folders[0]} is a sweep's folder; give it alone, or run folders only")
+        return read_sweep(folders[0])
+    for folder in folders:
+        if not (folder / "run.yaml").is_file():
+            raise ValueError(
+                f"{folder} has no sweep.jsonl and no run.yaml; give a sweep's folder, or run folders"
+            )
+    return read_runs(folders)
+
+
+def read_sweep(folder: Path) -> Study:
+    """The points of ``sweep.jsonl``, in its order, with their run folders."""
+    rows = list(read_lines(folder / "sweep.jsonl"))
+    if not rows:
+        raise ValueError(f"{folder / 'sweep.jsonl'} is empty; run the sweep: it writes a line for each point")
+    points = [_sweep_point(folder, row, f"{folder / 'sweep.jsonl'}:{number}") for number, row in rows]
+    file = folder / "sweep.yaml"
+    text = file.read_text() if file.is_file() else ""
+    described = read_yaml(file) if text else {}
+    return Study(
+        title=str(described.get("title") or described.get("name") or folder.resolve().name),
+        about=str(described.get("about") or ""),
+        folder=folder,
+        groups=tuple(_groups(points)),
+        commands=(
+            f"python experiments/sweep.py {_description_of(described, file)}",
+            f"python -m dit_booth.report {folder} --csv --latex",
+        ),
+        description=text,
+    )
+
+
+def _description_of(described: Mapping[str, Any], kept: Path) -> Path:
+    """The file that the sweep was started with, where it is one of those that are shipped; else the copy."""
+    shipped = Path("experiments/sweeps") / f"{described.get('name')}.yaml"
+    return shipped if shipped.is_file() else kept
+
+
+def read_runs(folders: Sequence[Path]) -> Study:
+    """Run folders as points, a row each; the first one is the baseline."""
+    settings = [flat(read_yaml(folder / "run.yaml")) for folder in folders]
+    names = dict.fromkeys(name for setting in settings for name in setting if name not in PLACES)
+    differing = [n for n in names if len({repr(setting.get(n)) for setting in settings}) > 1]
+    points = []
+    for number, (folder, setting) in enumerate(zip(folders, settings, strict=True)):
+        finished, log = (folder / "finished").is_file(), folder / "metrics.jsonl"
+        scores, stages = _run_log(log) if finished or log.is_file() else ({}, ())
+        costs = {"step_seconds": stages[-1].step_seconds} if stages else {}
+        file = folder / "cost.json"
+        if file.is_file():
+            cost = read_json(file)
+            costs = {name: _number(cost, name, str(file)) for name in COSTS if cost.get(name) is not None}
+            stages = tuple(_stage(stage, str(file)) for stage in cost.get("stages") or ()) or stages
+        points.append(
+            Point(
+                id=str(folder),
+                label=folder.resolve().name,
+                group=str(folder),
+                folder=folder,
+                status="finished" if finished else "unfinished",
+                baseline=number == 0 and len(folders) > 1,
+                options={name: setting[name] for name in differing if name in setting},
+                scores=scores,
+                costs=costs,
+                stages=stages,
+                prompts=tuple(_prompts(folder / "samples" / "metrics.jsonl")),
+                settings=setting,
+            )
+        )
+    return Study(
+        title=points[0].label if len(points) == 1 else f"{len(points)} runs",
+        sweep=False,
+        folder=folders[0],
+        groups=tuple(_groups(points)),
+        commands=tuple(f"python experiments/run.py --config {folder / 'run.yaml'}" for folder in folders),
+    )
+
+
+def stage_losses(study: Study, point: Point, stage: Stage) -> list[tuple[int, float]]:
+    """(step, loss) of a stage: from its own folder in the sweep, or else from the point's log."""
+    own = study.folder / "stages" / f"{stage.name}-{stage.address}" / "metrics.jsonl"
+    file = own if stage.address and own.is_file() else point.folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    return [
+        (int(line["step"]), _number(line, "loss", f"{file}:{number}"))
+        for number, line in read_lines(file)
+        if line.get("stage") == stage.name and "step" in line and "loss" in line
+    ]
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line of a JSON-lines file; a last line still being written is left out."""
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; is it another program's folder, or was it moved?")
+    text = file.read_text()
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                return
+            raise ValueError(f"{file}:{number}: not JSON ({error.msg}); mend or remove the line") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}:{number}: holds a {type(value).__name__}; each line is one object")
+        yield number, value
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML mapping; ValueError, in one line, for anything else."""
+    try:
+        value = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: holds a {type(value).__name__}; it must be `name: value` lines")
+    return value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; ValueError, in one line, for anything else."""
+    try:
+        value = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error.msg}); mend or remove it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: holds a {type(value).__name__}; it must be one object")
+    return value
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _sweep_point(sweep: Path, row: dict[str, Any], where: str) -> Point:
+    needed: dict[str, type] = {"point": str, "group": str, "status": str, "seed": int}
+    optional: dict[str, type] = {"options": dict, "metrics": dict, "error": list, "stages": list}
+    for name, kind in {**needed, **optional}.items():
+        if not isinstance(row.get(name), kind) and (name in needed or row.get(name) is not None):
+            raise ValueError(f"{where}: {name} is {row.get(name)!r}; it must be a {kind.__name__}")
+    folder = sweep / str(row.get("run") or f"points/{row['point']}")
+    finished = row["status"] == "finished"
+    if finished and not folder.is_dir():
+        raise ValueError(
+            f"{where}: {folder} is not there, and the point is finished; restore it, or run it again"
+        )
+    settings = folder / "run.yaml"
+    return Point(
+        id=row["point"],
+        label=str(row.get("label") or row["point"]),
+        group=row["group"],
+        folder=folder,
+        seed=row["seed"],
+        status=row["status"],
+        baseline=bool(row.get("baseline")),
+        error=tuple(map(str, row.get("error") or ())),
+        options=row.get("options") or {},
+        scores=_scores(row.get("metrics") or {}, where),
+        costs={name: _number(row, name, where) for name in COSTS if row.get(name) is not None},
+        stages=tuple(_stage(stage, where) for stage in row.get("stages") or ()),
+        launch_seconds=_number(row, "launch_seconds", where),
+        prompts=tuple(_prompts(folder / "samples" / "metrics.jsonl")) if finished else (),
+        settings=flat(read_yaml(settings)) if settings.is_file() else {},
+    )
+
+
+def _scores(metrics: dict[str, Any], where: str) -> dict[str, Score]:
+    for name, value in metrics.items():
+        if not isinstance(value, dict) or not isinstance(value.get("n"), int):
+            raise ValueError(f"{where}: metric {name} is {value!r}; it must have mean, stderr and n")
+    return {
+        name: Score(mean=_number(v, "mean", where), stderr=_number(v, "stderr", where), n=v["n"])
+        for name, v in metrics.items()
+    }
+
+
+def _stage(stage: Any, where: str) -> Stage:
+    if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
+        raise ValueError(f"{where}: a stage is {stage!r}; it must have a name")
+    return Stage(
+        name=stage["name"],
+        address=str(stage.get("address") or ""),
+        steps=int(stage.get("steps") or 0),
+        shared=bool(stage.get("shared")),
+        seconds=_number(stage, "seconds", where),
+        step_seconds=_number(stage, "step_seconds", where),
+    )
+
+
+def _number(row: Mapping[str, Any], name: str, where: str) -> float:
+    value = row.get(name)
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{where}: {name} is {value!r}; it must be a number")
+    return float(value)
+
+
+def _prompts(file: Path) -> Iterator[Prompt]:
+    """The rows of a sample folder's ``metrics.jsonl``; a run may have sampled nothing."""
+    if not file.is_file():
+        return
+    for index, (number, line) in enumerate(read_lines(file)):
+        scores = {name: value for name, value in line.items() if name not in ("key", "caption")}
+        yield Prompt(
+            index=index,
+            key=str(line.get("key", index)),
+            caption=str(line.get("caption", "")),
+            scores={name: _number(scores, name, f"{file}:{number}") for name in scores},
+        )
+
+
+def _run_log(file: Path) -> tuple[dict[str, Score], tuple[Stage, ...]]:
+    """The last ``samples`` line of a run's log, and its stages."""
+    scores: dict[str, Score] = {}
+    seconds: dict[str, list[float]] = {}
+    for number, line in read_lines(file):
+        if isinstance(line.get("samples"), dict):
+            scores = _scores(line["samples"], f"{file}:{number}")
+        elif "step" in line:
+            seconds.setdefault(str(line.get("stage")), []).append(
+                _number(line, "seconds", f"{file}:{number}")
+            )
+    stages = tuple(
+        Stage(name=name, steps=len(own), seconds=sum(own), step_seconds=sorted(own)[len(own) // 2])
+        for name, own in seconds.items()
+    )
+    return scores, stages
+
+
+def _groups(points: Sequence[Point]) -> Iterator[Group]:
+    """Points by group, in the order of their first points, each with a label that no other group has."""
+    members: dict[str, list[Point]] = {}
+    for point in points:
+        members.setdefault(point.group, []).append(point)
+    labels = {group: _label(own) for group, own in members.items()}
+    for group, own in members.items():
+        twice = list(labels.values()).count(labels[group]) > 1
+        label = f"{labels[group]} ({group})" if twice else labels[group]
+        yield Group(id=group, label=label, points=tuple(sorted(own, key=lambda point: point.seed)))
+
+
+def _label(points: Sequence[Point]) -> str:
+    """The points' common label, or the options where their labels name the seed."""
+    if len({point.label for point in points}) == 1 or not points[0].options:
+        return points[0].label
+    return ", ".join(f"{name.split('.')[-1]} {value}" for name, value in points[0].options.items())

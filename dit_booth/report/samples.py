@@ -1,0 +1,139 @@
+"""The sample grid: for each of the first prompts its image, its ground truth, and every row's video, as data URIs."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dit_booth.data.video import probe
+from dit_booth.report.study import Group, Point
+
+PROMPTS = 8
+_TINY = 128  # videos of fewer pixels are enlarged with square pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A picture or a video; without a `uri`, `missing` says why."""
+
+    uri: str = ""
+    video: bool = False
+    tiny: bool = False
+    shape: str = "1 / 1"
+    """Width / height, as CSS has it."""
+    missing: str = ""
+    style: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """One prompt: its caption and its cells (image prompt, ground truth, then one for each group)."""
+
+    caption: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def size(self) -> int:
+        """Characters in the page."""
+        return sum(len(cell.uri) for cell in self.cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The grid; `dropped` rows did not fit into the page."""
+
+    heads: tuple[str, ...] = ()
+    styles: tuple[int, ...] = ()
+    rows: tuple[SampleRow, ...] = ()
+    seeds: tuple[int, ...] = ()
+    """The seed of each group's videos: the same one, where they have one in common."""
+    dropped: int = 0
+    unreadable: tuple[str, ...] = field(default_factory=tuple)
+
+
+def read_samples(groups: Sequence[Group], styles: dict[str, int], budget: int) -> Samples:
+    """The grid of the groups' first prompts, as many as `budget` characters hold."""
+    shown = [group for group in groups if any(point.prompts for point in group.finished)]
+    if not shown:
+        return Samples()
+    points = [_point(group, _common_seed(shown)) for group in shown]
+    prompts = {prompt.key: prompt.caption for point in points for prompt in point.prompts}
+    rows: list[SampleRow] = []
+    having = Counter(prompt.key for point in points for prompt in point.prompts)
+    wanted = sorted(prompts, key=lambda key: -having[key])[:PROMPTS]  # those of most groups first
+    for key in wanted:
+        row = _row(key, prompts[key], shown, points, styles)
+        if sum(r.size for r in rows) + row.size > budget:
+            break
+        rows.append(row)
+    given = any(cell.uri for row in rows for cell in row.cells[:2])  # older runs have not saved them
+    return Samples(
+        heads=("image prompt", "ground truth", *(group.label for group in shown))[0 if given else 2 :],
+        styles=(-1, -1, *(styles[group.id] for group in shown))[0 if given else 2 :],
+        rows=tuple(rows if given else (replace(row, cells=row.cells[2:]) for row in rows)),
+        seeds=tuple(point.seed for point in points),
+        dropped=len(wanted) - len(rows),
+        unreadable=tuple(cell.missing for row in rows for cell in row.cells if ": " in cell.missing),
+    )
+
+
+def _common_seed(groups: Sequence[Group]) -> int | None:
+    common = set.intersection(*({point.seed for point in group.finished} for group in groups))
+    return min(common, default=None)
+
+
+def _point(group: Group, seed: int | None) -> Point:
+    sampled = [point for point in group.finished if point.prompts]
+    return next((point for point in sampled if point.seed == seed), sampled[0])
+
+
+def _row(
+    key: str, caption: str, groups: Sequence[Group], points: Sequence[Point], styles: dict[str, int]
+) -> SampleRow:
+    """The image prompt and the ground truth are any point's: all points of a prompt were given the same."""
+    places = [
+        (p.folder / "samples", next((f"{q.index:03d}" for q in p.prompts if q.key == key), ""))
+        for p in points
+    ]
+    prompt = [folder / "prompt" / f"{name}.png" for folder, name in places if name]
+    truth = [folder / "truth" / f"{name}.mp4" for folder, name in places if name]
+    videos = [
+        _video([folder / f"{name}.mp4"] if name else [], styles[group.id])
+        for group, (folder, name) in zip(groups, places, strict=True)
+    ]
+    return SampleRow(caption=caption, cells=(_picture(prompt), _video(truth, -1), *videos))
+
+
+def _picture(files: Sequence[Path]) -> Cell:
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return Cell(missing="not saved")
+    data = file.read_bytes()
+    width = int.from_bytes(data[16:20], "big") if data[:8] == b"\x89PNG\r\n\x1a\n" else 0
+    if not width:
+        return Cell(missing=f"{file}: not a PNG")
+    return Cell(uri=_uri(data, "image/png"), tiny=width < _TINY)
+
+
+def _video(files: Sequence[Path], style: int) -> Cell:
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return Cell(missing="not saved", style=style)
+    try:
+        info = probe(file)
+    except ValueError as error:  # one bad video is no reason to have no page
+        return Cell(missing=str(error), style=style)
+    return Cell(
+        uri=_uri(file.read_bytes(), "video/mp4"),
+        video=True,
+        tiny=info.width < _TINY,
+        shape=f"{info.width} / {info.height}",
+        style=style,
+    )
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,109 @@
+"""What a report is made of: points (one run each), groups (points that differ in the seed only), the study."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every")
+"""Settings that change no result."""
+COSTS = ("trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "wall_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A metric of one point: its mean over prompts, the standard error of that (NaN for one prompt), their number."""
+
+    mean: float
+    stderr: float = math.nan
+    n: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One sampled video of a point: its number (that of its file), its prompt and its scores."""
+
+    index: int
+    key: str
+    caption: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of a point; equal addresses are one training."""
+
+    name: str
+    address: str = ""
+    steps: int = 0
+    shared: bool = False
+    seconds: float = math.nan
+    step_seconds: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run of a sweep: a row of ``sweep.jsonl`` and what lies in its run folder."""
+
+    id: str
+    label: str
+    group: str
+    folder: Path
+    seed: int = 0
+    status: str = "finished"
+    baseline: bool = False
+    error: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    launch_seconds: float = math.nan
+    prompts: tuple[Prompt, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    """`run.yaml`, flat: ``{"stages.fine.steps": 150}``."""
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The points that differ in the seed only: a row of the table."""
+
+    id: str
+    label: str
+    points: tuple[Point, ...]
+
+    @property
+    def finished(self) -> tuple[Point, ...]:
+        return tuple(point for point in self.points if point.finished)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.points[0].options
+
+    @property
+    def baseline(self) -> bool:
+        return any(point.baseline for point in self.points)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """All that a page shows."""
+
+    title: str
+    folder: Path
+    groups: tuple[Group, ...]
+    about: str = ""
+    sweep: bool = True
+    """Whether it is a sweep's folder; else run folders."""
+    commands: tuple[str, ...] = ()
+    description: str = ""
+    """The sweep's own description, as its file has it."""
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        return tuple(point for group in self.groups for point in group.points)
