@@ -21,7 +21,7 @@ import yaml
 
 from dit_booth.config import RunConfig
 from dit_booth.inject import suggest
-from dit_booth.strategy import StrategyConfig, find, registered
+from dit_booth.strategy import StrategyConfig, find, names_in, registered
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def drop_other_strategies(settings: dict[str, Any], strategy: str, *, chosen_here: bool) -> None:
     """Sections of strategies that do not run: dropped with a warning where the command line chose another strategy."""
-    for name in set(registered()) & set(settings) - {part.strip() for part in strategy.split("+")}:
+    for name in set(registered()) & set(settings) - set(names_in(strategy)):
         if not chosen_here:
             raise ValueError(
                 f"section {name!r} in the file belongs to no strategy of {strategy!r}; remove it or add +{name}"

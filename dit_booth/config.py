@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.models.dit import DiTConfig
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.unet import UNetConfig
-from dit_booth.strategy import StrategyConfig
+from dit_booth.strategy import StrategyConfig, names_in
 
 StageName = Literal["images", "base", "coarse", "fine", "joint"]
 STAGES: tuple[StageName, ...] = ("images", "base", "coarse", "fine", "joint")
@@ -99,7 +100,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     steps: int = 200
-    """Optimizer steps."""
+    """Optimizer steps; 0: this stage's strategies take part as `weights` and `strategy_weights` have them."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup: int = 20
@@ -114,14 +115,24 @@ class StageConfig:
     """Also train what the coarse stage trains (VideoBooth's released fine stage does)."""
     drop: float = 0.0
     """Share of rows that lose text and reference together, for guidance (VideoBooth's fine stage: 0.1)."""
+    drop_image: float = 0.0
+    """Further rows that lose the reference only, for guidance by text and image apart (InstructPix2Pix: 0.05 each)."""
+    drop_text: float = 0.0
+    """Further rows that lose the text only."""
     single_frames: bool = False
     """Train on every frame as a video of its own: cheap pretraining on images."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps is {self.steps}; use 0 or more")
-        if not 0 <= self.drop <= 1:
-            raise ValueError(f"drop is {self.drop}; it is a share of the rows, 0 to 1")
+        for name in ("drop", "drop_image", "drop_text"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the rows, 0 to 1")
+        if self.drop + self.drop_image + self.drop_text > 1:
+            raise ValueError(
+                f"drop {self.drop} + drop_image {self.drop_image} + drop_text {self.drop_text} is more than all rows;"
+                " lower one of them"
+            )
         if self.lr <= 0:
             raise ValueError(f"lr is {self.lr}; use a positive learning rate")
 
@@ -152,8 +163,14 @@ class TrainConfig:
     """AdamW's betas."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
+    decay_of: tuple[str, ...] = ()
+    """Weight decay of parameters by glob, such as *.bias=0; the last that matches counts, weight_decay for the rest."""
     ema: float = 0.999
     """Decay of the exponential moving average that a stage ends with; 0: none."""
+    ema_width: float = 0.0
+    """Average by a power function of this width instead (EDM2, arXiv 2312.02696, section 3: 0.05 or 0.1); 0: ema."""
+    compile: bool = False
+    """torch.compile the DiT's blocks: the first step takes a minute more, the others less time and memory."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     seed: int = 0
@@ -165,6 +182,11 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; use 1 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema is {self.ema}; it is a decay, 0 to 1 (exclusive)")
+        if not 0 <= self.ema_width < 0.28:
+            raise ValueError(f"train.ema_width is {self.ema_width}; use 0 (none) to 0.28, such as 0.1")
+        for rule in self.decay_of:
+            if not re.fullmatch(r".+=\d*\.?\d+(e-?\d+)?", rule):
+                raise ValueError(f"train.decay_of has {rule!r}; write GLOB=DECAY, such as *.bias=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +210,19 @@ class RunConfig:
     backbone: Literal["dit", "unet"] = "dit"
     """Which network."""
     weights: str = "embedded"
-    """Where the backbone starts: embedded (the toy world's base), none (random), a run folder, a .safetensors file."""
+    """Where the backbone starts: embedded (the toy world's base), none (random), a run folder, a .safetensors file, a
+    Stable Diffusion 1.x folder (diffusers), DiT's official file (.pt; inflated), or VideoBooth's U-Net (.pt), which may
+    bring the strategies' taps."""
+    strategy_weights: tuple[str, ...] = ()
+    """Where the strategies start, read in order: VideoBooth's or ELITE's mapper (.pt), run folders, .safetensors files."""
     schedule: tuple[StageName, ...] = ()
     """Stages in order; empty: coarse and fine, as far as the strategies train in them."""
     out: str = ""
     """Run folder; empty: runs/<strategy>-<backbone>-<hash of the settings>."""
+    store: str = ""
+    """Folder of stages that runs share: a stage that is finished there is not trained again; empty: the run's own."""
+    stop_after: StageName | Literal[""] = ""
+    """End after this stage, without samples: what a job does that only trains a stage that others share."""
     plugin: tuple[str, ...] = ()
     """Python files that register further strategies."""
     ds_config: str = "ds_config.json"
@@ -211,8 +241,7 @@ class RunConfig:
 
     def options(self) -> dict[str, StrategyConfig]:
         """The options of the run's strategies, by name (sections that `cli` adds for the chosen strategies)."""
-        names = (part.strip() for part in self.strategy.split("+"))
-        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {name: getattr(self, name) for name in names_in(self.strategy) if hasattr(self, name)}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers: what ``run.yaml`` holds."""
@@ -229,10 +258,44 @@ class RunConfig:
         return self.out or f"runs/{self.strategy}-{self.backbone}-{self.fingerprint()}"
 
 
+LATER = {
+    "dit": (
+        *(
+            "depth",
+            "hidden",
+            "heads",
+            "layout",
+            "conditioning",
+            "classes",
+            "head_text",
+            "positions",
+            "qk_norm",
+        ),
+        *("mlp", "init", "checkpoint_every"),
+    ),
+    "train": ("decay_of", "ema_width", "compile"),
+    "objective": ("min_snr",),
+}
+"""Fields that a run.yaml from before may lack; their default is what there was."""
+
+
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings (`RunConfig.as_dict`, or a ``run.yaml``) that change a run's result: two runs differ if these do."""
     out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
-    out.pop("out", None)
+    for name in ("out", "store", "stop_after"):
+        out.pop(name, None)
+    if not out.get("strategy_weights"):  # as in a run.yaml from before there was this field
+        out.pop("strategy_weights", None)
+    for section, default in (
+        ("dit", DiTConfig()),
+        ("train", TrainConfig()),
+        ("objective", ObjectiveConfig()),
+    ):
+        for name in LATER[section]:
+            if name in out.get(section, {}) and out[section][name] == json.loads(
+                json.dumps(getattr(default, name))
+            ):
+                del out[section][name]
     out.get("data", {}).pop("workers", None)
     out.get("train", {}).pop("checkpoint_every", None)
     return out

@@ -19,18 +19,22 @@ A strategy is one short file::
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 from dit_booth.inject import Condition, Injection, Reference, Site, Sites, suggest
 
 log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 ENTRY_POINTS = "dit_booth.strategies"
 
 
@@ -49,12 +53,22 @@ class Strategy(nn.Module):
 
     name: ClassVar[str]
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
-    trains: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    trains: Mapping[str, tuple[str, ...]] = {}
     """Stage -> globs over the strategy's own parameters that this stage trains."""
-    trains_backbone: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    trains_backbone: Mapping[str, tuple[str, ...]] = {}
     """Stage -> globs over the backbone's parameters that this stage trains."""
     identity_at_init: ClassVar[bool] = False
     """Whether the model's output is unchanged by this strategy before any training."""
+    reads_image: ClassVar[bool] = True
+    """Whether the image reaches the network through this strategy."""
+    excludes: ClassVar[tuple[str, ...]] = ()
+    """Globs over the names of the strategies that cannot stand in a sum with this one."""
+    order: ClassVar[int] = 0
+    """At one site the taps of a lower order act first, those of equal order as the sum is written."""
+    depends_on_time: bool = True
+    """Whether the condition changes with the timestep or its noise; if not, a video's samples share one."""
+    reference_frames: int = 1
+    """Copies of the reference, each with noise of its own, that pass the network as a video (`Reference.noisy`)."""
 
     def __init__(self, config: StrategyConfig, sites: Sites) -> None:
         super().__init__()
@@ -62,7 +76,7 @@ class Strategy(nn.Module):
         self.taps = nn.Module()  # a tree that mirrors the backbone's paths: taps.blocks.3.attn1
         self.attached: dict[str, nn.Module] = {}
 
-    def attach(self, site: Site, tap: nn.Module) -> None:
+    def attach(self, site: Site, tap: M) -> M:
         """Put a tap at a site. Its parameters are named ``taps.<site>.<parameter>``: names stay reversible."""
         *path, leaf = site.name.split(".")
         node = self.taps
@@ -72,17 +86,23 @@ class Strategy(nn.Module):
             node = node.get_submodule(part)
         node.add_module(leaf, tap)
         self.attached[site.name] = tap
+        return tap
 
     def forward(self, reference: Reference) -> Condition:
         """Make this step's condition from the reference. Default: nothing."""
         return Condition()
 
+    @classmethod
+    def stages(cls) -> frozenset[str]:
+        """The stages in which this strategy trains anything, of its own or of the backbone."""
+        return frozenset((*cls.trains, *cls.trains_backbone))
+
 
 class Strategies(nn.Module):
-    """Several strategies at once, in their written order: ``token_replacement+kv_concat``.
+    """Several strategies at once: ``token_replacement+kv_concat``.
 
     Parameters are named ``<strategy>.taps.<site>.<parameter>``. At a site that several tap, the earlier one's payload
-    is the later one's input.
+    is the later one's input: by their `order`, then as written.
     """
 
     def __init__(self, parts: Mapping[str, Strategy]) -> None:
@@ -90,6 +110,10 @@ class Strategies(nn.Module):
         self.names = tuple(parts)
         for name, part in parts.items():
             self.add_module(name, part)
+
+    def reference_frames(self, active: Sequence[str]) -> int:
+        """Noised copies of the reference that the active strategies ask for."""
+        return max((self.part(name).reference_frames for name in active), default=1)
 
     def part(self, name: str) -> Strategy:
         """The strategy of that name."""
@@ -104,16 +128,17 @@ class Strategies(nn.Module):
     def bind(self, conditions: Mapping[str, Condition]) -> Injection:
         """One injection of the taps of all strategies that have a condition; an empty one means: no image."""
         taps: dict[str, list[tuple[nn.Module, Condition]]] = {}
-        for name in self.names:
+        for name in sorted(self.names, key=lambda name: self.part(name).order):
             if name in conditions:
                 for site, tap in self.part(name).attached.items():
-                    taps.setdefault(site, []).append((tap, conditions[name]))
+                    taps.setdefault(site, []).append((tap, conditions[name].at(site)))
         return Injection(taps)
 
 
 # ---- registry -------------------------------------------------------------------------------------------------------
 
 _REGISTRY: dict[str, type[Strategy]] = {}
+_ALIASES: dict[str, str] = {}
 _FAILED: dict[str, str] = {}  # plug-in -> last line of its traceback
 S = TypeVar("S", bound=type[Strategy])
 
@@ -123,6 +148,10 @@ def register(name: str) -> Callable[[S], S]:
 
     def add(cls: S) -> S:
         old = _REGISTRY.get(name)
+        if name in _ALIASES:
+            raise ValueError(
+                f"strategy {name!r} is an alias of {_ALIASES[name]}; rename the one in {cls.__module__}"
+            )
         if old is not None and old.__module__ != cls.__module__:
             raise ValueError(
                 f"strategy {name!r} is registered by both {old.__module__} and {cls.__module__}; rename one"
@@ -132,6 +161,19 @@ def register(name: str) -> Callable[[S], S]:
         return cls
 
     return add
+
+
+def alias(name: str, expression: str) -> None:
+    """Let a name stand for a sum: ``alias("videobooth", "token_replacement+kv_concat")``."""
+    if name in _REGISTRY or _ALIASES.get(name, expression) != expression:
+        raise ValueError(f"alias {name!r} for {expression!r}: the name is taken; choose another")
+    _ALIASES[name] = expression
+
+
+def names_in(expression: str) -> list[str]:
+    """The names in ``a+b``, an alias being the sum that it stands for."""
+    names = [part.strip() for part in expression.split("+")]
+    return [name for part in names for name in _ALIASES.get(part, part).split("+")]
 
 
 @functools.cache
@@ -151,21 +193,55 @@ def registered() -> dict[str, type[Strategy]]:
     return dict(sorted(_REGISTRY.items()))
 
 
+def aliases() -> dict[str, str]:
+    """Alias -> the sum that it stands for."""
+    load_plugins()
+    return dict(sorted(_ALIASES.items()))
+
+
+def failed_plugins() -> dict[str, str]:
+    """Installed plug-ins that failed to import -> the last line of the traceback."""
+    load_plugins()
+    return dict(_FAILED)
+
+
 def find(expression: str) -> dict[str, type[Strategy]]:
-    """The classes that ``a+b`` names, in order. Unknown names say what is near, and which plug-ins failed."""
+    """The classes that ``a+b`` names, in order.
+
+    ValueError: a name is unknown (the error says what is near, and which plug-ins failed), stands twice, or two of the
+    strategies exclude each other.
+    """
     known = registered()
-    names = [part.strip() for part in expression.split("+")]
+    names = names_in(expression)
     for name in names:
         if name not in known:
             failed = "".join(f"; plug-in {k} failed to import: {v}" for k, v in _FAILED.items())
-            raise ValueError(f"strategy {name!r} is unknown{suggest(name, known)}{failed}")
+            raise ValueError(f"strategy {name!r} is unknown{suggest(name, {**known, **_ALIASES})}{failed}")
         if names.count(name) > 1:
             raise ValueError(f"strategy {expression!r} names {name!r} twice; name each once")
+    for name in names:
+        others = [n for n in names if n != name and any(fnmatchcase(n, g) for g in known[name].excludes)]
+        if others:
+            raise ValueError(
+                f"strategy {expression!r}: {name} cannot be combined with {', '.join(others)}; leave one of them out"
+            )
     return {name: known[name] for name in names}
 
 
 def create(
-    classes: Mapping[str, type[Strategy]], configs: Mapping[str, StrategyConfig], sites: Sites
+    classes: Mapping[str, type[Strategy]],
+    configs: Mapping[str, StrategyConfig],
+    sites: Sites,
+    seed: int = 0,
 ) -> Strategies:
-    """Build the named strategies on a model's sites; options that are absent keep their defaults."""
-    return Strategies({name: cls(configs.get(name, cls.Config()), sites) for name, cls in classes.items()})
+    """Build the named strategies on a model's sites; options that are absent keep their defaults.
+
+    A strategy's random weights depend on `seed` and its own name alone, not on those that it is composed with: runs
+    with different fine strategies may share the coarse one's training.
+    """
+    parts = {}
+    for name, cls in classes.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+            parts[name] = cls(configs.get(name, cls.Config()), sites)
+    return Strategies(parts)

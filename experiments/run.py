@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # imported late: --help and a wrong flag answer before DeepSp
     from torch import Tensor
 
     from dit_booth.config import RunConfig
+    from dit_booth.training.address import Stage
     from dit_booth.training.build import Parts
     from dit_booth.training.distributed import Ranks
     from dit_booth.training.journal import Journal
@@ -56,10 +57,15 @@ def start_run(argv: list[str], begin: float) -> int:
     if (folder / "finished").is_file():
         log.info("this run is finished, nothing to do; --out FOLDER makes another one\n%s", describe(folder))
         return 0
-    from dit_booth.training.distributed import start, stop
+    from dit_booth.training.distributed import owning, start, stop
 
     try:
-        run(config, start(), begin)
+        ranks = start()
+        with owning(folder, ranks):
+            if ranks.agree((folder / "finished").is_file()):
+                log.info("another process has finished this run meanwhile\n%s", describe(folder))
+            else:
+                run(config, ranks, begin)
     finally:
         stop()
     return 0
@@ -67,23 +73,27 @@ def start_run(argv: list[str], begin: float) -> int:
 
 def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
     """The main job: train every stage, sample, measure, and say where everything is."""
+    from dit_booth.files import write_text
+    from dit_booth.training.address import stages_of
+    from dit_booth.training.cost import write_run_cost
     from dit_booth.training.journal import Journal
-    from dit_booth.training.stage import schedule_of
     from experiments.sample import measure, sample_heldout
 
     folder = Path(config.folder())
     parts = fresh_parts(config, ranks)
-    schedule = schedule_of(config, parts.root)
-    log.info(
-        "%s on %s, ranks: %d, stages: %s", config.strategy, config.backbone, ranks.world, " ".join(schedule)
-    )
+    stages = until(ranks.agree(stages_of(config) if ranks.first else []), config.stop_after)
+    names = " ".join(stage.name for stage in stages)
+    log.info("%s on %s, ranks: %d, stages: %s", config.strategy, config.backbone, ranks.world, names)
     log.info("run folder: %s", folder)
     if ranks.first:
         claim(folder, config)
     ranks.barrier()
     journal = Journal(folder) if ranks.first else None
-    parts = train(parts, folder, ranks, journal, begin)
-    samples = folder / "samples"
+    parts = train(parts, stages, folder, ranks, journal, begin)
+    if config.stop_after:
+        log.info("ended after stage %s, as --stop-after asks; without it, the run goes on", config.stop_after)
+        return
+    trained, samples = time.perf_counter(), folder / "samples"
     rows = sample_heldout(parts, samples, ranks)
     if journal and rows:
         means = measure(parts, rows, samples)
@@ -94,8 +104,21 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
             journal.video(f"samples/{number:03d}", row.video, config.sample.fps)
     if journal:
         journal.close()
-        (folder / "finished").write_text("")
+        now = time.perf_counter()
+        seconds = {"wall_seconds": now - begin, "work_seconds": journal.seconds + now - trained}
+        write_run_cost(folder, config, stages, seconds)
+        write_text(folder / "finished", "")  # the last file: now all others are there, whole
         log.info("%s", describe(folder))
+
+
+def until(stages: list[Stage], last: str) -> list[Stage]:
+    """The stages up to `last`; all of them if it is empty."""
+    names: list[str] = [stage.name for stage in stages]
+    if last and last not in names:
+        raise ValueError(
+            f"stop_after is {last!r}, and the run's stages are {', '.join(names)}; name one of them"
+        )
+    return stages[: names.index(last) + 1] if last else stages
 
 
 def fresh_parts(config: RunConfig, ranks: Ranks) -> Parts:
@@ -136,38 +159,56 @@ def claim(folder: Path, config: RunConfig) -> None:
     """Create the run folder with its ``run.yaml``, which repeats the run: ``--config <folder>/run.yaml``."""
     import yaml
 
-    from dit_booth.models.weights import write_text
+    from dit_booth.files import write_text
 
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
 
 
-def train(parts: Parts, folder: Path, ranks: Ranks, journal: Journal | None, begin: float) -> Parts:
+def train(
+    parts: Parts, stages: list[Stage], folder: Path, ranks: Ranks, journal: Journal | None, begin: float
+) -> Parts:
     """Train the stages that are not finished yet, each from the weights of those before it."""
+    from dit_booth.fingerprint import metadata
     from dit_booth.models.weights import load_strictly, part, read, write
-    from dit_booth.training.stage import active_strategies, schedule_of
-    from dit_booth.training.trainer import train_stage
 
     config = parts.config
     trained: dict[str, Tensor] = {}
-    schedule = schedule_of(config, parts.root)
-    for index, name in enumerate(schedule):
-        active = active_strategies(config, parts.root, schedule, index)
-        weights = folder / "checkpoints" / f"{index}_{name}" / "weights.safetensors"
-        if not weights.is_file():
-            train_stage(parts, name, index, active, weights.parent, ranks, journal, begin)
+    for stage in stages:
+        parts.root.active = stage.active
+        if not stage.steps:
+            continue
+        if train_if_needed(parts, stage, ranks, journal, begin):
             # DeepSpeed keeps its hooks on a module: the next stage gets a new one.
             parts = fresh_parts(config, ranks)
+        weights = stage.folder(config) / "weights.safetensors"
         trained |= read(weights)
         load_strictly(parts.root, trained, str(weights), partial=True)
-        parts.root.active = tuple(active)
-    if ranks.first and trained:
-        write(
-            folder / "weights.safetensors",
-            {k: v for k, v in parts.root.state_dict().items() if not k.startswith("strategy.")},
-        )
-        write(folder / "strategy.safetensors", part(trained, "strategy."), {"strategy": config.strategy})
+        parts.root.active = stage.active
+    if ranks.first and not config.stop_after:
+        state = parts.root.state_dict()
+        own = {name: value for name, value in state.items() if not name.startswith("strategy.")}
+        write(folder / "weights.safetensors", own)
+        about = metadata(parts.root.backbone, parts.root.strategy)
+        write(folder / "strategy.safetensors", part(state, "strategy."), about)
     return parts.to(ranks.device)
+
+
+def train_if_needed(parts: Parts, stage: Stage, ranks: Ranks, journal: Journal | None, begin: float) -> bool:
+    """Train a stage unless it is finished, or another run finishes it meanwhile; whether it was trained here."""
+    from dit_booth.training.distributed import owning
+    from dit_booth.training.trainer import train_stage
+
+    folder = stage.folder(parts.config)
+    marker = folder / "weights.safetensors"  # written last and whole
+    if not ranks.agree(marker.is_file()):
+        with owning(folder, ranks):
+            if not ranks.agree(marker.is_file()):
+                train_stage(parts, stage, folder, ranks, journal, begin)
+                return True
+    log.info("stage %s is finished: %s", stage.name, folder)
+    if journal:
+        journal.begin(stage.name, folder, stage.steps)
+    return False
 
 
 def describe(folder: Path) -> str:

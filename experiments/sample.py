@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor
+from torchvision.utils import save_image
 
 from dit_booth.cli import parse
 from dit_booth.contact_sheet import SheetRow, contact_sheet
@@ -25,7 +27,9 @@ from dit_booth.data.example import Example
 from dit_booth.data.image_prompt import load_image_prompt
 from dit_booth.data.video import write_video
 from dit_booth.evaluation import evaluate, summary
-from dit_booth.models.weights import load_strictly, read, write_text
+from dit_booth.files import replacing, write_text
+from dit_booth.fingerprint import warn_of_another_base
+from dit_booth.models.weights import load_strictly, read
 from dit_booth.sampling import generate
 from dit_booth.training.build import Parts, build
 from dit_booth.training.distributed import Ranks, start, stop
@@ -59,11 +63,14 @@ class Settings:
     """The text for --image."""
     subject: str = ""
     """The word of the caption that the image stands for."""
+    set: tuple[str, ...] = ()
+    """Settings of the run to sample with other values of, such as guidance.image=3 decoupled_attention.scale=0.5."""
 
 
 def main(settings: Settings) -> None:
     """ValueError: the run is not finished, or --image has no caption with its subject."""
-    parts = load_run(Path(settings.run))
+    parts = load_run(Path(settings.run), settings.set)
+    other = "".join(f"-{setting}" for setting in settings.set)
     ranks = start()
     try:
         for seed in settings.seeds:
@@ -77,28 +84,29 @@ def main(settings: Settings) -> None:
             if settings.image:
                 print(sample_own(parts, settings, seed))
                 continue
-            out = Path(settings.run) / f"samples-{settings.reference}-seed{seed}"
+            out = Path(settings.run) / f"samples-{settings.reference}-seed{seed}{other}"
             means = measure(parts, sample_heldout(parts, out, ranks), out)
             print(json.dumps({"reference": settings.reference, "seed": seed, "folder": str(out), **means}))
     finally:
         stop()
 
 
-def load_run(folder: Path) -> Parts:
-    """The model of a finished run, its last stage's strategies active."""
+def load_run(folder: Path, other: Sequence[str] = ()) -> Parts:
+    """The model of a finished run, its last stage's strategies active; `other` are settings that replace the run's."""
     if not (folder / "finished").is_file():
         raise ValueError(
             f"{folder} is not a finished run; run it to its end first (the same command resumes)"
         )
-    config = parse(["--config", str(folder / "run.yaml")])
+    config = parse(["--config", str(folder / "run.yaml"), *(f"--{setting}" for setting in other)])
     parts = build(config)
     for name, prefix in (("weights", ""), ("strategy", "strategy.")):
         file = folder / f"{name}.safetensors"
         if file.is_file():
             load_strictly(parts.root, {prefix + k: v for k, v in read(file).items()}, str(file), partial=True)
-    schedule = schedule_of(config, parts.root)
+    warn_of_another_base(folder, parts.root.backbone, parts.root.strategy)
+    schedule = schedule_of(config)
     if schedule:
-        parts.root.active = active_strategies(config, parts.root, schedule, len(schedule) - 1)
+        parts.root.active = active_strategies(config, schedule, len(schedule) - 1)
     return parts.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -117,7 +125,8 @@ def sample_own(parts: Parts, settings: Settings, seed: int) -> Path:
         size=(config.data.frames, config.data.size, config.data.size),
         use_image=settings.reference != "none",
     )[0].float()
-    path = Path(settings.run) / "samples-own-image" / f"{Path(settings.image).stem}-seed{seed}.mp4"
+    other = "".join(f"-{setting}" for setting in settings.set)
+    path = Path(settings.run) / "samples-own-image" / f"{Path(settings.image).stem}-seed{seed}{other}.mp4"
     write_video(path, video.cpu(), fps=config.sample.fps)
     sheet = SheetRow(image=image, generated=video.cpu(), caption=settings.caption)
     contact_sheet([sheet], path.with_suffix(".png"))
@@ -172,6 +181,7 @@ def measure(parts: Parts, rows: list[Row], out: Path) -> dict[str, dict[str, flo
         for row, score in zip(rows, scores, strict=True)
     ]
     write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_given(rows, out, parts.config.sample.fps)
     contact_sheet(
         [
             SheetRow(
@@ -185,6 +195,14 @@ def measure(parts: Parts, rows: list[Row], out: Path) -> dict[str, dict[str, flo
     for name, statistic in means.items():
         log.info("  %-18s %8.3f +- %.3f  (%d videos)", name, *statistic.values())
     return means
+
+
+def write_given(rows: list[Row], out: Path, fps: int) -> None:
+    """What each video is to be compared with, for the report: ``prompt/000.png`` and ``truth/000.mp4``."""
+    for number, row in enumerate(rows):
+        with replacing(out / "prompt" / f"{number:03d}.png") as partial:
+            save_image((row.image.float() + 1) / 2, partial, format="PNG")
+        write_video(out / "truth" / f"{number:03d}.mp4", row.example.video, fps=fps)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.attention import Segment, attend
-from dit_booth.inject import QKV, Condition, Reference, Site, Sites
+from dit_booth.inject import KV, QKV, Condition, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 
@@ -24,12 +23,22 @@ class KVConcatConfig(StrategyConfig):
     """Distance of keyframes, for reference_at=keyframes."""
     reference_noise: Literal["matched", "clean"] = "matched"
     """Noise the reference to the video's timestep (the paper), or keep it clean."""
+    reference_frames: int = 1
+    """Copies of the reference, each with noise of its own, that pass the network as a video; the first one is read.
+    The paper needs 1; the released code runs as many as the video has frames (docs/fidelity.md)."""
     train_frame_kv: bool = True
     """Give the frames keys and values of their own to train (the paper), or keep the backbone's."""
 
     def __post_init__(self) -> None:
         if self.keyframe_every < 1:
             raise ValueError(f"kv_concat.keyframe_every is {self.keyframe_every}; use 1 or more frames")
+        if self.reference_frames < 1:
+            raise ValueError(f"kv_concat.reference_frames is {self.reference_frames}; use 1 or more copies")
+        if self.reference_frames > 1 and self.reference_noise == "clean":
+            raise ValueError(
+                f"kv_concat.reference_frames is {self.reference_frames} with reference_noise=clean, where all copies"
+                " are equal; use 1"
+            )
 
 
 @register("kv_concat")
@@ -41,12 +50,14 @@ class KVConcat(Strategy):
 
     def __init__(self, config: KVConcatConfig, sites: Sites) -> None:
         super().__init__(config, sites)
-        self.noise = config.reference_noise
-        for site in sites.match(config.where, port="qkv", role="cross_frame"):
-            self.attach(site, ReferenceKV(site, config))
+        self.noise, self.reference_frames = config.reference_noise, config.reference_frames
+        self.depends_on_time = self.noise == "matched"
+        chosen = sites.match(config.where, port="qkv", role="cross_frame")
+        self.readers = {site.name: self.attach(site, ReferenceKV(site, config)) for site in chosen}
 
     def forward(self, reference: Reference) -> Condition:
-        return Condition(hidden=reference.hidden(list(self.attached), self.noise))
+        hidden = reference.hidden(list(self.readers), self.noise)
+        return Condition(kv={at: reader.project(hidden[at]) for at, reader in self.readers.items()})
 
 
 class ReferenceKV(nn.Module):
@@ -54,26 +65,30 @@ class ReferenceKV(nn.Module):
 
     def __init__(self, site: Site, config: KVConcatConfig) -> None:
         super().__init__()
-        self.site, self.config = site.name, config
+        self.config = config
         self.to_k_exemplar, self.to_v_exemplar = site.copy_of("to_k"), site.copy_of("to_v")
         if config.train_frame_kv:
             self.to_k_new, self.to_v_new = site.copy_of("to_k"), site.copy_of("to_v")
 
+    def project(self, hidden: Tensor) -> KV:
+        """The reference's hidden state (b m c) as K_I and V_I."""
+        return KV(self.to_k_exemplar(hidden), self.to_v_exemplar(hidden))
+
     def forward(self, qkv: QKV, condition: Condition) -> QKV:
         frames = qkv.segments[0]
         if self.config.train_frame_kv:
-            frames = replace(frames, k=qkv.heads(self.to_k_new(qkv.x)), v=qkv.heads(self.to_v_new(qkv.x)))
+            frames = replace(frames, k=qkv.keys(self.to_k_new(qkv.x)), v=qkv.heads(self.to_v_new(qkv.x)))
         qkv = replace(qkv, segments=(frames, *qkv.segments[1:]))
-        if self.site not in condition.hidden:
+        if condition.here_kv is None:
             return qkv
-        hidden = rearrange(condition.hidden[self.site], "b m c -> b 1 m c")
-        k, v = qkv.heads(self.to_k_exemplar(hidden)), qkv.heads(self.to_v_exemplar(hidden))
-        reached = self.reached(qkv.q.shape[1])
+        count = qkv.q.shape[1]
+        reached = self.reached(count)
         if self.config.update == "direct":
-            return qkv.reading(
-                Segment(k, v, tuple((0,) if i in reached else () for i in range(qkv.q.shape[1])))
+            return qkv.reading_image(
+                *condition.here_kv, tuple((0,) if i in reached else () for i in range(count))
             )
-        v_new = self.updated_values(qkv, frames, k, v, reached)
+        image = qkv.image(*condition.here_kv, ((0,),) * len(reached))
+        v_new = self.updated_values(qkv, frames, image, reached)
         return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
 
     def reached(self, frames: int) -> list[int]:
@@ -81,12 +96,13 @@ class ReferenceKV(nn.Module):
         every = {"first": frames, "keyframes": self.config.keyframe_every, "all": 1}[self.config.reference_at]
         return list(range(0, frames, every))
 
-    def updated_values(self, qkv: QKV, frames: Segment, k: Tensor, v: Tensor, reached: list[int]) -> Tensor:
+    def updated_values(self, qkv: QKV, frames: Segment, image: Segment, reached: list[int]) -> Tensor:
         """Equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames that the image reaches."""
         values = list(frames.v.unbind(1))
         at = tuple((i,) for i in range(len(reached)))
         own = Segment(frames.k[:, reached], frames.v[:, reached], at)
-        image = Segment(k, v, ((0,),) * len(reached))
+        if image.query is not None:
+            image = replace(image, query=image.query[:, reached])
         for i, value in zip(
             reached, attend(qkv.q[:, reached], (image, own), qkv.kernel).unbind(1), strict=True
         ):

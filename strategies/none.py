@@ -8,3 +8,6 @@ class NoImage(Strategy):
     """No image: the text-only control."""
 
     identity_at_init = True
+    reads_image = False
+    depends_on_time = False
+    excludes = ("*",)

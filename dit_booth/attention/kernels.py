@@ -1,92 +1,176 @@
-"""The kernels under `attend`: plain attention (b k n d) that returns its log-sum-exp, and its backward.
+"""Which kernel runs where: `TABLE` says it, `choose` reads it.
 
-`choose` is the one table that says which kernel runs where.
+A kernel is plain attention (b k n d) that returns its log-sum-exp, with a backward that accepts the output and
+log-sum-exp of a larger softmax. `flex` is the exception: it does the whole joint softmax at once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from dit_booth.attention import flex, package_kernels, torch_kernels
+from dit_booth.attention.plans import Frames, constant
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+WholeAttention = Callable[
+    [Sequence[Tensor], Sequence[tuple[int, int, int]], tuple[Frames, ...], tuple[float, ...]], Tensor
+]
 
 
 @dataclass(frozen=True)
 class Kernel:
     """``forward(q, k, v, scale) -> (out, lse)``; ``backward(dout, q, k, v, out, lse, scale) -> (dq, dk, dv)``.
 
-    q: (b k n d); k, v: (b k m d); out: (b k n d); lse: (b k n), natural logarithm, float32 at least.
-    backward accepts the output and log-sum-exp of a larger softmax that these keys are part of.
+    q: (b k n d); k, v: (b k m d); out: (b k n d); lse: (b k n), natural logarithm, float32 at least. Operands may be
+    views of any strides whose last axis is contiguous, keys of the batch's rows may overlap in memory.
     """
 
-    name: str
     forward: Forward
     backward: Backward
 
 
-def _math_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _wide(q @ k.transpose(-1, -2)) * scale
-    lse = scores.logsumexp(-1)
-    return torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype) @ v, lse
+@dataclass(frozen=True)
+class Whole:
+    """``attend(tensors, positions, frames, scales) -> out`` (b f n k d): the whole joint softmax, differentiable.
+
+    positions: where query, k and v of every segment stand among the tensors; frames and scales: of every segment.
+    """
+
+    attend: WholeAttention
 
 
-def _math_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = torch.exp(_wide(q @ k.transpose(-1, -2)) * scale - lse.unsqueeze(-1))
-    delta = (_wide(dout) * _wide(out)).sum(-1, keepdim=True)
-    ds = (p * (_wide(dout @ v.transpose(-1, -2)) - delta) * scale).to(q.dtype)
-    return ds @ k, ds.transpose(-1, -2) @ q, p.to(v.dtype).transpose(-1, -2) @ dout
+@dataclass(frozen=True)
+class Row:
+    """A kernel and the tensors that it takes."""
+
+    name: str
+    kernel: Kernel | Whole
+    device: str  # a device type, or any
+    dtypes: tuple[torch.dtype, ...]
+    multiple: int = 1  # of head sizes
+    least: int = 1
+    most: int = 1 << 16
+    capability: tuple[int, int] = (0, 0)  # of a CUDA device, at least
+    trains: bool = True
+    auto: bool = True
+    installed: Callable[[], bool] = lambda: True
+    install: str = ""
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _has_flash() -> bool:
+    """``import flash_attn`` would prove nothing: flash-attn-4 installs a package of that name too."""
+    return find_spec("flash_attn_2_cuda") is not None
 
 
-def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
-    return out, lse
+def _has_flash4() -> bool:
+    try:
+        return bool(distribution("flash-attn-4"))
+    except PackageNotFoundError:
+        return False
 
 
-def _cpu_flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, False, scale=scale
-    )
-    return dq, dk, dv
+F16, F32, F64 = (torch.float16, torch.bfloat16), (torch.float32,), (torch.float64,)
+FLASH = Kernel(package_kernels.flash_forward, package_kernels.flash_backward)
+FLASH4 = Kernel(package_kernels.flash4_forward, package_kernels.flash4_backward)
+CUDA_FLASH = Kernel(torch_kernels.cuda_flash_forward, torch_kernels.cuda_flash_backward)
+CPU_FLASH = Kernel(torch_kernels.cpu_flash_forward, torch_kernels.cpu_flash_backward)
+EFFICIENT = Kernel(torch_kernels.cuda_efficient_forward, torch_kernels.cuda_efficient_backward)
+MATH = Kernel(torch_kernels.math_forward, torch_kernels.math_backward)
+FLEX = Whole(flex.flex_attend)
+PIP = "pip install -e .[flash] --no-build-isolation"
+PIP4 = "pip install --pre flash-attn-4"
+
+# The one table, in order of preference: `auto` takes the first row that takes the tensors.
+TABLE = (
+    Row("flash4", FLASH4, "cuda", F16, 8, 8, 128, (9, 0), installed=_has_flash4, install=PIP4),
+    Row("flash", FLASH, "cuda", F16, 8, 8, 256, (8, 0), installed=_has_flash, install=PIP),
+    Row("torch_flash", CUDA_FLASH, "cuda", F16, 8, 8, 256, (8, 0)),
+    Row("torch_flash", CPU_FLASH, "cpu", F16 + F32 + F64),
+    Row("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(7, 0)),
+    Row("torch_efficient", EFFICIENT, "cuda", F32, 4, capability=(5, 0)),
+    Row("math", MATH, "any", F16 + F32 + F64),
+    Row("flex", FLEX, "cuda", F16 + F32, least=16, most=256, capability=(8, 0), auto=False),
+    Row("flex", FLEX, "cpu", F16 + F32, least=16, most=256, trains=False, auto=False),
+)
+NAMES = tuple(sorted({row.name for row in TABLE}))
 
 
-KERNELS = {
-    "math": Kernel("math", _math_forward, _math_backward),
-    "torch_flash": Kernel("torch_flash", _cpu_flash_forward, _cpu_flash_backward),
-}
+def check(name: str) -> None:
+    """Raises ValueError unless `name` is ``auto`` or a kernel's."""
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"attention kernel {name!r} is unknown; use auto or one of {', '.join(NAMES)}")
 
 
-def choose(name: str, q: Tensor) -> Kernel:
-    """The kernel for tensors like q. ``auto``: PyTorch's CPU flash kernel on the CPU, the math path elsewhere."""
-    kernel: Kernel = _choose(name, q.device.type)
-    return kernel
+def choose(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> Kernel | Whole:
+    """The kernel for tensors of a head size on a device, with gradients or not.
+
+    Raises ValueError, with the reason and what to do, where the kernel asked for cannot take them.
+    """
+    return TABLE[_row(name, device, dtype, head, grad)].kernel
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=32)
-def _choose(name: str, device: str) -> Kernel:
+@constant
+def _row(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> int:
+    return _find(name, device, dtype, head, grad)
+
+
+@lru_cache(maxsize=256)
+def _find(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> int:
+    check(name)
+    lacks = {
+        i: _lacks(row, device, dtype, head, grad)
+        for i, row in enumerate(TABLE)
+        if row.name == name or (name == "auto" and row.auto)
+    }
+    fits = [i for i, reasons in lacks.items() if not reasons]
+    if not fits:
+        reasons = min(lacks.values(), key=len)
+        hint = "" if name == "auto" else "; or use auto"
+        raise ValueError(f"attention kernel {name!r} {' and '.join(reasons)}{hint}")
     if name == "auto":
-        name = "torch_flash" if device == "cpu" else "math"
-        log.info("attention kernel on %s: %s", device, name)
-    if name not in KERNELS:
-        raise ValueError(f"attention kernel {name!r} is unknown; use auto or one of {', '.join(KERNELS)}")
-    if name == "torch_flash" and device != "cpu":
-        raise ValueError(
-            "attention kernel 'torch_flash' runs on the CPU so far; use auto or math on this device"
+        _announce(TABLE[fits[0]].name, device.type, dtype, head)
+    return fits[0]
+
+
+@lru_cache(maxsize=64)
+def _announce(name: str, device: str, dtype: torch.dtype, head: int) -> None:
+    log.info(
+        "attention kernel on %s, %s, head size %d: %s", device, str(dtype).removeprefix("torch."), head, name
+    )
+
+
+def _lacks(row: Row, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> list[str]:
+    """Why a kernel cannot take the tensors; empty where it can."""
+    reasons = []
+    if not row.installed():
+        reasons.append(f"is not installed (on a machine with a CUDA GPU: `{row.install}`)")
+    if row.device not in ("any", device.type):
+        reasons.append(f"runs on {row.device}, not on {device.type}")
+    elif row.capability > (has := _capability(device)):
+        reasons.append(
+            "needs a GPU of compute capability {}.{}, this one has {}.{}".format(*row.capability, *has)
         )
-    return KERNELS[name]
+    if dtype not in row.dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in row.dtypes)
+        reasons.append(f"takes {names}, not {str(dtype).removeprefix('torch.')}")
+    if head % row.multiple or not row.least <= head <= row.most:
+        multiples = f"multiples of {row.multiple} " if row.multiple > 1 else ""
+        reasons.append(f"takes head sizes {multiples}from {row.least} to {row.most}, not {head}")
+    if grad and not row.trains:
+        reasons.append(f"has no backward on {row.device}")
+    return reasons
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar, cast
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant(function: Function) -> Function:
+    """What the function returns is a constant of a compiled graph: torch.compile calls it instead of tracing it."""
+    return cast(Function, torch.compiler.assume_constant_result(function))
+
 
 Frames = tuple[tuple[int, ...], ...]
 """``frames[i]`` are the groups of a segment that query frame ``i`` reads, sorted, without repeats."""
@@ -39,7 +51,14 @@ class FramePlan:
 
     def frames(self, count: int) -> Frames:
         """The plan compiled for `count` frames."""
-        return _compile(self.text, count)
+        return _frames(
+            self.text, operator.index(count)
+        )  # a constant where torch.compile would make it a symbol
+
+
+@constant
+def _frames(text: str, count: int) -> Frames:
+    return _compile(text, count)
 
 
 @lru_cache(maxsize=256)
@@ -67,3 +86,13 @@ def _term(part: str, text: str) -> tuple[Callable[[int, int, int], range | set[i
 def seen_by_all(count: int, groups: int = 1) -> Frames:
     """Every one of `count` query frames reads every group (text tokens, a reference for all frames)."""
     return (tuple(range(groups)),) * count
+
+
+@lru_cache(maxsize=256)
+def with_context(frames: Frames, context: int, one_way: bool) -> Frames:
+    """A plan with `context` more frames before it: every frame reads them, too; they read each other, or all frames."""
+    leading = tuple(range(context))
+    every = tuple(range(context + len(frames)))
+    return (leading if one_way else every,) * context + tuple(
+        leading + tuple(context + j for j in reads) for reads in frames
+    )

@@ -1,47 +1,46 @@
 """`attend`: one exact joint softmax over segments, from flash kernels and log-sum-exp merging.
 
-The visibility of a segment (which query frame reads which group) is cut into few *reads*, each a plain batched
-attention on views of the tensors: a *fold* (many frames read the same groups: their queries are laid end to end, so
-frame 0 is never repeated) or a *pairing* (frame i reads group j(i): frames go to the batch). The partial results are
-merged by their log-sum-exp. Backward runs each kernel's backward against the merged output and merged log-sum-exp
-(the ring-attention identity), so neither scores nor concatenated keys are ever stored.
+The visibility of a segment (which query frame reads which group) is cut into few *reads* (`reads.py`), each a plain
+batched attention on views. The partial results are merged by their log-sum-exp. Backward runs each kernel's backward
+against the merged output and merged log-sum-exp (the identity behind ring attention, Liu et al. 2023), so neither
+scores nor concatenated keys are ever stored. docs/attention.md has the mathematics.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from dit_booth.attention.kernels import Kernel, choose
-from dit_booth.attention.plans import Frames
+from dit_booth.attention.kernels import Kernel, Whole, choose
+from dit_booth.attention.plans import Frames, constant
+from dit_booth.attention.reads import Index, Read, add, is_view, is_whole, lay_back, lay_out, put, reads, take
+
+COPY_BELOW = 2**18
+"""Numbers in a sample below which slices of a batch are copied; above, its samples are attended one by one."""
+
+PIECE = 2**22
+"""Numbers of queries in one call of a kernel's backward, whose results are added to the gradients and dropped."""
 
 
 @dataclass(frozen=True)
 class Segment:
     """Keys and values in g groups, and which query frames read which of them.
 
-    A segment may carry its own queries (a query projection learned for the image keys): the softmax is still joint.
+    A segment may carry its own queries (a query projection learned for the image keys) and its own scale of the
+    scores: the softmax is still joint.
     """
 
     k: Tensor  # b g m k d
     v: Tensor  # b g m k d
     frames: Frames
     query: Tensor | None = None  # b f n k d
-
-
-@dataclass(frozen=True)
-class Read:
-    """One plain attention: `queries` (frames) against `groups`; folded, or paired one to one."""
-
-    queries: tuple[int, ...]
-    groups: tuple[int, ...]
-    folded: bool
+    scale: float | None = None  # of this segment's scores, instead of `attend`'s
 
 
 def attend(
@@ -49,21 +48,33 @@ def attend(
 ) -> Tensor:
     """Softmax attention of every query over every key that it may read, in all segments jointly.
 
-    q: (b f n k d), scaled by d ** -0.5 unless `scale` says otherwise. Returns (b f n k d).
-    Raises ValueError where a query frame reads nothing or shapes disagree.
+    q: (b f n k d), scaled by d ** -0.5 unless `scale` says otherwise. Returns (b f n k d) in the widest dtype of the
+    inputs, or autocast's.
+    Raises ValueError where a query frame reads nothing, shapes disagree, or the kernel cannot take the tensors.
     """
     _validate(q, segments)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plan = _plan(tuple(s.frames for s in segments))
-    queries = [s.query for s in segments if s.query is not None]
+    head = operator.index(q.shape[-1])  # a constant where torch.compile would make it a symbol
+    scale = head**-0.5 if scale is None else scale
+    scales = tuple(scale if s.scale is None else s.scale for s in segments)
     own = tuple(s.query is not None for s in segments)
-    keys_values = [t for s in segments for t in (s.k, s.v)]
-    dtype = torch.promote_types(q.dtype, keys_values[0].dtype)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-    tensors = [t.to(dtype) for t in (q, *queries, *keys_values)]
-    out: Tensor = _Joint.apply(plan, own, choose(kernel, tensors[0]), scale, *tensors)
-    return out
+    tensors = [
+        q,
+        *(s.query for s in segments if s.query is not None),
+        *(t for s in segments for t in (s.k, s.v)),
+    ]
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
+    device = "cpu" if q.is_meta else q.device.type  # autocast knows no meta device, on which FLOPs are counted
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    chosen = choose(kernel, q.device, dtype, head, grad)
+    with torch.autocast(device, enabled=False):  # a kernel's float32 parts stay float32
+        tensors = [t.to(dtype) for t in tensors]
+        if isinstance(chosen, Whole):
+            return chosen.attend(tensors, _positions(own), tuple(s.frames for s in segments), scales)
+        plan = _plan(tuple(s.frames for s in segments), own, scales, _most(q))
+        out: Tensor = _Joint.apply(plan, chosen, *tensors)
+        return out
 
 
 def _validate(q: Tensor, segments: Sequence[Segment]) -> None:
@@ -75,156 +86,175 @@ def _validate(q: Tensor, segments: Sequence[Segment]) -> None:
             raise ValueError(
                 f"k {tuple(s.k.shape)} and v {tuple(s.v.shape)} do not fit q {tuple(q.shape)} (b f n k d)"
             )
+        if s.query is not None and s.query.shape != q.shape:
+            raise ValueError(
+                f"a segment's own query {tuple(s.query.shape)} is not of q's shape {tuple(q.shape)}"
+            )
     for i in range(frames):
-        if not any(s.frames[i] for s in segments):
+        if not any(s.frames[i] and s.k.shape[2] for s in segments):
             raise ValueError(
                 f"query frame {i} reads no key in any segment; give it at least one in the frame plan"
             )
 
 
-@torch.compiler.assume_constant_result
-def _plan(frames: tuple[Frames, ...]) -> tuple[tuple[int, Read], ...]:
-    """(segment, read) of every plain attention to run; a constant of the compiled graph."""
-    return tuple((index, read) for index, f in enumerate(frames) for read in reads(f))
+# ---- what is to be run: constants of a compiled graph -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """A read of one segment; `at` says where its query, k and v stand among the tensors."""
+
+    read: Read
+    at: tuple[int, int, int]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+
+
+@constant
+def _plan(frames: tuple[Frames, ...], own: tuple[bool, ...], scales: tuple[float, ...], most: int) -> Plan:
+    return _compile(frames, own, scales, most)
 
 
 @lru_cache(maxsize=512)
-def reads(frames: Frames) -> tuple[Read, ...]:
-    """Cover a visibility exactly once by folds and pairings, the largest first."""
-    left = {(i, g) for i, groups in enumerate(frames) for g in groups}
-    out: list[Read] = []
-    while left:
-        fold = _largest_fold(left)
-        pairing = _largest_pairing(left)
-        folded = len(fold[0]) * len(fold[1]) >= len(pairing[0])
-        queries, groups = fold if folded else pairing
-        out.append(Read(queries, groups, folded))
-        left -= (
-            {(i, g) for i in queries for g in groups} if folded else set(zip(queries, groups, strict=True))
-        )
-    return tuple(out)
+def _compile(frames: tuple[Frames, ...], own: tuple[bool, ...], scales: tuple[float, ...], most: int) -> Plan:
+    """Every plain attention to run, those of most query frames first: into the first one's result go the others.
+
+    A call of a kernel's backward takes `most` query frames, and no group twice.
+    """
+    parts = zip(frames, _positions(own), scales, strict=True)
+    forward = [Step(read, at, scale) for f, at, scale in parts for read in reads(f)]
+    forward.sort(key=lambda step: -step.read.frames)
+    backward = [
+        replace(step, read=piece)
+        for step in forward
+        for read in step.read.apart()
+        for piece in read.pieces(most)
+    ]
+    return Plan(tuple(forward), tuple(backward))
 
 
-def _largest_fold(left: set[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The groups that share one set of reading frames, for the largest (frames x groups)."""
-    readers: dict[int, frozenset[int]] = {g: frozenset(i for i, h in left if h == g) for _, g in left}
-    clusters: dict[frozenset[int], list[int]] = {}
-    for g in sorted(readers):
-        clusters.setdefault(readers[g], []).append(g)
-    who, what = max(clusters.items(), key=lambda c: len(c[0]) * len(c[1]))
-    return tuple(sorted(who)), tuple(what)
+def _positions(own: tuple[bool, ...]) -> list[tuple[int, int, int]]:
+    """Where query, k and v of every segment stand among (q, own queries in order, k, v, k, v, ...)."""
+    keys = 1 + sum(own)
+    return [(1 + sum(own[:i]) if has else 0, keys + 2 * i, keys + 2 * i + 1) for i, has in enumerate(own)]
 
 
-def _largest_pairing(left: set[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The frames that read a group at one common distance (window and previous-frame plans)."""
-    by_offset: dict[int, list[int]] = {}
-    for i, g in sorted(left):
-        by_offset.setdefault(g - i, []).append(i)
-    offset, queries = max(by_offset.items(), key=lambda c: len(c[1]))
-    return tuple(queries), tuple(i + offset for i in queries)
+def _most(q: Tensor) -> int:
+    """How many frames of queries PIECE is; a compiled graph, which may not know the sizes, takes all at once."""
+    return PIECE if torch.compiler.is_compiling() else max(1, PIECE // max(1, q[0, 0].numel()))
 
 
-def _take(x: Tensor, index: tuple[int, ...]) -> Tensor:
-    """Frames or groups of x (b f ...): a view where they are consecutive."""
-    if index == tuple(range(index[0], index[-1] + 1)):
-        return x[:, index[0] : index[-1] + 1]
-    return x[:, list(index)]
-
-
-def _add(x: Tensor, index: tuple[int, ...], y: Tensor) -> None:
-    if index == tuple(range(index[0], index[-1] + 1)):
-        x[:, index[0] : index[-1] + 1] += y
-    else:
-        x.index_add_(1, torch.tensor(index, device=x.device), y.to(x.dtype))
-
-
-def _lay_out(x: Tensor, index: tuple[int, ...], folded: bool) -> Tensor:
-    return rearrange(_take(x, index), "b f n k d -> b k (f n) d" if folded else "b f n k d -> (b f) k n d")
-
-
-def _lay_back(x: Tensor, count: int, folded: bool) -> Tensor:
-    if folded:
-        return rearrange(x, "b k (f n) d -> b f n k d", f=count)
-    return rearrange(x, "(b f) k n d -> b f n k d", f=count)
+# ---- the joint softmax -------------------------------------------------------------------------------------
 
 
 class _Joint(torch.autograd.Function):
     """The joint softmax. `tensors` are q, the own queries in order, then k, v of every segment."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: tuple[tuple[int, Read], ...],
-        own: tuple[bool, ...],
-        kernel: Kernel,
-        scale: float,
-        *tensors: Tensor,
-    ) -> Tensor:
-        q, *rest = tensors
-        out, lse = None, None  # b f n k d; b f n k 1
-        for index, read in plan:
-            query, k, v = _operands(q, rest, own, index)
-            o, log = kernel.forward(
-                _lay_out(query, read.queries, read.folded),
-                _lay_out(k, read.groups, read.folded),
-                _lay_out(v, read.groups, read.folded),
-                scale,
-            )
-            o = _lay_back(o, len(read.queries), read.folded)
-            log = _lay_back(log.unsqueeze(-1), len(read.queries), read.folded)
-            if out is None or lse is None:
-                if len(read.queries) == q.shape[1]:
-                    out, lse = o, log
-                    continue
-                out, lse = torch.zeros_like(q), log.new_full((*q.shape[:-1], 1), -torch.inf)
-            _merge(out, lse, read.queries, o, log)
-        assert out is not None and lse is not None
-        ctx.plan, ctx.own, ctx.kernel, ctx.scale = plan, own, kernel, scale
+    def forward(ctx: Any, plan: Plan, kernel: Kernel, *tensors: Tensor) -> Tensor:
+        parts = [_forward(plan, kernel, sample) for sample in _samples(plan, tensors)]
+        out, lse = (_together(part) for part in zip(*parts, strict=True))
+        ctx.plan, ctx.kernel = plan, kernel
         ctx.save_for_backward(*tensors, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, *rest, out, lse = ctx.saved_tensors
-        grad = [torch.zeros_like(t) for t in (q, *rest)]
-        for index, read in ctx.plan:
-            query, k, v = _operands(q, rest, ctx.own, index)
-            dq, dk, dv = ctx.kernel.backward(
-                *(_lay_out(t, read.queries, read.folded) for t in (grads[0], query)),
-                *(_lay_out(t, read.groups, read.folded) for t in (k, v)),
-                _lay_out(out, read.queries, read.folded),
-                _lay_out(lse, read.queries, read.folded).squeeze(-1),
-                ctx.scale,
-            )
-            at = _positions(ctx.own, index)
-            _add(grad[at[0]], read.queries, _lay_back(dq, len(read.queries), read.folded))
-            _add(grad[at[1]], read.groups, _lay_back(dk, len(read.groups), read.folded))
-            _add(grad[at[2]], read.groups, _lay_back(dv, len(read.groups), read.folded))
-        return (None, None, None, None, *grad)
+        needed = ctx.needs_input_grad[2:]
+        samples = _samples(ctx.plan, (*ctx.saved_tensors, grads[0]))
+        parts = [_backward(ctx.plan, ctx.kernel, needed, *sample) for sample in samples]
+        return (None, None, *(_together(part) for part in zip(*parts, strict=True)))
 
 
-def _positions(own: tuple[bool, ...], index: int) -> tuple[int, int, int]:
-    """Where query, k and v of segment `index` stand among (q, own queries, k, v, k, v, ...)."""
-    keys = 1 + sum(own) + 2 * index
-    return (1 + sum(own[:index]) if own[index] else 0, keys, keys + 1)
+def _samples(plan: Plan, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The batch as one, or sample by sample where blocks of it would have to be copied and are large."""
+    q = tensors[0]
+    if torch.compiler.is_compiling() or len(q) == 1 or q[0].numel() < COPY_BELOW:
+        return [tensors]
+    if all(
+        len(step.read.queries) == 1
+        or (
+            is_whole(step.read.queries, q.shape[1])
+            and is_whole(step.read.groups, tensors[step.at[1]].shape[1])
+        )
+        for step in plan.forward
+    ):
+        return [tensors]
+    return [[t[i : i + 1] for t in tensors] for i in range(len(q))]
 
 
-def _operands(
-    q: Tensor, rest: Sequence[Tensor], own: tuple[bool, ...], index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    at = _positions(own, index)
-    everything = (q, *rest)
-    return everything[at[0]], everything[at[1]], everything[at[2]]
+def _together(parts: Sequence[Any]) -> Any:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(list(parts))
 
 
-def _merge(out: Tensor, lse: Tensor, index: tuple[int, ...], o: Tensor, log: Tensor) -> None:
-    """Merge a partial softmax into (out, lse) in place: exact by log-sum-exp."""
-    old_o, old_log = _take(out, index), _take(lse, index)
-    new_log = torch.logaddexp(old_log, log)
-    new_o = torch.lerp(old_o, o, torch.exp(log - new_log).to(o.dtype))
-    if index == tuple(range(index[0], index[-1] + 1)):
-        old_o.copy_(new_o)
-        old_log.copy_(new_log)
-    else:
-        out[:, list(index)] = new_o
-        lse[:, list(index)] = new_log
+def _forward(plan: Plan, kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Output (b f n k d) and log-sum-exp (b f n k 1)."""
+    q = tensors[0]
+    out, lse = None, None
+    for step in plan.forward:
+        o, log = _partial(step, kernel, *(tensors[i] for i in step.at))
+        if out is not None and lse is not None:
+            _merge(out, lse, step.read, o, log)
+        elif is_whole(step.read.queries, q.shape[1]):
+            out, lse = o.reshape(q.shape).contiguous(), log.reshape(*q.shape[:-1], 1)
+        else:
+            out, lse = torch.zeros_like(q), log.new_full((*q.shape[:-1], 1), -torch.inf)
+            _merge(out, lse, step.read, o, log)
+        del o, log  # before the next kernel runs: a read's result is as large as the output
+    assert out is not None and lse is not None
+    return out, lse
+
+
+def _partial(step: Step, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    queries, groups = step.read.queries, step.read.groups
+    out, lse = kernel.forward(lay_out(q, queries), lay_out(k, groups), lay_out(v, groups), step.scale)
+    return lay_back(out, queries), lay_back(lse.unsqueeze(-1), queries)
+
+
+def _merge(out: Tensor, lse: Tensor, read: Read, o: Tensor, log: Tensor) -> None:
+    """Merge a partial softmax into (out, lse) in place: exact by log-sum-exp (docs/attention.md, equation 3)."""
+    old, old_log = take(out, read.queries), take(lse, read.queries)
+    old.lerp_(o, torch.sigmoid(log - old_log).to(o.dtype))
+    put(lse, read.queries, torch.logaddexp(old_log, log))
+    if not is_view(read.queries):
+        put(out, read.queries, old)
+
+
+def _backward(plan: Plan, kernel: Kernel, needed: Sequence[bool], *saved: Tensor) -> list[Tensor | None]:
+    """Gradients of the tensors; `saved` are they, the merged output and log-sum-exp, and the output's gradient."""
+    *tensors, out, lse, dout = saved
+    grads: list[Tensor | None] = [None] * len(tensors)
+    for step in plan.backward:
+        queries, groups = step.read.queries, step.read.groups
+        q, k, v = (tensors[i] for i in step.at)
+        parts = kernel.backward(
+            lay_out(dout, queries),
+            lay_out(q, queries),
+            lay_out(k, groups),
+            lay_out(v, groups),
+            lay_out(out, queries),
+            lay_out(lse, queries).squeeze(-1),
+            step.scale,
+        )
+        for i, index, part in zip(step.at, (queries, groups, groups), parts, strict=True):
+            if needed[i]:
+                grads[i] = _accumulate(grads[i], tensors[i], index, lay_back(part, index))
+        del parts, part  # before the next kernel runs
+    return [
+        torch.zeros_like(t) if grad is None and need else grad
+        for t, grad, need in zip(tensors, grads, needed, strict=True)
+    ]
+
+
+def _accumulate(total: Tensor | None, like: Tensor, index: Index, part: Tensor) -> Tensor:
+    if total is None:
+        if is_whole(index, like.shape[1]):
+            return part.reshape(like.shape)
+        total = torch.zeros_like(like)
+    add(total, index, part)
+    return total

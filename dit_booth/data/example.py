@@ -247,9 +247,16 @@ class Loader:
         """The `(index, epoch)` of each example of batch `number`."""
         if number < 0:
             raise ValueError(f"number is {number}; batches count from 0")
-        first = (number * self.world_size + self.rank) * self.batch_size
-        places = (divmod(position, len(self.dataset)) for position in range(first, first + self.batch_size))
+        places = (divmod(position, len(self.dataset)) for position in self.positions(number))
         return [(int(self._permutation(epoch)[place]), epoch) for epoch, place in places]
+
+    def positions(self, number: int) -> range:
+        """Where the examples of batch `number` stand in the line of all epochs: no two rows of a run share a place.
+
+        The ranks' batches together are the same places, however many ranks there are.
+        """
+        first = (number * self.world_size + self.rank) * self.batch_size
+        return range(first, first + self.batch_size)
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of this rank.

@@ -27,6 +27,8 @@ class ObjectiveConfig:
     """eps and v: beta of the first step; none: 0.0001 for linear, 0.00085 for scaled_linear."""
     beta_end: float | None = None
     """eps and v: beta of the last of the 1000 steps; none: 0.02 for linear, 0.012 for scaled_linear."""
+    min_snr: float = 0.0
+    """eps and v: the loss is x0's error times min(SNR, this) (Hang et al., arXiv 2303.09556: 5); 0: no weight."""
     prediction: Literal["velocity", "x0"] = "velocity"
     """flow: what the network outputs. x0 keeps the velocity loss and suits pixel-space transformers (JiT)."""
     t_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -47,6 +49,12 @@ class ObjectiveConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(choices)}")
         if self.kind != "flow" and self.prediction != "velocity":
             raise ValueError(f"prediction={self.prediction!r} belongs to kind=flow, not to kind={self.kind}")
+        if self.min_snr < 0:
+            raise ValueError(f"min_snr={self.min_snr}: choose a positive number such as 5, or 0 for none")
+        if self.kind == "flow" and self.min_snr:
+            raise ValueError(
+                f"min_snr={self.min_snr} belongs to kind=eps and kind=v, not to kind=flow; use 0"
+            )
         for name in ("logit_std", "shift", "t_min"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose a positive number")

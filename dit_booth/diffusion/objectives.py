@@ -85,6 +85,20 @@ class DiscreteObjective(Objective):
     """What eps and v share: a discrete schedule. t is an integer step (b,)."""
 
     schedule: DiscreteSchedule
+    min_snr: float = 0.0
+    """Bound of the signal-to-noise ratio in the weight of the loss; 0: no weight."""
+
+    @abstractmethod
+    def weight(self, snr: Tensor) -> Tensor:
+        """The loss's weight (b,) that makes it x0's error times min(SNR, min_snr) (Hang et al., 2303.09556, 3.4)."""
+
+    def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(b,) mean squared error, weighted by the signal-to-noise ratio (alpha / sigma)^2 where `min_snr` says so."""
+        mse = super().loss(pred, x0, eps, t)
+        if not self.min_snr:
+            return mse
+        alpha, sigma = self.schedule.at("alpha", t, mse), self.schedule.at("sigma", t, mse)
+        return self.weight((alpha / sigma).square()) * mse
 
     def _levels(self, t: Tensor, *arrays: Tensor) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(*arrays)
@@ -108,6 +122,10 @@ class DiscreteObjective(Objective):
 class EpsObjective(DiscreteObjective):
     """The network predicts the noise (DDPM eq. 14)."""
 
+    def weight(self, snr: Tensor) -> Tensor:
+        """min(SNR, gamma) / SNR: the error of eps is SNR times that of x0."""
+        return snr.clamp_max(self.min_snr) / snr
+
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps
 
@@ -122,6 +140,10 @@ class EpsObjective(DiscreteObjective):
 
 class VObjective(DiscreteObjective):
     """The network predicts v = alpha eps - sigma x0 (Salimans & Ho, 2022, appendix D)."""
+
+    def weight(self, snr: Tensor) -> Tensor:
+        """min(SNR, gamma) / (SNR + 1): the error of v is SNR + 1 times that of x0."""
+        return snr.clamp_max(self.min_snr) / (snr + 1)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self._levels(t, x0, eps)
@@ -212,4 +234,5 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     start = start if config.beta_start is None else config.beta_start
     end = end if config.beta_end is None else config.beta_end
     schedule = DiscreteSchedule(betas(NUM_TIMESTEPS, start, end))
-    return EpsObjective(schedule) if config.kind == "eps" else VObjective(schedule)
+    objective = EpsObjective if config.kind == "eps" else VObjective
+    return objective(schedule, config.min_snr)

@@ -1,8 +1,10 @@
-"""Layers that the backbones share: embeddings of time and place, and attention behind the `qkv` port."""
+"""Layers that the backbones share: the embedding of the timestep, and attention behind the `qkv` port."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from dit_booth.attention import Frames, Segment, attend
 from dit_booth.inject import QKV, Injection, Role, Site
+from dit_booth.models.positions import Rotary
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -22,22 +25,39 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def sincos(position: Tensor, dim: int) -> Tensor:
-    """1-D sin-cos embedding of positions (n,): (n dim), sines first (ViT, MAE)."""
-    half = dim // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=position.device, dtype=torch.float64) / half)
-    angle = rearrange(position.double(), "n -> n 1") * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+class HeadFinish(NamedTuple):
+    """What follows the split into heads (`QKV.finish`): RMS norm of queries and keys, then rotary positions."""
+
+    norm_q: nn.Module
+    norm_k: nn.Module
+    rotary: Rotary | None
+
+    def queries(self, q: Tensor) -> Tensor:
+        q = self.norm_q(q)
+        return q if self.rotary is None else self.rotary.turn(q)
+
+    def keys(self, k: Tensor) -> Tensor:
+        k = self.norm_k(k)
+        return k if self.rotary is None else self.rotary.turn(k)
 
 
-def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """2-D sin-cos embedding of a grid: (height * width, dim); the column fills the first half (DiT, MAE)."""
-    if dim % 4:
-        raise ValueError(f"a 2-D sin-cos embedding needs a width divisible by 4, not {dim}")
-    rows, columns = (torch.arange(n, device=device) for n in (height, width))
-    row = rearrange(sincos(rows, dim // 2).expand(width, -1, -1), "w h d -> (h w) d")
-    column = rearrange(sincos(columns, dim // 2).expand(height, -1, -1), "h w d -> (h w) d")
-    return torch.cat([column, row], dim=-1).float()
+class Projected(Segment):
+    """An attention's own keys and values, projected when first read: a tap that brings others saves the work."""
+
+    @classmethod
+    def later(cls, k: Callable[[], Tensor], v: Callable[[], Tensor], frames: Frames) -> Projected:
+        self = cls.__new__(cls)
+        for name, value in (("project", {"k": k, "v": v}), ("frames", frames)):
+            object.__setattr__(self, name, value)
+        return self
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Called where there is no k or v yet."""
+        if name not in ("k", "v"):
+            raise AttributeError(name)
+        value: Tensor = self.__dict__["project"][name]()
+        object.__setattr__(self, name, value)
+        return value
 
 
 class Attention(nn.Module):
@@ -56,6 +76,7 @@ class Attention(nn.Module):
         source_dim: int | None = None,
         bias: bool = False,
         kernel: str = "auto",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -66,6 +87,9 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(source_dim, dim, bias=bias)
         self.to_v = nn.Linear(source_dim, dim, bias=bias)
         self.to_out = nn.Linear(dim, dim)
+        self.norm_q, self.norm_k = (
+            nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2)
+        )
         self.site = Site(
             name=name,
             port="qkv",
@@ -75,10 +99,26 @@ class Attention(nn.Module):
             projections={"to_q": self.to_q, "to_k": self.to_k, "to_v": self.to_v},
         )
 
-    def forward(self, x: Tensor, source: Tensor, frames: Frames, inject: Injection) -> Tensor:
-        q, k, v = (
-            rearrange(project(y), "b f n (k d) -> b f n k d", k=self.heads)
-            for project, y in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
+    def forward(
+        self, x: Tensor, source: Tensor, frames: Frames, inject: Injection, rotary: Rotary | None = None
+    ) -> Tensor:
+        return self.read(inject(self.site, self.project(x, source, frames, rotary)))
+
+    def project(self, x: Tensor, source: Tensor, frames: Frames, rotary: Rotary | None = None) -> QKV:
+        """Queries of x, keys and values of the source: the payload of the site."""
+        finish, projected = HeadFinish(self.norm_q, self.norm_k, rotary), self.to_q(x)
+        own = Projected.later(
+            lambda: finish.keys(self.split(self.to_k(source))), lambda: self.split(self.to_v(source)), frames
         )
-        qkv = inject(self.site, QKV(q, (Segment(k, v, frames),), x, source, self.kernel))
-        return self.to_out(rearrange(attend(qkv.q, qkv.segments, qkv.kernel), "b f n k d -> b f n (k d)"))
+        return QKV(finish.queries(self.split(projected)), (own,), x, source, self.kernel, finish, projected)
+
+    def split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b f n (k d) -> b f n k d", k=self.heads)
+
+    def read(self, qkv: QKV) -> Tensor:
+        """The joint softmax over the segments, and what is added, through the output projection: (b f n c)."""
+        if not qkv.segments:
+            return qkv.x
+        y = attend(qkv.q, qkv.segments, qkv.kernel)
+        y = y if qkv.added is None else y + qkv.added
+        return self.to_out(rearrange(y, "b f n k d -> b f n (k d)"))

@@ -6,10 +6,13 @@ strategy injects (``to_k_new``, ``to_k_global``, ...) belongs to the strategy.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_booth.attention import FramePlan
+from dit_booth.attention.plans import seen_by_all, with_context
 from dit_booth.inject import Injection, Latents, Site, no_injection
 from dit_booth.models.clip import Text
 from dit_booth.models.layers import Attention
@@ -59,17 +62,28 @@ class VideoUNet(nn.Module):
         self.initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Text, inject: Injection = no_injection) -> Tensor:
-        x = inject(self.entry, Latents(x)).x
+        latents = inject(self.entry, Latents(x))
+        x = latents.x
         self.validate(x, t, text.tokens)
         time = self.time_embedding(t, x.dtype, inject)  # b c
-        step = Step(time, text.tokens, self.plan.frames(x.shape[1]), inject)
+        step = self.step(time, text, latents, inject)
         skips = go_down(self.down_blocks, self.conv_in(x), step)  # b f c h w, at falling resolution
         x = self.mid_block(skips[-1], step)
         x = go_up(self.up_blocks, x, skips, step)
         if self.config.watermark:
             x = x + self.watermark(x, step)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return inject(self.exit, Latents(x)).x
+        x = self.conv_out(F.silu(self.conv_norm_out(x, latents.context)))
+        return inject(self.exit, replace(latents, x=x)).x
+
+    def step(self, time: Tensor, text: Text, latents: Latents, inject: Injection) -> Step:
+        """What every block reads in one pass."""
+        context, frames = latents.context, latents.x.shape[1] - latents.context
+        plan, time_plan = self.plan.frames(frames), None
+        if context:
+            plan = with_context(plan, context, latents.one_way)
+            if latents.one_way:
+                time_plan = with_context(seen_by_all(frames, frames), context, True)
+        return Step(time, text.tokens, plan, inject, context, time_plan)
 
     def watermark(self, x: Tensor, step: Step) -> Tensor:
         """A residual that VideoBooth adds before the head: a small U-Net without attention (golden)."""

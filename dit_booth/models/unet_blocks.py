@@ -46,7 +46,7 @@ class UNetConfig:
     attention: str = "auto"
     """Attention kernel."""
     watermark: bool = False
-    """VideoBooth's branch that learns its training videos' watermark; leave it out to sample without one."""
+    """The branch of VideoBooth's released U-Net (watermark_remove_module.pt) that takes the videos' watermark away."""
     checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
@@ -85,6 +85,8 @@ class Step(NamedTuple):
     text: Tensor  # b l c
     plan: Frames
     inject: Injection
+    context: int = 0  # leading frames that are no part of the video
+    time_plan: Frames | None = None  # which frames of a place read which, where that is not all
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -99,9 +101,11 @@ class FrameConv(nn.Conv2d):
 
 
 class VideoNorm(nn.GroupNorm):
-    """Group norm of (b f c h w) with statistics over all frames of a video."""
+    """Group norm of (b f c h w) with statistics over all frames of a video; leading context frames have their own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: int = 0) -> Tensor:
+        if context:
+            return torch.cat([self.forward(x[:, :context]), self.forward(x[:, context:])], dim=1)
         y = super().forward(rearrange(x, "b f c h w -> b c f h w"))
         return rearrange(y, "b c f h w -> b f c h w")
 
@@ -161,9 +165,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if dim == dim_out else FrameConv(dim, dim_out, kernel_size=1)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv1(F.silu(self.norm1(x, step.context)))
         y = y + rearrange(self.time_emb_proj(F.silu(step.time)), "b c -> b 1 c 1 1")
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv2(F.silu(self.norm2(y, step.context)))
         return self.conv_shortcut(x) + y
 
 
@@ -215,9 +219,13 @@ class TransformerBlock(nn.Module):
         text = rearrange(step.text, "b l c -> b 1 l c")
         x = x + self.attn2(self.norm2(x), text, seen_by_all(x.shape[1]), step.inject)
         x = x + self.ff(self.norm3(x))
-        y = rearrange(self.norm_temp(x), "b f n c -> (b n) 1 f c")  # a pixel's frames are one group of keys
-        y = self.attn_temp(y, y, seen_by_all(1), step.inject)
-        return x + rearrange(y, "(b n) 1 f c -> b f n c", b=x.shape[0])
+        return x + self.over_time(self.norm_temp(x), step)
+
+    def over_time(self, x: Tensor, step: Step) -> Tensor:
+        """A pixel's frames are one group of keys, or one each where a plan cuts them: (b f n c)."""
+        form, plan = ("(b n) 1 f c", seen_by_all(1)) if step.time_plan is None else ("(b n) f 1 c", step.time_plan)
+        y = rearrange(x, f"b f n c -> {form}")
+        return rearrange(self.attn_temp(y, y, plan, step.inject), f"{form} -> b f n c", b=x.shape[0])
 
 
 class VideoTransformer(nn.Module):

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from dit_booth.config import RunConfig
+from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
+from dit_booth.fingerprint import warn_of_another_base
 from dit_booth.inject import Reference
 from dit_booth.injected import Injected, gather_sites
 from dit_booth.models.autoencoder import Autoencoder, build_autoencoder
 from dit_booth.models.clip import NULL_PROMPT, ImageEncoder, build_clip
 from dit_booth.models.dit import VideoDiT
 from dit_booth.models.unet import VideoUNet
-from dit_booth.models.weights import load_start
+from dit_booth.models.weights import load_start, load_strategies, read_strategies
 from dit_booth.strategy import create, find
 
 
@@ -37,26 +39,35 @@ class Parts:
         return self
 
     @torch.no_grad()
-    def reference(self, images: Tensor, dtype: torch.dtype) -> Reference:
-        """Image prompts (b 3 s s) as strategies see them; `noisy` is the clean latent until it is noised."""
+    def reference(
+        self, images: Tensor, dtype: torch.dtype, generator: Generators | None = None
+    ) -> Reference:
+        """Image prompts (b 3 s s) as strategies see them; `noisy` holds clean copies until they are noised.
+
+        `generator` draws from an autoencoder's posterior; without one, the latent is torch's global generator's.
+        """
         seen = self.image_encoder(images)
-        latent = self.autoencoder.encode(images.unsqueeze(1)).to(dtype)
+        latent = self.autoencoder.encode(images.unsqueeze(1), generator).to(dtype)
+        copies = self.root.strategy.reference_frames(self.root.active)
         return Reference(
             image=images,
             states=tuple(state.to(dtype) for state in seen.states),
             embedding=seen.embedding.to(dtype),
             latent=latent,
-            noisy=latent,
+            noisy=latent.expand(-1, copies, -1, -1, -1),
         )
 
 
 def build(config: RunConfig) -> Parts:
-    """All parts on the CPU, seeded; the backbone from `config.weights`, strategies warm-started from it."""
+    """All parts on the CPU, seeded; the backbone from `config.weights`, strategies warm-started from it.
+
+    Then the strategies take what `config.weights` has for them, and what `config.strategy_weights` have, in order.
+    """
     torch.manual_seed(config.train.seed)
     text, image_encoder = build_clip(config.clip)
     autoencoder = build_autoencoder(config.autoencoder)
     backbone = build_backbone(config, autoencoder.channels, text.width, text.embed_dim)
-    load_start(backbone, text, config.weights, config.backbone)
+    taps = load_start(backbone, text, config.weights, config.backbone)
     sites = gather_sites(
         backbone,
         text,
@@ -65,7 +76,11 @@ def build(config: RunConfig) -> Parts:
         latent_channels=autoencoder.channels,
         frames=config.data.frames,
     )
-    strategy = create(find(config.strategy), config.options(), sites)
+    strategy = create(find(config.strategy), config.options(), sites, config.train.seed)
+    load_strategies(strategy, taps, f"weights={config.weights}", optional=True)
+    for source in config.strategy_weights:
+        warn_of_another_base(source, backbone, strategy)
+        load_strategies(strategy, read_strategies(source), f"strategy_weights {source}")
     root = Injected(backbone, text, strategy, text.tokenize([NULL_PROMPT]))
     return Parts(config, root, autoencoder, image_encoder, make_objective(config.objective))
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from dit_booth.files import Lock
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,33 @@ class Ranks:
         dist.all_reduce(tensor)
         return [float(v) / self.world for v in tensor]
 
+    def agree(self, value: T) -> T:
+        """The first rank's value, on every rank."""
+        told = [value]
+        dist.broadcast_object_list(told, device=self.device)
+        return told[0]
+
     def barrier(self) -> None:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def owning(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Own a folder (`dit_booth.files.Lock`); wait until no other run does, however long that takes."""
+    lock, told = Lock(folder), False
+    while not ranks.agree(ranks.first and lock.take()):  # not a barrier: those give up after some minutes
+        if ranks.first and not told and (told := True):
+            log.info("%s is another process's (%s); waiting for it", folder, lock.owner())
+        time.sleep(1)
+    try:
+        if ranks.first:
+            for partial in folder.glob("*.part"):  # a process that was killed left them
+                partial.unlink()
+        else:
+            lock.join(ranks.rank)
+        yield
+    finally:
+        lock.release()
 
 
 def start() -> Ranks:

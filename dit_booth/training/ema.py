@@ -13,19 +13,43 @@ def local(parameter: nn.Parameter) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter).data
 
 
-class Ema:
-    """Shadow copies in float32 (a decay near 1 is lost in bfloat16)."""
+def power_of(width: float) -> float:
+    """The exponent gamma of EDM2's power-function average whose standard deviation is `width` of the training so far.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al., arXiv 2312.02696, section 3.1); it falls with
+    gamma, from 0.289 at gamma 0.
+    """
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        middle = (low + high) / 2
+        wider = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > width**2
+        low, high = (middle, high) if wider else (low, middle)
+    return (low + high) / 2
+
+
+class Ema:
+    """Shadow copies in float32 (a decay near 1 is lost in bfloat16).
+
+    By default with a constant `decay`; with a `width`, by a power function of the step (see `power_of`).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, width: float = 0.0) -> None:
         self.parameters, self.decay = parameters, decay
+        self.power = power_of(width) if width else None
         self.shadow = {name: local(p).detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step `step` (from 1); the decay warms up so that the start is forgotten quickly."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        """After optimizer step `step` (from 1)."""
+        decay = self.decay_at(step)
         for name, parameter in self.parameters.items():
             self.shadow[name].lerp_(local(parameter).float(), 1 - decay)
+
+    def decay_at(self, step: int) -> float:
+        """A constant decay warms up, so that the start is forgotten quickly; EDM2's grows with the step (section 3.1)."""
+        if self.power is None:
+            return min(self.decay, (1 + step) / (10 + step))
+        return float((1 - 1 / step) ** (self.power + 1))
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dit_booth.config import StageConfig
 from dit_booth.data.example import Batch
-from dit_booth.diffusion.noise import randn_like
+from dit_booth.diffusion.noise import Generators, per_row, randn, randn_like
+from dit_booth.diffusion.objectives import Objective
 from dit_booth.inject import Reference
+from dit_booth.injected import Prediction
 from dit_booth.models.clip import NULL_PROMPT, Prompt
 from dit_booth.training.build import Parts
 
@@ -29,6 +31,18 @@ class Inputs:
     eps: Tensor  # b f c h w
     t: Tensor  # b
 
+    def loss(self, objective: Objective, prediction: Prediction) -> Tensor:
+        """The objective's loss, a scalar: the mean over the videos and what a strategy predicts beside them.
+
+        That has no noise (CatVTON's reference half): its truth is the latent itself with eps = 0.
+        """
+        loss = objective.loss(prediction.output, self.x0, self.eps, self.t).mean()
+        if prediction.aside is None:
+            return loss
+        beside, latent = prediction.aside
+        share = beside.numel() / (beside.numel() + prediction.output.numel())
+        return torch.lerp(loss, objective.loss(beside, latent, torch.zeros_like(latent), self.t).mean(), share)
+
 
 def generator_of(*numbers: int) -> torch.Generator:
     """A generator that is a pure function of its numbers (seed, stage, step, ...): resuming repeats it."""
@@ -41,40 +55,45 @@ def make_inputs(
     parts: Parts,
     batch: Batch,
     stage: StageConfig,
-    generator: torch.Generator,
+    generator: Generators,
     dtype: torch.dtype,
     with_image: bool,
 ) -> Inputs:
     """Encode, drop, draw times and noise. The reference's noise is drawn before the video's, as in VideoBooth.
 
-    Rows that are dropped get the null prompt and the zero image (VideoBooth section 3.3's training).
+    Rows that are dropped get the null prompt and the zero image (VideoBooth section 3.3's training), or one of the two
+    (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). With a generator for each row, a row's draws do not depend on the
+    batch around it, hence not on the number of ranks.
     """
-    dropped = torch.rand(len(batch), generator=generator) < stage.drop
-    captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, dropped, strict=True)]
-    subjects = [None if d else s for s, d in zip(batch.subjects, dropped, strict=True)]
+    u = per_row(lambda n, g: torch.rand(n, generator=g), len(batch), generator)
+    no_image = u < stage.drop + stage.drop_image
+    no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
+    captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
+    subjects = [None if d else s for s, d in zip(batch.subjects, no_text, strict=True)]
     prompt = parts.root.text.tokenize(captions, subjects)
     x0 = parts.autoencoder.encode(batch.video, generator)
-    t = parts.objective.sample_t(len(batch), generator, x0.device)
-    reference = None
+    shape, reference = x0.shape, None
+    t = per_row(parts.objective.sample_t, len(batch), generator).to(x0.device)
     if with_image:
-        images = batch.image * rearrange(~dropped, "b -> b 1 1 1").to(batch.image.device)
-        reference = parts.reference(images, dtype)
-        noisy = parts.objective.noise(reference.latent, t, randn_like(reference.latent, generator))
+        images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
+        reference = parts.reference(images, dtype, generator)
+        noisy = parts.objective.noise(reference.noisy, t, randn_like(reference.noisy, generator))
         reference = replace(reference, noisy=noisy)
     if stage.single_frames:
         x0, prompt, t, reference = _single_frames(parts, x0, prompt, reference, generator)
-    eps = randn_like(x0, generator)
+    eps = randn(shape, generator, x0.device, x0.dtype).reshape(x0.shape)  # a row's frames are one draw
     x_t = parts.objective.noise(x0, t, eps).to(dtype)
     return Inputs(x_t, parts.objective.timestep(t), prompt, reference, x0, eps, t)
 
 
 def _single_frames(
-    parts: Parts, x0: Tensor, prompt: Prompt, reference: Reference | None, generator: torch.Generator
+    parts: Parts, x0: Tensor, prompt: Prompt, reference: Reference | None, generator: Generators
 ) -> tuple[Tensor, Prompt, Tensor, Reference | None]:
     """Every frame becomes a video of one frame, with a time of its own."""
     if reference is not None:
         raise ValueError("single_frames is for stages without an image (base); set it to false in this stage")
-    frames = x0.shape[1]
+    rows, frames = x0.shape[:2]
+    t = per_row(lambda n, g: parts.objective.sample_t(n * frames, g), rows, generator).to(x0.device)
     x0 = rearrange(x0, "b f c h w -> (b f) 1 c h w")
     ids, spans = (repeat(y, "b l -> (b f) l", f=frames) for y in (prompt.ids, prompt.spans))
-    return x0, Prompt(ids, spans), parts.objective.sample_t(len(x0), generator, x0.device), None
+    return x0, Prompt(ids, spans), t, None

@@ -12,33 +12,53 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dit_booth.files import read_lines, write_text
+
+METRICS = "metrics.jsonl"
+
 
 class Journal:
-    """``metrics.jsonl`` (one line a step) and TensorBoard beside it. Lines after the step that is resumed go."""
+    """``metrics.jsonl`` (one line a step) and TensorBoard beside it.
+
+    A stage's lines are also kept in its own folder, which runs may share: a run that takes over a stage, finished or
+    not, takes over its lines.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder / "metrics.jsonl"
+        self.file = folder / METRICS
+        self.stage_file: Path | None = None
+        self.seconds = 0.0  # of the steps that this process has made
         self.board = SummaryWriter(str(folder / "tensorboard"))
 
-    def resume(self, stage: str, step: int) -> None:
-        """Forget what an interrupted run wrote of this stage after the checkpoint."""
-        if not self.file.exists():
-            return
-        lines = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line.get("stage") != stage or line["step"] <= step]
-        partial = self.file.with_name("metrics.jsonl.part")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.file)
+    def begin(self, stage: str, folder: Path, done: int) -> None:
+        """Go on with a stage whose first `done` steps are done (`folder` is its own); later lines go."""
+        self.stage_file = folder / METRICS
+        here = read_lines(self.file)
+        source = read_lines(self.stage_file) if self.stage_file.is_file() else here
+        own = [line for line in source if line.get("stage") == stage and line["step"] <= done]
+        others = [line for line in here if line.get("stage") not in (None, stage)]
+        _write(self.stage_file, own)
+        _write(self.file, [*others, *own])
+        known = {line["step"] for line in here if line.get("stage") == stage}
+        for line in own:
+            if line["step"] not in known:
+                self._scalars(**line)
 
     def step(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """One optimizer step."""
-        self.line({"stage": stage, "step": step, **values})
+        """One optimizer step of the stage that was begun."""
+        assert self.stage_file is not None
+        row: dict[str, Any] = {"stage": stage, "step": step, **values}
+        self.seconds += values["seconds"]
+        for file in (self.stage_file, self.file):
+            _append(file, row)
+        self._scalars(**row)
+
+    def _scalars(self, *, stage: str, step: int, **values: float) -> None:
         for name, value in values.items():
             self.board.add_scalar(f"{stage}/{name}", value, step)
 
     def line(self, values: dict[str, Any]) -> None:
-        with self.file.open("a") as out:
-            out.write(json.dumps(values) + "\n")
+        _append(self.file, values)
 
     def video(self, name: str, video: Tensor, fps: int) -> None:
         """A video (f 3 h w in [-1, 1]) as TensorBoard shows it: an animated GIF (its own writer needs moviepy)."""
@@ -58,3 +78,12 @@ class Journal:
 
     def close(self) -> None:
         self.board.close()
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,25 +11,24 @@ from torch import nn
 from dit_booth.config import STAGES, RunConfig, StageConfig, StageName
 from dit_booth.inject import suggest
 from dit_booth.injected import Injected
+from dit_booth.strategy import Strategy, find
 
 log = logging.getLogger(__name__)
 
 
-def schedule_of(config: RunConfig, root: Injected) -> tuple[StageName, ...]:
+def schedule_of(config: RunConfig) -> tuple[StageName, ...]:
     """The stages of a run, in order: as configured, or coarse and fine as far as a strategy trains in them."""
     if config.schedule:
         return config.schedule
-    trained = {stage for name in root.strategy.names for stage in root.strategy.part(name).trains}
+    trained = {stage for cls in find(config.strategy).values() for stage in cls.stages()}
     return tuple(stage for stage in STAGES if stage in trained and stage in ("coarse", "fine"))
 
 
-def active_strategies(
-    config: RunConfig, root: Injected, schedule: Sequence[StageName], index: int
-) -> tuple[str, ...]:
+def active_strategies(config: RunConfig, schedule: Sequence[StageName], index: int) -> tuple[str, ...]:
     """The strategies that take part in a stage: as configured, or those that this stage or an earlier one trains."""
-    stage = stage_config(config, schedule[index])
+    stage, classes = stage_config(config, schedule[index]), find(config.strategy)
     for name in stage.strategies:
-        if name not in root.strategy.names:
+        if name not in classes:
             raise ValueError(
                 f"stages.{schedule[index]}.strategies names {name!r}, which is not in strategy {config.strategy!r};"
                 " add it with +"
@@ -37,7 +36,7 @@ def active_strategies(
     if stage.strategies:
         return stage.strategies
     so_far = set(schedule[: index + 1])
-    return tuple(name for name in root.strategy.names if so_far & set(root.strategy.part(name).trains))
+    return tuple(name for name, cls in classes.items() if so_far & cls.stages())
 
 
 def stage_config(config: RunConfig, name: StageName) -> StageConfig:
@@ -49,6 +48,13 @@ def trainable_globs(
     config: RunConfig, root: Injected, name: StageName, active: Sequence[str]
 ) -> tuple[str, ...]:
     """Globs over the root's parameter names that a stage trains, as configured or as its strategies declare."""
+    return declared_globs(config, name, {strategy: root.strategy.part(strategy) for strategy in active})
+
+
+def declared_globs(
+    config: RunConfig, name: StageName, active: Mapping[str, Strategy | type[Strategy]]
+) -> tuple[str, ...]:
+    """The same of strategies, built or not. ValueError: they train nothing in this stage."""
     stage = stage_config(config, name)
     if stage.train:
         return stage.train
@@ -56,8 +62,7 @@ def trainable_globs(
         return ("backbone.*",)
     stages = (name, "coarse") if stage.finetune_coarse else (name,)
     globs = []
-    for strategy in active:
-        part = root.strategy.part(strategy)
+    for strategy, part in active.items():
         globs += [f"strategy.{strategy}.{glob}" for s in stages for glob in part.trains.get(s, ())]
         globs += [f"backbone.{glob}" for s in stages for glob in part.trains_backbone.get(s, ())]
     if not globs:
@@ -68,11 +73,20 @@ def trainable_globs(
     return tuple(globs)
 
 
-def set_trainable(root: nn.Module, globs: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Freeze everything, thaw what the globs match, and return it by name. A glob that matches nothing is an error."""
+def set_trainable(
+    root: nn.Module, globs: Sequence[str], active: Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Freeze everything, thaw what the globs match, and return it by name. A glob that matches nothing is an error.
+
+    With `active`, the parameters of other strategies stay frozen: they take no part, so a stage's result does not
+    depend on them.
+    """
     parameters = dict(root.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(False)
+    total = sum(p.numel() for p in parameters.values())
+    if active is not None:
+        parameters = {name: p for name, p in parameters.items() if _takes_part(name, active)}
     chosen: dict[str, nn.Parameter] = {}
     for glob in globs:
         found = {name: p for name, p in parameters.items() if fnmatchcase(name, glob)}
@@ -84,6 +98,10 @@ def set_trainable(root: nn.Module, globs: Sequence[str]) -> dict[str, nn.Paramet
     for parameter in chosen.values():
         parameter.requires_grad_(True)
     count = sum(p.numel() for p in chosen.values())
-    total = sum(p.numel() for p in parameters.values())
     log.info("training %.3f M of %.3f M parameters: %s", count / 1e6, total / 1e6, " ".join(globs))
     return chosen
+
+
+def _takes_part(name: str, active: Sequence[str]) -> bool:
+    owner, _, rest = name.partition(".")
+    return owner != "strategy" or rest.partition(".")[0] in active

@@ -15,15 +15,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dit_booth.config import RunConfig, StageConfig, StageName
+from dit_booth.config import RunConfig, StageConfig
 from dit_booth.data.example import Batch, Loader
+from dit_booth.models.dit import VideoDiT
 from dit_booth.models.weights import write
 from dit_booth.training import checkpoint
+from dit_booth.training.address import Stage
 from dit_booth.training.build import Parts, repository_file
+from dit_booth.training.cost import Cost, dtype_of
 from dit_booth.training.distributed import Ranks
 from dit_booth.training.ema import Ema
 from dit_booth.training.inputs import generator_of, make_inputs
 from dit_booth.training.journal import Journal
+from dit_booth.training.optimizer import make_optimizer
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
 
 log = logging.getLogger(__name__)
@@ -46,31 +50,29 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train_stage(
-    parts: Parts,
-    name: StageName,
-    index: int,
-    active: Sequence[str],
-    folder: Path,
-    ranks: Ranks,
-    journal: Journal | None,
-    begin: float,
+    parts: Parts, of: Stage, folder: Path, ranks: Ranks, journal: Journal | None, begin: float
 ) -> None:
-    """Train stage `index` of the schedule, or continue it, and write ``weights.safetensors`` into `folder` at its end.
+    """Train a stage, or continue it, and write ``weights.safetensors`` into `folder` at its end.
 
     ValueError: a configuration that cannot work, or a loss that is not finite. Interrupted: SIGINT or SIGTERM.
     """
-    config, stage = parts.config, stage_config(parts.config, name)
-    parts.root.active = tuple(active)
-    parameters = set_trainable(parts.root, trainable_globs(config, parts.root, name, active))
-    engine = make_engine(parts, list(parameters.values()), stage, ranks)
+    config, name, index, active = parts.config, of.name, of.index, of.active
+    stage, parts.root.active = stage_config(config, name), active
+    parameters = set_trainable(parts.root, trainable_globs(config, parts.root, name, active), active)
+    dataset = config.data.build(heldout=False)
+    cost = Cost.of(parts, stage, dataset, parameters, ranks, dtype_of(engine_settings(config, ranks)))
+    if config.train.compile:
+        compile_backbone(parts.root.backbone, engine_settings(config, ranks))
+    engine = make_engine(parts, parameters, stage, ranks)
     dtype = next(iter(parameters.values())).dtype
-    ema = Ema(parameters, config.train.ema) if config.train.ema else None
+    averaged = config.train.ema or config.train.ema_width
+    ema = Ema(parameters, config.train.ema, config.train.ema_width) if averaged else None
     done = checkpoint.load(folder, engine, ema, ranks)
     if journal:
-        journal.resume(name, done)
+        journal.begin(name, folder, done)
     micro = config.train.batch_size // (config.train.accumulation * ranks.world)
     loader = Loader(
-        config.data.build(heldout=False),
+        dataset,
         batch_size=micro,
         seed=config.train.seed + index,
         rank=ranks.rank,
@@ -85,8 +87,9 @@ def train_stage(
             start = time.perf_counter()
             losses, lr = [], engine.get_lr()[0]
             for part in range(config.train.accumulation):
-                generator = generator_of(config.train.seed, index, step, part, ranks.rank)
-                losses.append(micro_step(parts, engine, next(batches), stage, generator, dtype))
+                rows = loader.positions((step - 1) * config.train.accumulation + part)
+                draws = [generator_of(config.train.seed, index, row) for row in rows]
+                losses.append(micro_step(parts, engine, next(batches), stage, draws, dtype))
             if ema is not None:
                 ema.update(step)
             loss, penalty, stopping = ranks.mean(*torch.tensor(losses).mean(0).tolist(), float(stop.is_set))
@@ -103,6 +106,8 @@ def train_stage(
                 checkpoint.save(folder, engine, ema, ranks, step)
             if stopping:
                 raise Interrupted(f"stopped at step {step} of stage {name}; the same command resumes there")
+    if ranks.first:
+        cost.write(folder)
     finish(parts, parameters, ema, folder, ranks, name)
     engine.destroy()
 
@@ -112,25 +117,37 @@ def micro_step(
     engine: Any,
     batch: Batch,
     stage: StageConfig,
-    generator: torch.Generator,
+    draws: Sequence[torch.Generator],
     dtype: torch.dtype,
 ) -> tuple[float, float]:
     """Forward and backward of one micro-batch; the optimizer steps at the accumulation boundary."""
     batch = batch.to(engine.device)
-    inputs = make_inputs(parts, batch, stage, generator, dtype, with_image=bool(parts.root.active))
-    output, penalty = engine(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
-    loss = parts.objective.loss(output, inputs.x0, inputs.eps, inputs.t).mean()
-    engine.backward(loss + penalty)
+    inputs = make_inputs(parts, batch, stage, draws, dtype, with_image=bool(parts.root.active))
+    prediction = engine(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
+    loss = inputs.loss(parts.objective, prediction)
+    engine.backward(loss + prediction.penalty)
     engine.step()
-    return loss.item(), penalty.item()
+    return loss.item(), prediction.penalty.item()
 
 
-def make_engine(parts: Parts, trained: list[torch.nn.Parameter], stage: StageConfig, ranks: Ranks) -> Any:
+def compile_backbone(backbone: torch.nn.Module, settings: dict[str, Any]) -> None:
+    """Compile the DiT's blocks. ValueError: another backbone, or ZeRO stage 3, whose hooks cut every graph."""
+    if not isinstance(backbone, VideoDiT):
+        raise ValueError("train.compile is true, but only the DiT's blocks are compiled; set it to false")
+    if settings.get("zero_optimization", {}).get("stage") == 3:
+        raise ValueError(
+            "train.compile is true with ZeRO stage 3, which gathers parameters in between; use stage 2"
+        )
+    backbone.compile_blocks()
+
+
+def make_engine(
+    parts: Parts, trained: dict[str, torch.nn.Parameter], stage: StageConfig, ranks: Ranks
+) -> Any:
     """A DeepSpeed engine whose optimizer holds the trained parameters only."""
     import deepspeed
 
-    train = parts.config.train
-    optimizer = torch.optim.AdamW(trained, lr=stage.lr, betas=train.betas, weight_decay=train.weight_decay)
+    optimizer = make_optimizer(trained, parts.config.train, stage.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, stage))
     engine, *_ = deepspeed.initialize(
         model=parts.root,

@@ -69,6 +69,7 @@ def test_the_run_folder_is_named_after_the_settings():
         {"data": DataConfig(frames=7)},
         {"strategy": "none"},
         {"ds_config": "zero3.json"},
+        {"strategy_weights": ("mapper.pt",)},
     ],
 )
 def test_every_setting_that_changes_the_result_changes_the_folder(change):
@@ -83,6 +84,13 @@ def test_what_only_watches_the_run_does_not(change):
     other = RunConfig(**change)
     assert other.fingerprint() == RunConfig().fingerprint()
     assert decisive(other.as_dict()) == decisive(RunConfig().as_dict())
+
+
+def test_a_run_from_before_strategy_weights_is_the_same_run():
+    before = RunConfig().as_dict()
+    del before["strategy_weights"]
+    assert decisive(before) == decisive(RunConfig().as_dict())
+    assert decisive(before) != decisive(RunConfig(strategy_weights=("mapper.pt",)).as_dict())
 
 
 def test_decisive_leaves_its_argument_alone():

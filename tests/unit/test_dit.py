@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from spies import Spy, tapped, worst
 from torch import Tensor, nn
 
-from dit_booth.inject import QKV, Condition, Injection, Latents, Modulation, Site
+from dit_booth.inject import QKV, Condition, Injection, Latents, Modulation
 from dit_booth.models.clip import Text
 from dit_booth.models.dit import DiTConfig, VideoDiT
-from dit_booth.models.layers import Attention, sincos_2d, timestep_embedding
+from dit_booth.models.layers import Attention, timestep_embedding
+from dit_booth.models.positions import sincos_2d
 
 torch.set_num_threads(1)
 CHANNELS, WIDTH = 3, 128
@@ -42,28 +44,6 @@ def inputs(b: int = 2, f: int = 3, h: int = 4, w: int = 6) -> tuple[Tensor, Tens
     x = torch.randn(b, f, CHANNELS, h, w, generator=generator, dtype=torch.float64)
     pooled = torch.randn(b, 6, generator=generator, dtype=torch.float64)
     return x, torch.linspace(7.5, 640.0, b), Text(torch.randn(b, 5, 8, dtype=torch.float64), pooled)
-
-
-def worst(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def tapped(sites: list[Site], tap: nn.Module) -> Injection:
-    return Injection({site.name: [(tap, Condition())] for site in sites})
-
-
-class Spy(nn.Module):
-    """Keeps every payload that passes, and scales it."""
-
-    def __init__(self, factor: float = 1.0) -> None:
-        super().__init__()
-        self.factor = factor
-        self.seen: list[Any] = []
-
-    def forward(self, payload: Any, condition: Condition) -> Any:
-        self.seen.append(payload)
-        field = {QKV: "q", Modulation: "vector", Latents: "x"}[type(payload)]
-        return replace(payload, **{field: getattr(payload, field) * self.factor})
 
 
 # ---- the function ------------------------------------------------------------------------------------------

@@ -73,6 +73,26 @@ def test_inputs_are_a_pure_function_of_the_generator() -> None:
     assert torch.equal(one.prompt.ids, again.prompt.ids)
 
 
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+@pytest.mark.parametrize("single", [False, True])
+def test_a_row_with_a_generator_of_its_own_is_the_same_in_every_batch(kind: str, single: bool) -> None:
+    """Hence the same on one rank and on several, which share a batch."""
+
+    def made(rows: range) -> Inputs:
+        data, stage = parts_of().config.data.build(heldout=False), StageConfig(drop=0.5, single_frames=single)
+        some = collate([data[i] for i in rows])
+        draws = [generator_of(0, i) for i in rows]
+        return make_inputs(parts_of(kind), some, stage, draws, torch.float32, with_image=not single)
+
+    whole, halves = made(range(4)), [made(range(2)), made(range(2, 4))]
+    for field in ("x_t", "timestep", "eps", "t"):
+        assert torch.equal(getattr(whole, field), torch.cat([getattr(half, field) for half in halves]))
+    assert torch.equal(whole.prompt.ids, torch.cat([half.prompt.ids for half in halves]))
+    if not single:
+        assert torch.equal(whole.reference.noisy, torch.cat([half.reference.noisy for half in halves]))
+    assert whole.eps.flatten(1).unique(dim=0).shape[0] == len(whole.eps), "every row has noise of its own"
+
+
 # ---- dropping ----------------------------------------------------------------------------------------------
 
 

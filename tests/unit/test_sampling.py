@@ -13,11 +13,15 @@ from torch import Tensor
 from dit_booth.config import DataConfig, RunConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
+from dit_booth.diffusion.objectives import make_objective
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.models.clip import NULL_PROMPT
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.sampling import generate
+from dit_booth.testing import trial
 from dit_booth.training.build import Parts, build
+from strategies.kv_concat import KVConcatConfig
+from strategies.token_bank import TokenBankConfig
 
 torch.set_num_threads(1)
 CAPTIONS, SUBJECTS = ["a dog runs", "a red cat", "the cup of tea"], ["dog", "cat", "cup"]
@@ -184,3 +188,111 @@ def test_without_active_strategies_no_reference_is_made(monkeypatch: pytest.Monk
     monkeypatch.setattr(parts.root, "active", ())
     monkeypatch.setattr(Parts, "reference", lambda *args: pytest.fail("encoded an image for nothing"))
     assert videos(parts, [0]).shape == plain.shape
+
+
+# ---- what serves all steps ---------------------------------------------------------------------------------
+
+CLEAN = KVConcatConfig(reference_noise="clean")
+
+
+def parts_with(strategy: str, **options: Any) -> Parts:
+    run = trial(strategy, options=options).loosen()
+    config = replace(
+        run.parts.config,
+        objective=ObjectiveConfig(kind="flow"),
+        sampler=SamplerConfig(steps=4),
+        guidance=GuidanceConfig(scale=3.0),
+    )
+    return replace(run.parts, config=config, objective=make_objective(config.objective))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "times"),
+    [
+        ("kv_concat", {"kv_concat": CLEAN}, 1),
+        ("kv_concat", {}, 4),
+        ("token_replacement", {}, 1),
+        ("adaln", {}, 1),
+        ("token_bank", {}, 1),
+        ("token_bank", {"token_bank": TokenBankConfig(source="latent", reference_noise="matched")}, 4),
+        ("decoupled_attention", {}, 1),
+        ("in_context", {}, 1),
+        ("spatial_concat", {}, 1),
+        ("token_replacement+kv_concat+query_projection", {"kv_concat": CLEAN}, 1),
+    ],
+)
+def test_what_does_not_depend_on_the_time_is_made_once_and_gives_the_same_videos(
+    strategy: str, options: Any, times: int
+) -> None:
+    parts = parts_with(strategy, **options)
+    part = parts.root.strategy.part(strategy.split("+")[-1] if times == 1 else strategy)
+    made = [0]
+    part.register_forward_hook(lambda *_: made.__setitem__(0, made[0] + 1))
+    reused = videos(parts, [0, 1])
+    assert made == [times]
+    each = videos(parts, [0, 1], reuse=False)
+    assert made == [times + 4]
+    assert torch.equal(reused, each)
+    assert worst(reused, videos(parts, [0, 1], images=IMAGES.flip(0))) > 1e-5
+
+
+def test_a_clean_reference_passes_the_network_once_a_video_and_its_keys_are_projected_once() -> None:
+    parts, frames, keys = parts_with("kv_concat", kv_concat=CLEAN), [], [0]
+    parts.root.backbone.register_forward_pre_hook(lambda m, args: frames.append(args[0].shape[1]))
+    for tap in parts.root.strategy.part("kv_concat").attached.values():
+        tap.to_k_exemplar.register_forward_hook(lambda *_: keys.__setitem__(0, keys[0] + 1))
+    reused = videos(parts, [0, 1])
+    assert frames == [1, 3, 3, 3, 3]
+    assert keys == [3], "one for each site"
+    each = videos(parts, [0, 1], reuse=False)
+    assert frames[5:] == [1, 3] * 4 and keys == [3 + 4 * 3]
+    assert torch.equal(reused, each)
+
+
+# ---- guidance by text and image apart ----------------------------------------------------------------------
+
+
+def scaled(**guidance: Any) -> Parts:
+    parts = parts_with("token_replacement+kv_concat")
+    config = replace(parts.config, guidance=GuidanceConfig(**guidance), sampler=SamplerConfig(steps=1))
+    return replace(parts, config=config)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "rows"),
+    [
+        ({"scale": 1.0}, [(2, 3)]),
+        ({"scale": 3.0}, [(4, 3)]),
+        ({"image": 2.0, "text": 2.0}, [(4, 3)]),
+        ({"image": 2.0, "text": 3.0}, [(6, 3)]),
+        ({"text": 3.0}, [(4, 3)]),
+        ({"image": 3.0}, [(6, 3)]),
+        ({"image": 1.0, "text": 1.0}, [(2, 3)]),
+        ({"image": 2.0, "text": 3.0, "unconditional": "omit"}, [(4, 3), (2, 3)]),
+        ({"text": 3.0, "unconditional": "omit"}, [(4, 3)]),
+    ],
+)
+def test_a_guided_step_is_one_batch_of_the_branches_that_count(guidance: Any, rows: Any) -> None:
+    calls, _ = rows_of_calls(scaled(**guidance))
+    assert [call for call in calls if call[1] == 3] == rows
+
+
+def test_three_branches_give_the_two_scale_guidance_of_instruct_pix2pix() -> None:
+    """One Euler step: a video is its prediction. eps(0,0) + s_I (eps(0,I) - eps(0,0)) + s_T (eps(T,I) - eps(0,I))."""
+
+    def latents(**guidance: Any) -> Tensor:
+        parts, seen = scaled(**guidance), []
+        decode = parts.autoencoder.decode
+        parts.autoencoder.decode = lambda x: seen.append(x) or decode(x)  # type: ignore[method-assign]
+        videos(parts, [0, 1])
+        return seen[0]
+
+    both = latents(scale=1.0)
+    by_text = latents(text=2.0)  # 2 eps(T,I) - eps(0,I)
+    joint = latents(scale=2.0)  # 2 eps(T,I) - eps(0,0)
+    image, neither = 2 * both - by_text, 2 * both - joint
+    expected = neither + 1.5 * (image - neither) + 4.0 * (both - image)
+    assert worst(latents(image=1.5, text=4.0), expected) < 1e-4 * expected.abs().max().item()
+    assert worst(latents(image=3.0), neither + 3 * (image - neither) + (both - image)) < 1e-4
+    assert torch.equal(latents(image=2.0, text=2.0), joint), "equal scales are one joint guidance"
+    assert min(worst(image, neither), worst(both, image)) > 1e-3

@@ -68,28 +68,28 @@ BOTH = "token_replacement+kv_concat"
 def test_schedule_and_active_strategies_follow_from_what_is_trained(
     strategy: str, schedule: tuple[str, ...], active: list[tuple[str, ...]]
 ) -> None:
-    config, root = config_of(strategy), root_of(strategy)
-    assert schedule_of(config, root) == schedule
-    assert [active_strategies(config, root, schedule, i) for i in range(len(schedule))] == active
+    config = config_of(strategy)
+    assert schedule_of(config) == schedule
+    assert [active_strategies(config, schedule, i) for i in range(len(schedule))] == active
 
 
 def test_a_configured_schedule_is_taken_as_it_is() -> None:
-    config, root = config_of(BOTH, schedule=("base", "joint")), root_of(BOTH)
-    schedule = schedule_of(config, root)
+    config = config_of(BOTH, schedule=("base", "joint"))
+    schedule = schedule_of(config)
     assert schedule == ("base", "joint")
-    assert active_strategies(config, root, schedule, 0) == ()
-    assert active_strategies(config, root, schedule, 1) == ("token_replacement", "kv_concat")
+    assert active_strategies(config, schedule, 0) == ()
+    assert active_strategies(config, schedule, 1) == ("token_replacement", "kv_concat")
     fine_only = config_of(BOTH, schedule=("fine",))
-    assert active_strategies(fine_only, root, ("fine",), 0) == ("kv_concat",)
+    assert active_strategies(fine_only, ("fine",), 0) == ("kv_concat",)
 
 
 def test_configured_strategies_of_a_stage() -> None:
     stages = StagesConfig(fine=StageConfig(strategies=("kv_concat",)))
-    config, root = config_of(BOTH, stages=stages), root_of(BOTH)
-    assert active_strategies(config, root, ("coarse", "fine"), 1) == ("kv_concat",)
+    config = config_of(BOTH, stages=stages)
+    assert active_strategies(config, ("coarse", "fine"), 1) == ("kv_concat",)
     wrong = config_of(BOTH, stages=StagesConfig(fine=StageConfig(strategies=("adaln",))))
     with pytest.raises(ValueError, match=r"stages\.fine\.strategies names 'adaln'.*add it with \+"):
-        active_strategies(wrong, root, ("coarse", "fine"), 1)
+        active_strategies(wrong, ("coarse", "fine"), 1)
 
 
 # ---- globs -------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_two_modules_of_one_name_are_an_error_that_names_both() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_unknown_names_suggest_the_nearest_and_name_broken_plugins() -> None:
-    with pytest.raises(ValueError, match=r"strategy 'kv_conct' is unknown; nearest: kv_concat$"):
+    with pytest.raises(ValueError, match=r"strategy 'kv_conct' is unknown; nearest: kv_concat(,|$)"):
         find("kv_conct")
     module._FAILED["lab (lab.plugin)"] = "ModuleNotFoundError: No module named 'nowhere'"
     with pytest.raises(ValueError) as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from spies import Spy, tapped, worst
 from torch import Tensor, nn
 
 from dit_booth.inject import (
@@ -45,32 +45,6 @@ def inputs(b: int = 2, f: int = 3, h: int = 5, w: int = 7) -> tuple[Tensor, Tens
     x = torch.randn(b, f, 4, h, w, generator=generator, dtype=torch.float64)
     tokens = torch.randn(b, 5, TINY.text_dim, generator=generator, dtype=torch.float64)
     return x, torch.linspace(7.5, 640.0, b), Text(tokens, tokens[:, -1])
-
-
-def worst(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def tapped(sites: list[Site], tap: nn.Module) -> Injection:
-    return Injection({site.name: [(tap, Condition())] for site in sites})
-
-
-class Spy(nn.Module):
-    """Keeps every payload that passes, and changes it where `factor` is not one."""
-
-    def __init__(self, factor: float = 1.0) -> None:
-        super().__init__()
-        self.factor = factor
-        self.seen: list[Any] = []
-
-    def forward(self, payload: Any, condition: Condition) -> Any:
-        self.seen.append(payload)
-        if isinstance(payload, QKV):
-            return replace(payload, q=payload.q * self.factor)
-        if isinstance(payload, Modulation):
-            return replace(payload, vector=payload.vector * self.factor)
-        assert isinstance(payload, Latents)
-        return replace(payload, x=payload.x * self.factor)
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""Kernels that come with PyTorch: plain mathematics, the CPU's flash kernel, CUDA's flash and efficient kernels.
+
+Each is a pair of functions as `kernels.Kernel` wants them. The operators are PyTorch's own (``torch.ops.aten``), one
+level below `scaled_dot_product_attention`, because only they return the log-sum-exp and take a merged one back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+aten = torch.ops.aten
+
+MOST_BATCH = 2**16 - 1
+"""Rows of a batch in one launch: the second dimension of a CUDA grid ends here. Temporal attention passes it."""
+
+
+Run = TypeVar("Run", bound=Callable[..., tuple[Tensor, ...]])
+
+
+def in_launches(run: Run) -> Run:
+    """Run a CUDA kernel over a batch of any size; the last argument is the scale, the others are tensors."""
+
+    @functools.wraps(run)
+    def launched(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, scale = arguments
+        if len(tensors[0]) <= MOST_BATCH:
+            return run(*tensors, scale)
+        parts = [run(*rows, scale) for rows in zip(*(t.split(MOST_BATCH) for t in tensors), strict=True)]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    return cast(Run, launched)
+
+
+# ---- plain mathematics, any device -------------------------------------------------------------------------
+
+
+def math_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = (_wide(q) @ _wide(k).transpose(-1, -2)) * scale
+    lse = scores.logsumexp(-1)
+    return (torch.exp(scores - lse.unsqueeze(-1)) @ _wide(v)).to(v.dtype), lse
+
+
+def math_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = q.dtype
+    dout, q, k, v, out = (_wide(t) for t in (dout, q, k, v, out))
+    p = torch.exp((q @ k.transpose(-1, -2)) * scale - lse.unsqueeze(-1))
+    delta = (dout * out).sum(-1, keepdim=True)
+    ds = p * (dout @ v.transpose(-1, -2) - delta) * scale
+    dq, dk, dv = ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# ---- the CPU's flash kernel --------------------------------------------------------------------------------
+
+
+def cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+    return out, lse
+
+
+def cpu_flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    c = _chunks(q)
+    if c > 1:
+        dout, q, out = (rearrange(t, "b k (c n) d -> (b c) k n d", c=c) for t in (dout, q, out))
+        lse = rearrange(lse, "b k (c n) -> (b c) k n", c=c)
+        k, v = (t.unsqueeze(1).expand(-1, c, -1, -1, -1).flatten(0, 1) for t in (k, v))
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, False, scale=scale
+    )
+    if c > 1:
+        dq = rearrange(dq, "(b c) k n d -> b k (c n) d", c=c)
+        dk, dv = (reduce(t, "(b c) k n d -> b k n d", "sum", c=c) for t in (dk, dv))
+    return dq, dk, dv
+
+
+def _chunks(q: Tensor) -> int:
+    """Rows to cut a fold's queries into: the kernel's backward has no more threads than rows and heads."""
+    b, heads, n, _ = q.shape
+    if torch.compiler.is_compiling():
+        return 1
+    wanted = -(-torch.get_num_threads() // (b * heads))
+    return next((c for c in range(wanted, 2 * wanted) if n % c == 0), 1) if 1 < wanted <= n // 64 else 1
+
+
+# ---- PyTorch's kernels on CUDA -----------------------------------------------------------------------------
+
+
+@in_launches
+def cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2 as built into PyTorch: (out, logsumexp, cumulative lengths, lengths, random state, mask)."""
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+    return out, lse
+
+
+@in_launches
+def cuda_flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Without dropout the random state is never read, and without cumulative lengths the batch is dense.
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+    offset = torch.empty(0, dtype=torch.uint64, device=q.device)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),  # the kernel ignores its strides
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        False,
+        seed,
+        offset,
+        scale=scale,
+    )
+    return dq, dk, dv
+
+
+LSE_ALIGNMENT = 32
+"""The efficient kernel's log-sum-exp has rows of a multiple of this."""
+
+
+@in_launches
+def cuda_efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """xFormers' memory-efficient attention as built into PyTorch; it also takes float32."""
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)
+    return out, lse[..., : q.shape[2]]
+
+
+@in_launches
+def cuda_efficient_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = q.shape[2]
+    rows = -(-n // LSE_ALIGNMENT) * LSE_ALIGNMENT
+    padded = torch.nn.functional.pad(lse, (0, rows - n), value=torch.inf).contiguous()  # exp(x - inf) = 0
+    out = rearrange(
+        rearrange(out, "b k n d -> b n k d").contiguous(), "b n k d -> b k n d"
+    )  # strides not all read
+    state = torch.empty(0, dtype=torch.int64, device=q.device)  # random numbers: no dropout, not read
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, padded, state, state, 0.0, [True, True, True, False], False, scale=scale
+    )
+    return dq, dk, dv

@@ -1,0 +1,106 @@
+"""Options of the video DiT, validated where they are built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dit_booth.attention import FramePlan
+
+
+class Size(NamedTuple):
+    depth: int
+    hidden: int
+    heads: int
+
+
+SIZES = {  # S to XL as in DiT, table 1
+    "nano": Size(5, 128, 4),
+    "S": Size(12, 384, 6),
+    "B": Size(12, 768, 12),
+    "L": Size(24, 1024, 16),
+    "XL": Size(28, 1152, 16),
+}
+PLAN_OF = {"joint": "all", "image": "self"}  # layouts without temporal attention leave the frames one plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    size: Literal["nano", "S", "B", "L", "XL"] = "nano"
+    """Depth, width and heads; S to XL as in DiT (table 1)."""
+    depth: int = 0
+    """Blocks; 0: the size's."""
+    hidden: int = 0
+    """Width; 0: the size's."""
+    heads: int = 0
+    """Heads of every attention; 0: the size's."""
+    patch: Literal[1, 2, 4, 8] = 2
+    """Side of a token in latent pixels."""
+    layout: Literal["factorised", "interleaved", "joint", "image"] = "factorised"
+    """factorised: cross-frame, then temporal attention in every block; interleaved: blocks take turns (Latte,
+    2401.03048); joint: one attention over space and time (plan all); image: every frame by itself (plan self; DiT)."""
+    plan: str = "first+previous"
+    """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
+    conditioning: Literal["adaln_zero", "adaln", "in_context", "cross_attention", "class_label"] = (
+        "adaln_zero"
+    )
+    """How the text enters (DiT section 3.2): pooled, in the modulation (adaln: without gates); as tokens that take part
+    in the cross-frame attention (in_context) or are read by one of their own (cross_attention), the time alone
+    modulating; class_label: a label in the text's place, as DiT has it."""
+    classes: int = 1000
+    """class_label: number of classes; the label after the last one is the null class."""
+    head_text: bool = True
+    """Whether what the blocks are modulated by modulates the head, too, or the time alone (Latte with text)."""
+    positions: Literal["sincos", "rotary"] = "sincos"
+    """Place and time: fixed sin-cos, added once (DiT, MAE), or rotary in three axes (RoFormer, 2104.09864)."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys of every head: stable in low precision (ViT-22B, 2302.05442; SD3, 2403.03206)."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """The MLP's unit; swiglu (Shazeer, 2002.05202) has three layers of two thirds the width."""
+    init: Literal["dit", "depth_scaled"] = "dit"
+    """depth_scaled: layers that add to the residual stream start 1 / sqrt(their number) smaller (GPT-2, 2.3)."""
+    attention: str = "auto"
+    """Attention kernel."""
+    checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    checkpoint_every: int = 1
+    """With checkpointing: recompute every k-th block only."""
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(f"dit.size is {self.size!r}; use one of {', '.join(SIZES)}")
+        for name, low in (("depth", 0), ("hidden", 0), ("heads", 0), ("classes", 0), ("checkpoint_every", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"dit.{name} is {getattr(self, name)}; use {low} or more")
+        FramePlan(self.plan)
+        plan = PLAN_OF.get(self.layout, self.plan)
+        if self.plan != plan:
+            raise ValueError(
+                f"dit.layout {self.layout!r} needs dit.plan {plan!r}, but it is {self.plan!r}: there is no temporal"
+                f" attention; set --dit.plan {plan}, or another layout"
+            )
+        _, hidden, heads = self.shape
+        if hidden % heads or hidden % 4:
+            raise ValueError(
+                f"dit.hidden is {hidden} with dit.heads {heads}; use a multiple of the heads, and of 4"
+            )
+        width = hidden // heads
+        if self.positions == "rotary" and (width % 2 or width < 6):
+            raise ValueError(
+                f"dit.positions is rotary, but heads of dit.hidden {hidden} / dit.heads {heads} = {width} have no pairs"
+                " for three axes; use an even width of 6 or more, or sincos"
+            )
+
+    @property
+    def shape(self) -> Size:
+        """Depth, width and heads: the size's, where they are not set."""
+        size = SIZES[self.size]
+        return Size(self.depth or size.depth, self.hidden or size.hidden, self.heads or size.heads)
+
+    def parts(self, index: int) -> tuple[str, ...]:
+        """The sub-layers of block `index` that the modulation reaches, in order."""
+        if self.layout == "factorised":
+            return ("attn1", "attn_temp", "mlp")
+        if self.layout == "interleaved" and index % 2:
+            return ("attn_temp", "mlp")
+        return ("attn1", "mlp")

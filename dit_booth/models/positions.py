@@ -1,0 +1,115 @@
+"""Where a token stands: sin-cos embeddings of place and time, and rotary angles.
+
+All of them are functions of the shape at hand, so any size and length works. Beyond the training size both
+extrapolate: positions go on at the training spacing, nothing is interpolated (see docs/dit.md).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def sincos(position: Tensor, dim: int) -> Tensor:
+    """1-D sin-cos embedding of positions (n,): (n dim), sines first (ViT, MAE)."""
+    half = dim // 2
+    frequency = 10_000.0 ** (-torch.arange(half, device=position.device, dtype=torch.float64) / half)
+    angle = rearrange(position.double(), "n -> n 1") * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """2-D sin-cos embedding of a grid: (height * width, dim); the column fills the first half (DiT, MAE)."""
+    if dim % 4:
+        raise ValueError(f"a 2-D sin-cos embedding needs a width divisible by 4, not {dim}")
+    rows, columns = (torch.arange(n, device=device) for n in (height, width))
+    row = rearrange(sincos(rows, dim // 2).expand(width, -1, -1), "w h d -> (h w) d")
+    column = rearrange(sincos(columns, dim // 2).expand(height, -1, -1), "h w d -> (h w) d")
+    return torch.cat([column, row], dim=-1).float()
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached table must serve training, too
+def grid_embedding(height: int, width: int, dim: int, device: torch.device, times: range | None) -> Tensor:
+    """Place and, of frames at `times`, time of every token: (f n d), float32. Without times: (1 n d)."""
+    place = rearrange(sincos_2d(height, width, dim, device), "n d -> 1 n d")
+    return place if times is None else place + time_embedding(times, dim, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def time_embedding(times: range, dim: int, device: torch.device) -> Tensor:
+    """Sin-cos embedding of frames at `times`: (f 1 d), float32."""
+    position = torch.arange(times.start, times.stop, device=device)
+    return rearrange(sincos(position, dim).float(), "f d -> f 1 d")
+
+
+class Rotary(NamedTuple):
+    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34) of f groups of n tokens, shared by all heads."""
+
+    cos: Tensor  # f n 1 d/2
+    sin: Tensor  # f n 1 d/2
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotate x (b g m k d): group i as frame i, its tokens as the grid's.
+
+        What has no place in the grid (another number of tokens: a token bank) stays as it is; one group alone, a
+        reference, is turned as frame 0.
+        """
+        groups = x.shape[1]
+        if x.shape[2] != self.cos.shape[1] or groups > self.cos.shape[0]:
+            return x
+        cos, sin = self.cos[:groups], self.sin[:groups]
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def rotary_3d(
+    times: range, height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
+) -> Rotary:
+    """Angles of time, row and column for heads of width `dim`: a third of its pairs each, time taking the rest.
+
+    ValueError: an odd width, or one with no pair for each of the three axes.
+    """
+    if dim % 2 or dim < 6:
+        raise ValueError(
+            f"rotary positions need heads of an even width of 6 or more, not {dim}; change dit.heads"
+        )
+    each = dim // 6
+    time = _angles(times, dim // 2 - 2 * each, device)
+    row, column = _angles(range(height), each, device), _angles(range(width), each, device)
+    shape = (len(times), height, width)
+    parts = (
+        rearrange(time, "f p -> f 1 1 p").expand(*shape, -1),
+        rearrange(row, "h p -> 1 h 1 p").expand(*shape, -1),
+        rearrange(column, "w p -> 1 1 w p").expand(*shape, -1),
+    )
+    return _rotary(rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def rotary_time(times: range, dim: int, device: torch.device, dtype: torch.dtype, *, apart: bool) -> Rotary:
+    """Angles of time alone, for attention along the frames of one place, which are one group (1 f 1 d/2).
+
+    apart: each is a group of its own (f 1 1 d/2).
+    """
+    angle = _angles(times, dim // 2, device)
+    return _rotary(rearrange(angle, "f p -> f 1 1 p" if apart else "f p -> 1 f 1 p"), dtype)
+
+
+def _angles(positions: range, pairs: int, device: torch.device) -> Tensor:
+    frequency = 10_000.0 ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
+    position = torch.arange(positions.start, positions.stop, device=device).double()
+    return rearrange(position, "n -> n 1") * frequency
+
+
+def _rotary(angle: Tensor, dtype: torch.dtype) -> Rotary:
+    wide = torch.promote_types(dtype, torch.float32)
+    return Rotary(angle.cos().to(wide), angle.sin().to(wide))

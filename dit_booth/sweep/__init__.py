@@ -1,0 +1,10 @@
+"""Sweeps: a study's points from one description, their shared stages, and what runs them.
+
+    description.py   the YAML file, and the points that it spans
+    plan.py          every point's settings and stages, checked before anything starts
+    rows.py          what is there: states of points and stages, `sweep.jsonl`
+    launch.py        runs what is missing
+    emit.py          writes a job list instead
+
+Nothing here needs PyTorch before a plan has to be made anew: repeating a finished sweep answers at once.
+"""

@@ -1,0 +1,89 @@
+"""What a sweep says on the terminal: its plan with the estimated cost, and how it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dit_booth.sweep.launch import title
+from dit_booth.sweep.plan import Plan, StageRef
+from dit_booth.sweep.rows import in_use, read_json, stage_finished, status_of, steps_done
+
+SCORES = ("palette", "clip_i", "clip_t", "psnr", "motion")
+"""Scores of the table on the terminal; the report has all."""
+
+
+def show_plan(plan: Plan) -> str:
+    """Points, stages, what is shared, what is already there, and what the rest is estimated to cost."""
+    lines = [
+        f"sweep {plan.name}: {len(plan.points)} points in {plan.folder}, stages in {plan.store}",
+        "",
+        "points",
+    ]
+    for point in plan.points:
+        chain = " -> ".join(f"{stage.name}-{stage.address[:6]}" for stage in point.stages) or "no stage"
+        mark = " (baseline)" if point.baseline else ""
+        lines.append(f"  {status_of(plan, point):9} {title(point)}{mark}: {chain}")
+    uses, speeds = plan.uses(), step_seconds(plan)
+    stages = {stage.key: stage for point in plan.points for stage in point.stages}
+    lines += ["", "stages"]
+    total = 0.0
+    unknown = steps = naive = left = 0
+    for key, stage in stages.items():
+        there, used = steps_done(plan, stage), uses[key]
+        missing = stage.steps - there
+        left, naive, steps = left + missing, naive + stage.steps * used, steps + stage.steps
+        speed = speeds.get(key) or speeds.get(stage.name)
+        total, unknown = total + missing * (speed or 0.0), unknown + (0 if speed else missing)
+        shared = f"shared by {used} points" if used > 1 else "of one point"
+        lines.append(f"  {_state(plan, stage, there):28} {key}: {stage.steps} steps, {shared}")
+    lines += ["", f"steps to train: {left} of {steps}; with no stage shared there would be {naive}"]
+    if left:
+        known = (
+            f"about {_duration(total)} of training, from the step times of finished stages" if total else ""
+        )
+        open_ = f"{unknown} steps have no measured step time yet" if unknown else ""
+        lines.append("estimate: " + "; ".join(part for part in (known, open_) if part))
+    return "\n".join(lines)
+
+
+def show_rows(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of all points with a few scores, failures with their last words, and where everything is."""
+    names = [name for name in SCORES if any(name in row["metrics"] for row in rows)]
+    width = max(len(f"{row['label']}, seed {row['seed']}") for row in rows)
+    lines = [f"{'point':{width}}  {'status':9}" + "".join(f"{name:>11}" for name in names)]
+    for row in rows:
+        scores = "".join(f"{row['metrics'].get(name, {}).get('mean', float('nan')):11.3f}" for name in names)
+        label = f"{row['label']}, seed {row['seed']}"
+        lines.append(f"{label:{width}}  {row['status']:9}{scores if row['metrics'] else ''}")
+        lines += [f"    {line}" for line in row["error"][-2:]]
+    launches = [row["launch_seconds"] for row in rows if row["launch_seconds"]]
+    if launches:
+        lines.append(f"launching a point took {min(launches):.0f} to {max(launches):.0f} s")
+    lines.append(f"rows: {plan.folder / 'sweep.jsonl'}; page: python -m dit_booth.report {plan.folder}")
+    return "\n".join(lines)
+
+
+def step_seconds(plan: Plan) -> dict[str, float]:
+    """Measured seconds of a step: of each finished stage by its key, and by stage name the slowest that is known."""
+    out: dict[str, float] = {}
+    for point in plan.points:
+        for stage in point.stages:
+            measured = read_json(plan.stage_folder(stage) / "cost.json").get("step_seconds")
+            if measured:
+                out[stage.key] = measured
+                out[stage.name] = max(measured, out.get(stage.name, 0.0))
+    return out
+
+
+def _state(plan: Plan, stage: StageRef, there: int) -> str:
+    if stage_finished(plan, stage):
+        return "finished"
+    if in_use(plan.stage_folder(stage)):
+        return f"in training, past step {there}"
+    return f"goes on at step {there}" if there else "to train"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

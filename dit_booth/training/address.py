@@ -1,0 +1,190 @@
+"""A stage's address: the hash of everything that determines what it results in. Equal addresses are one training.
+
+What enters: the stage's own settings and those of the stages before it (through their addresses), the seed, backbone,
+start weights, encoders, objective, training data, DeepSpeed's settings, and the active strategies with their options.
+What does not: how a finished network is sampled and measured, where files lie, strategies that are not active, the
+number of ranks (rows are drawn alike on any), and the code's text: `SCHEMA` stands for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_booth.config import RunConfig, StageName, decisive
+from dit_booth.models.weights import ASSETS
+from dit_booth.strategy import find
+from dit_booth.training.build import repository_file
+from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
+
+SCHEMA = 1
+"""Raise it with a change of the code after which a stage of equal settings results in something else."""
+
+ELSEWHERE = ("strategy", "schedule", "stages", "dit", "unet", "ds_config", "strategy_weights")
+"""Settings that enter otherwise: by stage, by backbone, by content."""
+WITHOUT_EFFECT = ("plugin", "sample", "sampler", "guidance", "evaluation")
+"""Settings that change no stage's weights."""
+BY_CONTENT = {
+    "data": ("heldout_csv",),
+    "clip": ("pretrained",),
+    "autoencoder": ("path",),
+}
+"""Of the other sections: what changes no stage, or enters as the content of the file that it names."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run's schedule, with its address (twelve hex digits)."""
+
+    index: int
+    name: StageName
+    steps: int
+    active: tuple[str, ...]
+    address: str
+
+    def folder(self, config: RunConfig) -> Path:
+        """Where it is trained: under its address in the store, or among the run's own checkpoints."""
+        if config.store:
+            return Path(config.store) / f"{self.name}-{self.address}"
+        return Path(config.folder()) / "checkpoints" / f"{self.index}_{self.name}"
+
+
+def stages_of(config: RunConfig) -> list[Stage]:
+    """The stages of a run, in order. ValueError: a stage that cannot be, or start weights that are not there."""
+    schedule, common, out = schedule_of(config), _common(config), list[Stage]()
+    for index, name in enumerate(schedule):
+        active = active_strategies(config, schedule, index)
+        settings = stage_config(config, name)
+        own = {
+            "parent": out[-1].address if out else None,
+            "stage": name,
+            "settings": {**asdict(settings), "strategies": active},
+            "globs": _globs(config, name, active),
+            "strategies": _strategies(config, active),
+        }
+        out.append(Stage(index, name, settings.steps, active, digest({**common, **own})))
+    return out
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """Hex digits of a hash of plain containers."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def _common(config: RunConfig) -> dict[str, Any]:
+    """What every stage of a run depends on."""
+    settings = decisive(config.as_dict())
+    rest = {k: v for k, v in settings.items() if k not in (*ELSEWHERE, *WITHOUT_EFFECT)}
+    rest = {k: v for k, v in rest.items() if k not in find(config.strategy)}  # the strategies' own sections
+    for section, names in BY_CONTENT.items():
+        for name in names:
+            rest[section].pop(name, None)
+    return {
+        "schema": SCHEMA,
+        **rest,
+        config.backbone: settings[config.backbone],
+        "weights": _weights(config),
+        "strategy_weights": [_local("strategy_weights", source) for source in config.strategy_weights],
+        "clip_weights": _local_or_hub(config.clip.pretrained),
+        "autoencoder_weights": _local_or_hub(config.autoencoder.path),
+        "data_files": _data_files(config),
+        "engine": _engine(config),
+    }
+
+
+def _strategies(config: RunConfig, active: tuple[str, ...]) -> dict[str, Any]:
+    """The active strategies, with their places in the sum and their options."""
+    options = config.options()
+    return {
+        name: {"place": place, "options": asdict(options[name]) if name in options else {}}
+        for place, name in enumerate(active)
+    }
+
+
+def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple[str, ...]:
+    """What a stage trains, as far as the strategies' classes tell; of a stage without steps, nothing."""
+    classes = find(config.strategy)
+    if not stage_config(config, name).steps:
+        return ()
+    return declared_globs(config, name, {strategy: classes[strategy] for strategy in active})
+
+
+def _engine(config: RunConfig) -> Any:
+    """DeepSpeed's settings by content; a file that is no JSON is named by the run that reads it."""
+    file = repository_file(config.ds_config)
+    if not file.is_file():
+        raise ValueError(
+            f"ds_config is {config.ds_config!r}, which is not a file; give DeepSpeed's JSON settings"
+        )
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"ds_config {file} is not JSON: {error}") from error
+
+
+def _data_files(config: RunConfig) -> Mapping[str, str]:
+    """The hash of every list of examples that a data set on disk is made of."""
+    if config.data.kind == "toyworld":
+        return {}
+    root = Path(config.data.root)
+    files = sorted(root.glob(config.data.csv))
+    if not files:
+        raise ValueError(
+            f"data.root is {config.data.root!r}, which has no file {config.data.csv!r} (data.csv)"
+        )
+    return {str(file.relative_to(root)): content_of(file) for file in files}
+
+
+def _weights(config: RunConfig) -> str:
+    """The content of the backbone's start."""
+    if config.weights == "none":
+        return ""
+    if config.weights == "embedded":
+        return content_of(ASSETS / f"{config.backbone}.safetensors")
+    return _local("weights", config.weights)
+
+
+def _local(name: str, source: str) -> str:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"{name} has {source!r}, which is neither a file nor a folder; give weights that are there"
+        )
+    return content_of(path)
+
+
+def _local_or_hub(source: str) -> str:
+    """The content of the embedded, local or (by its name) downloaded weights of an encoder."""
+    if source == "embedded":
+        return content_of(ASSETS / "clip.safetensors")
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    return content_of(path) if source and path.exists() else source
+
+
+def content_of(path: Path) -> str:
+    """A hash of a file's content, or of a folder's weights and settings: of a run folder, its own weights."""
+    if path.is_file():
+        status = path.stat()
+        return _hash_file(os.fspath(path.resolve()), status.st_size, status.st_mtime_ns)
+    own = [path / f"{name}.safetensors" for name in ("weights", "strategy")]
+    files = [file for file in own if file.is_file()]
+    files = files or sorted(
+        file
+        for suffix in ("json", "safetensors", "bin", "pt")
+        for file in path.rglob(f"*.{suffix}")
+        if file.is_file()
+    )
+    return digest({str(file.relative_to(path)): content_of(file) for file in files}, 64)
+
+
+@functools.cache
+def _hash_file(path: str, size: int, changed: int) -> str:
+    """By path, size and time of change, so that a sweep reads a file of weights once and not for every point."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

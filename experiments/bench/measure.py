@@ -1,0 +1,120 @@
+"""Measuring: times of competitors side by side, peak memory, the device's matmul peak."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Job = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a job's runs, in order: run i of every competitor met the same load of the machine."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def over(self, other: Times) -> float:
+        """Median over the rounds of this job's time as a share of the other's."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def interleaved(
+    jobs: Mapping[str, Job], rounds: int, device: torch.device, warm_up: int = 1
+) -> dict[str, Times]:
+    """Times of the jobs, run in turn, so that whatever else the machine does hits all alike."""
+    for job in jobs.values():
+        for _ in range(warm_up):
+            job()
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for i in range(rounds):
+        order = list(jobs.items())
+        for name, job in order if i % 2 == 0 else reversed(order):
+            seconds[name].append(_seconds(job, device))
+    return {name: Times(tuple(s)) for name, s in seconds.items()}
+
+
+def _seconds(job: Job, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    job()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+def peak_memory(job: Job, device: torch.device) -> int:
+    """Bytes of tensors that the job adds to what is allocated, at most; its result counts."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        job()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # The profiler sees every allocation of PyTorch's CPU allocator. Resident memory would depend on what malloc keeps.
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        job()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, rounds: int = 10) -> float:
+    """FLOP/s of the best of some square matrix products."""
+    best = 0.0
+    for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+        times = interleaved({"matmul": lambda a=a, b=b: a @ b}, rounds, device)  # type: ignore[misc]
+        best = max(best, 2 * n**3 / times["matmul"].best)
+    return best
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What a figure was measured on: versions, device, threads, the machine's load."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,67 @@
+"""adaLN: a pooled image vector shifts what modulates the network (after DiT, arXiv 2212.09748, section 3.2)."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_booth.inject import Condition, Modulation, Reference, Sites
+from dit_booth.strategy import Strategy, StrategyConfig, register
+
+GRID = 4  # the latent is pooled to so many places along a side
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLNConfig(StrategyConfig):
+    source: Literal["embedding", "latent", "both"] = "both"
+    """What is pooled: CLIP's image embedding, the reference's latent (to 4 x 4 places), or both."""
+    width: int = 256
+    """Width of the image vector that all sites share."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"adaln.width is {self.width}; use 1 or more")
+
+
+@register("adaln")
+class AdaLN(Strategy):
+    """A pooled image vector shifts the modulation: of every DiT block, or once of the U-Net's time embedding."""
+
+    Config = AdaLNConfig
+    trains = {"fine": ("*",), "joint": ("*",)}
+    identity_at_init = True
+    depends_on_time = False
+
+    def __init__(self, config: AdaLNConfig, sites: Sites) -> None:
+        super().__init__(config, sites)
+        widths = {"embedding": sites.image_embed_dim, "latent": sites.latent_channels * GRID**2}
+        chosen = {k: v for k, v in widths.items() if config.source in (k, "both")}
+        self.project = nn.ModuleDict(
+            {k: nn.Sequential(nn.LayerNorm(v), nn.Linear(v, config.width)) for k, v in chosen.items()}
+        )
+        blocks = sites.of(port="modulation", role="block")
+        for site in blocks or sites.match("*", port="modulation", role="time"):
+            self.attach(site, Shift(config.width, site.dim))
+
+    def forward(self, reference: Reference) -> Condition:
+        pooled = F.adaptive_avg_pool2d(reference.latent[:, 0], GRID)
+        features = {"embedding": reference.embedding, "latent": pooled.flatten(1)}
+        vectors = [project(features[name]) for name, project in self.project.items()]
+        return Condition(vector=F.silu(sum(vectors[1:], start=vectors[0])))  # b d
+
+
+class Shift(nn.Module):
+    """The image's part of a modulation vector, zero at the start."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, dim)
+        for parameter in self.linear.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, modulation: Modulation, condition: Condition) -> Modulation:
+        image: Tensor | None = condition.vector
+        if image is None:
+            return modulation
+        return replace(modulation, vector=modulation.vector + self.linear(image))

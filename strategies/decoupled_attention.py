@@ -1,0 +1,77 @@
+"""Decoupled attention: the image gets a softmax of its own beside the text's (IP-Adapter, arXiv 2308.06721, 3.2)."""
+
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from dit_booth.attention import attend
+from dit_booth.inject import KV, QKV, Condition, Reference, Role, Site, Sites
+from dit_booth.strategy import Strategy, StrategyConfig, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoupledAttentionConfig(StrategyConfig):
+    scale: float = 1.0
+    """Weight of the image's softmax; no parameter depends on it, so it may be another one when sampling."""
+    tokens: int = 4
+    """Image tokens made of CLIP's image embedding."""
+    where: str = "*"
+    """Glob over the text attentions that also read the image (cross-frame ones where the backbone has none)."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"decoupled_attention.tokens is {self.tokens}; use 1 or more")
+
+
+@register("decoupled_attention")
+class DecoupledAttention(Strategy):
+    """Adds scale * Attn(Q, K_image, V_image) to every text attention's result (IP-Adapter)."""
+
+    Config = DecoupledAttentionConfig
+    trains = {"fine": ("*",), "joint": ("*",)}
+    depends_on_time = False
+
+    def __init__(self, config: DecoupledAttentionConfig, sites: Sites) -> None:
+        super().__init__(config, sites)
+        role: Role = "text" if sites.of(port="qkv", role="text") else "cross_frame"
+        chosen = sites.match(config.where, port="qkv", role=role)
+        width = chosen[0].projections["to_k"].in_features  # the text's: image tokens take its place
+        self.embed = ImageTokens(sites.image_embed_dim, config.tokens, width)
+        self.readers = {
+            site.name: self.attach(site, ImageAttention(site, width, config.scale)) for site in chosen
+        }
+
+    def forward(self, reference: Reference) -> Condition:
+        tokens = self.embed(reference.embedding)
+        return Condition(kv={at: reader.project(tokens) for at, reader in self.readers.items()})
+
+
+class ImageTokens(nn.Module):
+    """CLIP's image embedding (b e) as m tokens (b m c)."""
+
+    def __init__(self, embed_dim: int, tokens: int, width: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.project, self.norm = nn.Linear(embed_dim, tokens * width), nn.LayerNorm(width)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.norm(rearrange(self.project(embedding), "b (m c) -> b m c", m=self.tokens))
+
+
+class ImageAttention(nn.Module):
+    """Keys and values of the image tokens; they start as the attention's own where the width is the same."""
+
+    def __init__(self, site: Site, width: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.to_k_ip, self.to_v_ip = (site.copy_of(f"to_{y}", from_width=width) for y in "kv")
+
+    def project(self, tokens: Tensor) -> KV:
+        return KV(self.to_k_ip(tokens), self.to_v_ip(tokens))
+
+    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+        if condition.here_kv is None:
+            return qkv
+        image = qkv.image(*condition.here_kv)
+        return qkv.adding(self.scale * attend(qkv.q, (image,), qkv.kernel))

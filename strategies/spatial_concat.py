@@ -1,0 +1,72 @@
+"""Spatial concat: the clean reference lies below every frame, as one picture (CatVTON, arXiv 2407.15886)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from dit_booth.inject import QKV, Aside, Condition, Latents, Reference, Sites
+from dit_booth.strategy import Strategy, StrategyConfig, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpatialConcatConfig(StrategyConfig):
+    skip_text: bool = True
+    """Leave the text attention out, as the paper does; false keeps the caption."""
+
+
+@register("spatial_concat")
+class SpatialConcat(Strategy):
+    """The reference's latent stands below every frame's; only the cross-frame attention is trained (CatVTON)."""
+
+    Config = SpatialConcatConfig
+    trains_backbone = {"fine": ("*.attn1.*",), "joint": ("*.attn1.*",)}
+    depends_on_time = False
+    excludes = ("in_context",)  # which brings the same latent by another door
+
+    def __init__(self, config: SpatialConcatConfig, sites: Sites) -> None:
+        super().__init__(config, sites)
+        (entry,), (leaving,) = (sites.match("*", port="latents", role=role) for role in ("entry", "exit"))
+        self.attach(entry, PutBelow())
+        self.attach(leaving, CutBelow())
+        for site in sites.of(port="qkv", role="text") if config.skip_text else ():
+            self.attach(site, SkipText())
+
+    def forward(self, reference: Reference) -> Condition:
+        return Condition(latent=reference.latent * rearrange(reference.present, "b -> b 1 1 1 1"))
+
+
+def below(latent: Tensor, x: Tensor) -> Tensor:
+    """The reference (b 1 c h w) in the size and number of the frames x (b f c h w)."""
+    picture = latent[:, 0]
+    if picture.shape[-2:] != x.shape[-2:]:  # a square image prompt beside a wide video
+        picture = F.interpolate(picture, x.shape[-2:], mode="bilinear", antialias=True)
+    return repeat(picture, "b c h w -> b f c h w", f=x.shape[1]).to(x.dtype)
+
+
+class PutBelow(nn.Module):
+    """[frame; reference] along the height."""
+
+    def forward(self, latents: Latents, condition: Condition) -> Latents:
+        if condition.latent is None:
+            return latents
+        return replace(latents, x=torch.cat([latents.x, below(condition.latent, latents.x)], dim=-2))
+
+
+class CutBelow(nn.Module):
+    """Frames leave without the lower half; the loss is over both halves (the authors, CatVTON issue 14)."""
+
+    def forward(self, latents: Latents, condition: Condition) -> Latents:
+        if condition.latent is None:
+            return latents
+        frames, rest = latents.x.chunk(2, dim=-2)
+        return replace(latents, x=frames, aside=Aside(rest, below(condition.latent, frames)))
+
+
+class SkipText(nn.Module):
+    """CatVTON's text attention hands on its input."""
+
+    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+        return qkv if condition.latent is None else qkv.skipped()

@@ -1,0 +1,185 @@
+"""A real, tiny sweep: one coarse stage for two fine points; what happens the second time, and after kills."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sweeping import STUDY, Sweep, Watch, describe, is_rank
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dit_booth.files import read_lines
+from dit_booth.report.read import read_study
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """The sweep, run without disturbance."""
+    folder = tmp_path_factory.mktemp("swept")
+    sweep = Sweep(describe(folder), folder / "out")
+    code, output = sweep.run()
+    assert code == 0, output
+    return sweep
+
+
+def test_the_shared_stage_is_trained_once(swept: Sweep):
+    first, second = swept.rows()
+    assert [row["status"] for row in (first, second)] == ["finished", "finished"]
+    assert first["stages"][0] == second["stages"][0] and first["stages"][0]["shared"]
+    assert first["stages"][1]["address"] != second["stages"][1]["address"]
+    assert sorted(map(len, swept.stage_steps().values())) == [4, 4, 6]
+    assert sum("coarse:" in read(swept, row) for row in (first, second)) == 1, "one progress bar"
+
+
+def read(sweep: Sweep, row: dict) -> str:
+    return (sweep.out / row["run"] / "launch.log").read_text()
+
+
+def test_every_point_is_a_run_with_all_its_lines(swept: Sweep):
+    for row in swept.rows():
+        folder = swept.out / row["run"]
+        lines = [(x["stage"], x["step"]) for x in read_lines(folder / "metrics.jsonl") if "step" in x]
+        assert lines == [("coarse", n) for n in range(1, 7)] + [("fine", n) for n in range(1, 5)]
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("coarse/loss")] == list(range(1, 7))
+        assert (folder / "samples" / "000.mp4").is_file()
+
+
+def test_a_row_has_options_scores_and_costs(swept: Sweep):
+    first, second = swept.rows()
+    assert first["options"] == {"kv_concat.update": "first_frame_value"}
+    assert (first["baseline"], second["baseline"], first["seed"]) == (True, False, 0)
+    assert first["metrics"]["psnr"]["n"] == 1
+    stages = load_file(swept.out / "stages" / stage_name(first, 0) / "weights.safetensors")
+    fine = load_file(swept.out / "stages" / stage_name(first, 1) / "weights.safetensors")
+    assert first["trained_parameters"] == sum(value.numel() for value in {**stages, **fine}.values())
+    for name in ("flops_per_step", "step_seconds", "peak_memory_mib", "wall_seconds", "launch_seconds"):
+        assert first[name] > 0, name
+    assert first["launch_seconds"] < first["wall_seconds"] + 60
+
+
+def stage_name(row: dict, number: int) -> str:
+    return f"{row['stages'][number]['name']}-{row['stages'][number]['address']}"
+
+
+def test_flops_are_those_of_the_step(swept: Sweep):
+    """The matrix products of one linear layer by hand: forward, and backward to its weight; the base is frozen."""
+    row = swept.rows()[0]
+    cost = json.loads((swept.out / "stages" / stage_name(row, 1) / "cost.json").read_text())
+    tokens = 3 * 4  # 3 frames of 2 x 2 tokens
+    layer = 2 * tokens * 128 * 128  # of to_k_new in one block
+    assert cost["flops_per_step"] > 2 * 5 * (4 * layer) * 2, "two videos, five blocks, four projections"
+    assert cost["flops_per_step"] < 1e12
+
+
+def test_a_point_equals_the_run_that_trains_all_by_itself(swept: Sweep, program, tmp_path: Path):
+    """Bit for bit: the coarse stage does not know which fine stage follows, nor the store."""
+    row = swept.rows()[1]
+    config = swept.out / row["run"] / "run.yaml"
+    ended = program.run("--config", str(config), "--store", "", "--out", str(tmp_path))
+    assert ended.code == 0, ended.output
+    for name in ("strategy.safetensors", "weights.safetensors"):
+        ours, theirs = load_file(tmp_path / name), load_file(swept.out / row["run"] / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert read_lines(tmp_path / "metrics.jsonl")[-1] == read_lines(config.parent / "metrics.jsonl")[-1]
+
+
+def test_the_second_time_nothing_is_done(swept: Sweep):
+    before = {path: path.stat().st_mtime_ns for path in swept.out.rglob("*")}
+    start = time.monotonic()
+    code, output = swept.run()
+    assert (code, time.monotonic() - start < 5) == (0, True), output
+    assert "all points are finished, nothing to do" in output
+    assert {path: path.stat().st_mtime_ns for path in swept.out.rglob("*")} == before
+
+
+def test_a_changed_option_reruns_what_depends_on_it(swept: Sweep):
+    file = describe(swept.out.parent / "more", seeds=[0, 1])
+    code, output = Sweep(file, swept.out).run("--dry-run")
+    assert code == 0, output
+    assert "steps to train: 14 of 28; with no stage shared there would be 40" in output
+    file = describe(swept.out.parent / "other", options={"stages.fine.lr": 1e-3})
+    assert "steps to train: 8 of 14" in Sweep(file, swept.out).run("--dry-run")[1]
+    file = describe(swept.out.parent / "more", options={"guidance.scale": 3})
+    assert "steps to train: 0 of 14" in Sweep(file, swept.out).run("--dry-run")[1]
+
+
+def test_hparams_and_the_report_read_it(swept: Sweep):
+    for row in swept.rows():
+        events = EventAccumulator(str(swept.out / "tensorboard" / row["point"]))
+        events.Reload()
+        assert events.Scalars("scores/psnr")[0].value == pytest.approx(row["metrics"]["psnr"]["mean"])
+        assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    study = read_study([swept.out])
+    assert [group.baseline for group in study.groups] == [True, False]
+    assert study.points[0].scores["psnr"].n == 1
+
+
+def test_two_kills_and_a_point_that_cannot_work_end_in_the_same_table(swept: Sweep, tmp_path: Path):
+    """A rank is killed (the sweep tries again), then all processes are; a further point fails for good."""
+    sweep = Sweep(
+        describe(tmp_path, list=[{}, {"label": "cannot", "train.accumulation": 3}]), tmp_path / "out"
+    )
+    watch = Watch(sweep.out)
+    watch.start()
+    process = sweep.start()
+    wait(lambda: any(len(steps) >= 3 for steps in sweep.stage_steps().values()) if exists(sweep) else False)
+    assert sweep.kill(is_rank)
+    wait(lambda: len(list(sweep.out.glob("stages/fine-*/metrics.jsonl"))) == 1)
+    assert sweep.kill(lambda command: True)
+    process.wait()
+    code, output = sweep.run("--retries", "0")
+    assert code == 1, output
+    assert watch.end() == []
+    table = {row["label"]: row for row in sweep.table()}
+    for row in swept.table():
+        assert table[row["label"]] == row
+    failed = table["cannot, update=direct"]
+    assert failed["status"] == "failed"
+    assert "batch_size 2 is not divisible by accumulation 3" in failed["error"][-1]
+    assert failed["error"][-1] in output
+    assert sweep.stage_steps() == {
+        **swept.stage_steps(),
+        **{k: [] for k in sweep.stage_steps().keys() - swept.stage_steps().keys()},
+    }
+    assert not sweep.processes()
+
+
+def exists(sweep: Sweep) -> bool:
+    return (sweep.out / "stages").is_dir()
+
+
+def wait(for_: object) -> None:
+    limit = time.monotonic() + 300
+    while not for_():  # type: ignore[operator]
+        assert time.monotonic() < limit, "it does not come"
+        time.sleep(0.02)
+
+
+def test_a_point_through_deepspeeds_launcher(tmp_path: Path):
+    file = describe(tmp_path, launcher="deepspeed", ranks=2, grid={}, baseline=None, options={
+        "schedule": ["fine"], "stages.fine.steps": 1})  # fmt: skip
+    sweep = Sweep(file, tmp_path / "out")
+    code, output = sweep.run()
+    assert code == 0, output
+    (row,) = sweep.rows()
+    assert row["status"] == "finished"
+    (stage,) = (tmp_path / "out" / "stages").iterdir()
+    assert json.loads((stage / "cost.json").read_text())["ranks"] == 2
+
+
+def test_a_typo_is_an_error_before_anything_starts(tmp_path: Path):
+    file = describe(tmp_path, grid={"kv_concat.updat": ["direct"]}, baseline=None)
+    code, output = Sweep(file, tmp_path / "out").run()
+    assert code == 2
+    assert output.count("\n") == 1
+    assert "option 'kv_concat.updat' is unknown" in output and "nearest: kv_concat.update" in output
+    assert not (tmp_path / "out").exists()
+    assert STUDY["launcher"] == "python"

@@ -1,0 +1,56 @@
+"""How the network is split over ranks is a matter of memory and speed: the result is the same within rounding."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dit_booth.sweep.launch import Slot, deepspeed, environment, free_port
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+SCRIPT = "tests/cli/zero_steps.py"
+TOLERANCE = 1e-5  # ten steps move a parameter by up to 1e-3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps on a frozen base: one process without ZeRO, and two ranks at each of its stages, in one launch."""
+    out = tmp_path_factory.mktemp("zero")
+    env = environment(Slot("cpu", env={"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}))
+    launcher = [deepspeed(), "--master_port", str(free_port())]
+    for command in ([sys.executable, SCRIPT, "--zero", "0"], [*launcher, SCRIPT, "--zero", "1", "2", "3"]):
+        ended = subprocess.run(
+            [*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    return out
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("backbone", ["dit", "unet"])
+def test_two_ranks_at_every_zero_stage_equal_one_process(trained: Path, backbone: str, zero: int) -> None:
+    one, two = (
+        load_file(trained / f"{backbone}-{name}" / "weights.safetensors")
+        for name in ("1-zero0", f"2-zero{zero}")
+    )
+    assert list(one) == list(two)
+    assert all(name.startswith("strategy.kv_concat.") for name in one), "the base is frozen"
+    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert apart <= TOLERANCE, apart
+
+
+@pytest.mark.parametrize("backbone", ["dit", "unet"])
+def test_ten_steps_do_move_the_parameters(trained: Path, backbone: str) -> None:
+    """The control: to_k_new starts as the backbone's own to_k."""
+    ended = load_file(trained / f"{backbone}-1-zero0" / "weights.safetensors")
+    start = load_file(ROOT / "dit_booth" / "assets" / f"{backbone}.safetensors")
+    name = next(name for name in ended if name.endswith("attn1.to_k_new.weight"))
+    own = name.removeprefix("strategy.kv_concat.taps.").replace("to_k_new", "to_k")
+    moved = (ended[name] - start[f"backbone.{own}"].float()).abs()
+    assert float(torch.median(moved)) > 10 * TOLERANCE

@@ -1,0 +1,72 @@
+"""Every strategy on every layout, conditioning and kind of positions of the DiT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.models.weights import write
+from dit_booth.strategy import registered
+
+Make = Callable[..., Any]
+SHAPE: dict[str, Any] = {"depth": 2, "hidden": 48, "heads": 4}
+CONFIGS = {
+    "interleaved": DiTConfig(**SHAPE, layout="interleaved"),
+    "joint": DiTConfig(**SHAPE, layout="joint", plan="all"),
+    "image": DiTConfig(**SHAPE, layout="image", plan="self"),
+    "adaln": DiTConfig(**SHAPE, conditioning="adaln"),
+    "in_context": DiTConfig(**SHAPE, conditioning="in_context"),
+    "cross_attention": DiTConfig(**SHAPE, conditioning="cross_attention", positions="rotary"),
+    "rotary": DiTConfig(**SHAPE, positions="rotary", qk_norm=True, mlp="swiglu"),
+    "rotary joint": DiTConfig(**SHAPE, layout="joint", plan="all", positions="rotary"),
+}
+STRATEGIES = sorted(registered())
+EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@pytest.fixture
+def files(config: DiTConfig, clip: Any, tmp_path: Path) -> dict[str, Path]:
+    """In place of conftest's: weights of this configuration, with nothing at zero."""
+    text, _ = clip
+    dit = VideoDiT(config, channels=27, text_dim=text.width, text_embed_dim=text.embed_dim)
+    generator = torch.Generator().manual_seed(5)
+    state = {}
+    for name, p in dit.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        state[f"backbone.{name}"] = p.detach() if p.any() else 0.1 * noise
+    write(tmp_path / "dit.safetensors", state)
+    return {"dit": tmp_path / "dit.safetensors"}
+
+
+def worst(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@EVERY
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_new_strategy_changes_nothing_without_an_image_and_trains_with_one(
+    name: str, config: DiTConfig, make: Make
+) -> None:
+    run = make(name, "dit", dit=config)
+    with torch.no_grad():
+        plain = run.plain()
+        assert plain.abs().max() > 1e-3
+        # Keys that a tap projects anew get the attention's own norm and rotation: equal up to rounding at the most.
+        assert worst(run(None), plain) <= 1e-6 * plain.abs().max().item()
+    out = run(run.reference())
+    assert out.shape == plain.shape and out.isfinite().all()
+    if registered()[name].identity_at_init:
+        assert worst(out.detach(), plain) <= 1e-6 * plain.abs().max().item()
+    else:
+        assert worst(out.detach(), plain) > 1e-6
+    own = dict(run.root.strategy.named_parameters())
+    if own:
+        out.square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in own.values())
+        assert any(p.grad is not None for p in own.values())

@@ -1,0 +1,128 @@
+"""A sweep's YAML file: what it spans, and what is said of one that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dit_booth.sweep.description import Description, read_description, variants
+
+
+def described(folder: Path, settings: dict[str, Any], override: dict[str, Any] | None = None) -> Description:
+    (folder / "study.yaml").write_text(yaml.safe_dump({"base": "base.yaml", **settings}, sort_keys=False))
+    over = None
+    if override is not None:
+        over = folder / "full.yaml"
+        over.write_text(yaml.safe_dump(override, sort_keys=False))
+    return read_description(folder / "study.yaml", over)
+
+
+def spanned(folder: Path, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any], int | None]]:
+    return [(v.label, dict(v.options), v.seed) for v in variants(described(folder, settings))]
+
+
+# ---- what it spans -----------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_and_seeds_are_innermost(tmp_path: Path) -> None:
+    made = spanned(tmp_path, {"grid": {"a.lr": [1, 2], "b.mode": ["x", "y"]}, "seeds": [0, 5]})
+    assert [(label, seed) for label, _, seed in made] == [
+        ("lr=1, mode=x", 0), ("lr=1, mode=x", 5), ("lr=1, mode=y", 0), ("lr=1, mode=y", 5),
+        ("lr=2, mode=x", 0), ("lr=2, mode=x", 5), ("lr=2, mode=y", 0), ("lr=2, mode=y", 5),
+    ]  # fmt: skip
+    assert made[2][1] == {"a.lr": 1, "b.mode": "y"}
+
+
+def test_zip_goes_in_step_and_list_one_by_one_and_all_combine(tmp_path: Path) -> None:
+    made = spanned(
+        tmp_path,
+        {
+            "zip": {"lr": [1, 2], "steps": [30, 60]},
+            "list": [{"label": "none", "strategy": "none"}, {"strategy": "kv", "kv.at": "all"}],
+        },
+    )
+    assert [label for label, _, _ in made] == [
+        "none, lr=1, steps=30", "none, lr=2, steps=60", "strategy=kv, at=all, lr=1, steps=30",
+        "strategy=kv, at=all, lr=2, steps=60",
+    ]  # fmt: skip
+    assert made[3][1] == {"strategy": "kv", "kv.at": "all", "lr": 2, "steps": 60}
+    assert {seed for _, _, seed in made} == {None}
+
+
+def test_without_anything_to_vary_there_is_one_point(tmp_path: Path) -> None:
+    assert spanned(tmp_path, {"name": "alone"}) == [("alone", {}, None)]
+
+
+def test_labels_tell_options_of_one_name_apart(tmp_path: Path) -> None:
+    (label, *_), *_ = spanned(
+        tmp_path, {"grid": {"stages.coarse.lr": [1], "stages.fine.lr": [2], "x.y": [[3, 4]]}}
+    )
+    assert label == "coarse.lr=1, fine.lr=2, y=3+4"
+
+
+def test_nested_options_and_dashes_are_dotted_names(tmp_path: Path) -> None:
+    read = described(tmp_path, {"options": {"stages": {"fine": {"single-frames": True}}, "a.b": 1}})
+    assert read.options == {"stages.fine.single_frames": True, "a.b": 1}
+    assert read.base == str(tmp_path / "base.yaml")  # beside the description
+
+
+def test_an_override_goes_over_all_sweeps_and_its_section_over_this_one(tmp_path: Path) -> None:
+    over = {
+        "options": {"a": 2, "b": 3},
+        "seeds": [7],
+        "base": "big.yaml",
+        "sweeps": {"study": {"grid": {"x": [9]}, "options": {"b": 4}}, "other": {"grid": {"x": [1]}}},
+    }
+    read = described(tmp_path, {"options": {"a": 1, "c": 1}, "grid": {"x": [1, 2]}, "seeds": [0]}, over)
+    assert read.options == {"a": 2, "b": 4, "c": 1}
+    assert (read.grid, read.seeds, read.base) == ({"x": [9]}, (7,), str(tmp_path / "big.yaml"))
+    assert read.name == "study-full"  # a folder of its own
+
+
+# ---- what is wrong -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"gird": {"a": [1]}}, r"'gird' is no key of a sweep; nearest: grid.*belong under options"),
+        ({"grid": {"a": 1}}, r"grid\.a is 1; write the list of its values"),
+        ({"grid": {"a": []}}, r"grid\.a is \[\]"),
+        ({"grid": [1]}, r"grid holds a list; write `option: \.\.\.` lines"),
+        ({"zip": {"a": [1, 2], "b": [1]}}, r"zip differ in length \(a: 2, b: 1\)"),
+        ({"list": [3]}, r"list must hold entries"),
+        ({"seeds": [0, 0]}, r"with a number twice"),
+        ({"seeds": 3}, r"seeds is 3; write a list of whole numbers"),
+        ({"seeds": [True]}, r"seeds is \[True\]"),
+        ({"launcher": "torchrun"}, r"launcher is 'torchrun'; use deepspeed or python"),
+        ({"ranks": 2, "launcher": "python"}, r"ranks is 2; use 1 or more, and launcher deepspeed"),
+        ({"baseline": [1]}, r"baseline is \[1\]; name the options of a point, or its label"),
+        ({"base": ""}, r"has no `base`"),
+    ],
+)
+def test_a_wrong_description_is_one_line(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        described(tmp_path, settings)
+    assert "study.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_option_in_two_places_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="study: a is in two of grid, zip and list"):
+        spanned(tmp_path, {"grid": {"a": [1]}, "list": [{"a": 2}]})
+
+
+def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
+    described(tmp_path, {})
+    with pytest.raises(ValueError, match=r"studi\.yaml is not a file; nearest: study"):
+        read_description(tmp_path / "studi.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match="is not YAML"):
+        read_description(tmp_path / "broken.yaml")
+    (tmp_path / "broken.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="holds a list"):
+        read_description(tmp_path / "broken.yaml")
+    with pytest.raises(ValueError, match=r"full\.yaml: 'grids' is no key"):
+        described(tmp_path, {}, {"grids": {}})

@@ -1,0 +1,303 @@
+"""Launching points (stubs of runs): markers, retries, process groups, devices, two sweeps on one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_booth.files import Lock, read_lines
+from dit_booth.sweep import launch
+from dit_booth.sweep.launch import Slot, end_group, hostfile_slots, last_words, local_slots, run_points
+from dit_booth.sweep.plan import Plan, Point, StageRef
+from dit_booth.sweep.rows import FAILED, LAUNCH, ROWS
+
+STUB = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import yaml
+from dit_booth.files import Lock, write_text
+settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+out, store, act = Path(settings["out"]), Path(settings["store"]), settings["act"]
+lock = Lock(out)
+while not lock.take():
+    time.sleep(0.05)
+if (out / "finished").exists():
+    sys.exit(0)
+with (out.parent / "log").open("a") as log:
+    log.write(json.dumps({"point": out.name, "slot": os.environ["DIT_BOOTH_SLOT"], "at": time.time()}) + "\\n")
+if act == "fail" or (act == "fail once" and not (out / "tried").exists()):
+    (out / "tried").touch()
+    print("warning: nothing\\nerror: it cannot be\\n[launch.py:1] bye", flush=True)
+    sys.exit(1)
+if act == "leave ranks":
+    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (out / "rank").write_text(str(rank.pid))
+    sys.exit(0)
+if act == "long":
+    def stop(*_):
+        (out / "checkpoint").touch()
+        sys.exit(130)
+    signal.signal(signal.SIGINT, stop)
+    (out / "ready").touch()
+    time.sleep(600)
+for key in settings["stages"]:
+    stage = Lock(store / key)
+    while not stage.take():
+        time.sleep(0.05)
+    if not (store / key / "weights.safetensors").exists():
+        with (store / "trained").open("a") as log:
+            log.write(key + "\\n")
+        time.sleep(0.5)
+        write_text(store / key / "weights.safetensors", "")
+    stage.release()
+time.sleep(0.3)
+write_text(out / "cost.json", json.dumps({"work_seconds": 0.3}))
+write_text(out / "finished", "")
+sys.exit(1 if act == "bad exit" else 0)
+"""
+SLOT = Slot("cpu")
+
+
+@pytest.fixture(autouse=True)
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "stub.py"
+    file.write_text(STUB)
+    monkeypatch.setattr(launch, "PROGRAM", file)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
+def plan_of(folder: Path, *acts: str, stages: tuple[tuple[str, ...], ...] = ()) -> Plan:
+    points = []
+    for number, act in enumerate(acts):
+        keys = stages[number] if stages else ()
+        settings: dict[str, Any] = {"act": act, "stages": [f"{key}-0" for key in keys]}
+        points.append(
+            Point(
+                id=f"p{number}",
+                label=act,
+                group=f"g{number}",
+                seed=0,
+                baseline=False,
+                options={},
+                stages=tuple(StageRef(name=key, address="0", steps=1) for key in keys),
+                settings=settings,
+            )
+        )
+    return Plan(
+        name="s", folder=folder, store=folder / "stages", launcher="python", ranks=1, points=tuple(points)
+    )
+
+
+def started(plan: Plan) -> list[str]:
+    return [line["point"] for line in read_lines(plan.folder / "points" / "log")]
+
+
+def statuses(plan: Plan) -> list[str]:
+    return [row["status"] for row in read_lines(plan.folder / ROWS)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---- markers and failures ----------------------------------------------------------------------------------
+
+
+def test_a_point_is_finished_by_its_marker_and_not_by_the_exit_code(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "ok", "bad exit", "leave ranks")
+    told: list[str] = []
+    assert run_points(plan, [SLOT], grace=0.2, finished=lambda point: told.append(point.id))
+    assert statuses(plan) == ["finished", "finished", "failed"]
+    assert told == ["p0", "p1"]
+    assert started(plan) == ["p0", "p1", "p2", "p2"]
+    assert not alive(int((plan.run_folder(plan.points[2]) / "rank").read_text())), "its group was ended"
+    seconds = json.loads((plan.run_folder(plan.points[0]) / LAUNCH).read_text())
+    assert 0 < seconds["launch_seconds"] < seconds["launcher_seconds"]
+
+
+def test_a_failure_is_tried_once_more_then_marked_and_the_rest_goes_on(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "fail", "fail once", "ok")
+    assert run_points(plan, [SLOT], grace=0.2)
+    assert started(plan) == ["p0", "p0", "p1", "p1", "p2"]
+    assert statuses(plan) == ["failed", "finished", "finished"]
+    row = read_lines(plan.folder / ROWS)[0]
+    assert row["error"] == ["error: it cannot be"]
+    assert json.loads((plan.run_folder(plan.points[0]) / FAILED).read_text())["attempts"] == 2
+    (plan.folder / "points" / "log").unlink()
+    assert run_points(plan, [SLOT], grace=0.2, retries=0)
+    assert started(plan) == ["p0"], "another time only what failed is tried"
+
+
+def test_the_last_words_of_a_run(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("error: of another time\n")
+    start = log.stat().st_size
+    with log.open("a") as out:
+        out.write(
+            "\n".join([f"line {n}" for n in range(20)]) + "\n[x] [INFO] [launch.py:253:sigkill_handler] bye\n"
+        )
+    assert last_words(log, start) == [f"line {n}" for n in range(12, 20)]
+    with log.open("a") as out:
+        out.write("error: a\nerror: a\nerror on rank 1: b\nthe end\n")
+    assert last_words(log, start) == ["error: a", "error on rank 1: b"]
+    assert last_words(log, log.stat().st_size) == ["it ended without a word (killed?)"]
+
+
+# ---- stopping ----------------------------------------------------------------------------------------------
+
+
+def test_out_of_time_every_point_may_write_a_checkpoint(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "long", "ok")
+    begin = time.monotonic()
+    assert not run_points(plan, [SLOT], seconds=2.0, grace=20.0)
+    assert time.monotonic() - begin < 15
+    assert (plan.run_folder(plan.points[0]) / "checkpoint").exists()
+    assert statuses(plan) == ["waiting", "waiting"], "to be cut short is no failure"
+
+
+def test_a_signal_stops_the_sweep_the_same_way(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "long")
+    ready = plan.run_folder(plan.points[0]) / "ready"
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    assert not run_points(plan, [SLOT], grace=20.0)
+    assert (ready.parent / "checkpoint").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_group_that_hears_nothing_is_killed(tmp_path: Path) -> None:
+    code = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print(1, flush=True)"
+    code += "; time.sleep(99)"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    threading.Timer(
+        1.0, process.send_signal, [signal.SIGKILL]
+    ).start()  # what SIGTERM's ten seconds would end in
+    end_group(process, 0.1)
+    assert process.poll() == -signal.SIGKILL
+    end_group(process, 0.1)  # nobody is left
+
+
+# ---- several at once ---------------------------------------------------------------------------------------
+
+
+def test_points_run_on_all_devices_and_a_stage_that_they_share_is_trained_once(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "ok", "ok", "ok", "ok", stages=(("a", "b"), ("a", "c"), ("a", "d"), ("e",)))
+    assert run_points(plan, [Slot("x"), Slot("y")], grace=0.2)
+    assert statuses(plan) == ["finished"] * 4
+    trained = (plan.store / "trained").read_text().split()
+    assert sorted(trained) == ["a-0", "b-0", "c-0", "d-0", "e-0"]
+    lines = read_lines(plan.folder / "points" / "log")
+    assert [line["point"] for line in lines[:2]] in (["p0", "p3"], ["p3", "p0"]), (
+        "who would wait starts later"
+    )
+    assert {line["slot"] for line in lines} == {"x", "y"}
+
+
+def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "ok", "ok", "ok", "ok", stages=(("a",), ("a",), ("b",), ("b",)))
+    other = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import pickle; from pathlib import Path;"
+        "from dit_booth.sweep import launch; launch.PROGRAM = Path(sys.argv[2]);"
+        "plan = pickle.loads(Path(sys.argv[3]).read_bytes());"
+        "print(launch.run_points(plan, [launch.Slot('theirs')], grace=0.2))"
+    )
+    (tmp_path / "plan").write_bytes(pickle.dumps(plan))
+    root = str(Path(__file__).parents[2])
+    second = subprocess.Popen(
+        [sys.executable, "-c", other, root, str(launch.PROGRAM), str(tmp_path / "plan")],
+        stdout=subprocess.PIPE,
+    )
+    assert run_points(plan, [Slot("ours")], grace=0.2)
+    assert second.communicate()[0].strip() == b"True"
+    assert statuses(plan) == ["finished"] * 4
+    assert sorted((plan.store / "trained").read_text().split()) == ["a-0", "b-0"]
+    assert sorted(set(started(plan))) == ["p0", "p1", "p2", "p3"]
+    assert len(started(plan)) == 4, "no point ran twice"
+
+
+def test_a_point_that_outlived_its_sweep_keeps_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep was killed, its point was not: the next sweep lets it end and starts nothing beside it."""
+    plan = plan_of(tmp_path, "ok", "ok")
+    folder = plan.run_folder(plan.points[0])
+    code = (
+        "import sys, time; from pathlib import Path; from dit_booth.files import Lock, write_text;"
+        "out = Path(sys.argv[1]); lock = Lock(out); lock.take(); print(1, flush=True); time.sleep(1.5);"
+        "write_text(out / 'finished', '')"
+    )
+    orphan = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        env={**os.environ, "DIT_BOOTH_SLOT": "cpu"},
+        stdout=subprocess.PIPE,
+    )
+    assert orphan.stdout is not None
+    orphan.stdout.readline()
+    assert run_points(plan, [SLOT], grace=0.2)
+    assert started(plan) == ["p1"]
+    assert orphan.wait() == 0
+    assert not Lock(folder).held()
+    assert statuses(plan) == ["finished", "finished"]
+
+
+# ---- slots and commands ------------------------------------------------------------------------------------
+
+
+def test_slots_of_this_machine() -> None:
+    assert [slot.env for slot in local_slots(2, ["0", "1", "2", "3", "4"])] == [
+        {"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}
+    ]  # fmt: skip
+    (cpu,) = local_slots(2, [])
+    assert (cpu.name, cpu.env) == ("cpu", {"LOCAL_SIZE": "2"})
+    with pytest.raises(ValueError, match="ranks is 2 and devices are 0; give as many devices"):
+        local_slots(2, ["0"])
+
+
+def test_slots_of_a_hostfile(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("# ours\nworker-1 slots=4\n\nworker-2 slots=3 # old\n")
+    slots = hostfile_slots(2, file)
+    assert [slot.name for slot in slots] == ["worker-1:0,1", "worker-1:2,3", "worker-2:0,1"]
+    assert slots[1].flags == ("--hostfile", str(file), "--include", "worker-1:2,3", "--force_multi")
+    with pytest.raises(ValueError, match="no machine has 8 slots"):
+        hostfile_slots(8, file)
+    file.write_text("worker-1\n")
+    with pytest.raises(ValueError, match=r"hosts:1: 'worker-1'; write lines such as"):
+        hostfile_slots(1, file)
+    with pytest.raises(ValueError, match="is not a file"):
+        hostfile_slots(1, tmp_path / "none")
+
+
+def test_points_are_launched_by_deepspeed_on_ports_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(**{**vars(plan_of(tmp_path, "ok")), "launcher": "deepspeed"})
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    (slot,) = local_slots(2, [])
+    first, second = (launch.command(plan, plan.points[0], slot) for _ in range(2))
+    assert Path(first[0]).name == "deepspeed" and first[1] == "--master_port"
+    assert first[2] != second[2]
+    env = launch.environment(slot)
+    assert "RANK" not in env and "MASTER_PORT" not in env
+    assert (env["LOCAL_SIZE"], env["DIT_BOOTH_SLOT"]) == ("2", "cpu")

@@ -1,0 +1,244 @@
+"""A sweep's plan: points checked by the run's own parser, shared stages, what is kept of a plan, job lists."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dit_booth.sweep import plan as planning
+from dit_booth.sweep.description import Description, read_description
+from dit_booth.sweep.emit import emit, jobs_of
+from dit_booth.sweep.plan import Plan, expand, plan_sweep
+from dit_booth.sweep.rows import FAILED, row_of, status_of, write_rows
+from dit_booth.sweep.show import show_plan, show_rows
+
+ROOT = Path(__file__).parents[2]
+STUDY = {
+    "base": str(ROOT / "experiments/configs/demo.yaml"),
+    "options": {"stages.coarse.steps": 40, "stages.fine.steps": 20},
+    "grid": {"kv_concat.update": ["first_frame_value", "direct"], "stages.fine.lr": [1e-4, 1e-3]},
+    "seeds": [0, 1],
+    "baseline": {"kv_concat.update": "first_frame_value", "stages.fine.lr": 1e-3},
+}
+
+
+def described(folder: Path, **changes: Any) -> Description:
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return read_description(file)
+
+
+def planned(folder: Path, **changes: Any) -> Plan:
+    return plan_sweep(described(folder, **changes), folder / "sweep", folder / "sweep" / "stages")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return planned(tmp_path_factory.mktemp("study"))
+
+
+# ---- points and stages -------------------------------------------------------------------------------------
+
+
+def test_fine_points_share_one_coarse_stage_for_each_seed(study: Plan) -> None:
+    assert len(study.points) == 8
+    uses = study.uses()
+    assert sorted(uses.values()) == [1] * 8 + [4, 4]
+    for seed in (0, 1):
+        assert len({p.stages[0].key for p in study.points if p.seed == seed}) == 1
+
+
+def test_points_of_one_group_differ_in_the_seed_only(study: Plan) -> None:
+    groups: dict[str, list[int]] = {}
+    for point in study.points:
+        groups.setdefault(point.group, []).append(point.seed)
+    assert list(groups.values()) == [[0, 1]] * 4
+    assert len({point.id for point in study.points}) == 8
+    point = study.points[3]
+    assert point.options == {"kv_concat.update": "first_frame_value", "stages.fine.lr": 1e-3}
+    assert (point.settings["train"]["seed"], point.settings["sample"]["seed"]) == (1, 1)
+    assert [(p.label, p.seed) for p in study.points if p.baseline] == [
+        ("update=first_frame_value, lr=0.001", 0), ("update=first_frame_value, lr=0.001", 1)
+    ]  # fmt: skip
+
+
+def test_a_sampling_option_changes_the_point_and_no_stage(study: Plan, tmp_path: Path) -> None:
+    other = planned(tmp_path, options={**STUDY["options"], "guidance.scale": 5})
+    assert not {p.id for p in other.points} & {p.id for p in study.points}
+    assert other.uses() == study.uses()
+
+
+def test_options_of_strategies_that_a_point_lacks_are_left_out(tmp_path: Path) -> None:
+    points = planned(tmp_path, list=[{"strategy": "none"}, {"strategy": "kv_concat"}], grid={}, baseline=None,
+                     options={"kv_concat.update": "direct", "stages.fine.steps": 5}).points  # fmt: skip
+    assert "kv_concat" not in points[0].settings
+    assert points[-1].settings["kv_concat"]["update"] == "direct"
+    assert points[0].stages == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"grid": {"stages.fine.lrr": [1]}}, r"option 'stages\.fine\.lrr' is unknown.*nearest: stages\.fine\.lr"),
+        ({"options": {"train.sed": 1}}, r"option 'train\.sed' is unknown.*nearest: train\.seed"),
+        ({"grid": {"strategy": ["none"], "kv_concat.update": ["direct"]}},
+         r"'strategy=none, update=direct'.*option 'kv_concat\.update' is unknown to a run of 'none'"),
+        ({"grid": {"strategy": ["kv_conct"]}}, r"strategy 'kv_conct' is unknown; nearest: kv_concat"),
+        ({"grid": {"stages.fine.lr": ["fast"]}}, r"point 'lr=fast'.*lr.*fast"),
+        ({"grid": {"stages.fine.lr": [-1]}}, r"lr is -1\.0; use a positive learning rate"),
+        ({"grid": {"schedule": [["coarse", "fin"]]}}, r"point 'schedule=coarse\+fin'.*fin"),
+        ({"grid": {"schedule": [["coarse"]]}, "options": {"strategy": "none"},
+          "baseline": None}, r"stage 'coarse' trains nothing"),
+        ({"baseline": {"kv_concat.update": "direct"}}, r"is more than one of the points"),
+        ({"baseline": "nobody"}, r"baseline 'nobody' is none of the points \('update="),
+        ({"grid": {"data.workers": [0, 1]}, "baseline": None}, r"'workers=0' and 'workers=1' are the same run"),
+        ({"options": {"ds_config": "no.json"}}, r"ds_config is 'no\.json'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_starts(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        expand(described(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+# ---- the kept plan -----------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_made_once(study: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(description: Description) -> None:
+        raise AssertionError("planned again")
+
+    monkeypatch.setattr(planning, "expand", never)
+    again = planned(study.folder.parent)
+    assert again == study
+
+
+@pytest.mark.parametrize("changed", ["base", "ds_config", "description"])
+def test_a_plan_is_made_anew_when_what_it_came_from_changes(tmp_path: Path, changed: str) -> None:
+    base, engine = tmp_path / "base.yaml", tmp_path / "ds.json"
+    base.write_text(f"extends: {STUDY['base']}\nds_config: {engine}\n")
+    engine.write_text("{}")
+    changes: dict[str, Any] = {"base": str(base), "grid": {}, "baseline": None, "seeds": [0]}
+    before = planned(tmp_path, **changes).points[0]
+    if changed == "base":
+        base.write_text(base.read_text() + "train: {clip: 3}\n")
+    elif changed == "ds_config":
+        engine.write_text('{"zero_optimization": {"stage": 1}}')
+    else:
+        changes["options"] = {"train.clip": 3}
+    assert planned(tmp_path, **changes).points[0].stages != before.stages
+
+
+def test_a_kept_plan_needs_no_pytorch(study: Plan) -> None:
+    code = (
+        "import sys; from pathlib import Path; from dit_booth.sweep.description import read_description;"
+        "from dit_booth.sweep.plan import plan_sweep; from dit_booth.sweep.rows import write_rows;"
+        "folder = Path(sys.argv[1]); plan = plan_sweep(read_description(folder / 'study.yaml'), folder / 'sweep',"
+        "folder / 'sweep' / 'stages'); write_rows(plan); print(len(plan.points), 'torch' in sys.modules)"
+    )
+    start = time.monotonic()
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(study.folder.parent)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert said.stdout.split() == ["8", "False"], said.stderr
+    assert time.monotonic() - start < 5
+
+
+# ---- what is there -----------------------------------------------------------------------------------------
+
+
+def test_rows_are_a_function_of_the_points_files(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    first, second = plan.points[:2]
+    folder = plan.run_folder(first)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(
+        '{"samples": {"psnr": {"mean": 3.0, "stderr": NaN, "n": 1}}}\n{"half'
+    )
+    cost = {"address": first.stages[1].address, "seconds": 4.0, "step_seconds": 0.2}
+    (folder / "cost.json").write_text(
+        f'{{"trained_parameters": 7, "stages": [{str(cost).replace(chr(39), chr(34))}]}}'
+    )
+    assert row_of(plan, first, set())["metrics"] == {}, "not finished yet"
+    (folder / "finished").write_text("")
+    failed = plan.run_folder(second) / FAILED
+    failed.parent.mkdir()
+    failed.write_text('{"error": ["error: no"]}')
+    rows = write_rows(plan)
+    assert [row["status"] for row in rows] == ["finished", "failed", *["waiting"] * 6]
+    assert rows[0]["metrics"] == {"psnr": {"mean": 3.0, "stderr": None, "n": 1}}
+    assert (rows[0]["trained_parameters"], rows[0]["step_seconds"]) == (7, None)
+    assert [(s["name"], s["shared"], s["seconds"]) for s in rows[0]["stages"]] == [
+        ("coarse", True, None), ("fine", False, 4.0)
+    ]  # fmt: skip
+    assert rows[1]["error"] == ["error: no"]
+    written = (plan.folder / "sweep.jsonl").stat()
+    assert write_rows(plan) == rows
+    assert (plan.folder / "sweep.jsonl").stat().st_mtime_ns == written.st_mtime_ns, (
+        "equal rows are not written again"
+    )
+    said = show_rows(plan, rows)
+    assert "error: no" in said and "3.000" in said
+
+
+def test_the_plan_says_what_is_shared_there_and_left(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    said = show_plan(plan)
+    assert "steps to train: 240 of 240; with no stage shared there would be 480" in said
+    assert "240 steps have no measured step time yet" in said
+    assert said.count("shared by 4 points") == 2 and said.count("of one point") == 8
+    coarse, fine = (plan.stage_folder(stage) for stage in plan.points[0].stages)
+    for folder in (coarse, fine):
+        folder.mkdir(parents=True)
+    (coarse / "weights.safetensors").write_text("")
+    (coarse / "cost.json").write_text('{"step_seconds": 0.5}')
+    (fine / "latest.json").write_text('{"tag": "step15"}')
+    said = show_plan(plan)
+    assert "steps to train: 185 of 240" in said
+    assert "goes on at step 15" in said
+    assert "about 0 min 20 s of training" in said, "40 coarse steps of the other seed"
+    assert "145 steps have no measured" in said
+    assert status_of(plan, plan.points[0]) == "waiting"
+
+
+# ---- job lists ---------------------------------------------------------------------------------------------
+
+
+def test_shared_stages_are_jobs_that_points_depend_on(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    jobs = {job.name: job for job in jobs_of(plan)}
+    assert len(jobs) == 10
+    for point in plan.points:
+        stage = f"stage_coarse_{point.stages[0].address}"
+        assert jobs[f"point_{point.id}"].after == (stage,)
+        assert list(jobs).index(stage) < list(jobs).index(f"point_{point.id}")
+        assert "--stop-after coarse" in jobs[stage].command
+        settings = yaml.safe_load((plan.run_folder(point) / "run.yaml").read_text())
+        assert settings["store"] == str(plan.store)
+    assert len({job.command.split()[2] for job in jobs.values()}) == 10, "every job has a port of its own"
+    slurm = emit(plan, "slurm")
+    assert slurm.count("--dependency=afterok:$stage_coarse_") == 8
+    for kind in ("slurm", "shell"):
+        checked = subprocess.run(["bash", "-n"], input=emit(plan, kind), text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr
+
+
+def test_the_shell_script_skips_what_depends_on_a_failed_job(tmp_path: Path) -> None:
+    plan = planned(tmp_path, launcher="python", seeds=[0])
+    coarse = plan.points[0].stages[0].name
+    script = emit(plan, "shell").replace("python experiments/run.py", "run")
+    fake = f'run() {{ echo "$@"; case "$*" in *--stop-after*) return ${{FAIL:-0}};; esac; }}\n{script}'
+    ran = subprocess.run(["bash", "-c", fake], capture_output=True, text=True)
+    assert (ran.returncode, len(ran.stdout.splitlines())) == (0, 5)
+    ran = subprocess.run(["env", "FAIL=3", "bash", "-c", fake], capture_output=True, text=True)
+    assert (ran.returncode, len(ran.stdout.splitlines())) == (1, 1)
+    assert f"--stop-after {coarse}" in ran.stdout
