@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-faults lint install clean
 
 demo: install
 	$(BIN)/deepspeed experiments/run.py \
@@ -11,6 +11,9 @@ demo: install
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m kills tests/faults
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_booth.config import RunConfig
-from dit_booth.inject import Injection, PromptTokens, Reference, Site, Sites
+from dit_booth.inject import Injection, Reference, Site, Sites, no_injection
 from dit_booth.injected import Injected
 from dit_booth.models.clip import Prompt, Text
 from dit_booth.models.dit import DiTConfig, VideoDiT
@@ -63,11 +63,8 @@ def main(argv: Sequence[str]) -> int:
     first.add_argument("--latents", type=int, nargs=3, default=(4, 32, 32), metavar=("C", "H", "W"))
     given, rest = first.parse_known_args(list(argv))
     try:
-        lines = (
-            table_of_sizes(given.latents)
-            if not rest
-            else table_of_run(parse(rest, description=__doc__ or ""), given.latents)
-        )
+        config = parse(rest, description=__doc__ or "") if rest else None
+        lines = table_of_run(config, given.latents) if config else table_of_sizes(given.latents)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -100,17 +97,22 @@ def image_cost(
 
 def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
     """The backbone alone, and with the strategies and an image, in which the reference's own pass is counted."""
-    frames = config.data.frames
-    root = build(config, latents)
+    frames, names = config.data.frames, find(config.strategy)
+    root, shape = build(config, latents).requires_grad_(False), (1, frames, *latents)
+
+    def alone() -> Tensor:
+        x, t, words = inputs(shape)
+        out: Tensor = root.backbone(x, t, root.text(words, no_injection))
+        return out
+
     lines = [
         f"{config.backbone}, {frames} frames of {{}} x {{}} x {{}} latents, one video".format(*latents),
-        f"{'backbone':40} {cost_of(root.backbone, lambda: root(*inputs(frames, latents)))}",
+        f"{'backbone':40} {cost_of(root.backbone, alone)}",
     ]
-    if list(root.strategy.parameters()) or any(root.strategy.part(n).attached for n in root.strategy.names):
-        image = reference(latents, root.strategy.reference_frames(root.strategy.names))
-        both = cost_of(root.backbone, lambda: root(*inputs(frames, latents), image))
-        own = sum(p.numel() for p in root.strategy.parameters())
-        lines.append(f"{'with ' + config.strategy:40} {replace(both, parameters=both.parameters + own)}")
+    if list(root.strategy.parameters()) or any(root.strategy.part(name).reads_image for name in names):
+        image = reference(shape, copies=root.strategy.reference_frames(tuple(names)))
+        both = cost_of(root, lambda: root(*inputs(shape), image))
+        lines.append(f"{'with ' + config.strategy:40} {both}")
     return lines
 
 
@@ -123,53 +125,65 @@ def cost_of(module: nn.Module, forward: Callable[[], Any]) -> Cost:
 
 # ---- a run's network without its encoders ------------------------------------------------------------------
 
+Device = torch.device | str
+
 
 class GivenText(nn.Module):
-    """In place of the text tower: its outputs' shapes, and its site."""
+    """In place of the text tower: random outputs, on the device and of the type of its site's buffer."""
+
+    like: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.site = Site(name="text.prompt", port="prompt", role="words", dim=TEXT)
+        self.register_buffer("like", torch.zeros(()))
 
     def forward(self, prompt: Prompt, inject: Injection) -> Text:
-        rows = len(prompt.ids)
-        return Text(torch.empty(rows, TOKENS, TEXT), torch.empty(rows, TEXT))
+        tokens = self.like.new_empty(len(prompt.ids), TOKENS, TEXT).normal_()
+        return Text(tokens, tokens[:, -1])
 
 
-def build(config: RunConfig, latents: Latents) -> Injected:
-    """The run's backbone and strategies on the meta device."""
-    with torch.device("meta"):
+def build(config: RunConfig, latents: Latents, device: Device = "meta") -> Injected:
+    """The run's backbone and strategies with random weights; a stub for the text tower."""
+    with torch.device(device):
         backbone: VideoDiT | VideoUNet
         if config.backbone == "dit":
             backbone = VideoDiT(config.dit, channels=latents[0], text_dim=TEXT, text_embed_dim=TEXT)
         else:
-            widths = {"in_channels": latents[0], "out_channels": latents[0], "text_dim": TEXT}
-            backbone = VideoUNet(replace(config.unet, **widths))
+            c = latents[0]
+            backbone = VideoUNet(replace(config.unet, in_channels=c, out_channels=c, text_dim=TEXT))
         text: Any = GivenText()
         sites = Sites((text.site, *backbone.sites()), IMAGE, TEXT, latents[0], config.data.frames)
         strategies = create(find(config.strategy), config.options(), sites)
-        return Injected(backbone, text, strategies, prompt())
+        return Injected(backbone, text, strategies, prompt(1, device))
 
 
-def prompt() -> Prompt:
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+def prompt(batch: int, device: Device) -> Prompt:
+    ids = torch.zeros(batch, TOKENS, dtype=torch.long, device=device)
     return Prompt(ids, ids)
 
 
-def inputs(frames: int, latents: Latents) -> tuple[Tensor, Tensor, Prompt]:
-    return torch.empty(1, frames, *latents, device="meta"), torch.zeros(1, device="meta"), prompt()
+def inputs(
+    shape: Sequence[int], device: Device = "meta", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Prompt]:
+    """Noisy latents of `shape` (b f c h w), timesteps, prompts."""
+    x = torch.randn(*shape, device=device, dtype=dtype)
+    return x, torch.full((shape[0],), 500.0, device=device), prompt(shape[0], device)
 
 
-def reference(latents: Latents, copies: int) -> Reference:
-    """An image prompt of the video's size."""
-    with torch.device("meta"):
-        return Reference(
-            image=torch.empty(1, 3, 8 * latents[1], 8 * latents[2]),
-            states=tuple(torch.empty(1, PATCHES, IMAGE) for _ in range(5)),
-            embedding=torch.empty(1, TEXT),
-            latent=torch.empty(1, 1, *latents),
-            noisy=torch.empty(1, copies, *latents),
-        )
+def reference(
+    shape: Sequence[int], device: Device = "meta", dtype: torch.dtype = torch.float32, copies: int = 1
+) -> Reference:
+    """An image prompt for each video of `shape` (b f c h w), of the video's size."""
+    b, _, c, h, w = shape
+    options: Any = {"device": device, "dtype": dtype}
+    return Reference(
+        image=torch.ones(b, 3, 8 * h, 8 * w, **options),
+        states=tuple(torch.randn(b, PATCHES, IMAGE, **options) for _ in range(5)),
+        embedding=torch.randn(b, TEXT, **options),
+        latent=torch.randn(b, 1, c, h, w, **options),
+        noisy=torch.randn(b, copies, c, h, w, **options),
+    )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class Sweep:
         """The steps in every stage's log."""
         return {
             folder.name: [line["step"] for line in read_lines(folder / "metrics.jsonl")]
-            for folder in sorted((self.out / "stages").iterdir())
+            for folder in sorted(self.out.glob("stages/*"))
         }
 
 

@@ -24,7 +24,7 @@ BLOCK = 128
 
 def flex_attend(
     tensors: Sequence[Tensor],
-    positions: Sequence[tuple[int, int, int]],
+    positions: tuple[tuple[int, int, int], ...],
     frames: tuple[Frames, ...],
     scales: tuple[float, ...],
 ) -> Tensor:

@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
-WholeAttention = Callable[
-    [Sequence[Tensor], Sequence[tuple[int, int, int]], tuple[Frames, ...], tuple[float, ...]], Tensor
-]
+Positions = tuple[tuple[int, int, int], ...]
+"""Where query, k and v of every segment stand among an attention's tensors."""
+WholeAttention = Callable[[Sequence[Tensor], Positions, tuple[Frames, ...], tuple[float, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Kernel:
 class Whole:
     """``attend(tensors, positions, frames, scales) -> out`` (b f n k d): the whole joint softmax, differentiable.
 
-    positions: where query, k and v of every segment stand among the tensors; frames and scales: of every segment.
+    frames and scales: of every segment.
     """
 
     attend: WholeAttention

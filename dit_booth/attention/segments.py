@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_booth.attention.kernels import Kernel, Whole, choose
+from dit_booth.attention.kernels import Kernel, Positions, Whole, choose
 from dit_booth.attention.plans import Frames, constant
 from dit_booth.attention.reads import Index, Read, add, is_view, is_whole, lay_back, lay_out, put, reads, take
 
 COPY_BELOW = 2**18
 """Numbers in a sample below which slices of a batch are copied; above, its samples are attended one by one."""
 
-PIECE = 2**22
-"""Numbers of queries in one call of a kernel's backward, whose results are added to the gradients and dropped."""
+PIECE = {"cpu": 2**21, "cuda": 2**22}
+"""Numbers of queries in one call of a kernel's backward, whose results are added to the gradients and dropped: on the
+CPU they fit its caches, on CUDA they fill the device."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ def attend(
     head = operator.index(q.shape[-1])  # a constant where torch.compile would make it a symbol
     scale = head**-0.5 if scale is None else scale
     scales = tuple(scale if s.scale is None else s.scale for s in segments)
-    own = tuple(s.query is not None for s in segments)
-    tensors = [
-        q,
-        *(s.query for s in segments if s.query is not None),
-        *(t for s in segments for t in (s.k, s.v)),
-    ]
+    frames = tuple(s.frames if s.k.shape[2] else ((),) * len(s.frames) for s in segments)
+    positions = _positions(tuple(s.query is not None for s in segments))
+    tensors = [q, *(s.query for s in segments if s.query is not None)]
+    tensors += [t for s in segments for t in (s.k, s.v)]
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
-    device = "cpu" if q.is_meta else q.device.type  # autocast knows no meta device, on which FLOPs are counted
+    device = (
+        "cpu" if q.is_meta else q.device.type
+    )  # autocast knows no meta device, on which FLOPs are counted
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -71,17 +72,16 @@ def attend(
     with torch.autocast(device, enabled=False):  # a kernel's float32 parts stay float32
         tensors = [t.to(dtype) for t in tensors]
         if isinstance(chosen, Whole):
-            return chosen.attend(tensors, _positions(own), tuple(s.frames for s in segments), scales)
-        plan = _plan(tuple(s.frames for s in segments), own, scales, _most(q))
-        out: Tensor = _Joint.apply(plan, chosen, *tensors)
+            return chosen.attend(tensors, positions, frames, scales)
+        out: Tensor = _Joint.apply(_plan(frames, positions, scales, _most(q)), chosen, *tensors)
         return out
 
 
 def _validate(q: Tensor, segments: Sequence[Segment]) -> None:
-    frames = q.shape[1]
+    count = q.shape[1]
     for s in segments:
-        if len(s.frames) != frames:
-            raise ValueError(f"a segment says what {len(s.frames)} query frames read, but there are {frames}")
+        if len(s.frames) != count:
+            raise ValueError(f"a segment says what {len(s.frames)} query frames read, but there are {count}")
         if s.k.shape != s.v.shape or s.k.shape[-2:] != q.shape[-2:] or s.k.shape[0] != q.shape[0]:
             raise ValueError(
                 f"k {tuple(s.k.shape)} and v {tuple(s.v.shape)} do not fit q {tuple(q.shape)} (b f n k d)"
@@ -90,7 +90,13 @@ def _validate(q: Tensor, segments: Sequence[Segment]) -> None:
             raise ValueError(
                 f"a segment's own query {tuple(s.query.shape)} is not of q's shape {tuple(q.shape)}"
             )
-    for i in range(frames):
+        for i, groups in enumerate(s.frames):
+            for g in (min(groups), max(groups)) if groups else ():
+                if not 0 <= g < s.k.shape[1]:
+                    raise ValueError(
+                        f"query frame {i} reads group {g}, but the segment has {s.k.shape[1]}, counted from 0"
+                    )
+    for i in range(count):
         if not any(s.frames[i] and s.k.shape[2] for s in segments):
             raise ValueError(
                 f"query frame {i} reads no key in any segment; give it at least one in the frame plan"
@@ -116,17 +122,17 @@ class Plan:
 
 
 @constant
-def _plan(frames: tuple[Frames, ...], own: tuple[bool, ...], scales: tuple[float, ...], most: int) -> Plan:
-    return _compile(frames, own, scales, most)
+def _plan(frames: tuple[Frames, ...], positions: Positions, scales: tuple[float, ...], most: int) -> Plan:
+    return _compile(frames, positions, scales, most)
 
 
 @lru_cache(maxsize=512)
-def _compile(frames: tuple[Frames, ...], own: tuple[bool, ...], scales: tuple[float, ...], most: int) -> Plan:
+def _compile(frames: tuple[Frames, ...], positions: Positions, scales: tuple[float, ...], most: int) -> Plan:
     """Every plain attention to run, those of most query frames first: into the first one's result go the others.
 
     A call of a kernel's backward takes `most` query frames, and no group twice.
     """
-    parts = zip(frames, _positions(own), scales, strict=True)
+    parts = zip(frames, positions, scales, strict=True)
     forward = [Step(read, at, scale) for f, at, scale in parts for read in reads(f)]
     forward.sort(key=lambda step: -step.read.frames)
     backward = [
@@ -138,15 +144,21 @@ def _compile(frames: tuple[Frames, ...], own: tuple[bool, ...], scales: tuple[fl
     return Plan(tuple(forward), tuple(backward))
 
 
-def _positions(own: tuple[bool, ...]) -> list[tuple[int, int, int]]:
-    """Where query, k and v of every segment stand among (q, own queries in order, k, v, k, v, ...)."""
+def _positions(own: tuple[bool, ...]) -> Positions:
+    """Positions among (q, own queries in order, k, v, k, v, ...)."""
     keys = 1 + sum(own)
-    return [(1 + sum(own[:i]) if has else 0, keys + 2 * i, keys + 2 * i + 1) for i, has in enumerate(own)]
+    return tuple(
+        (1 + sum(own[:i]) if has else 0, keys + 2 * i, keys + 2 * i + 1) for i, has in enumerate(own)
+    )
 
 
 def _most(q: Tensor) -> int:
     """How many frames of queries PIECE is; a compiled graph, which may not know the sizes, takes all at once."""
-    return PIECE if torch.compiler.is_compiling() else max(1, PIECE // max(1, q[0, 0].numel()))
+    if torch.compiler.is_compiling():
+        return 1 << 30
+    piece = PIECE.get(q.device.type, PIECE["cuda"]) // max(1, q[0, 0].numel())
+    threads = -(-torch.get_num_threads() // q.shape[3]) if q.device.type == "cpu" else 1
+    return max(piece, threads, 1)
 
 
 # ---- the joint softmax -------------------------------------------------------------------------------------
@@ -158,6 +170,7 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, kernel: Kernel, *tensors: Tensor) -> Tensor:
         parts = [_forward(plan, kernel, sample) for sample in _samples(plan, tensors)]
+        out: Tensor
         out, lse = (_together(part) for part in zip(*parts, strict=True))
         ctx.plan, ctx.kernel = plan, kernel
         ctx.save_for_backward(*tensors, out, lse)

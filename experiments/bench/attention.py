@@ -43,6 +43,7 @@ PLANS = (
     "sink(1)+window(3)",
     "all",
 )
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PASSES = ("forward", "forward+backward")
 
 
@@ -56,6 +57,8 @@ class Options:
     """Write this Markdown page, and the rows and the plot beside it under the same name."""
     threads: int = 2
     """Threads on the CPU."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """Seconds on the wall, or of the processor: those of one thread on a busy machine still tell (--threads 1)."""
     rounds: int = 7
     """Runs of every competitor, in turn."""
     budget: float = 450.0
@@ -98,16 +101,15 @@ class Case:
 
 def grid(device: str) -> list[Case]:
     """The comparison's cases, those that its bars are about first, the costly last."""
-    if device == "cpu":
-        frames, tokens, heads, images = (8, 16), (256,), 2, (0, 64, None)
-    else:
-        frames, tokens, heads, images = (8, 16, 64), (256, 1024, 4096), 8, (0, 64, None)
+    images, heads = (0, 64, None), 2 if device == "cpu" else 8  # None: as many as a frame's tokens
+    frames: tuple[int, ...] = (8, 16) if device == "cpu" else (8, 16, 64)
+    tokens: tuple[int, ...] = (256,) if device == "cpu" else (256, 1024, 4096)
     cases = [
         Case(plan, f, n, n if image is None else image, head, heads)
         for plan, f, n, image, head in itertools.product(PLANS, frames, tokens, images, (64, 128))
     ]
     first = Case("first+previous", 16, 1024, 1024)
-    return [first] + sorted((c for c in cases if c != first), key=lambda case: case.flops(training=True))
+    return [first, *sorted((c for c in cases if c != first), key=lambda case: case.flops(training=True))]
 
 
 # ---- competitors -------------------------------------------------------------------------------------------
@@ -155,7 +157,8 @@ def cat_expand(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> T
 
 
 def _per_frame(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = scaled_dot_product_attention(*(rearrange(t, "b f n k d -> (b f) k n d") for t in (q, k, v)))
+    query, k, v = (rearrange(t, "b f n k d -> (b f) k n d") for t in (q, k, v))
+    out = scaled_dot_product_attention(query, k, v)
     return rearrange(out, "(b f) k n d -> b f n k d", f=q.shape[1])
 
 
@@ -208,7 +211,7 @@ def compare(case: Case, options: Options, peak: float) -> Iterator[dict[str, Any
             for who, run in competitors(case, options.device).items()
         }
         memory = {who: peak_memory(run, device) for who, run in jobs.items()}
-        times = interleaved(jobs, options.rounds, device, warm_up=1 if options.device == "cpu" else 2)
+        times = interleaved(jobs, options.rounds, device, clock=CLOCKS[options.clock])
         for who in jobs:
             rate = case.flops(training) / times[who].best
             yield {
@@ -251,7 +254,7 @@ def cost_in_frames(options: Options) -> Iterator[dict[str, Any]]:
                 tensors = case.tensors(dtype, device)
                 run = job(segments, case, tensors, torch.randn_like(tensors[0]), name != "forward")
                 jobs[str(f)] = _repeated(run, 128 // f)
-            times = interleaved(jobs, options.rounds, device)
+            times = interleaved(jobs, options.rounds, device, clock=CLOCKS[options.clock])
             flops = {f: case.flops(False) / f for f, case in cases.items()}
             yield {
                 "plan": plan,
@@ -277,7 +280,7 @@ def main(options: Options) -> None:
     device = torch.device(options.device)
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     start = time.monotonic()
-    peak = matmul_peak(dtype, device)
+    peak = matmul_peak(dtype, device, clock=CLOCKS[options.clock])
     about = conditions(device) | {"matmul_gflops": round(peak / 1e9, 1), "dtype": str(dtype)}
     log.info("%s", about)
     rows: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 Job = Callable[[], object]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,16 @@ class Times:
 
 
 def interleaved(
-    jobs: Mapping[str, Job], rounds: int, device: torch.device, warm_up: int = 1
+    jobs: Mapping[str, Job],
+    rounds: int,
+    device: torch.device,
+    warm_up: int = 1,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Times]:
-    """Times of the jobs, run in turn, so that whatever else the machine does hits all alike."""
+    """Times of the jobs, run in turn, so that whatever else the machine does hits all alike.
+
+    clock: on the CPU, `time.perf_counter`, or `time.process_time` (with one thread, on a busy machine).
+    """
     for job in jobs.values():
         for _ in range(warm_up):
             job()
@@ -46,15 +54,15 @@ def interleaved(
     for i in range(rounds):
         order = list(jobs.items())
         for name, job in order if i % 2 == 0 else reversed(order):
-            seconds[name].append(_seconds(job, device))
+            seconds[name].append(_seconds(job, device, clock))
     return {name: Times(tuple(s)) for name, s in seconds.items()}
 
 
-def _seconds(job: Job, device: torch.device) -> float:
+def _seconds(job: Job, device: torch.device, clock: Clock) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         job()
-        return time.perf_counter() - start
+        return clock() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     begin.record()
@@ -87,12 +95,14 @@ def peak_memory(job: Job, device: torch.device) -> int:
     return most
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, rounds: int = 10) -> float:
+def matmul_peak(
+    dtype: torch.dtype, device: torch.device, rounds: int = 10, clock: Clock = time.perf_counter
+) -> float:
     """FLOP/s of the best of some square matrix products."""
     best = 0.0
     for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-        times = interleaved({"matmul": lambda a=a, b=b: a @ b}, rounds, device)  # type: ignore[misc]
+        times = interleaved({"matmul": lambda a=a, b=b: a @ b}, rounds, device, clock=clock)  # type: ignore[misc]
         best = max(best, 2 * n**3 / times["matmul"].best)
     return best
 

@@ -29,6 +29,11 @@ from dit_booth.data.toyworld import Toyworld
         (lambda: DataConfig(max_broken=-1), ("data.max_broken is -1", "0 or more")),
         (lambda: StageConfig(steps=-1), ("steps is -1", "0 or more")),
         (lambda: StageConfig(drop=1.5), ("drop is 1.5", "0 to 1")),
+        (lambda: StageConfig(drop_image=-0.1), ("drop_image is -0.1", "0 to 1")),
+        (
+            lambda: StageConfig(drop=0.5, drop_image=0.3, drop_text=0.3),
+            ("drop 0.5 + drop_image 0.3 + drop_text 0.3 is more than all rows", "lower one"),
+        ),
         (lambda: StageConfig(lr=0.0), ("lr is 0.0", "positive")),
         (lambda: TrainConfig(batch_size=0), ("train.batch_size is 0", "1 or more")),
         (lambda: TrainConfig(accumulation=0), ("train.accumulation is 0", "1 or more")),

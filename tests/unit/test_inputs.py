@@ -128,6 +128,23 @@ def test_text_and_image_are_dropped_together_at_the_rate() -> None:
     assert 0.15 < count / (20 * BATCH) < 0.45
 
 
+def test_text_and_image_are_also_dropped_each_alone() -> None:
+    """Shares of rows that exclude each other; the rows that lose both stay those that they were without the others."""
+    null = parts_of().root.text.tokenize([NULL_PROMPT]).ids
+    stage, counts = StageConfig(drop=0.2, drop_image=0.3, drop_text=0.1), {(True, True): 0}
+    for seed in range(40):
+        made = make_inputs(parts_of(), batch(), stage, generator_of(seed), torch.float32, True)
+        no_text, no_image = (made.prompt.ids == null).all(1), ~made.reference.image.flatten(1).any(1)
+        assert torch.equal(no_image, ~made.reference.present)
+        before = (inputs(0.2, seed=seed).prompt.ids == null).all(1)
+        assert torch.equal(no_text & no_image, before)
+        for pair in zip(no_text.tolist(), no_image.tolist(), strict=True):
+            counts[pair] = counts.get(pair, 0) + 1
+    shares = {pair: count / (40 * BATCH) for pair, count in counts.items()}
+    expected = {(True, True): 0.2, (False, True): 0.3, (True, False): 0.1, (False, False): 0.4}
+    assert all(abs(shares[pair] - share) < 0.08 for pair, share in expected.items()), shares
+
+
 # ---- noise -------------------------------------------------------------------------------------------------
 
 

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from torch import nn
 
 from dit_booth import strategy as module
-from dit_booth.inject import Sites
+from dit_booth.cli import config_class
+from dit_booth.config import RunConfig
+from dit_booth.inject import Condition, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, create, find, load_plugins, register, registered
+from dit_booth.training.stage import active_strategies, schedule_of
 
 
 @pytest.fixture
@@ -96,6 +100,75 @@ def test_sums_keep_their_order_and_take_each_name_once() -> None:
         find("kv_concat+none+kv_concat")
     with pytest.raises(ValueError, match=r"strategy '' is unknown"):
         find("kv_concat+")
+
+
+# ---- sums, aliases, exclusion -------------------------------------------------------------------------------
+
+
+def test_videobooth_stands_for_its_two_strategies_in_the_papers_schedule() -> None:
+    assert list(find("videobooth")) == ["token_replacement", "kv_concat"]
+    assert list(find("videobooth+adaln")) == ["token_replacement", "kv_concat", "adaln"]
+    assert module.aliases()["videobooth"] == "token_replacement+kv_concat"
+    config = RunConfig(strategy="videobooth")
+    assert schedule_of(config) == ("coarse", "fine")
+    assert [active_strategies(config, ("coarse", "fine"), i) for i in range(2)] == [
+        ("token_replacement",),
+        ("token_replacement", "kv_concat"),
+    ]
+    options = config_class("videobooth")(strategy="videobooth").options()
+    assert list(options) == ["token_replacement", "kv_concat"]
+    with pytest.raises(ValueError, match=r"'videobooth\+kv_concat' names 'kv_concat' twice"):
+        find("videobooth+kv_concat")
+    with pytest.raises(ValueError, match=r"'videobuth' is unknown; nearest: videobooth"):
+        find("videobuth")
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_name_is_a_strategy_or_an_alias_but_not_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ALIASES", dict(module._ALIASES))
+    with pytest.raises(ValueError, match=r"alias 'kv_concat' for 'adaln': the name is taken"):
+        module.alias("kv_concat", "adaln")
+    with pytest.raises(
+        ValueError, match=r"strategy 'videobooth' is an alias of token_replacement\+kv_concat"
+    ):
+        register("videobooth")(a_class("lab.thing"))
+    module.alias("both", "adaln+kv_concat")
+    module.alias("both", "adaln+kv_concat")  # a module may run again (notebooks)
+    assert list(find("both")) == ["adaln", "kv_concat"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("none+kv_concat", "none cannot be combined with kv_concat; leave one of them out"),
+        ("kv_concat+adaln+none", "none cannot be combined with kv_concat, adaln"),
+        ("kv_concat+in_context", "in_context cannot be combined with kv_concat"),
+        ("spatial_concat+in_context", "spatial_concat cannot be combined with in_context"),
+    ],
+)
+def test_strategies_that_exclude_each_other_are_an_error_in_either_order(expression: str, words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        find(expression)
+    assert words in str(error.value) and repr(expression) in str(error.value)
+
+
+def test_taps_of_a_lower_order_act_first_however_the_sum_is_written() -> None:
+    site = Site(name="a", port="latents", role="entry", dim=1)
+
+    class Tap(nn.Module):
+        pass
+
+    class First(Strategy):
+        order = -1
+
+    def bound(*names: str) -> list[str]:
+        classes = {"late": Strategy, "early": First, "later": Strategy}
+        built = create({name: classes[name] for name in names}, {}, Sites((site,), 1, 1, 1, 1))
+        owner = {id(built.part(name).attach(site, Tap())): name for name in names}
+        return [owner[id(tap)] for tap, _ in built.bind({name: Condition() for name in names}).taps["a"]]
+
+    assert bound("late", "early", "later") == ["early", "late", "later"]
+    assert bound("later", "late", "early") == ["early", "later", "late"]
 
 
 def test_create_passes_options_and_defaults() -> None:

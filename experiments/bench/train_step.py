@@ -1,0 +1,295 @@
+"""Training steps: speed, model FLOP/s utilisation and memory for {size} x {frames} x {strategy} x {plan}.
+
+    python -m experiments.bench.train_step                           # CPU, minutes; runs/bench/train_step.jsonl
+    python -m experiments.bench.train_step --device cuda             # XL/2, 16 frames, bf16, under 9 minutes
+    python -m experiments.bench.train_step --table docs/results/train_step_cpu.md
+
+A step is forward, backward, clipping and AdamW of all parameters, with float32 masters of bfloat16 weights (as
+DeepSpeed keeps them). Text and image encoder are left out: a step reads their outputs. The FLOPs are the model's, by
+`torch.utils.flop_counter` on the meta device: what checkpointing computes twice counts once. Utilisation is FLOP/s over
+those of the best of some large matrix products, measured in the same run around every case.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit_booth.cli import config_class
+from dit_booth.config import DataConfig, RunConfig
+from dit_booth.describe import build, inputs, reference
+from dit_booth.injected import Injected
+from dit_booth.models.dit import DiTConfig, VideoDiT
+from experiments.bench.measure import conditions, interleaved, matmul_peak, peak_memory, write_lines
+
+log = logging.getLogger(__name__)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run: the CPU in float32, CUDA in bfloat16."""
+    sizes: tuple[str, ...] = ()
+    """Sizes of the DiT; empty: nano and S on the CPU, XL on CUDA."""
+    frames: tuple[int, ...] = ()
+    """Frames of a video; empty: 8 on the CPU, 16 on CUDA."""
+    strategies: tuple[str, ...] = ("none", "kv_concat")
+    """Strategies; the first one is what the others are compared with."""
+    plans: tuple[str, ...] = ("first+previous",)
+    """Frame plans."""
+    latents: tuple[int, int, int] = (4, 32, 32)
+    """Channels, height and width of a frame's latents."""
+    batch: int = 0
+    """Videos in a step; 0: one on the CPU, as many as fit (a power of two) on CUDA."""
+    compile: bool | None = None
+    """torch.compile the blocks; by default on CUDA only."""
+    dit: DiTConfig = DiTConfig()
+    """The other options of the DiT."""
+    rounds: int = 7
+    """Timed steps of each case."""
+    threads: int = 2
+    """Threads on the CPU."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """Seconds on the wall, or of the processor: those of one thread on a busy machine still tell (--threads 1)."""
+    budget: float = 420.0
+    """Seconds after which no further case is begun."""
+    out: Path = Path("runs/bench/train_step.jsonl")
+    """One JSON object for each case."""
+    table: Path | None = None
+    """Also write this Markdown page."""
+
+
+@dataclass(frozen=True)
+class Case:
+    size: str
+    frames: int
+    plan: str
+    strategy: str
+
+    def config(self, options: Options) -> RunConfig:
+        """The run whose network this is."""
+        dit: Any = replace(options.dit, size=self.size, plan=self.plan)  # type: ignore[arg-type]
+        cls = config_class(self.strategy)
+        return cls(strategy=self.strategy, data=DataConfig(frames=self.frames), dit=dit)
+
+
+def cases_of(options: Options) -> list[Case]:
+    """Those that are compared with each other stand together."""
+    gpu = options.device == "cuda"
+    sizes = options.sizes or (("XL",) if gpu else ("nano", "S"))
+    frames = options.frames or ((16,) if gpu else (8,))
+    return [Case(*case) for case in itertools.product(sizes, frames, options.plans, options.strategies)]
+
+
+# ---- one step ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trainer:
+    """Weights that are computed with, and float32 masters that AdamW updates where those are not float32 themselves."""
+
+    root: Injected
+    clip: float = 1.0
+    parameters: list[torch.nn.Parameter] = field(init=False)
+    masters: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.root.parameters() if p.requires_grad]
+        whole = all(p.dtype == torch.float32 for p in self.parameters)
+        self.masters = [p if whole else p.detach().float() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, weight_decay=0.01, fused=True)
+
+    def step(self, batch: tuple[Any, ...]) -> None:
+        """Forward, backward, clipping, update: no value is read back, so the GPU never waits for the CPU."""
+        prediction = self.root(*batch)
+        (prediction.output.float().square().mean() + prediction.penalty).backward()
+        used = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
+        if any(p is not m for p, m in used):
+            for p, m in used:
+                assert p.grad is not None
+                m.grad, p.grad = p.grad.float(), None
+        clip_grad_norm_([m for _, m in used], self.clip)
+        self.optimizer.step()
+        if any(p is not m for p, m in used):
+            torch._foreach_copy_([p.data for p, _ in used], [m for _, m in used])
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def model_flops(case: Case, options: Options) -> int:
+    """FLOPs of forward and backward for one video; nothing is computed."""
+    root = build(case.config(options), options.latents)
+    batch = batch_of(root, case, options, 1, "meta", torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        prediction = root(*batch)
+        (prediction.output.square().mean() + prediction.penalty).backward()
+    return int(counter.get_total_flops())
+
+
+def batch_of(
+    root: Injected, case: Case, options: Options, videos: int, device: str, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """The network's arguments: latents, timesteps, prompts, and image prompts where a strategy reads them."""
+    shape = (videos, case.frames, *options.latents)
+    if case.strategy == "none":
+        return inputs(shape, device, dtype)
+    copies = root.strategy.reference_frames(root.strategy.names)
+    return (*inputs(shape, device, dtype), reference(shape, device, dtype, copies))
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, options: Options) -> dict[str, Any]:
+    """One line of results."""
+    device, dtype = torch.device(options.device), torch.float32 if options.device == "cpu" else torch.bfloat16
+    clock = CLOCKS[options.clock]
+    torch.manual_seed(0)
+    root = build(case.config(options), options.latents, options.device).to(dtype)
+    for p in root.parameters():
+        if not p.any():  # products of zeros draw less power, and run faster
+            torch.nn.init.normal_(p, std=0.02)
+    trainer = Trainer(root)
+    videos = options.batch or (1 if device.type == "cpu" else fitting(trainer, case, options, dtype))
+    batch = batch_of(root, case, options, videos, options.device, dtype)
+    compiled = options.compile if options.compile is not None else device.type == "cuda"
+    if compiled:
+        assert isinstance(root.backbone, VideoDiT)
+        root.backbone.compile_blocks()
+
+    def step() -> None:
+        trainer.step(batch)
+
+    start = time.perf_counter()
+    step()
+    first = time.perf_counter() - start
+    peak = matmul_peak(dtype, device, rounds=5, clock=clock)
+    times = interleaved({"step": step}, options.rounds, device, warm_up=2, clock=clock)["step"]
+    peak = max(peak, matmul_peak(dtype, device, rounds=5, clock=clock))  # of a busy machine's better moment
+    seconds, flops = times.median, model_flops(case, options) * videos
+    per_frame = options.latents[1] * options.latents[2] // root.backbone.config.patch**2  # type: ignore[operator, union-attr]
+    memory = peak_memory(step, device) + (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0)
+    return {
+        "size": f"{case.size}/{root.backbone.config.patch}",  # type: ignore[union-attr]
+        "frames": case.frames,
+        "plan": case.plan,
+        "strategy": case.strategy,
+        "layout": options.dit.layout,
+        "videos": videos,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled,
+        "checkpointing": options.dit.checkpointing,
+        "parameters": sum(p.numel() for p in trainer.parameters),
+        "seconds": seconds,
+        "first_step_seconds": first,
+        "steps_per_second": 1 / seconds,
+        "tokens_per_second": videos * case.frames * per_frame / seconds,
+        "flops": flops,
+        "matmul_peak": peak,
+        "utilisation": flops / seconds / peak,
+        "peak_memory_mib": memory / 2**20,
+        **conditions(device),
+        "clock": options.clock,
+    }
+
+
+def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) -> int:
+    """The largest power of two of videos whose step should fit: memory grows evenly from one video to two."""
+    device = torch.device(options.device)
+    used = []
+    for videos in (1, 2):
+        batch = batch_of(trainer.root, case, options, videos, options.device, dtype)
+        used.append(peak_memory(lambda batch=batch: trainer.step(batch), device))  # type: ignore[misc]
+    each = max(used[1] - used[0], 1)
+    torch.cuda.empty_cache()
+    free = 0.9 * torch.cuda.mem_get_info(device)[0] - used[0]
+    return 1 << max(int(1 + free / each).bit_length() - 1, 0)
+
+
+def run(options: Options) -> list[dict[str, Any]]:
+    """All cases, as far as the time goes; of equal ones but for the strategy, the first one's batch is taken."""
+    start = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    videos: dict[tuple[Any, ...], int] = {}
+    for case in cases_of(options):
+        if rows and time.perf_counter() - start > options.budget:
+            log.warning("time is up: %s and what follows are left out", case)
+            break
+        key = (case.size, case.frames, case.plan)
+        row = measure(case, replace(options, batch=options.batch or videos.get(key, 0)))
+        videos[key] = row["videos"]
+        rows.append(row)
+        sys.stdout.write(f"{line(row, rows)}\n")
+        torch._dynamo.reset()
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+# ---- output ------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    *("size", "frames", "plan", "strategy", "videos", "s/step", "time/first", "tokens/s", "TFLOP/s"),
+    *("of matmul peak", "peak MiB"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |"
+
+
+def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A row of the table."""
+    same = ("size", "frames", "plan")
+    first = next(r for r in rows if all(r[k] == row[k] for k in same))
+    achieved = row["flops"] / row["seconds"] / 1e12
+    return (
+        f"| {row['size']} | {row['frames']} | {row['plan']} | {row['strategy']} | {row['videos']} |"
+        f" {row['seconds']:.3f} | {row['seconds'] / row['videos'] / (first['seconds'] / first['videos']):.3f} |"
+        f" {row['tokens_per_second']:.0f} | {achieved:.3f} | {row['utilisation']:.1%} | {row['peak_memory_mib']:.0f} |"
+    )
+
+
+def page(rows: list[dict[str, Any]], command: str) -> str:
+    """The Markdown page."""
+    row = rows[0]
+    about = (
+        f"{row['device']}, torch {row['torch']}, {row['dtype']}, {row['threads']} threads, load {row['load']},"
+        f" {row['clock']} seconds; blocks {'compiled' if row['compiled'] else 'not compiled'}; layout {row['layout']};"
+        f" matmul peak {max(r['matmul_peak'] for r in rows) / 1e12:.3f} TFLOP/s."
+    )
+    body = "\n".join(line(r, rows) for r in rows)
+    rule = "|---" * len(COLUMNS) + "|"
+    return f"# Training steps\n\n`{command}`\n\n{about}\n\n{HEAD}\n{rule}\n{body}\n"
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    logging.getLogger("dit_booth").setLevel(logging.WARNING)
+    sys.stdout.write(f"{HEAD}\n")
+    rows = run(options)
+    write_lines(options.out, rows)
+    if options.table:
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python -m experiments.bench.train_step", *sys.argv[1:]])
+        options.table.write_text(page(rows, command))
+        write_lines(options.table.with_suffix(".jsonl"), rows)
+    sys.stdout.write(f"{options.out}\n")
+
+
+if __name__ == "__main__":
+    main(
+        tyro.cli(
+            Options, description=__doc__, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+        )
+    )

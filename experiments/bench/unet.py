@@ -1,0 +1,159 @@
+"""The video U-Net with VideoBooth's fine injection against its own plain pass, at a mid-size configuration.
+
+    python -m experiments.bench.unet                                   # two threads, a few minutes
+    python -m experiments.bench.unet --table docs/results/unet_cpu.md
+
+``plain``: no image. ``fine``: the reference's own pass, then the video with K/V concat and VideoBooth's updated first
+frame. ``guided``: one step of guidance as released: ``fine`` with the text, and ``plain`` without. Peak memory is the
+resident set of a process of its own that runs the one job, as the original's was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from dit_booth.inject import Condition, Recorder, Reference, Site, Sites
+from dit_booth.models.clip import Text
+from dit_booth.models.unet import UNetConfig, VideoUNet
+from dit_booth.strategy import Strategies
+from experiments.bench.measure import conditions, interleaved, matmul_peak, write_lines
+from strategies.kv_concat import KVConcat, KVConcatConfig
+
+CONFIG = UNetConfig(channels=(64, 128, 256, 256), text_dim=256)
+FRAMES, SIDE, TOKENS = 16, 32, 77
+# The original code on a quiet machine of two such cores, same configuration and shapes: seconds, MiB.
+ORIGINAL = {"plain": (7.35, 2662), "fine": (22.0, 2712), "guided": (28.1, 2716)}
+BARS = {"fine": 1.15, "guided": 2.2}  # of our own plain pass
+
+
+@dataclass(frozen=True)
+class Options:
+    table: Path | None = None
+    """Write this Markdown page, and the rows beside it under the same name."""
+    threads: int = 2
+    """Threads of the CPU."""
+    rounds: int = 5
+    """Runs of every job, in turn."""
+    peak: str = ""
+    """Run this one job twice and print the process's peak memory (what the bench starts for itself)."""
+
+
+class Bench:
+    """The jobs: a U-Net with random weights, K/V concat on it, and one video's inputs."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net = VideoUNet(CONFIG).eval()
+        words = Site(name="text.words", port="prompt", role="words", dim=CONFIG.text_dim)
+        sites = Sites((words, *self.net.sites()), 8, 8, CONFIG.in_channels, FRAMES)
+        self.strategy = Strategies({"kv_concat": KVConcat(KVConcatConfig(), sites)}).eval()
+        self.x = torch.randn(1, FRAMES, CONFIG.in_channels, SIDE, SIDE)
+        self.t = torch.tensor([500.0])
+        self.words, self.null = (torch.randn(1, TOKENS, CONFIG.text_dim) for _ in range(2))
+        latent = torch.randn(1, 1, CONFIG.in_channels, SIDE, SIDE)
+        self.reference = Reference(torch.ones(1, 3, 8, 8), (), torch.zeros(1, 8), latent, latent, self.record)
+
+    def record(self, latent: Tensor, clean: bool, sites: Any) -> dict[str, Tensor]:
+        recorder = Recorder(self.strategy.bind({"kv_concat": Condition()}), sites)
+        self.net(latent, self.t, Text(self.null, self.null[:, -1]), recorder)
+        return recorder.hidden
+
+    @torch.no_grad()
+    def plain(self, words: Tensor | None = None) -> Tensor:
+        words = self.words if words is None else words
+        return self.net(self.x, self.t, Text(words, words[:, -1]))
+
+    @torch.no_grad()
+    def fine(self) -> Tensor:
+        conditions = self.strategy(replace(self.reference), ("kv_concat",))
+        text = Text(self.words, self.words[:, -1])
+        return self.net(self.x, self.t, text, self.strategy.bind(conditions))
+
+    @torch.no_grad()
+    def guided(self) -> Tensor:
+        without = self.plain(self.null)
+        return without + 4 * (self.fine() - without)
+
+    def jobs(self) -> dict[str, Callable[[], Tensor]]:
+        return {"plain": self.plain, "fine": self.fine, "guided": self.guided}
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    bench = Bench()
+    if options.peak:
+        for _ in range(2):
+            bench.jobs()[options.peak]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    cpu = torch.device("cpu")
+    before = matmul_peak(torch.float32, cpu)
+    times = interleaved(bench.jobs(), options.rounds, cpu)
+    after = matmul_peak(torch.float32, cpu)
+    rows = [
+        {
+            "job": name,
+            "seconds": round(t.median, 3),
+            "best": round(t.best, 3),
+            "over_plain": round(t.over(times["plain"]), 3),
+            "over_plain_bar": BARS.get(name),
+            "peak_mib": round(peak(name, options.threads)),
+            "original_seconds": ORIGINAL[name][0],
+            "original_peak_mib": ORIGINAL[name][1],
+            "matmul_gflops": [round(f / 1e9, 1) for f in (before, after)],
+            **conditions(cpu),
+        }
+        for name, t in times.items()
+    ]
+    for row in rows:
+        print(json.dumps(row))
+    if options.table:
+        write_lines(options.table.with_suffix(".jsonl"), rows)
+        options.table.write_text(page(rows))
+
+
+def peak(job: str, threads: int) -> float:
+    """MiB of a fresh process that runs the job alone."""
+    command = [sys.executable, "-m", "experiments.bench.unet", "--peak", job, "--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The table, for people."""
+    first = rows[0]
+    lines = [
+        "# The video U-Net on the CPU",
+        "",
+        f"`python -m experiments.bench.unet --table docs/results/unet_cpu.md` on {first['device']},"
+        f" {first['threads']} threads, PyTorch {first['torch']}, load {first['load']}; float32, one video of {FRAMES} x"
+        f" {SIDE} x {SIDE} latents, widths {CONFIG.channels}, text width {CONFIG.text_dim}, {TOKENS} tokens. A square"
+        f" matrix product ran at {first['matmul_gflops'][0]} GFLOP/s before and {first['matmul_gflops'][1]} after.",
+        "Times are medians of runs in turn; the ratio is the median of each round's. The original's figures were taken",
+        "on a quiet machine of this kind, not in this run.",
+        "",
+        "| job | s | best s | of plain | bar | peak MiB | original s | original of plain | original peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        bar = r["over_plain_bar"] or "-"
+        theirs = r["original_seconds"] / ORIGINAL["plain"][0]
+        lines.append(
+            f"| {r['job']} | {r['seconds']:.2f} | {r['best']:.2f} | {r['over_plain']:.2f} | {bar} | {r['peak_mib']}"
+            f" | {r['original_seconds']} | {theirs:.2f} | {r['original_peak_mib']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
