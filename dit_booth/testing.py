@@ -33,6 +33,7 @@ from dit_booth.models.autoencoder import build_autoencoder
 from dit_booth.models.clip import NULL_PROMPT, ImageEncoder, Prompt, TextEncoder, build_clip
 from dit_booth.models.dit import DiTConfig, VideoDiT
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
+from dit_booth.models.layers import keep_einops_whole
 from dit_booth.models.unet import UNetConfig
 from dit_booth.models.weights import load_strategies, load_strictly, part, read, read_strategies, write
 from dit_booth.strategy import Strategy, StrategyConfig, create, find
@@ -338,12 +339,13 @@ def checkpointing_gives_equal_gradients(make: Callable[..., Trial]) -> None:
 
 
 def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> None:
-    """torch.compile changes neither output nor gradients: of a DiT's blocks, without a graph break; of a U-Net's middle."""
+    """torch.compile changes neither output nor gradients: a DiT's blocks, without a graph break; a U-Net's middle."""
     run = make().loosen()
     wanted, results = run.wanted(), []
     for compiled in (False, True):
         if compiled:
             torch.compiler.reset()
+            keep_einops_whole()
             backbone = run.root.backbone
             part = backbone.compile_blocks if isinstance(backbone, VideoDiT) else backbone.mid_block.compile
             part(backend=backend)

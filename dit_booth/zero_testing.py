@@ -48,7 +48,9 @@ def check_under_zero(
         where = f"{strategy} on {backbone} at ZeRO stage {zero}"
         for name, p in ours.items():
             difference, scale = worst(p, theirs[name]), max(1.0, theirs[name].abs().max().item())
-            assert difference <= 1e-5 * scale, f"{where}: after a step {name} is another by {difference:.1e} of {scale:.1e}"
+            assert difference <= 1e-5 * scale, (
+                f"{where}: after a step {name} is another by {difference:.1e} of {scale:.1e}"
+            )
     engine.destroy()
 
 
@@ -114,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     check_under_zero(name, ranks, zero=zero, backbone=backbone, plain=plain)
                 if ranks.first:
                     stages = " and ".join(map(str, given.zero))
-                    sys.stdout.write(f"{name} on {backbone}, ranks {ranks.world}: ZeRO {stages} as one piece\n")
+                    sys.stdout.write(
+                        f"{name} on {backbone}, ranks {ranks.world}: ZeRO {stages} as one piece\n"
+                    )
     finally:
         stop()
 

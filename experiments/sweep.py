@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dit_booth.files import write_text
+from dit_booth.sweep.board import write_hparams
 from dit_booth.sweep.description import Description, read_description
 from dit_booth.sweep.launch import hostfile_slots, local_slots, run_points
-from dit_booth.sweep.plan import Plan, Point, plan_sweep
+from dit_booth.sweep.plan import Plan, plan_sweep
 from dit_booth.sweep.rows import is_finished, row_of, write_rows
 from dit_booth.sweep.show import show_plan, show_rows
 
@@ -95,23 +96,24 @@ def record(file: Path, description: Description, given: Any) -> None:
 
 def run(plan: Plan, given: Any) -> int:
     """Run what is missing, and say how it stands."""
-
-    def finished(point: Point) -> None:
-        from dit_booth.sweep.board import write_hparams
-
-        write_hparams(plan, point, row_of(plan, point, set()))
-
     whole = True
     if all(is_finished(plan.run_folder(point)) for point in plan.points):
         print("all points are finished, nothing to do")
     else:
-        devices = given.devices.split(",") if given.devices else None
-        hosts = given.hostfile
+        devices, hosts = given.devices.split(",") if given.devices else None, given.hostfile
         slots = hostfile_slots(plan.ranks, hosts) if hosts else local_slots(plan.ranks, devices)
         whole = run_points(
-            plan, slots, retries=given.retries, seconds=given.seconds, grace=given.grace, finished=finished
+            plan,
+            slots,
+            retries=given.retries,
+            seconds=given.seconds,
+            grace=given.grace,
+            finished=lambda point: write_hparams(plan, point, row_of(plan, point, set())),
         )
     rows = write_rows(plan)
+    for point, row in zip(plan.points, rows, strict=True):
+        if row["status"] == "finished":  # also those that a process of another sweep has finished
+            write_hparams(plan, point, row)
     print(show_rows(plan, rows))
     if not whole:
         return 130

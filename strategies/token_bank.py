@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.inject import KV, QKV, Condition, Reference, Site, Sites
+from dit_booth.resampler import Perceiver, Pool
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 
@@ -25,7 +22,7 @@ class TokenBankConfig(StrategyConfig):
     depth: int = 2
     """perceiver: its layers."""
     per_site: bool = False
-    """perceiver: one for each site, or one that all sites of a width share."""
+    """perceiver: one for each site, or one that all sites (latent: of a width) share."""
     pool: Literal[2, 4, 8] = 4
     """pool: how many places along a side become one."""
     reference_noise: Literal["matched", "clean"] = "clean"
@@ -50,17 +47,21 @@ class TokenBank(Strategy):
         super().__init__(config, sites)
         self.clip, self.noise = config.source == "clip", config.reference_noise
         self.depends_on_time = not self.clip and self.noise == "matched"
-        self.shared = nn.ModuleDict()  # width -> bank
+        self.shared = nn.ModuleDict()  # width of what is read -> bank
         self.readers: dict[str, ReadBank] = {}
-        for site in sites.match(config.where, port="qkv", role="cross_frame"):
-            width = sites.image_dim if self.clip else site.dim
+        chosen = sites.match(config.where, port="qkv", role="cross_frame")
+        narrowest = min(site.dim for site in chosen)
+        for site in chosen:
+            source = sites.image_dim if self.clip else site.dim
+            pooled = config.kind == "pool"
+            width = source if pooled or not self.clip else narrowest
             reader = self.readers[site.name] = self.attach(site, ReadBank(site, width))
-            if config.kind == "pool":
+            if pooled:
                 reader.bank = Pool(config.pool)
             elif config.per_site:
-                reader.bank = Perceiver(width, config.tokens, config.depth)
-            elif str(width) not in self.shared:
-                self.shared[str(width)] = Perceiver(width, config.tokens, config.depth)
+                reader.bank = Perceiver(source, width, config.tokens, config.depth)
+            elif str(source) not in self.shared:
+                self.shared[str(source)] = Perceiver(source, width, config.tokens, config.depth)
 
     def forward(self, reference: Reference) -> Condition:
         return Condition(kv={at: self.readers[at].project(x) for at, x in self.tokens(reference).items()})
@@ -77,7 +78,7 @@ class TokenBank(Strategy):
 
 
 class ReadBank(nn.Module):
-    """Keys and values of the bank; they start as the backbone's where they read its own hidden state."""
+    """Keys and values of the bank; they start as the backbone's where they are of its width."""
 
     def __init__(self, site: Site, width: int) -> None:
         super().__init__()
@@ -89,48 +90,3 @@ class ReadBank(nn.Module):
 
     def forward(self, qkv: QKV, condition: Condition) -> QKV:
         return qkv if condition.here_kv is None else qkv.reading_image(*condition.here_kv)
-
-
-class Pool(nn.Module):
-    """Average pooling of a square grid of tokens (b n c) by `by` along each side; windows at the edge are smaller."""
-
-    def __init__(self, by: int) -> None:
-        super().__init__()
-        self.by = by
-
-    def forward(self, x: Tensor) -> Tensor:
-        grid = rearrange(x, "b (h w) c -> b c h w", h=isqrt(x.shape[1]))
-        return rearrange(F.avg_pool2d(grid, self.by, ceil_mode=True), "b c h w -> b (h w) c")
-
-
-class Perceiver(nn.Module):
-    """Learned queries read [image; themselves] (Flamingo's resampler, arXiv 2204.14198, section 3.1.1): b m c."""
-
-    def __init__(self, width: int, tokens: int, depth: int) -> None:
-        super().__init__()
-        self.latents = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
-        self.layers = nn.ModuleList(PerceiverLayer(width) for _ in range(depth))
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.latents.expand(len(image), -1, -1)
-        for layer in self.layers:
-            x = layer(x, image)
-        return F.layer_norm(x, x.shape[-1:])
-
-
-class PerceiverLayer(nn.Module):
-    """Attention of the bank x (b m c) to [image; x], then an MLP."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = 1 if width % 64 else width // 64
-        self.norm_image, self.norm_x, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
-        self.to_q, self.to_kv, self.to_out = (nn.Linear(width, n * width, bias=False) for n in (1, 2, 1))
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        y = self.norm_x(x)
-        q, kv = self.to_q(y), self.to_kv(torch.cat([self.norm_image(image), y], dim=1))
-        q, k, v = (rearrange(t, "b n (k d) -> b k n d", k=self.heads) for t in (q, *kv.chunk(2, dim=-1)))
-        x = x + self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b k n d -> b n (k d)"))
-        return x + self.mlp(self.norm_mlp(x))

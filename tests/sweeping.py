@@ -95,6 +95,13 @@ class Sweep:
                 continue
         return found
 
+    def left(self) -> dict[int, str]:
+        """Processes that do not end by themselves: one that outlived its sweep may just be on its way out."""
+        limit = time.monotonic() + 60
+        while self.processes() and time.monotonic() < limit:
+            time.sleep(0.2)
+        return self.processes()
+
     def kill(self, chosen: Callable[[str], bool]) -> list[int]:
         """SIGKILL to every process whose command line is `chosen`."""
         numbers = [number for number, command in self.processes().items() if chosen(command)]

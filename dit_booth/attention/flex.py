@@ -1,27 +1,27 @@
 """FlexAttention with a block mask: the whole joint softmax in one call, over concatenated segments.
 
 A baseline and a choice: it concatenates the segments' keys (once, never repeated per frame), and takes neither a
-segment's own queries nor, on the CPU, gradients.
+segment's own queries nor, on the CPU, gradients. It is compiled by itself, a graph of its own.
+Importing it imports PyTorch's compiler, so `kernels` does that only for those who ask for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dit_booth.attention.plans import Frames, constant
-
-if TYPE_CHECKING:  # costs half a second, for those who ask for it only
-    from torch.nn.attention.flex_attention import BlockMask
+from dit_booth.attention.plans import Frames
 
 BLOCK = 128
 
 
+@torch.compiler.disable
 def flex_attend(
     tensors: Sequence[Tensor],
     positions: tuple[tuple[int, int, int], ...],
@@ -50,29 +50,17 @@ def flex_attend(
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention, dynamic=False)
 
 
-@constant
-def block_mask(
-    frames: tuple[Frames, ...], n: int, sizes: tuple[tuple[int, int], ...], device: torch.device
-) -> BlockMask:
-    """`_block_mask`, built once."""
-    return _block_mask(frames, n, sizes, device)
-
-
 @lru_cache(maxsize=64)
-def _block_mask(
+def block_mask(
     frames: tuple[Frames, ...], n: int, sizes: tuple[tuple[int, int], ...], device: torch.device
 ) -> BlockMask:
     """Which blocks of BLOCK x BLOCK scores are computed, from the visibilities; sizes: (groups, tokens) of segments.
 
     Built from frames and groups, so that it costs (f n / BLOCK)^2, where `create_block_mask` costs (f n)^2.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
     visible = torch.cat([_table(f, groups) for f, (groups, _) in zip(frames, sizes, strict=True)], dim=1)
     group_of = torch.repeat_interleave(
         torch.arange(visible.shape[1]), torch.tensor([m for groups, m in sizes for _ in range(groups)])

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dit_booth.attention import flex, package_kernels, torch_kernels
+from dit_booth.attention import package_kernels, torch_kernels
 from dit_booth.attention.plans import Frames, constant
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,17 @@ def _has_flash4() -> bool:
         return False
 
 
+def _flex_attend(
+    tensors: Sequence[Tensor], positions: Positions, frames: tuple[Frames, ...], scales: tuple[float, ...]
+) -> Tensor:
+    from dit_booth.attention.flex import (
+        flex_attend,
+    )  # with it comes PyTorch's compiler: seconds of every start
+
+    out: Tensor = flex_attend(tensors, positions, frames, scales)
+    return out
+
+
 F16, F32, F64 = (torch.float16, torch.bfloat16), (torch.float32,), (torch.float64,)
 FLASH = Kernel(package_kernels.flash_forward, package_kernels.flash_backward)
 FLASH4 = Kernel(package_kernels.flash4_forward, package_kernels.flash4_backward)
@@ -87,7 +98,7 @@ CUDA_FLASH = Kernel(torch_kernels.cuda_flash_forward, torch_kernels.cuda_flash_b
 CPU_FLASH = Kernel(torch_kernels.cpu_flash_forward, torch_kernels.cpu_flash_backward)
 EFFICIENT = Kernel(torch_kernels.cuda_efficient_forward, torch_kernels.cuda_efficient_backward)
 MATH = Kernel(torch_kernels.math_forward, torch_kernels.math_backward)
-FLEX = Whole(flex.flex_attend)
+FLEX = Whole(_flex_attend)
 PIP = "pip install -e .[flash] --no-build-isolation"
 PIP4 = "pip install --pre flash-attn-4"
 
@@ -97,7 +108,8 @@ TABLE = (
     Row("flash", FLASH, "cuda", F16, 8, 8, 256, (8, 0), installed=_has_flash, install=PIP),
     Row("torch_flash", CUDA_FLASH, "cuda", F16, 8, 8, 256, (8, 0)),
     Row("torch_flash", CPU_FLASH, "cpu", F16 + F32 + F64),
-    Row("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(7, 0)),
+    Row("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(8, 0)),
+    Row("torch_efficient", EFFICIENT, "cuda", (torch.float16,), 8, capability=(7, 0)),
     Row("torch_efficient", EFFICIENT, "cuda", F32, 4, capability=(5, 0)),
     Row("math", MATH, "any", F16 + F32 + F64),
     Row("flex", FLEX, "cuda", F16 + F32, least=16, most=256, capability=(8, 0), auto=False),
@@ -128,16 +140,13 @@ def _row(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: b
 @lru_cache(maxsize=256)
 def _find(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> int:
     check(name)
-    lacks = {
-        i: _lacks(row, device, dtype, head, grad)
-        for i, row in enumerate(TABLE)
-        if row.name == name or (name == "auto" and row.auto)
-    }
-    fits = [i for i, reasons in lacks.items() if not reasons]
+    asked = [i for i, row in enumerate(TABLE) if row.name == name or (name == "auto" and row.auto)]
+    lacks = {i: _lacks(TABLE[i], device, dtype, head, grad) for i in asked}
+    fits = [i for i in asked if not lacks[i]]
     if not fits:
-        reasons = min(lacks.values(), key=len)
+        nearest = min(asked, key=lambda i: (TABLE[i].device not in ("any", device.type), len(lacks[i])))
         hint = "" if name == "auto" else "; or use auto"
-        raise ValueError(f"attention kernel {name!r} {' and '.join(reasons)}{hint}")
+        raise ValueError(f"attention kernel {name!r} {' and '.join(lacks[nearest])}{hint}")
     if name == "auto":
         _announce(TABLE[fits[0]].name, device.type, dtype, head)
     return fits[0]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dit_booth.attention.plans import Frames, constant
@@ -178,7 +177,7 @@ def _at_distance(who: list[int], offset: int, length: int) -> Read:
     return Read(tuple((i,) for i in who), tuple(tuple(range(i + offset, i + offset + length)) for i in who))
 
 
-# ---- views -------------------------------------------------------------------------------------------------
+# ---- views: without einops, which a dozen calls per read would make slow to run and slower to compile ------------
 
 
 @constant
@@ -239,27 +238,24 @@ def add(x: Tensor, index: Index, y: Tensor) -> None:
 
 
 def lay_out(x: Tensor, index: Index) -> Tensor:
-    """Operand of a plain attention, from (b f n k d): the tokens of a block's frames end to end."""
-    laid: Tensor
+    """Operand of a plain attention ((b j) k (f n) d) from (b f n k d): the tokens of a block's frames end to end."""
+    x = take(x, index)
     if len(index) == 1:
-        laid = rearrange(take(x, index), "b f n k d -> b k (f n) d")
+        x = x.flatten(1, 2)  # b (f n) k d
     elif len(index[0]) == 1:
-        laid = rearrange(take(x, index), "b f n k d -> (b f) k n d")
+        x = x.flatten(0, 1)  # (b j) n k d
     else:
-        laid = rearrange(take(x, index), "b j f n k d -> (b j) k (f n) d")
-    return laid
+        x = x.flatten(2, 3).flatten(0, 1)  # (b j) (f n) k d
+    return x.transpose(1, 2)
 
 
 def lay_back(x: Tensor, index: Index) -> Tensor:
-    """Result of a plain attention in the shape that `take` returns."""
-    laid: Tensor
+    """Result of a plain attention ((b j) k (f n) d) in the shape that `take` returns."""
+    x = x.transpose(1, 2)
     if len(index) == 1:
-        laid = rearrange(x, "b k (f n) d -> b f n k d", f=len(index[0]))
-    elif len(index[0]) == 1:
-        laid = rearrange(x, "(b f) k n d -> b f n k d", f=len(index))
-    else:
-        laid = rearrange(x, "(b j) k (f n) d -> b j f n k d", j=len(index), f=len(index[0]))
-    return laid
+        return x.unflatten(1, (len(index[0]), -1))  # b f n k d
+    x = x.unflatten(0, (-1, len(index)))
+    return x if len(index[0]) == 1 else x.unflatten(2, (len(index[0]), -1))  # b j f n k d
 
 
 def _is_flat(index: Index) -> bool:

@@ -106,9 +106,12 @@ class DiffusersAutoencoder(Autoencoder):
             from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
             posterior = DiagonalGaussianDistribution(z)
-            if isinstance(generator, Sequence):  # diffusers knows rows of frames
-                generator = [row for row in generator for _ in range(video.shape[1])]
-            z = posterior.sample(generator) if self.sample else posterior.mode()
+            draws: Any = (
+                generator  # diffusers takes a list, of one generator a frame; its annotation does not say so
+            )
+            if isinstance(generator, Sequence):
+                draws = [row for row in generator for _ in range(video.shape[1])]
+            z = posterior.sample(draws) if self.sample else posterior.mode()
         z = (z - self.shift) * self.scale
         return rearrange(z, "(b f) c h w -> b f c h w", b=len(video)).to(video.dtype)
 

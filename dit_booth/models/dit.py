@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +16,7 @@ from dit_booth.inject import Injection, Latents, Modulation, Site, no_injection
 from dit_booth.models.clip import Text
 from dit_booth.models.dit_blocks import BlockModulation, DiTBlock, Modulate, Step
 from dit_booth.models.dit_config import SIZES, DiTConfig
-from dit_booth.models.layers import timestep_embedding
+from dit_booth.models.layers import keep_einops_whole, timestep_embedding
 from dit_booth.models.positions import grid_embedding, rotary_3d, rotary_time, time_embedding
 
 __all__ = ["SIZES", "DiTConfig", "VideoDiT"]
@@ -119,7 +119,9 @@ class VideoDiT(nn.Module):
         height, width = (n // self.config.patch for n in x.shape[-2:])
         space = rotary_3d(times, height, width, dim, x.device, x.dtype)
         apart = time_plan is not None
-        return Step(c, plan, time_plan, space, rotary_time(times, dim, x.device, x.dtype, apart=apart), closed)
+        return Step(
+            c, plan, time_plan, space, rotary_time(times, dim, x.device, x.dtype, apart=apart), closed
+        )
 
     def run(
         self, i: int, block: nn.Module, x: Tensor, tokens: Tensor | None, step: Step, inject: Injection
@@ -138,8 +140,7 @@ class VideoDiT(nn.Module):
         # A tap that reads its own site's name is compiled anew for each block: leave room for that.
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(self.blocks))
-        for function in (rearrange, repeat):  # traced, their parser takes four fifths of the compilation
-            torch.compiler.allow_in_graph(function)
+        keep_einops_whole()
         for block in self.blocks:
             block.compile(**{"fullgraph": True, "dynamic": False, **options})
 

@@ -223,7 +223,9 @@ class TransformerBlock(nn.Module):
 
     def over_time(self, x: Tensor, step: Step) -> Tensor:
         """A pixel's frames are one group of keys, or one each where a plan cuts them: (b f n c)."""
-        form, plan = ("(b n) 1 f c", seen_by_all(1)) if step.time_plan is None else ("(b n) f 1 c", step.time_plan)
+        form, plan = (
+            ("(b n) 1 f c", seen_by_all(1)) if step.time_plan is None else ("(b n) f 1 c", step.time_plan)
+        )
         y = rearrange(x, f"b f n c -> {form}")
         return rearrange(self.attn_temp(y, y, plan, step.inject), f"{form} -> b f n c", b=x.shape[0])
 

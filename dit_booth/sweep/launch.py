@@ -116,8 +116,7 @@ class _Runner:
                 time.sleep(0.2)
             done = not self.running and not self._todo()
         finally:
-            for running in self.running.values():
-                end_group(running.process, self.grace)
+            end_groups([running.process for running in self.running.values()], self.grace)
             for number, handler in old.items():
                 signal.signal(number, handler)
         write_rows(self.plan)
@@ -177,7 +176,7 @@ class _Runner:
         for running in list(self.running.values()):
             if running.process.poll() is None:
                 continue
-            end_group(running.process, self.grace)  # ranks that outlived their launcher
+            end_groups([running.process], self.grace)  # ranks that outlived their launcher
             del self.running[running.slot.name]
             self._judge(running)
 
@@ -251,19 +250,25 @@ def free_port() -> int:
         return port
 
 
-def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End a launcher and all processes of its session that are left: gently, then firmly, then at once."""
+def end_groups(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    """End launchers and all processes of their sessions that are left: gently, then firmly, then at once."""
+    left = list(processes)
     for number, patience in ((signal.SIGINT, grace), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        left = [process for process in left if _signal(process, number)]
         limit = time.monotonic() + patience
-        try:
-            os.killpg(process.pid, number)
-            while time.monotonic() < limit:
-                process.poll()  # takes the launcher's own exit, so that it does not count as alive
-                os.killpg(process.pid, 0)
-                time.sleep(0.1)
-        except (ProcessLookupError, PermissionError):  # nobody is left
-            process.poll()
-            return
+        while left and time.monotonic() < limit:
+            time.sleep(0.1)
+            left = [process for process in left if _signal(process, 0)]
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Send a signal to a launcher's group; whether anybody is left in it."""
+    process.poll()  # takes the launcher's own exit: it would count as somebody
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def last_words(file: Path, start: int) -> list[str]:

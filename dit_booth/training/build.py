@@ -39,9 +39,7 @@ class Parts:
         return self
 
     @torch.no_grad()
-    def reference(
-        self, images: Tensor, dtype: torch.dtype, generator: Generators | None = None
-    ) -> Reference:
+    def reference(self, images: Tensor, dtype: torch.dtype, generator: Generators | None = None) -> Reference:
         """Image prompts (b 3 s s) as strategies see them; `noisy` holds clean copies until they are noised.
 
         `generator` draws from an autoencoder's posterior; without one, the latent is torch's global generator's.

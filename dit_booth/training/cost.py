@@ -82,7 +82,7 @@ def count_flops(
     """
     probe = replace(parts, root=copy.deepcopy(parts.root).to(device, dtype))
     batch = collate([dataset[0]]).to(device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.root.active))
         with FlopCounterMode(display=False) as counter:
             prediction = probe.root(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)

@@ -46,7 +46,7 @@ class Ema:
             self.shadow[name].lerp_(local(parameter).float(), 1 - decay)
 
     def decay_at(self, step: int) -> float:
-        """A constant decay warms up, so that the start is forgotten quickly; EDM2's grows with the step (section 3.1)."""
+        """A constant decay warms up, so that the start is soon forgotten; EDM2's grows with the step (section 3.1)."""
         if self.power is None:
             return min(self.decay, (1 + step) / (10 + step))
         return float((1 - 1 / step) ** (self.power + 1))

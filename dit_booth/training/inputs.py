@@ -41,7 +41,9 @@ class Inputs:
             return loss
         beside, latent = prediction.aside
         share = beside.numel() / (beside.numel() + prediction.output.numel())
-        return torch.lerp(loss, objective.loss(beside, latent, torch.zeros_like(latent), self.t).mean(), share)
+        return torch.lerp(
+            loss, objective.loss(beside, latent, torch.zeros_like(latent), self.t).mean(), share
+        )
 
 
 def generator_of(*numbers: int) -> torch.Generator:

@@ -37,7 +37,8 @@ class Journal:
         source = read_lines(self.stage_file) if self.stage_file.is_file() else here
         own = [line for line in source if line.get("stage") == stage and line["step"] <= done]
         others = [line for line in here if line.get("stage") not in (None, stage)]
-        _write(self.stage_file, own)
+        if source is here or own != source:
+            _write(self.stage_file, own)
         _write(self.file, [*others, *own])
         known = {line["step"] for line in here if line.get("stage") == stage}
         for line in own:

@@ -209,6 +209,9 @@ def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) 
     """The largest power of two of videos whose step should fit: memory grows evenly from one video to two."""
     device = torch.device(options.device)
     used = []
+    trainer.step(
+        batch_of(trainer.root, case, options, 1, options.device, dtype)
+    )  # which makes AdamW's averages
     for videos in (1, 2):
         batch = batch_of(trainer.root, case, options, videos, options.device, dtype)
         used.append(peak_memory(lambda batch=batch: trainer.step(batch), device))  # type: ignore[misc]

@@ -148,7 +148,7 @@ def test_two_kills_end_in_the_same_table(swept: Sweep, tmp_path: Path):
     assert watch.end() == []
     assert sweep.table() == swept.table()
     assert sweep.stage_steps() == swept.stage_steps(), "each step once"
-    assert not sweep.processes()
+    assert not sweep.left()
 
 
 def wait(process: subprocess.Popen[str], until: Callable[[], bool]) -> None:

@@ -15,6 +15,7 @@ from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.inject import QKV, Injection, Latents, Reference
 from dit_booth.models.dit import DiTConfig
+from dit_booth.resampler import Pool
 from dit_booth.testing import BACKBONES, Trial, trial, worst
 from dit_booth.training.inputs import Inputs
 from strategies.adaln import AdaLNConfig
@@ -98,8 +99,6 @@ def test_a_pooled_bank_averages_the_grid(pool: Any, tokens: int) -> None:
 
 
 def test_windows_at_the_edge_of_a_pooled_bank_are_smaller() -> None:
-    from strategies.token_bank import Pool
-
     x = torch.arange(9.0).reshape(1, 9, 1)  # 3 x 3
     assert Pool(2)(x).flatten().tolist() == [2.0, 3.5, 6.5, 8.0]
 

@@ -73,7 +73,7 @@ def test_twenty_kills_at_random_moments(undisturbed: tuple[Sweep, float], tmp_pa
         for log in sweep.out.glob("points/*/launch.log"):
             found = [words for words in READ_HALF if words in log.read_text()]
             assert not found, f"{log}: {found}"
-        assert not sweep.processes()
+        assert not sweep.left()
         print(f"round {rounds}: {kills} kills so far")  # noqa: T201
     assert kills == KILLS
 

@@ -253,7 +253,9 @@ def test_a_clean_reference_passes_the_network_once_a_video_and_its_keys_are_proj
 
 
 def scaled(**guidance: Any) -> Parts:
-    parts = parts_with("token_replacement+kv_concat", kv_concat=CLEAN)  # noised to t = 1 there would be no image
+    parts = parts_with(
+        "token_replacement+kv_concat", kv_concat=CLEAN
+    )  # noised to t = 1 there would be no image
     config = replace(parts.config, guidance=GuidanceConfig(**guidance), sampler=SamplerConfig(steps=1))
     return replace(parts, config=config)
 

@@ -17,7 +17,7 @@ import pytest
 
 from dit_booth.files import Lock, read_lines
 from dit_booth.sweep import launch
-from dit_booth.sweep.launch import Slot, end_group, hostfile_slots, last_words, local_slots, run_points
+from dit_booth.sweep.launch import Slot, end_groups, hostfile_slots, last_words, local_slots, run_points
 from dit_booth.sweep.plan import Plan, Point, StageRef
 from dit_booth.sweep.rows import FAILED, LAUNCH, ROWS
 
@@ -192,9 +192,9 @@ def test_a_group_that_hears_nothing_is_killed(tmp_path: Path) -> None:
     threading.Timer(
         1.0, process.send_signal, [signal.SIGKILL]
     ).start()  # what SIGTERM's ten seconds would end in
-    end_group(process, 0.1)
+    end_groups([process], 0.1)
     assert process.poll() == -signal.SIGKILL
-    end_group(process, 0.1)  # nobody is left
+    end_groups([process], 0.1)  # nobody is left
 
 
 # ---- several at once ---------------------------------------------------------------------------------------

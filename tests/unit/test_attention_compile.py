@@ -1,0 +1,52 @@
+"""`attend` in torch.compile: one graph, forward and backward, without a break, whatever sizes come next."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_booth.attention import FramePlan, Segment, attend
+
+torch.set_num_threads(1)
+PLAN = FramePlan("first+previous")
+
+
+def loss(
+    kernel: str, q: Tensor, query: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor
+) -> Tensor:
+    frames = PLAN.frames(q.shape[1])
+    image = Segment(image_k, image_v, ((0,),) * q.shape[1], query, 0.3)
+    return attend(q, (Segment(k, v, frames), image), kernel).square().sum()
+
+
+def tensors(b: int, f: int, n: int, m: int, d: int = 16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(b, f, n, 2, d)] * 4 + [(b, 1, m, 2, d)] * 2
+    return [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes"),
+    [
+        ("torch_flash", [(1, 4, 12, 5), (2, 4, 20, 7), (2, 5, 28, 9), (2, 5, 28, 9, 8)]),
+        ("math", [(2, 4, 12, 5)]),
+    ],
+)
+def test_one_graph(kernel: str, sizes: list[tuple[int, ...]]) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for size in sizes:
+        x = tensors(*size)
+        ours, theirs = (torch.autograd.grad(run(kernel, *x), x) for run in (compiled, loss))
+        for mine, eager in zip(ours, theirs, strict=True):
+            assert (mine - eager).abs().max() < 1e-5
+
+
+def test_inductor() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    x = tensors(1, 3, 8, 5)
+    ours, theirs = (torch.autograd.grad(run("torch_flash", *x), x) for run in (compiled, loss))
+    for mine, eager in zip(ours, theirs, strict=True):
+        assert (mine - eager).abs().max() < 1e-5

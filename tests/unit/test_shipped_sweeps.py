@@ -1,0 +1,123 @@
+"""The sweeps in ``experiments/sweeps``: each can be planned, at nano size and at full size, and shares what it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_booth.cli import parse, to_argv
+from dit_booth.sweep.description import read_description
+from dit_booth.sweep.plan import Plan, expand
+from dit_booth.training.address import stages_of
+from dit_booth.training.build import build
+from dit_booth.training.cost import count_flops
+from dit_booth.training.stage import schedule_of, set_trainable
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "experiments" / "sweeps"
+NAMES = {
+    "schedule": (4, 1),
+    "query_projection": (4, 1),
+    "token_bank": (5, 1),
+    "strategies": (9, 0),
+    "anchoring": (8, 0),
+    "reference_noise": (4, 1),
+    "backbones": (2, 0),
+}
+"""Points of a seed, and how many stages several of them share."""
+
+
+def planned(file: Path, override: Path | None = None) -> Plan:
+    d = read_description(file, override)
+    return Plan(
+        name=d.name, folder=Path(), store=Path(), launcher=d.launcher, ranks=d.ranks, points=tuple(expand(d))
+    )
+
+
+def test_all_are_here() -> None:
+    assert {file.stem for file in FOLDER.glob("*.yaml")} == {*NAMES, "full"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nano_sweep(name: str) -> None:
+    plan = planned(FOLDER / f"{name}.yaml")
+    count, shared = NAMES[name]
+    assert (len(plan.points), plan.ranks) == (2 * count, 1)
+    assert sum(uses > 1 for uses in plan.uses().values()) == 2 * shared
+    assert sum(point.baseline for point in plan.points) == 2
+    assert {point.settings["data"]["kind"] for point in plan.points} == {"toyworld"}
+    groups = {point.group for point in plan.points}
+    assert len(groups) == count
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``full.yaml`` with the three paths given."""
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "data").mkdir()
+    (folder / "data" / "train.csv").write_text("videoid,page_dir,name\n")
+    for name in ("unet.pt", "global_mapper.pt"):
+        (folder / name).write_text(name)
+    text = (FOLDER / "full.yaml").read_text().replace("path/to", str(folder))
+    file = folder / "full.yaml"
+    file.write_text(text.replace("../configs", str(ROOT / "experiments" / "configs")))
+    return file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_at_full_size_by_one_file(name: str, full: Path) -> None:
+    plan = planned(FOLDER / f"{name}.yaml", full)
+    count, shared = NAMES[name]
+    assert (plan.name, plan.ranks, len(plan.points)) == (f"{name}-full", 8, count)
+    assert sum(uses > 1 for uses in plan.uses().values()) == shared
+    for point in plan.points:
+        assert (point.settings["data"]["kind"], point.settings["data"]["size"]) == ("triplets", 256)
+        assert all(stage.steps >= 30000 for stage in point.stages)
+    if name in ("schedule", "strategies"):
+        nano = {point.label for point in planned(FOLDER / f"{name}.yaml").points}
+        assert {point.label for point in plan.points} == nano
+
+
+def test_without_the_paths_the_full_size_says_what_lacks() -> None:
+    with pytest.raises(
+        ValueError, match=r"'path/to/unet\.pt', which is neither a file nor a folder|path/to/data"
+    ):
+        planned(FOLDER / "schedule.yaml", FOLDER / "full.yaml")
+
+
+def test_the_backbones_cost_the_same() -> None:
+    """FLOPs of a step that trains the whole backbone, for one video."""
+    flops = {}
+    for point in planned(FOLDER / "backbones.yaml").points[::2]:
+        settings = point.settings
+        flags = {"weights": "none", "schedule": ["base"], "backbone": settings["backbone"]}
+        flags |= {"dit.size": settings["dit"]["size"], "unet.channels": settings["unet"]["channels"]}
+        base = str(ROOT / "experiments/configs/toyworld_base.yaml")
+        config = parse(["--config", base, *to_argv(flags)])
+        parts = build(config)
+        parts.root.active = ()
+        set_trainable(parts.root, ["backbone.*"])
+        data, device = config.data.build(heldout=False), torch.device("cpu")
+        flops[point.label] = count_flops(parts, config.stages.base, data, torch.float32, device)
+    assert len(flops) == 2
+    assert max(flops.values()) / min(flops.values()) < 1.03, flops
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("two_stage", ("coarse", "fine")),
+        ("coarse_only", ("coarse",)),
+        ("fine_only", ("fine",)),
+        ("joint", ("joint",)),
+    ],
+)
+def test_schedules_are_configurations(name: str, schedule: tuple[str, ...]) -> None:
+    """Table 2's rows: all but the coarse stage alone see the same number of steps."""
+    config = parse(["--config", str(ROOT / f"experiments/configs/schedules/{name}.yaml")])
+    assert schedule_of(config) == schedule
+    steps = sum(stage.steps for stage in stages_of(config))
+    assert steps == (200 if name == "coarse_only" else 350)
