@@ -214,7 +214,7 @@ class RunConfig:
     Stable Diffusion 1.x folder (diffusers), DiT's official file (.pt; inflated), or VideoBooth's U-Net (.pt), which may
     bring the strategies' taps."""
     strategy_weights: tuple[str, ...] = ()
-    """Where the strategies start, read in order: VideoBooth's or ELITE's mapper (.pt), run folders, .safetensors files."""
+    """Where the strategies start, read in order: VideoBooth's or ELITE's mapper (.pt), run folders, .safetensors."""
     schedule: tuple[StageName, ...] = ()
     """Stages in order; empty: coarse and fine, as far as the strategies train in them."""
     out: str = ""

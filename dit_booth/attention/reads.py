@@ -251,11 +251,15 @@ def lay_out(x: Tensor, index: Index) -> Tensor:
 
 def lay_back(x: Tensor, index: Index) -> Tensor:
     """Result of a plain attention ((b j) k (f n) d) in the shape that `take` returns."""
+    blocks, length = len(index), len(index[0])
     x = x.transpose(1, 2)
-    if len(index) == 1:
-        return x.unflatten(1, (len(index[0]), -1))  # b f n k d
-    x = x.unflatten(0, (-1, len(index)))
-    return x if len(index[0]) == 1 else x.unflatten(2, (len(index[0]), -1))  # b j f n k d
+    if blocks == 1:
+        x = x.unflatten(1, (length, -1))  # b f n k d
+    elif length == 1:
+        x = x.unflatten(0, (-1, blocks))  # b j n k d
+    else:
+        x = x.unflatten(0, (-1, blocks)).unflatten(2, (length, -1))  # b j f n k d
+    return x
 
 
 def _is_flat(index: Index) -> bool:

@@ -64,8 +64,8 @@ def make_inputs(
     """Encode, drop, draw times and noise. The reference's noise is drawn before the video's, as in VideoBooth.
 
     Rows that are dropped get the null prompt and the zero image (VideoBooth section 3.3's training), or one of the two
-    (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). With a generator for each row, a row's draws do not depend on the
-    batch around it, hence not on the number of ranks.
+    (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). With a generator for each row, a row's draws do not depend on
+    the batch around it, hence not on the number of ranks.
     """
     u = per_row(lambda n, g: torch.rand(n, generator=g), len(batch), generator)
     no_image = u < stage.drop + stage.drop_image

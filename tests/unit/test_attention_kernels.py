@@ -278,6 +278,7 @@ def test_the_block_mask_is_the_visibility(plan: str, n: int, m: int) -> None:
     assert mask.seq_lengths == theirs.seq_lengths
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_equals_the_oracle_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
