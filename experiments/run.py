@@ -134,7 +134,8 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     from dit_booth.config import decisive
 
     settings = folder / "run.yaml"
-    begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "finished"))
+    traces = ("metrics.jsonl", "finished", "checkpoints/*/latest.json", "checkpoints/*/weights.safetensors")
+    begun = any(True for name in traces for _ in folder.glob(name))
     if not (begun and settings.is_file()):  # a run that failed before its first step left nothing to lose
         return
     changed = differences(decisive(yaml.safe_load(settings.read_text())), decisive(config.as_dict()))

@@ -6,8 +6,10 @@ natural log-sum-exp (b k n) in float32, and take the output and log-sum-exp of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -88,16 +90,17 @@ def flash_backward(
 
 
 @lru_cache(maxsize=1)
-def _flash4() -> ModuleType:
-    import flash_attn.cute.interface as interface
+def _flash4() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward; they compile themselves, and torch.compile has to keep off."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    return interface  # type: ignore[no-any-return]
+    return torch.compiler.disable(_flash_attn_fwd), torch.compiler.disable(_flash_attn_bwd)
 
 
 @in_launches
 def flash4_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = _tokens_first(q, k, v)
-    out, lse, *_ = _flash4()._flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True)
+    out, lse, *_ = _flash4()[0](q, k, v, softmax_scale=scale, return_lse=True)
     return _heads_first(out)[0], lse
 
 
@@ -106,7 +109,7 @@ def flash4_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out = _tokens_first(dout, q, k, v, out)
-    gradients = _flash4()._flash_attn_bwd(
+    gradients = _flash4()[1](
         q,
         k,
         v,

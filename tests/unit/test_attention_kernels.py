@@ -244,7 +244,7 @@ def test_the_packages_adapters(name: str, seed: int, monkeypatch: pytest.MonkeyP
     two = SimpleNamespace(
         _wrapped_flash_attn_forward=flash_attn_forward, _wrapped_flash_attn_backward=flash_attn_backward
     )
-    four = SimpleNamespace(_flash_attn_fwd=flash4_fwd, _flash_attn_bwd=flash4_bwd)
+    four = (flash4_fwd, flash4_bwd)
     monkeypatch.setattr(package_kernels, "_flash", lambda: two)
     monkeypatch.setattr(package_kernels, "_flash4", lambda: four)
     kernel = kernels.FLASH if name == "flash" else kernels.FLASH4

@@ -370,4 +370,5 @@ def test_wrong_values_end_the_program_without_a_traceback(tmp_path: Path):
     assert "Traceback" not in done.stderr
     done = run("--strategy", "kv_conct")
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["error: strategy 'kv_conct' is unknown; nearest: kv_concat"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: strategy 'kv_conct' is unknown; nearest: kv_concat")
