@@ -347,7 +347,11 @@ def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> 
             torch.compiler.reset()
             keep_einops_whole()
             backbone = run.root.backbone
-            part = backbone.compile_blocks if isinstance(backbone, VideoDiT) else backbone.mid_block.compile
+            part = (
+                backbone.compile_blocks
+                if isinstance(backbone, VideoDiT)
+                else backbone.get_submodule("mid_block").compile
+            )
             part(backend=backend)
         prediction = run.root(run.x, run.t, run.prompt, run.reference())
         loss = prediction.output.square().mean() + prediction.penalty

@@ -38,8 +38,8 @@ def page(rows: Sequence[Row], frames: Sequence[Row], about: Row, command: str) -
         _table(_case(rows[0], rows), about),
         _bars(_case(rows[0], rows)),
         "## Cost in frames",
-        "Time per frame of `attend` with an image segment of 64 tokens, 16 and 128 frames. Frames at the start of a"
-        " video have fewer frames to read: `work` is how much more there is to do per frame.",
+        "Time per frame of `attend` with an image segment of a frame's size, 16 and 128 frames. Frames at the start"
+        " of a video have fewer frames to read: `work` is how much more there is to do per frame.",
         _markdown(
             ["plan", "pass", "ms per frame, F=16", "F=128", "growth", "work"],
             [

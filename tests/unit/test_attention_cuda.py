@@ -24,7 +24,16 @@ LIMITS = {BF16: 0.15, F16: 0.02, F32: 2e-4}
 """Largest error as a share of the root mean square. Half precisions round inputs alike on both sides."""
 
 KERNELS = ("flash4", "flash", "torch_flash", "torch_efficient", "math")
-PLANS = ("self", "first", "first+previous", "self+first", "window(3)", "keyframes(3)", "sink(1)+window(2)", "all")
+PLANS = (
+    "self",
+    "first",
+    "first+previous",
+    "self+first",
+    "window(3)",
+    "keyframes(3)",
+    "sink(1)+window(2)",
+    "all",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +107,9 @@ def test_batches_larger_than_a_launch(kernel: str, monkeypatch: pytest.MonkeyPat
     dtype = F32 if kernel == "torch_efficient" else BF16
     skip_unless(kernel, dtype, 16)
     rows = torch_kernels.MOST_BATCH + 9
-    q, k, v = (torch.randn(rows, 1, 4, 1, 16, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(rows, 1, 4, 1, 16, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)
+    )
     seen = [Segment(k, v, ((0,),))]
     ours = torch.autograd.grad(attend(q, seen, kernel).float().square().sum(), (q, k, v))
     exact = torch.autograd.grad(attend(q, seen, "math").float().square().sum(), (q, k, v))
