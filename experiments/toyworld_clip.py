@@ -1,6 +1,7 @@
 """Train the embedded tiny CLIP on the toy world: image prompts and video frames against captions (CLIP, section 2).
 
 python experiments/toyworld_clip.py --steps 600 --out dit_booth/assets/clip.safetensors
+python experiments/toyworld_clip.py --steps 600 --start embedded   # the image tower follows the text tower
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,10 @@ class Settings:
     """Image-caption pairs in a step; half are image prompts, half frames."""
     lr: float = 1e-3
     """Peak learning rate, after 50 steps of warm-up, cosine to zero."""
+    start: Literal["none", "embedded"] = "none"
+    """none: both towers from random weights. embedded: the image tower goes on, against the embedded text tower."""
+    workers: int = 1
+    """Processes that render."""
     seed: int = 0
     """Seed of weights and data."""
     out: str = "dit_booth/assets/clip.safetensors"
@@ -45,20 +51,24 @@ class Settings:
 
 def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
-    model = build_clip_model(ClipConfig(pretrained="none")).requires_grad_(True)
-    text = TextEncoder(model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_clip_model(ClipConfig(pretrained=settings.start)).requires_grad_(True).to(device)
+    text = TextEncoder(model).requires_grad_(settings.start == "none")
     world = Toyworld(ToyworldConfig(frames=2, size=32, seed=settings.seed, describe="full"))
-    stream = Loader(world, batch_size=settings.batch_size, seed=settings.seed, workers=1).stream(0)
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    stream = Loader(
+        world, batch_size=settings.batch_size, seed=settings.seed, workers=settings.workers
+    ).stream(0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, settings.lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings.steps))
     log, start = [], time.time()
     for step in range(settings.steps):
-        images, captions = pairs(next(stream))
+        images, captions = pairs(next(stream).to(device))
         image, words, scale = contrastive_forward(model, images, text.tokenize(captions))
         loss, accuracy = contrastive_loss(scale * image @ words.T)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
@@ -68,7 +78,7 @@ def main(settings: Settings) -> None:
                 {"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "s": time.time() - start}
             )
             print(json.dumps(log[-1]), flush=True)
-    write(Path(settings.out), clip_state_dict(model, torch.float16))
+    write(Path(settings.out), clip_state_dict(model.cpu(), torch.float16))
     Path(settings.log).write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
@@ -87,7 +97,7 @@ def pairs(batch: Batch) -> tuple[Tensor, list[str]]:
 
 def contrastive_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
     """CLIP's symmetric cross-entropy over a batch, and the share of captions that find their image."""
-    target = torch.arange(len(logits))
+    target = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, (logits.argmax(0) == target).float().mean()
 

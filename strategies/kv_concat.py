@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from dit_booth.attention import Segment, attend
+from dit_booth.attention import FramePlan, Segment, attend
 from dit_booth.inject import KV, QKV, Condition, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
@@ -82,29 +81,20 @@ class ReferenceKV(nn.Module):
         if condition.here_kv is None:
             return qkv
         count = qkv.q.shape[1]
-        reached = self.reached(count)
+        every = {"first": count, "keyframes": self.config.keyframe_every, "all": 1}[self.config.reference_at]
         if self.config.update == "direct":
             return qkv.reading_image(
-                *condition.here_kv, tuple((0,) if i in reached else () for i in range(count))
+                *condition.here_kv, tuple((0,) if i % every == 0 else () for i in range(count))
             )
-        image = qkv.image(*condition.here_kv, ((0,),) * len(reached))
-        v_new = self.updated_values(qkv, frames, image, reached)
+        v_new = self.updated_values(qkv, frames, condition.here_kv, every)
         return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
 
-    def reached(self, frames: int) -> list[int]:
-        """The frames that read the image."""
-        every = {"first": frames, "keyframes": self.config.keyframe_every, "all": 1}[self.config.reference_at]
-        return list(range(0, frames, every))
-
-    def updated_values(self, qkv: QKV, frames: Segment, image: Segment, reached: list[int]) -> Tensor:
-        """Equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames that the image reaches."""
-        values = list(frames.v.unbind(1))
-        at = tuple((i,) for i in range(len(reached)))
-        own = Segment(frames.k[:, reached], frames.v[:, reached], at)
+    def updated_values(self, qkv: QKV, frames: Segment, kv: KV, every: int) -> Tensor:
+        """Equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames i that the image reaches."""
+        q, k, v = (x[:, ::every] for x in (qkv.q, frames.k, frames.v))
+        image = qkv.image(*kv, ((0,),) * q.shape[1])
         if image.query is not None:
-            image = replace(image, query=image.query[:, reached])
-        for i, value in zip(
-            reached, attend(qkv.q[:, reached], (image, own), qkv.kernel).unbind(1), strict=True
-        ):
-            values[i] = value.to(frames.v.dtype)
-        return torch.stack(values, dim=1)
+            image = replace(image, query=image.query[:, ::every])
+        own = Segment(k, v, FramePlan("self").frames(q.shape[1]))
+        values = attend(q, (image, own), qkv.kernel).to(v.dtype)
+        return frames.v.slice_scatter(values, dim=1, step=every)

@@ -7,6 +7,7 @@ log-sum-exp of a larger softmax. `flex` is the exception: it does the whole join
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +17,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dit_booth.attention import package_kernels, torch_kernels
+from dit_booth.attention import package_kernels, short_kernel, torch_kernels
 from dit_booth.attention.plans import Frames, constant
+from dit_booth.attention.short_kernel import LONGEST, has_triton
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,10 @@ class Whole:
     attend: WholeAttention
 
 
+UNLIMITED = 1 << 62
+"""The length of sequences that a kernel without a limit takes."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A kernel and the tensors that it takes."""
@@ -62,6 +68,7 @@ class Row:
     least: int = 1
     most: int = 1 << 16
     capability: tuple[int, int] = (0, 0)  # of a CUDA device, at least
+    longest: int = UNLIMITED  # of queries or keys, in one sequence
     trains: bool = True
     auto: bool = True
     installed: Callable[[], bool] = lambda: True
@@ -94,6 +101,8 @@ def _flex_attend(
 F16, F32, F64 = (torch.float16, torch.bfloat16), (torch.float32,), (torch.float64,)
 FLASH = Kernel(package_kernels.flash_forward, package_kernels.flash_backward)
 FLASH4 = Kernel(package_kernels.flash4_forward, package_kernels.flash4_backward)
+SHORT = Kernel(short_kernel.short_forward, short_kernel.short_backward)
+CUDNN = Kernel(torch_kernels.cudnn_forward, torch_kernels.cudnn_backward)
 CUDA_FLASH = Kernel(torch_kernels.cuda_flash_forward, torch_kernels.cuda_flash_backward)
 CPU_FLASH = Kernel(torch_kernels.cpu_flash_forward, torch_kernels.cpu_flash_backward)
 EFFICIENT = Kernel(torch_kernels.cuda_efficient_forward, torch_kernels.cuda_efficient_backward)
@@ -101,11 +110,14 @@ MATH = Kernel(torch_kernels.math_forward, torch_kernels.math_backward)
 FLEX = Whole(_flex_attend)
 PIP = "pip install -e .[flash] --no-build-isolation"
 PIP4 = "pip install --pre flash-attn-4"
+TRITON = "pip install triton; apt install gcc python3-dev"
 
 # The one table, in order of preference: `auto` takes the first row that takes the tensors.
 TABLE = (
+    Row("short", SHORT, "cuda", F16, 8, 8, 128, (8, 0), LONGEST, installed=has_triton, install=TRITON),
     Row("flash4", FLASH4, "cuda", F16, 8, 8, 128, (9, 0), installed=_has_flash4, install=PIP4),
     Row("flash", FLASH, "cuda", F16, 8, 8, 256, (8, 0), installed=_has_flash, install=PIP),
+    Row("cudnn", CUDNN, "cuda", F16, 8, 8, 128, (9, 0), auto=False),
     Row("torch_flash", CUDA_FLASH, "cuda", F16, 8, 8, 256, (8, 0)),
     Row("torch_flash", CPU_FLASH, "cpu", F16 + F32 + F64),
     Row("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(8, 0)),
@@ -116,6 +128,8 @@ TABLE = (
     Row("flex", FLEX, "cpu", F16 + F32, least=16, most=256, trains=False, auto=False),
 )
 NAMES = tuple(sorted({row.name for row in TABLE}))
+LIMITS = tuple(sorted({row.longest for row in TABLE}))
+LIMITED = {row.name for row in TABLE if row.longest < UNLIMITED}
 
 
 def check(name: str) -> None:
@@ -124,24 +138,41 @@ def check(name: str) -> None:
         raise ValueError(f"attention kernel {name!r} is unknown; use auto or one of {', '.join(NAMES)}")
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> Kernel | Whole:
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int = UNLIMITED
+) -> Kernel | Whole:
     """The kernel for tensors of a head size on a device, with gradients or not.
 
+    longest: how long the sequences of queries or keys in one plain attention may be.
     Raises ValueError, with the reason and what to do, where the kernel asked for cannot take them.
     """
-    return TABLE[_row(name, device, dtype, head, grad)].kernel
+    return TABLE[_row(name, device, dtype, head, grad, _length(name, longest))].kernel
+
+
+def _length(name: str, longest: int) -> int:
+    """A constant for `longest`, which torch.compile may know as a symbol.
+
+    It is the lowest limit that holds it, so that a compiled graph serves all lengths between two limits; itself where a
+    kernel is asked for whose error would tell it.
+    """
+    if name in LIMITED:
+        return operator.index(longest)
+    for limit in LIMITS:
+        if longest <= limit:
+            return limit
+    return UNLIMITED
 
 
 @constant
-def _row(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> int:
-    return _find(name, device, dtype, head, grad)
+def _row(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int) -> int:
+    return _find(name, device, dtype, head, grad, longest)
 
 
 @lru_cache(maxsize=256)
-def _find(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> int:
+def _find(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int) -> int:
     check(name)
     asked = [i for i, row in enumerate(TABLE) if row.name == name or (name == "auto" and row.auto)]
-    lacks = {i: _lacks(TABLE[i], device, dtype, head, grad) for i in asked}
+    lacks = {i: _lacks(TABLE[i], device, dtype, head, grad, longest) for i in asked}
     fits = [i for i in asked if not lacks[i]]
     if not fits:
         nearest = min(asked, key=lambda i: (TABLE[i].device not in ("any", device.type), len(lacks[i])))
@@ -159,7 +190,9 @@ def _announce(name: str, device: str, dtype: torch.dtype, head: int) -> None:
     )
 
 
-def _lacks(row: Row, device: torch.device, dtype: torch.dtype, head: int, grad: bool) -> list[str]:
+def _lacks(
+    row: Row, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int
+) -> list[str]:
     """Why a kernel cannot take the tensors; empty where it can."""
     reasons = []
     if not row.installed():
@@ -176,6 +209,8 @@ def _lacks(row: Row, device: torch.device, dtype: torch.dtype, head: int, grad: 
     if head % row.multiple or not row.least <= head <= row.most:
         multiples = f"multiples of {row.multiple} " if row.multiple > 1 else ""
         reasons.append(f"takes head sizes {multiples}from {row.least} to {row.most}, not {head}")
+    if longest > row.longest:
+        reasons.append(f"takes sequences up to {row.longest}, not {longest}")
     if grad and not row.trains:
         reasons.append(f"has no backward on {row.device}")
     return reasons

@@ -68,7 +68,7 @@ def attend(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    chosen = choose(kernel, q.device, dtype, head, grad)
+    chosen = choose(kernel, q.device, dtype, head, grad, _longest(q, segments))
     with torch.autocast(device, enabled=False):  # a kernel's float32 parts stay float32
         tensors = [t.to(dtype) for t in tensors]
         if isinstance(chosen, Whole):
@@ -101,6 +101,11 @@ def _validate(q: Tensor, segments: Sequence[Segment]) -> None:
             raise ValueError(
                 f"query frame {i} reads no key in any segment; give it at least one in the frame plan"
             )
+
+
+def _longest(q: Tensor, segments: Sequence[Segment]) -> int:
+    """No read has more queries than a sample's, nor more keys than a segment's."""
+    return max(q.shape[1] * q.shape[2], *(s.k.shape[1] * s.k.shape[2] for s in segments))
 
 
 # ---- what is to be run: constants of a compiled graph -------------------------------------------------------

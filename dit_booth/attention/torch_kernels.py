@@ -133,6 +133,55 @@ def cuda_flash_backward(
     return dq, dk, dv
 
 
+# cuDNN, read in ATen's native/cudnn/MHA.cpp. Its log-sum-exp is natural, (b k n 1), float32. Some versions look up the
+# plan of a backward by the shapes and strides of q, k and v alone: the other operands are always laid out in one way.
+
+
+@in_launches
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """cuDNN's fused attention: (out, logsumexp, cumulative lengths, lengths, random state, mask)."""
+    if q.shape[2] == 1 or k.shape[2] == 1:  # versions differ in whether they take one query or key
+        return cuda_flash_forward(q, k, v, scale)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, False, False, scale=scale
+    )
+    return out, lse.reshape(q.shape[:3])
+
+
+@in_launches
+def cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Its gradients are sums in any order; what FlashAttention-2 needs from the forward pass is the same.
+    if q.shape[2] == 1 or k.shape[2] == 1 or torch.are_deterministic_algorithms_enabled():
+        return cuda_flash_backward(dout, q, k, v, out, lse, scale)
+    state = torch.empty((), dtype=torch.int64, device=q.device)  # random numbers: no dropout, not read
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+        _tokens_first(dout),
+        q,
+        k,
+        v,
+        _tokens_first(out),
+        lse.contiguous().unsqueeze(-1),
+        state,
+        state,
+        None,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        False,
+        scale=scale,
+    )
+    return dq, dk, dv
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """(b k n d), in memory (b n k d) without gaps."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 LSE_ALIGNMENT = 32
 """The efficient kernel's log-sum-exp has rows of a multiple of this."""
 
@@ -151,9 +200,7 @@ def cuda_efficient_backward(
     n = q.shape[2]
     rows = -(-n // LSE_ALIGNMENT) * LSE_ALIGNMENT
     padded = torch.nn.functional.pad(lse, (0, rows - n), value=torch.inf).contiguous()  # exp(x - inf) = 0
-    out = rearrange(
-        rearrange(out, "b k n d -> b n k d").contiguous(), "b n k d -> b k n d"
-    )  # strides not all read
+    out = _tokens_first(out)  # strides not all read
     state = torch.empty(0, dtype=torch.int64, device=q.device)  # random numbers: no dropout, not read
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, None, out, padded, state, state, 0.0, [True, True, True, False], False, scale=scale

@@ -17,7 +17,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +26,11 @@ import torch
 import tyro
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_booth.attention import FramePlan, Frames, Segment, attend
+from dit_booth.attention.kernels import choose
 from experiments.bench import attention_report as report
 from experiments.bench.measure import conditions, interleaved, matmul_peak, peak_memory, write_lines
 
@@ -98,6 +101,19 @@ class Case:
             for f, n in sizes
         ]
 
+    def concatenated(self, q: Tensor) -> list[Tensor]:
+        """q, and random keys and values of as many tokens as a frame reads at most, in one piece each."""
+        keys = max(len(groups) for groups in self.frame_plan) * self.tokens + self.image
+        k, v = (
+            torch.randn(1, self.frames, keys, self.heads, self.head, dtype=q.dtype, device=q.device)
+            for _ in range(2)
+        )
+        return [q, k.requires_grad_(), v.requires_grad_()]
+
+
+BARS = Case("first+previous", 16, 1024, 1024)
+"""The case that the bars are about."""
+
 
 def grid(device: str) -> list[Case]:
     """The comparison's cases, those that its bars are about first, the costly last."""
@@ -108,8 +124,7 @@ def grid(device: str) -> list[Case]:
         Case(plan, f, n, n if image is None else image, head, heads)
         for plan, f, n, image, head in itertools.product(PLANS, frames, tokens, images, (64, 128))
     ]
-    first = Case("first+previous", 16, 1024, 1024)
-    return [first, *sorted((c for c in cases if c != first), key=lambda case: case.flops(training=True))]
+    return [BARS, *sorted((c for c in cases if c != BARS), key=lambda case: case.flops(training=True))]
 
 
 # ---- competitors -------------------------------------------------------------------------------------------
@@ -156,6 +171,11 @@ def cat_expand(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> T
     return _per_frame(q, keys(k, image[0]), keys(v, image[1]))
 
 
+def cat_repeat_cudnn(case: Case, *tensors: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return cat_repeat(case, *tensors)
+
+
 def _per_frame(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     query, k, v = (rearrange(t, "b f n k d -> (b f) k n d") for t in (q, k, v))
     out = scaled_dot_product_attention(query, k, v)
@@ -190,9 +210,29 @@ def competitors(case: Case, device: str) -> dict[str, Competitor]:
     scores = case.frames * case.tokens * (case.frames * case.tokens + case.image)
     if 8 * scores < limit and case.flops(False) * case.frames < (1e11 if device == "cpu" else 1e14):
         found["dense mask"] = dense_mask
-    if device == "cuda" and (case.plan, case.frames, case.tokens) == ("first+previous", 16, 1024):
+    if device == "cuda" and case == BARS:
         found["flex"] = flex  # elsewhere too it would compile anew for every shape, half a minute each
+        found |= {f"segments by {name}": partial(segments, kernel=name) for name in other_kernels(case)}
+        found["cat+repeat by cudnn"] = cat_repeat_cudnn
     return found
+
+
+def other_kernels(case: Case) -> list[str]:
+    """The kernels with a log-sum-exp that this GPU has, by name."""
+    fit = []
+    for name in ("flash4", "flash", "cudnn", "torch_flash", "torch_efficient"):
+        try:
+            choose(name, torch.device("cuda"), torch.bfloat16, case.head, True, case.frames * case.tokens)
+        except ValueError as reason:
+            log.info("%s", reason)
+        else:
+            fit.append(name)
+    return fit
+
+
+def plain(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernel alone: a frame's keys already lie in one piece."""
+    return attend(q, (Segment(k, v, FramePlan("self").frames(case.frames)),))
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -210,12 +250,25 @@ def compare(case: Case, options: Options, peak: float) -> Iterator[dict[str, Any
             who: job(run, case, tensors, gradient, training)
             for who, run in competitors(case, options.device).items()
         }
+        flops = dict.fromkeys(jobs, case.flops(training))
+        if case == BARS:
+            whole = replace(case, image=0)
+            laid_out = case.concatenated(tensors[0])
+            jobs["plain"] = job(plain, whole, laid_out, gradient, training)
+            flops["plain"] = (
+                laid_out[1].shape[2]
+                * case.tokens
+                * case.frames
+                * case.heads
+                * case.head
+                * (14.0 if training else 4.0)
+            )
         for run in jobs.values():
             run()  # flex compiles
         memory = {who: peak_memory(run, device) for who, run in jobs.items()}
         times = interleaved(jobs, options.rounds, device, warm_up=0, clock=CLOCKS[options.clock])
         for who in jobs:
-            rate = case.flops(training) / times[who].best
+            rate = flops[who] / times[who].best
             yield {
                 **asdict(case),
                 "pass": name,
@@ -287,15 +340,15 @@ def main(options: Options) -> None:
     log.info("%s", about)
     rows: list[dict[str, Any]] = []
     cases = grid(options.device)
-    frames = list(cost_in_frames(options))
     for done, case in enumerate(cases):
-        if time.monotonic() - start > options.budget:
+        if done and time.monotonic() - start > options.budget:
             log.info("time is up: %d of %d cases were left out", len(cases) - done, len(cases))
             break
         measured = list(compare(case, options, peak))
         log.info(report.line(measured))
         rows += measured
         gc.collect()
+    frames = list(cost_in_frames(options))
     where = options.table.with_suffix("") if options.table else options.out / "attention"
     write_lines(where.with_suffix(".jsonl"), rows + frames)
     report.plot(rows, frames, where.with_suffix(".png"))

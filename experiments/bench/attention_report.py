@@ -73,7 +73,7 @@ def _case(like: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def _bars(rows: Sequence[Row]) -> str:
-    """Time and memory of segments as shares of cat+repeat's."""
+    """Time and memory of segments as shares of cat+repeat's, and FLOP/s as a share of the kernel's own."""
     at = {(row["pass"], row["what"]): row for row in rows}
     lines = []
     for name in ("forward", "forward+backward"):
@@ -82,6 +82,11 @@ def _bars(rows: Sequence[Row]) -> str:
             lines.append(
                 f"- {name}: {theirs['segments_over_it']:.2f}x the time of cat+repeat,"
                 f" {ours['peak_mib'] / theirs['peak_mib']:.2f}x its memory"
+            )
+        if (alone := at.get((name, "plain"))) is not None:
+            lines.append(
+                f"- {name}: {ours['gflops'] / alone['gflops']:.0%} of the FLOP/s that the same kernel reaches where a"
+                " frame's keys lie in one piece (`plain`)"
             )
     return "\n".join(lines)
 
@@ -128,15 +133,17 @@ def plot(rows: Sequence[Row], frames: Sequence[Row], path: Path) -> None:
         if r["plan"] == "first+previous" and r["image"] == r["tokens"] and r["pass"] != "forward"
     ]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    _relative(axes[0], chosen, "best_ms", "time / segments' time")
-    _relative(axes[1], chosen, "peak_mib", "peak memory / segments'")
+    if chosen:
+        _relative(axes[0], chosen, "best_ms", "time / segments' time")
+        _relative(axes[1], chosen, "peak_mib", "peak memory / segments'")
     for row in frames:
         if row["pass"] != "forward":
             both = [row["ms_per_frame_16"], row["ms_per_frame_128"]]
             axes[2].plot([16, 128], both, marker="o", label=row["plan"])
     axes[2].set(xlabel="frames", ylabel="ms per frame, forward+backward", xscale="log", ylim=(0, None))
     axes[2].set_xticks([16, 128], ["16", "128"])
-    axes[2].legend(fontsize=7)
+    if frames:
+        axes[2].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

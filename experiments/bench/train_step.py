@@ -53,7 +53,7 @@ class Options:
     latents: tuple[int, int, int] = (4, 32, 32)
     """Channels, height and width of a frame's latents."""
     batch: int = 0
-    """Videos in a step; 0: one on the CPU, as many as fit (a power of two) on CUDA."""
+    """Videos in a step; 0: one on the CPU, as many as fit on CUDA."""
     compile: bool | None = None
     """torch.compile the blocks; by default on CUDA only."""
     dit: DiTConfig = DiTConfig()
@@ -206,7 +206,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
 
 
 def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) -> int:
-    """The largest power of two of videos whose step should fit: memory grows evenly from one video to two."""
+    """Videos whose step should fit, a strategy's with them: memory grows evenly from one video to two."""
     device = torch.device(options.device)
     used = []
     trainer.step(
@@ -217,8 +217,8 @@ def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) 
         used.append(peak_memory(lambda batch=batch: trainer.step(batch), device))  # type: ignore[misc]
     each = max(used[1] - used[0], 1)
     torch.cuda.empty_cache()
-    free = 0.9 * torch.cuda.mem_get_info(device)[0] - used[0]
-    return 1 << max(int(1 + free / each).bit_length() - 1, 0)
+    free = 0.8 * torch.cuda.mem_get_info(device)[0] - used[0]
+    return max(int(1 + free / each), 1)
 
 
 def run(options: Options) -> list[dict[str, Any]]:

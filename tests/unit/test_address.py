@@ -171,7 +171,7 @@ def start(strategy: str, *flags: str) -> nn.Module:
 def test_a_strategy_starts_alike_whatever_it_is_composed_with() -> None:
     name = "token_replacement"
     alone = start(name).state_dict()
-    states = [start(s).state_dict() for s in (BOTH, f"kv_concat+{name}", f"adaln+{name}")]
+    states = [start(s).state_dict() for s in (BOTH, f"adaln+{name}")]
     assert any(key.startswith(f"strategy.{name}.mapper") for key in alone)
     for state in states:
         assert all(torch.equal(state[key], value) for key, value in alone.items())

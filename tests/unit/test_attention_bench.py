@@ -66,10 +66,13 @@ def test_the_page_and_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_further_case_is_begun_when_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [bench.Case("first", 2, 8, 0, 16, 1), bench.Case("self", 2, 8, 0, 16, 1)]
+    monkeypatch.setattr(bench, "grid", lambda device: cases)
     monkeypatch.setattr(bench, "cost_in_frames", lambda options: [])
     monkeypatch.setattr(bench, "matmul_peak", lambda *_, **__: 1e9)
-    bench.main(bench.Options(out=tmp_path, budget=0.0, threads=1))
-    assert (tmp_path / "attention.jsonl").read_text() == ""
+    bench.main(bench.Options(out=tmp_path, budget=0.0, rounds=1, threads=1))
+    rows = [json.loads(line) for line in (tmp_path / "attention.jsonl").read_text().splitlines()]
+    assert {row["plan"] for row in rows} == {"first"}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------

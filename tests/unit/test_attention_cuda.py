@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from attention_oracle import Case, errors, random_case
+from attention_oracle import LENGTHS, Case, errors, random_case
 from torch import Tensor
 
 from dit_booth.attention import FramePlan, Segment, attend, torch_kernels
@@ -23,7 +23,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 LIMITS = {BF16: 0.15, F16: 0.02, F32: 2e-4}
 """Largest error as a share of the root mean square. Half precisions round inputs alike on both sides."""
 
-KERNELS = ("flash4", "flash", "torch_flash", "torch_efficient", "math")
+LONG = ("flash4", "flash", "cudnn", "torch_flash", "torch_efficient", "math")
+KERNELS = ("short", *LONG)
 PLANS = (
     "self",
     "first",
@@ -43,7 +44,7 @@ def exact_float32() -> None:
 
 def skip_unless(kernel: str, dtype: torch.dtype, head: int) -> None:
     try:
-        choose(kernel, torch.device("cuda", torch.cuda.current_device()), dtype, head, True)
+        choose(kernel, torch.device("cuda", torch.cuda.current_device()), dtype, head, True, longest=1)
     except ValueError as reason:
         pytest.skip(str(reason))
 
@@ -70,11 +71,12 @@ def video(plan: str, frames: int, n: int, m: int, head: int, batch: int = 1, hea
 @pytest.mark.parametrize("head", [8, 12, 16, 24, 40, 64, 72, 80, 96, 128])
 def test_head_sizes(kernel: str, dtype: torch.dtype, head: int) -> None:
     skip_unless(kernel, dtype, head)
+    lengths = (1, 2, 3, 5, 7, 12) if kernel == "short" else LENGTHS  # 5 frames and groups at most
     for seed in range(3):
-        check(random_case(seed, sizes=(head,)), kernel, dtype)
+        check(random_case(seed, sizes=(head,), lengths=lengths), kernel, dtype)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", LONG)
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("plan", PLANS)
 def test_plans(kernel: str, dtype: torch.dtype, plan: str) -> None:
@@ -82,7 +84,7 @@ def test_plans(kernel: str, dtype: torch.dtype, plan: str) -> None:
     check(video(plan, 9, 65, 33, 64), kernel, dtype)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", LONG)
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("lengths", [(1, 1), (127, 129), (31, 257), (300, 5)])
 def test_odd_lengths(kernel: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
@@ -94,11 +96,12 @@ def test_odd_lengths(kernel: str, dtype: torch.dtype, lengths: tuple[int, int]) 
 def test_batches_sample_by_sample_and_in_pieces(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = F32 if kernel == "torch_efficient" else BF16
     skip_unless(kernel, dtype, 64)
+    n, m = (12, 10) if kernel == "short" else (40, 24)
     for copy_below in (0, 1 << 40):
         for piece in (1, 1 << 40):
             monkeypatch.setattr(joint, "COPY_BELOW", copy_below)
             monkeypatch.setitem(joint.PIECE, "cuda", piece)
-            check(video("first+previous", 5, 40, 24, 64, batch=2), kernel, dtype)
+            check(video("first+previous", 5, n, m, 64, batch=2), kernel, dtype)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -117,6 +120,63 @@ def test_batches_larger_than_a_launch(kernel: str, monkeypatch: pytest.MonkeyPat
         assert (mine - theirs).abs().max() < LIMITS[dtype] * max(1.0, theirs.abs().max().item())
 
 
+# ---- short sequences ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("head", [8, 64, 72, 128])
+@pytest.mark.parametrize("lengths", [(1, 1), (7, 17), (16, 16), (17, 64), (33, 5), (64, 64)])
+def test_lengths_of_the_short_kernel(dtype: torch.dtype, head: int, lengths: tuple[int, int]) -> None:
+    """One fold on a frame's own keys and one on an image."""
+    skip_unless("short", dtype, head)
+    check(video("self", 1, *lengths, head, batch=3, heads=3), "short", dtype)
+
+
+@pytest.mark.parametrize("kernel", ["short", "cudnn"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("frames", [2, 9, 17])
+def test_temporal_plans(kernel: str, plan: str, frames: int) -> None:
+    """A row per place, in which each frame is a group of one token."""
+    skip_unless(kernel, BF16, 72)
+    check(video(plan, frames, 1, 1, 72, batch=11), kernel, BF16)
+
+
+def test_an_attention_too_long_for_the_short_kernel() -> None:
+    skip_unless("short", BF16, 64)
+    case = video("self", 5, 13, 8, 64).to(BF16, "cuda")
+    with pytest.raises(ValueError, match="takes sequences up to 64, not 65"):
+        attend(case.q, case.segments, "short")
+    assert attend(case.q, case.segments).dtype == BF16
+
+
+def test_the_short_kernel_takes_unaligned_rows() -> None:
+    """Strides and addresses of 2 bytes; a gradient without strides."""
+    skip_unless("short", BF16, 24)
+    kernel = choose("short", torch.device("cuda", torch.cuda.current_device()), BF16, 24, True, 17)
+    q, k, v = torch.randn(3, 4, 3, 18, 27, device="cuda").bfloat16()[..., 1:, 1:25].unbind(0)
+    dout = torch.ones((), device="cuda", dtype=BF16).expand(q.shape)
+    wide = [t.double() for t in (dout, q, k, v)]
+    out, lse = torch_kernels.math_forward(*wide[1:], 0.2)
+    ours = (*kernel.forward(q, k, v, 0.2), *kernel.backward(dout, q, k, v, out.to(BF16), lse.float(), 0.2))
+    exact = (out, lse, *torch_kernels.math_backward(*wide, out, lse, 0.2))
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert (mine - theirs).abs().max() < LIMITS[BF16] * theirs.square().mean().sqrt()
+
+
+def test_the_short_kernel_takes_more_than_two_billion_numbers() -> None:
+    skip_unless("short", BF16, 128)
+    rows, shape = 70_000, (16, 16, 128)  # 2.3e9: the last rows are beyond 32 bits
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * 16 * 16 * 128:
+        pytest.skip("needs 14 GB of memory")
+    kernel = choose("short", torch.device("cuda", torch.cuda.current_device()), BF16, 128, True, 16)
+    x = torch.randn(16, *shape, device="cuda", dtype=BF16).repeat(rows // 16, 1, 1, 1)
+    out, lse = kernel.forward(x, x, x, 0.1)
+    assert torch.equal(out[:16], out[-16:])
+    assert torch.equal(lse[:16], lse[-16:])
+    exact, _ = torch_kernels.math_forward(x[-16:], x[-16:], x[-16:], 0.1)
+    assert (out[-16:] - exact).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("head", [8, 12, 40, 64, 128])
 def test_auto_takes_every_head_size(dtype: torch.dtype, head: int) -> None:
@@ -133,11 +193,12 @@ def test_flex(dtype: torch.dtype, plan: str) -> None:
     assert max(out, gradient) < max(LIMITS[dtype], 0.02)
 
 
-@pytest.mark.parametrize("kernel", ["torch_flash", "torch_efficient", "flash"])
+@pytest.mark.parametrize("kernel", ["torch_flash", "torch_efficient", "flash", "cudnn", "short"])
 def test_one_compiled_graph(kernel: str) -> None:
     dtype = F32 if kernel == "torch_efficient" else BF16
     skip_unless(kernel, dtype, 64)
-    case = video("first+previous", 4, 40, 24, 64).to(dtype, "cuda")
+    n, m = (12, 10) if kernel == "short" else (40, 24)
+    case = video("first+previous", 4, n, m, 64).to(dtype, "cuda")
 
     def run(q: Tensor, segments: Sequence[Segment]) -> Tensor:
         return attend(q, segments, kernel)

@@ -33,8 +33,10 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels._find.cache_clear()
 
 
-def name_of(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool = True) -> str:
-    chosen = choose(name, device, dtype, head, grad)
+def name_of(
+    name: str, device: torch.device, dtype: torch.dtype, head: int, longest: int = kernels.UNLIMITED
+) -> str:
+    chosen = choose(name, device, dtype, head, True, longest)
     return next(row.name for row in TABLE if row.kernel is chosen)
 
 
@@ -85,6 +87,66 @@ def test_auto_prefers_the_packages_where_they_are_installed(
         object.__setattr__(rows["flash4"], "installed", kernels._has_flash4)
 
 
+def with_triton(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    row = next(row for row in TABLE if row.name == "short")
+    monkeypatch.setitem(row.__dict__, "installed", lambda: has)
+    kernels._find.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head", "longest", "expected"),
+    [
+        (CUDA, BF16, 72, 16, "short"),
+        (CUDA, F16, 8, 64, "short"),
+        (CUDA, BF16, 72, 65, "torch_flash"),
+        (CUDA, BF16, 136, 16, "torch_flash"),
+        (CUDA, F32, 72, 16, "torch_efficient"),
+        (CPU, BF16, 72, 16, "torch_flash"),
+    ],
+)
+def test_auto_prefers_the_short_kernel_where_it_fits(
+    device: torch.device,
+    dtype: torch.dtype,
+    head: int,
+    longest: int,
+    expected: str,
+    hopper: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_triton(monkeypatch, True)
+    assert name_of("auto", device, dtype, head, longest) == expected
+    with_triton(monkeypatch, False)
+    assert name_of("auto", device, dtype, head, longest) == expected.replace("short", "torch_flash")
+
+
+def test_the_short_kernel_is_asked_for_in_vain(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_triton(monkeypatch, True)
+    with pytest.raises(ValueError, match="kernel 'short' takes sequences up to 64, not 256; or use auto"):
+        choose("short", CUDA, BF16, 64, True, 256)
+    with_triton(monkeypatch, False)
+    with pytest.raises(ValueError, match=r"'short' is not installed .*`pip install triton; apt"):
+        choose("short", CUDA, BF16, 64, True, 16)
+
+
+@pytest.mark.parametrize(
+    ("query", "keys", "expected"), [((2, 6), (3, 5), 15), ((4, 16), (1, 1), 64), ((1, 1), (1, 77), 77)]
+)
+def test_the_longest_sequence_of_an_attention(
+    query: tuple[int, int], keys: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queries of a sample may lie end to end, and so may the keys of a segment."""
+    seen: list[int] = []
+
+    def spy(*arguments: object) -> kernels.Kernel:
+        seen.append(arguments[-1])
+        return kernels.MATH
+
+    monkeypatch.setattr(joint, "choose", spy)
+    q, k = torch.zeros(2, *query, 1, 8), torch.zeros(2, *keys, 1, 8)
+    attend(q, [Segment(k, k, ((0,),) * query[0])])
+    assert seen == [expected]
+
+
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "head", "grad", "says"),
     [
@@ -94,6 +156,7 @@ def test_auto_prefers_the_packages_where_they_are_installed(
         ("torch_flash", CUDA, F32, 64, True, "takes float16 or bfloat16, not float32; or use auto"),
         ("torch_flash", CUDA, BF16, 12, True, "takes head sizes multiples of 8 from 8 to 256, not 12"),
         ("torch_efficient", CPU, F32, 64, True, "runs on cuda, not on cpu"),
+        ("cudnn", CUDA, BF16, 136, True, "takes head sizes multiples of 8 from 8 to 128, not 136"),
         ("torch_efficient", CUDA, F64, 64, True, "takes .*not float64"),
         ("flex", CUDA, BF16, 8, True, "takes head sizes from 16 to 256, not 8"),
         ("flex", CPU, F32, 64, True, "has no backward on cpu"),
@@ -144,10 +207,20 @@ def test_cpu_backward_gives_every_thread_a_part_of_a_fold(shape: tuple[int, int,
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("torch_flash", BF16), ("torch_efficient", F32), ("torch_efficient", F16)]
+    ("name", "dtype"),
+    [
+        ("torch_flash", BF16),
+        ("cudnn", BF16),
+        ("torch_efficient", F32),
+        ("torch_efficient", F16),
+        ("short", BF16),
+    ],
 )
 @pytest.mark.parametrize("plan", ["first+previous", "window(2)", "all"])
-def test_cuda_operators_take_our_arguments(name: str, dtype: torch.dtype, plan: str, hopper: None) -> None:
+def test_cuda_operators_take_our_arguments(
+    name: str, dtype: torch.dtype, plan: str, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_triton(monkeypatch, True)
     with FakeTensorMode():
         q, k, v, dout = (torch.empty(1, 6, 5, 2, 16, dtype=dtype, device=CUDA) for _ in range(4))
         image = [torch.empty(1, 1, 7, 2, 16, dtype=dtype, device=CUDA) for _ in range(2)]
@@ -155,7 +228,7 @@ def test_cuda_operators_take_our_arguments(name: str, dtype: torch.dtype, plan: 
         steps = joint._compile(
             (FramePlan(plan).frames(6), seen_by_all(6)), ((0, 1, 2), (0, 3, 4)), (0.2, 0.3), 3
         )
-        kernel = choose(name, CUDA, dtype, 16, True)
+        kernel = choose(name, CUDA, dtype, 16, True, 30)
         assert isinstance(kernel, kernels.Kernel)
         out, lse = joint._forward(steps, kernel, tensors)
         assert out.shape == q.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return planned(tmp_path_factory.mktemp("study"))
 
 
+def placed(study: Plan, folder: Path) -> Plan:
+    """The same plan in a folder of its own."""
+    return replace(study, folder=folder, store=folder / "stages")
+
+
 # ---- points and stages -------------------------------------------------------------------------------------
 
 
@@ -69,9 +75,11 @@ def test_points_of_one_group_differ_in_the_seed_only(study: Plan) -> None:
 
 
 def test_a_sampling_option_changes_the_point_and_no_stage(study: Plan, tmp_path: Path) -> None:
-    other = planned(tmp_path, options={**STUDY["options"], "guidance.scale": 5})
-    assert not {p.id for p in other.points} & {p.id for p in study.points}
-    assert other.uses() == study.uses()
+    options = {**STUDY["options"], "guidance.scale": 5}
+    other = planned(tmp_path, options=options, grid={}, seeds=[0], baseline=None).points[0]
+    same = planned(tmp_path, grid={}, seeds=[0], baseline=None).points[0]
+    assert other.id != same.id and other.group != same.group
+    assert other.stages == same.stages
 
 
 def test_options_of_strategies_that_a_point_lacks_are_left_out(tmp_path: Path) -> None:
@@ -105,7 +113,7 @@ def test_what_is_wrong_is_said_before_anything_starts(
     tmp_path: Path, changes: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        expand(described(tmp_path, **changes))
+        expand(described(tmp_path, seeds=[0], **changes))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sweep").exists()
 
@@ -156,8 +164,8 @@ def test_a_kept_plan_needs_no_pytorch(study: Plan) -> None:
 # ---- what is there -----------------------------------------------------------------------------------------
 
 
-def test_rows_are_a_function_of_the_points_files(tmp_path: Path) -> None:
-    plan = planned(tmp_path)
+def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) -> None:
+    plan = placed(study, tmp_path)
     first, second = plan.points[:2]
     folder = plan.run_folder(first)
     folder.mkdir(parents=True)
@@ -190,8 +198,8 @@ def test_rows_are_a_function_of_the_points_files(tmp_path: Path) -> None:
     assert "error: no" in said and "3.000" in said
 
 
-def test_the_plan_says_what_is_shared_there_and_left(tmp_path: Path) -> None:
-    plan = planned(tmp_path)
+def test_the_plan_says_what_is_shared_there_and_left(study: Plan, tmp_path: Path) -> None:
+    plan = placed(study, tmp_path)
     said = show_plan(plan)
     assert "steps to train: 240 of 240; with no stage shared there would be 480" in said
     assert "240 steps have no measured step time yet" in said
@@ -213,8 +221,8 @@ def test_the_plan_says_what_is_shared_there_and_left(tmp_path: Path) -> None:
 # ---- job lists ---------------------------------------------------------------------------------------------
 
 
-def test_shared_stages_are_jobs_that_points_depend_on(tmp_path: Path) -> None:
-    plan = planned(tmp_path)
+def test_shared_stages_are_jobs_that_points_depend_on(study: Plan, tmp_path: Path) -> None:
+    plan = placed(study, tmp_path)
     jobs = {job.name: job for job in jobs_of(plan)}
     assert len(jobs) == 10
     for point in plan.points:
@@ -232,8 +240,9 @@ def test_shared_stages_are_jobs_that_points_depend_on(tmp_path: Path) -> None:
         assert checked.returncode == 0, checked.stderr
 
 
-def test_the_shell_script_skips_what_depends_on_a_failed_job(tmp_path: Path) -> None:
-    plan = planned(tmp_path, launcher="python", seeds=[0])
+def test_the_shell_script_skips_what_depends_on_a_failed_job(study: Plan, tmp_path: Path) -> None:
+    points = tuple(point for point in study.points if point.seed == 0)
+    plan = replace(placed(study, tmp_path), launcher="python", points=points)
     coarse = plan.points[0].stages[0].name
     script = emit(plan, "shell").replace("python experiments/run.py", "run")
     fake = f'run() {{ echo "$@"; case "$*" in *--stop-after*) return ${{FAIL:-0}};; esac; }}\n{script}'

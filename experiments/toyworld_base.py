@@ -1,0 +1,240 @@
+"""The stages `images` and `base` of a toy-world run in one CUDA graph a step: how the embedded bases are trained.
+
+    python experiments/toyworld_base.py --config experiments/configs/toyworld_base.yaml --out runs/base-dit
+    python experiments/embed_base.py runs/base-dit
+
+For a network of two million parameters a step of `run.py` is mostly Python, DeepSpeed and random numbers of the CPU. Here
+a pool of rendered videos lies on the device, the step draws from it, and the whole step (draw, noise, forward,
+backward, clipping, AdamW, average) is captured once and replayed. Objective, network, stages, schedules and averages
+are those of the same configuration in `run.py`; the random numbers are others. On the CPU the step runs without a graph.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+import yaml
+from einops import rearrange
+from torch import Tensor, nn
+
+from dit_booth.cli import parse
+from dit_booth.config import RunConfig, StageName
+from dit_booth.data.toyworld import Toyworld
+from dit_booth.models.clip import NULL_PROMPT, Prompt
+from dit_booth.models.weights import write
+from dit_booth.training.build import Parts, build
+from dit_booth.training.ema import Ema
+from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
+from dit_booth.training.trainer import check_finite, learning_rate
+
+TIMES = 1 << 20
+"""Training times drawn in advance: the objectives draw on the CPU."""
+LOG_EVERY = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    config: str = "experiments/configs/toyworld_base.yaml"
+    """The run's configuration; only its stages images and base are for this program."""
+    out: str = "runs/base-dit"
+    """Run folder: run.yaml, metrics.jsonl, weights.safetensors, as run.py leaves them."""
+    pool: int = 200_000
+    """Videos that are rendered in advance; steps draw from them."""
+    processes: int = 16
+    """Processes that render."""
+    seconds: float = 0.0
+    """Most seconds of a stage: its steps are cut to as many as fit, and run.yaml has their number; 0: no limit."""
+    set: tuple[str, ...] = ()
+    """Other settings of the run, such as stages.base.steps=100 train.batch-size=4."""
+
+
+# ---- data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rendered videos and their tokenised captions on the device."""
+
+    videos: Tensor  # n f 3 h w, uint8
+    ids: Tensor  # n l
+
+    @classmethod
+    def render(cls, config: RunConfig, parts: Parts, count: int, processes: int) -> Pool:
+        """The first `count` videos of the training split; equal for any number of processes."""
+        world = config.data.build(heldout=False)
+        assert isinstance(world, Toyworld), (
+            "toyworld_base.py renders the toy world: set data.kind to toyworld"
+        )
+        bounds = np.linspace(0, count, 8 * processes + 1).astype(int)
+        jobs = [(world, int(a), int(b)) for a, b in pairwise(bounds)]
+        with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as workers:
+            parcels = workers.starmap(_render, jobs)
+        captions = [caption for _, told in parcels for caption in told]
+        device = next(parts.root.parameters()).device
+        videos = torch.cat([torch.from_numpy(videos) for videos, _ in parcels]).to(device)
+        return cls(videos, parts.root.text.tokenize(captions).ids)
+
+
+def _render(world: Toyworld, start: int, stop: int) -> tuple[np.ndarray, list[str]]:
+    examples = [world[i] for i in range(start, stop)]
+    size = world.config.size
+    videos = np.empty((len(examples), world.config.frames, 3, size, size), np.uint8)
+    for row, example in zip(videos, examples, strict=True):
+        row[:] = (example.video * 127.5 + 127.5).round().numpy()
+    return videos, [example.caption for example in examples]
+
+
+# ---- one step -----------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """One stage's step: every number that changes between steps lies in a tensor, so that a graph can be replayed."""
+
+    def __init__(self, parts: Parts, pool: Pool, name: StageName) -> None:
+        self.parts, self.pool, self.config = parts, pool, parts.config
+        self.stage = stage_config(parts.config, name)
+        self.trained = set_trainable(parts.root, trainable_globs(parts.config, parts.root, name, ()))
+        self.parameters: list[nn.Parameter] = list(self.trained.values())
+        device = self.parameters[0].device
+        generator = torch.Generator().manual_seed(self.config.train.seed)
+        self.times = parts.objective.sample_t(TIMES, generator, device)
+        self.null = parts.root.text.tokenize([NULL_PROMPT]).ids
+        self.lr, self.decay, self.loss = (torch.zeros((), device=device) for _ in range(3))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.lr,
+            betas=self.config.train.betas,
+            weight_decay=self.config.train.weight_decay,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        self.ema = Ema(self.trained, self.config.train.ema, self.config.train.ema_width)
+
+    def step(self) -> None:
+        """Draw, noise, predict, and update weights and averages; adds the loss to `loss`."""
+        x0, ids = self.draw()
+        rows, device = len(x0), x0.device
+        t = self.times[torch.randint(TIMES, (rows,), device=device)]
+        ids = torch.where(torch.rand(rows, 1, device=device) < self.stage.drop, self.null, ids)
+        eps = torch.randn_like(x0)
+        x_t = self.parts.objective.noise(x0, t, eps)
+        prompt = Prompt(ids, torch.zeros_like(ids))
+        prediction = self.parts.root(x_t, self.parts.objective.timestep(t), prompt)
+        loss = self.parts.objective.loss(prediction.output, x0, eps, t).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        with torch.no_grad():
+            self.loss += loss
+            shadow, weights = list(self.ema.shadow.values()), [p.data for p in self.parameters]
+            torch._foreach_mul_(shadow, self.decay)
+            torch._foreach_add_(shadow, list(torch._foreach_mul(weights, 1 - self.decay)))
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Latents (b f c h w) and captions (b l); with single frames, as many frames, of videos of their own."""
+        frames = self.pool.videos.shape[1]
+        rows = self.config.train.batch_size * (frames if self.stage.single_frames else 1)
+        device = self.pool.videos.device
+        index = torch.randint(len(self.pool.videos), (rows,), device=device)
+        if self.stage.single_frames:
+            at = torch.randint(frames, (rows,), device=device)
+            video = rearrange(self.pool.videos[index, at], "b c h w -> b 1 c h w")
+        else:
+            video = self.pool.videos[index]
+        return self.parts.autoencoder.encode(video.float() / 127.5 - 1), self.pool.ids[index]
+
+    def prepare(self, step: int) -> None:
+        """Set what step `step` (from 1) reads: learning rate and the average's decay."""
+        self.lr.fill_(self.stage.lr * learning_rate(step - 1, self.stage))
+        self.decay.fill_(self.ema.decay_at(step))
+
+    def graph(self) -> Callable[[], None]:
+        """The step as a graph, after three steps without progress (learning rate 0) that make all buffers."""
+        if self.lr.device.type != "cuda":
+            return self.step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            self.step()
+        self.loss.zero_()
+        return captured.replay
+
+    def run(self, name: str, seconds: float) -> Iterator[dict[str, float | str]]:
+        """Train the stage; a line of log every `LOG_EVERY` steps. Its averages become its weights."""
+        replay = self.graph()
+        if seconds:
+            self.stage = replace(self.stage, steps=min(self.stage.steps, int(seconds * self.rate(replay))))
+        begin, last = time.perf_counter(), 0
+        for step in range(1, self.stage.steps + 1):
+            self.prepare(step)
+            replay()
+            if step % LOG_EVERY and step < self.stage.steps:
+                continue
+            loss = self.loss.item() / (step - last)
+            check_finite(loss, name, step, Path(name))
+            self.loss.zero_()
+            seconds = (time.perf_counter() - begin) / (step - last)
+            yield {"stage": name, "step": step, "loss": loss, "lr": self.lr.item(), "seconds": seconds}
+            begin, last = time.perf_counter(), step
+        self.ema.copy_to_parameters()
+
+    def rate(self, replay: Callable[[], None], steps: int = 50) -> float:
+        """Steps a second, by steps at learning rate 0."""
+        self.lr.zero_()
+        self.decay.fill_(1.0)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            replay()
+        self.loss.zero_()
+        self.loss.item()
+        return steps / (time.perf_counter() - begin)
+
+
+def main(settings: Settings) -> None:
+    """ValueError: settings that cannot work, or a loss that is not finite."""
+    config = parse(["--config", settings.config, *(f"--{setting}" for setting in settings.set)])
+    torch.manual_seed(config.train.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    parts = build(config)
+    begin = time.perf_counter()
+    parts = parts.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    pool = Pool.render(config, parts, settings.pool, settings.processes)
+    print(f"{len(pool.videos)} videos rendered in {time.perf_counter() - begin:.1f} s", flush=True)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "metrics.jsonl").open("w") as log:
+        for name in config.schedule:
+            trainer = Trainer(parts, pool, name)
+            for row in trainer.run(name, settings.seconds):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            print(json.dumps(row), flush=True)
+            config = replace(config, stages=replace(config.stages, **{name: trainer.stage}))
+    state = {k: v for k, v in parts.root.state_dict().items() if not k.startswith("strategy.")}
+    write(out / "weights.safetensors", state)
+    (out / "run.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    (out / "finished").write_text("")
+    print(f"{out}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
