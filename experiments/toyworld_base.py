@@ -178,32 +178,24 @@ class Trainer:
     def run(self, name: str, seconds: float) -> Iterator[dict[str, float | str]]:
         """Train the stage; a line of log every `LOG_EVERY` steps. Its averages become its weights."""
         replay = self.graph()
-        if seconds:
-            self.stage = replace(self.stage, steps=min(self.stage.steps, int(seconds * self.rate(replay))))
-        begin, last = time.perf_counter(), 0
-        for step in range(1, self.stage.steps + 1):
+        step, last, begin = 0, 0, time.perf_counter()
+        deadline = begin + seconds
+        while step < self.stage.steps:
+            step += 1
             self.prepare(step)
             replay()
             if step % LOG_EVERY and step < self.stage.steps:
                 continue
-            loss = self.loss.item() / (step - last)
+            loss, now = self.loss.item() / (step - last), time.perf_counter()
             check_finite(loss, name, step, Path(name))
             self.loss.zero_()
-            seconds = (time.perf_counter() - begin) / (step - last)
-            yield {"stage": name, "step": step, "loss": loss, "lr": self.lr.item(), "seconds": seconds}
-            begin, last = time.perf_counter(), step
+            each = (now - begin) / (step - last)
+            yield {"stage": name, "step": step, "loss": loss, "lr": self.lr.item(), "seconds": each}
+            if seconds:  # as many steps as fit; the learning rate's decay follows
+                left = max(int((deadline - now) / each), 0)
+                self.stage = replace(self.stage, steps=min(self.stage.steps, step + left))
+            begin, last = now, step
         self.ema.copy_to_parameters()
-
-    def rate(self, replay: Callable[[], None], steps: int = 50) -> float:
-        """Steps a second, by steps at learning rate 0."""
-        self.lr.zero_()
-        self.decay.fill_(1.0)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            replay()
-        self.loss.zero_()
-        self.loss.item()
-        return steps / (time.perf_counter() - begin)
 
 
 def main(settings: Settings) -> None:

@@ -116,8 +116,8 @@ TRITON = "pip install triton; apt install gcc python3-dev"
 TABLE = (
     Row("short", SHORT, "cuda", F16, 8, 8, 128, (8, 0), LONGEST, installed=has_triton, install=TRITON),
     Row("flash4", FLASH4, "cuda", F16, 8, 8, 128, (9, 0), installed=_has_flash4, install=PIP4),
+    Row("cudnn", CUDNN, "cuda", F16, 8, 8, 128, (9, 0)),
     Row("flash", FLASH, "cuda", F16, 8, 8, 256, (8, 0), installed=_has_flash, install=PIP),
-    Row("cudnn", CUDNN, "cuda", F16, 8, 8, 128, (9, 0), auto=False),
     Row("torch_flash", CUDA_FLASH, "cuda", F16, 8, 8, 256, (8, 0)),
     Row("torch_flash", CPU_FLASH, "cpu", F16 + F32 + F64),
     Row("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(8, 0)),
