@@ -3,10 +3,10 @@
     python experiments/toyworld_base.py --config experiments/configs/toyworld_base.yaml --out runs/base-dit
     python experiments/embed_base.py runs/base-dit
 
-For a network of two million parameters a step of `run.py` is mostly Python, DeepSpeed and random numbers of the CPU. Here
-a pool of rendered videos lies on the device, the step draws from it, and the whole step (draw, noise, forward,
+For a network of two million parameters a step of `run.py` is mostly Python, DeepSpeed and random numbers of the CPU.
+Here a pool of rendered videos lies on the device, the step draws from it, and the whole step (draw, noise, forward,
 backward, clipping, AdamW, average) is captured once and replayed. Objective, network, stages, schedules and averages
-are those of the same configuration in `run.py`; the random numbers are others. On the CPU the step runs without a graph.
+are those of the same configuration in `run.py`; the random numbers are others. On the CPU there is no graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +34,7 @@ from dit_booth.models.clip import NULL_PROMPT, Prompt
 from dit_booth.models.weights import write
 from dit_booth.training.build import Parts, build
 from dit_booth.training.ema import Ema
+from dit_booth.training.graph import captured
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
 from dit_booth.training.trainer import check_finite, learning_rate
 
@@ -72,26 +73,29 @@ class Pool:
     def render(cls, config: RunConfig, parts: Parts, count: int, processes: int) -> Pool:
         """The first `count` videos of the training split; equal for any number of processes."""
         world = config.data.build(heldout=False)
-        assert isinstance(world, Toyworld), (
-            "toyworld_base.py renders the toy world: set data.kind to toyworld"
-        )
+        if not isinstance(world, Toyworld):
+            raise ValueError(
+                f"data.kind is {config.data.kind!r}, and toyworld_base.py renders the toy world only; use run.py"
+            )
+        # Written by the readers where it stays: what passes through pipes is copied several times.
+        shape = (count, config.data.frames, 3, config.data.size, config.data.size)
+        videos = torch.empty(shape, dtype=torch.uint8).share_memory_()
         bounds = np.linspace(0, count, 8 * processes + 1).astype(int)
-        jobs = [(world, int(a), int(b)) for a, b in pairwise(bounds)]
+        jobs = [(world, videos[a:b], int(a)) for a, b in pairwise(bounds)]
         with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as workers:
-            parcels = workers.starmap(_render, jobs)
-        captions = [caption for _, told in parcels for caption in told]
+            captions = [caption for told in workers.starmap(_render, jobs) for caption in told]
         device = next(parts.root.parameters()).device
-        videos = torch.cat([torch.from_numpy(videos) for videos, _ in parcels]).to(device)
-        return cls(videos, parts.root.text.tokenize(captions).ids)
+        return cls(videos.to(device), parts.root.text.tokenize(captions).ids)
 
 
-def _render(world: Toyworld, start: int, stop: int) -> tuple[np.ndarray, list[str]]:
-    examples = [world[i] for i in range(start, stop)]
-    size = world.config.size
-    videos = np.empty((len(examples), world.config.frames, 3, size, size), np.uint8)
-    for row, example in zip(videos, examples, strict=True):
-        row[:] = (example.video * 127.5 + 127.5).round().numpy()
-    return videos, [example.caption for example in examples]
+def _render(world: Toyworld, videos: Tensor, start: int) -> list[str]:
+    """Fill the videos with the examples from `start` on; their captions."""
+    captions = []
+    for i, video in enumerate(videos, start):
+        example = world[i]
+        video.copy_((example.video * 127.5 + 127.5).round())
+        captions.append(example.caption)
+    return captions
 
 
 # ---- one step -----------------------------------------------------------------------------------------------
@@ -159,25 +163,10 @@ class Trainer:
         self.lr.fill_(self.stage.lr * learning_rate(step - 1, self.stage))
         self.decay.fill_(self.ema.decay_at(step))
 
-    def graph(self) -> Callable[[], None]:
-        """The step as a graph, after three steps without progress (learning rate 0) that make all buffers."""
-        if self.lr.device.type != "cuda":
-            return self.step
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            self.step()
-        self.loss.zero_()
-        return captured.replay
-
     def run(self, name: str, seconds: float) -> Iterator[dict[str, float | str]]:
         """Train the stage; a line of log every `LOG_EVERY` steps. Its averages become its weights."""
-        replay = self.graph()
+        replay = captured(self.step, self.lr.device)  # warms up at learning rate 0
+        self.loss.zero_()
         step, last, begin = 0, 0, time.perf_counter()
         deadline = begin + seconds
         while step < self.stage.steps:

@@ -31,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dit_booth.attention import FramePlan, Frames, Segment, attend
 from dit_booth.attention.kernels import choose
+from dit_booth.training.graph import captured
 from experiments.bench import attention_report as report
 from experiments.bench.measure import conditions, interleaved, matmul_peak, peak_memory, write_lines
 
@@ -171,8 +172,8 @@ def cat_expand(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> T
     return _per_frame(q, keys(k, image[0]), keys(v, image[1]))
 
 
-def cat_repeat_cudnn(case: Case, *tensors: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+def cat_repeat_by(backend: SDPBackend, case: Case, *tensors: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
         return cat_repeat(case, *tensors)
 
 
@@ -213,7 +214,8 @@ def competitors(case: Case, device: str) -> dict[str, Competitor]:
     if device == "cuda" and case == BARS:
         found["flex"] = flex  # elsewhere too it would compile anew for every shape, half a minute each
         found |= {f"segments by {name}": partial(segments, kernel=name) for name in other_kernels(case)}
-        found["cat+repeat by cudnn"] = cat_repeat_cudnn
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            found[f"cat+repeat by {backend.name.split('_')[0].lower()}"] = partial(cat_repeat_by, backend)
     return found
 
 
@@ -266,6 +268,7 @@ def compare(case: Case, options: Options, peak: float) -> Iterator[dict[str, Any
         for run in jobs.values():
             run()  # flex compiles
         memory = {who: peak_memory(run, device) for who, run in jobs.items()}
+        jobs = {who: captured(run, device) for who, run in jobs.items()}  # kernels alone, not their launches
         times = interleaved(jobs, options.rounds, device, warm_up=0, clock=CLOCKS[options.clock])
         for who in jobs:
             rate = flops[who] / times[who].best
@@ -308,7 +311,7 @@ def cost_in_frames(options: Options) -> Iterator[dict[str, Any]]:
             for f, case in cases.items():
                 tensors = case.tensors(dtype, device)
                 run = job(segments, case, tensors, torch.randn_like(tensors[0]), name != "forward")
-                jobs[str(f)] = _repeated(run, 128 // f)
+                jobs[str(f)] = captured(_repeated(run, 128 // f), device)
             times = interleaved(jobs, options.rounds, device, clock=CLOCKS[options.clock])
             flops = {f: case.flops(False) / f for f, case in cases.items()}
             yield {

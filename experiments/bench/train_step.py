@@ -32,6 +32,7 @@ from dit_booth.config import DataConfig, RunConfig
 from dit_booth.describe import build, inputs, reference
 from dit_booth.injected import Injected
 from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.training.graph import captured
 from experiments.bench.measure import conditions, interleaved, matmul_peak, peak_memory, write_lines
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Options:
     """Videos in a step; 0: one on the CPU, as many as fit on CUDA."""
     compile: bool | None = None
     """torch.compile the blocks; by default on CUDA only."""
+    graph: bool = True
+    """On CUDA, replay the whole step as one graph: its kernels are timed, not a slow host's launches."""
     dit: DiTConfig = DiTConfig()
     """The other options of the DiT."""
     rounds: int = 7
@@ -110,7 +113,10 @@ class Trainer:
         self.parameters = [p for p in self.root.parameters() if p.requires_grad]
         whole = all(p.dtype == torch.float32 for p in self.parameters)
         self.masters = [p if whole else p.detach().float() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, weight_decay=0.01, fused=True)
+        on_gpu = self.masters[0].device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=1e-5, weight_decay=0.01, fused=True, capturable=on_gpu
+        )
 
     def step(self, batch: tuple[Any, ...]) -> None:
         """Forward, backward, clipping, update: no value is read back, so the GPU never waits for the CPU."""
@@ -162,12 +168,12 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
         if not p.any():  # products of zeros draw less power, and run faster
             torch.nn.init.normal_(p, std=0.02)
     trainer = Trainer(root)
-    videos = options.batch or (1 if device.type == "cpu" else fitting(trainer, case, options, dtype))
-    batch = batch_of(root, case, options, videos, options.device, dtype)
     compiled = options.compile if options.compile is not None else device.type == "cuda"
     if compiled:
         assert isinstance(root.backbone, VideoDiT)
         root.backbone.compile_blocks()
+    videos = options.batch or (1 if device.type == "cpu" else fitting(trainer, case, options, dtype))
+    batch = batch_of(root, case, options, videos, options.device, dtype)
 
     def step() -> None:
         trainer.step(batch)
@@ -176,11 +182,12 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
     step()
     first = time.perf_counter() - start
     peak = matmul_peak(dtype, device, rounds=5, clock=clock)
-    times = interleaved({"step": step}, options.rounds, device, warm_up=2, clock=clock)["step"]
+    memory = peak_memory(step, device) + (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0)
+    run = captured(step, device) if options.graph else step
+    times = interleaved({"step": run}, options.rounds, device, warm_up=2, clock=clock)["step"]
     peak = max(peak, matmul_peak(dtype, device, rounds=5, clock=clock))  # of a busy machine's better moment
     seconds, flops = times.median, model_flops(case, options) * videos
     per_frame = options.latents[1] * options.latents[2] // root.backbone.config.patch**2  # type: ignore[operator, union-attr]
-    memory = peak_memory(step, device) + (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0)
     return {
         "size": f"{case.size}/{root.backbone.config.patch}",  # type: ignore[union-attr]
         "frames": case.frames,
@@ -190,6 +197,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
         "videos": videos,
         "dtype": str(dtype).removeprefix("torch."),
         "compiled": compiled,
+        "graph": options.graph and device.type == "cuda",
         "checkpointing": options.dit.checkpointing,
         "parameters": sum(p.numel() for p in trainer.parameters),
         "seconds": seconds,
@@ -206,19 +214,13 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
 
 
 def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) -> int:
-    """Videos whose step should fit, a strategy's with them: memory grows evenly from one video to two."""
+    """Videos whose step should fit, with room for what a strategy adds: memory grows evenly with them."""
     device = torch.device(options.device)
-    used = []
-    trainer.step(
-        batch_of(trainer.root, case, options, 1, options.device, dtype)
-    )  # which makes AdamW's averages
-    for videos in (1, 2):
-        batch = batch_of(trainer.root, case, options, videos, options.device, dtype)
-        used.append(peak_memory(lambda batch=batch: trainer.step(batch), device))  # type: ignore[misc]
-    each = max(used[1] - used[0], 1)
+    trainer.step(batch_of(trainer.root, case, options, 2, options.device, dtype))  # makes AdamW's averages
+    batch = batch_of(trainer.root, case, options, 2, options.device, dtype)
+    each = max(peak_memory(lambda: trainer.step(batch), device) / 2, 1)
     torch.cuda.empty_cache()
-    free = 0.8 * torch.cuda.mem_get_info(device)[0] - used[0]
-    return max(int(1 + free / each), 1)
+    return max(int(0.85 * torch.cuda.mem_get_info(device)[0] / each), 1)
 
 
 def run(options: Options) -> list[dict[str, Any]]:
@@ -266,9 +268,11 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def page(rows: list[dict[str, Any]], command: str) -> str:
     """The Markdown page."""
     row = rows[0]
+    how = "compiled" if row["compiled"] else "not compiled"
+    replayed = ", steps replayed as CUDA graphs" if row["graph"] else ""
     about = (
         f"{row['device']}, torch {row['torch']}, {row['dtype']}, {row['threads']} threads, load {row['load']},"
-        f" {row['clock']} seconds; blocks {'compiled' if row['compiled'] else 'not compiled'}; layout {row['layout']};"
+        f" {row['clock']} seconds{replayed}; blocks {how}; layout {row['layout']};"
         f" matmul peak {max(r['matmul_peak'] for r in rows) / 1e12:.3f} TFLOP/s."
     )
     body = "\n".join(line(r, rows) for r in rows)

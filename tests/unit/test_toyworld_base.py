@@ -1,0 +1,64 @@
+"""The base trainer: its pool is the data set, its stages train what run.py would, and a run folder is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dit_booth.cli import parse
+from dit_booth.models.weights import ASSETS, read
+from dit_booth.training.build import build
+from experiments import toyworld_base as base
+
+CONFIG = "experiments/configs/toyworld_base.yaml"
+
+
+def test_the_pool_is_the_data_set_for_any_number_of_processes() -> None:
+    config = parse(["--config", CONFIG])
+    parts = build(config)
+    one, three = (base.Pool.render(config, parts, 12, n) for n in (1, 3))
+    assert torch.equal(one.videos, three.videos) and torch.equal(one.ids, three.ids)
+    world = config.data.build(heldout=False)
+    for i in (0, 7, 11):
+        assert (one.videos[i].float() / 127.5 - 1 - world[i].video).abs().max() < 0.6 / 127.5
+        assert torch.equal(one.ids[i : i + 1], parts.root.text.tokenize([world[i].caption]).ids)
+
+
+def test_a_run_trains_its_stages_and_leaves_a_folder(tmp_path: Path) -> None:
+    flags = ("stages.images.steps=3", "stages.base.steps=2", "train.batch-size=2", "data.frames=3")
+    base.main(base.Settings(out=str(tmp_path), pool=8, processes=2, set=(*flags, "weights=embedded")))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [("images", 3), ("base", 2)]
+    settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert settings["stages"]["images"]["steps"] == 3 and (tmp_path / "finished").is_file()
+    trained, start = read(tmp_path / "weights.safetensors"), read(ASSETS / "dit.safetensors")
+    moved = [name for name, value in start.items() if not torch.equal(trained[name], value.float())]
+    assert len(moved) > len(start) // 2  # of the backbone; the text tower learns along
+    clip = read(ASSETS / "clip.safetensors")
+    assert any(
+        not torch.equal(trained[f"text.{k}"], v.float()) for k, v in clip.items() if f"text.{k}" in trained
+    )
+
+
+def test_the_learning_rate_and_the_average_follow_the_stage() -> None:
+    config = parse(["--config", CONFIG, "--train.batch-size=2", "--stages.base.steps=10", "--data.frames=2"])
+    parts = build(config)
+    trainer = base.Trainer(parts, base.Pool.render(config, parts, 4, 1), "base")
+    trainer.prepare(1)
+    first = trainer.lr.item()
+    trainer.prepare(10)
+    assert trainer.lr.item() != first and trainer.decay.item() == pytest.approx(trainer.ema.decay_at(10))
+    before = {name: p.detach().clone() for name, p in trainer.trained.items()}
+    trainer.step()
+    changed = [name for name, p in trainer.trained.items() if not torch.equal(p, before[name])]
+    assert changed and trainer.loss.item() > 0
+
+
+def test_only_the_toy_world_is_rendered(tmp_path: Path) -> None:
+    settings = base.Settings(out=str(tmp_path), set=("data.kind=triplets", f"data.root={tmp_path}"))
+    with pytest.raises((ValueError, AssertionError)):
+        base.main(settings)

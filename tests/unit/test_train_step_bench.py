@@ -1,0 +1,52 @@
+"""The training-step bench: it trains what it says, counts what is computed, and writes its rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experiments.bench import train_step as bench
+
+TINY = bench.Options(sizes=("nano",), frames=(2,), strategies=("none", "adaln"), latents=(4, 8, 8), rounds=1)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return bench.run(TINY)
+
+
+def test_a_row_for_every_case(rows: list[dict]) -> None:
+    assert [row["strategy"] for row in rows] == ["none", "adaln"]
+    for row in rows:
+        assert row["seconds"] > 0 and row["utilisation"] > 0 and row["peak_memory_mib"] > 0
+        assert row["flops"] == bench.model_flops(
+            bench.Case("nano", 2, "first+previous", row["strategy"]), TINY
+        )
+        assert not row["graph"] and not row["compiled"]
+    assert rows[1]["parameters"] > rows[0]["parameters"]
+    page = bench.page(rows, "COMMAND")
+    assert page.count("| nano/2 |") == 2 and "COMMAND" in page
+
+
+def test_flops_grow_with_the_frames() -> None:
+    two, four = (
+        bench.model_flops(bench.Case("nano", f, "first", "none"), replace(TINY, frames=(f,))) for f in (2, 4)
+    )
+    assert 1.9 < four / two < 2.2
+
+
+def test_a_step_moves_every_weight_that_has_a_gradient() -> None:
+    case = bench.cases_of(TINY)[0]
+    torch.manual_seed(0)
+    root = bench.build(case.config(TINY), TINY.latents, "cpu").to(torch.bfloat16)
+    for p in root.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    trainer = bench.Trainer(root)
+    before = [m.clone() for m in trainer.masters]
+    trainer.step(bench.batch_of(root, case, TINY, 1, "cpu", torch.bfloat16))
+    moved = [not torch.equal(a, b) for a, b in zip(before, trainer.masters, strict=True)]
+    assert all(m.dtype == torch.float32 for m in trainer.masters) and sum(moved) > 0.9 * len(moved)
+    for p, master in zip(trainer.parameters, trainer.masters, strict=True):
+        assert torch.equal(p, master.to(p.dtype))
