@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dit_booth.attention.torch_kernels import in_launches
+from dit_booth.attention.torch_kernels import cuda_chunks, in_chunks, in_launches
 
 
 def _tokens_first(*tensors: Tensor) -> list[Tensor]:
@@ -56,6 +56,7 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     return _heads_first(out)[0], lse
 
 
+@in_chunks(cuda_chunks, least=512)
 @in_launches
 def flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float

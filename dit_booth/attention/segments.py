@@ -24,9 +24,15 @@ from dit_booth.attention.reads import Index, Read, add, is_view, is_whole, lay_b
 COPY_BELOW = 2**18
 """Numbers in a sample below which slices of a batch are copied; above, its samples are attended one by one."""
 
-PIECE = {"cpu": 2**21, "cuda": 2**22}
+PIECE = {"cpu": 2**21, "cuda": 3 * 2**20}
 """Numbers of queries in one call of a kernel's backward, whose results are added to the gradients and dropped: on the
 CPU they fit its caches, on CUDA they fill the device."""
+JOIN_BELOW = 96
+"""Keys of a segment below which they are copied behind those of another segment that the same frames read in one block:
+a token bank is cheaper to copy than to call a kernel for."""
+
+MOST_PIECES = 3
+"""On CUDA a read is cut into so many calls at most: launches cost, and a third of a gradient is little memory."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ def attend(
         tensors = [t.to(dtype) for t in tensors]
         if isinstance(chosen, Whole):
             return chosen.attend(tensors, positions, frames, scales)
-        out: Tensor = _Joint.apply(_plan(frames, positions, scales, _most(q)), chosen, *tensors)
+        few = tuple(_keys(s) < JOIN_BELOW for s in segments)
+        out: Tensor = _Joint.apply(_plan(frames, positions, scales, few, _most(q)), chosen, *tensors)
         return out
 
 
@@ -103,9 +110,14 @@ def _validate(q: Tensor, segments: Sequence[Segment]) -> None:
             )
 
 
+def _keys(segment: Segment) -> int:
+    return segment.k.shape[1] * segment.k.shape[2]
+
+
 def _longest(q: Tensor, segments: Sequence[Segment]) -> int:
-    """No read has more queries than a sample's, nor more keys than a segment's."""
-    return max(q.shape[1] * q.shape[2], *(s.k.shape[1] * s.k.shape[2] for s in segments))
+    """No read has more queries than a sample's, nor more keys than a segment's and those that may be joined to it."""
+    keys = [_keys(s) for s in segments]
+    return max(q.shape[1] * q.shape[2], max(keys) + sum(n for n in keys if n < JOIN_BELOW and len(keys) > 1))
 
 
 # ---- what is to be run: constants of a compiled graph -------------------------------------------------------
@@ -118,6 +130,8 @@ class Step:
     read: Read
     at: tuple[int, int, int]
     scale: float
+    joined: tuple[tuple[Index, int, int], ...] = ()
+    """Few keys that the same block of frames reads too: their groups, and where k and v stand."""
 
 
 @dataclass(frozen=True)
@@ -127,18 +141,33 @@ class Plan:
 
 
 @constant
-def _plan(frames: tuple[Frames, ...], positions: Positions, scales: tuple[float, ...], most: int) -> Plan:
-    return _compile(frames, positions, scales, most)
+def _plan(
+    frames: tuple[Frames, ...],
+    positions: Positions,
+    scales: tuple[float, ...],
+    few: tuple[bool, ...],
+    most: int,
+) -> Plan:
+    return _compile(frames, positions, scales, few, most)
 
 
 @lru_cache(maxsize=512)
-def _compile(frames: tuple[Frames, ...], positions: Positions, scales: tuple[float, ...], most: int) -> Plan:
+def _compile(
+    frames: tuple[Frames, ...],
+    positions: Positions,
+    scales: tuple[float, ...],
+    few: tuple[bool, ...],
+    most: int,
+) -> Plan:
     """Every plain attention to run, those of most query frames first: into the first one's result go the others.
 
-    A call of a kernel's backward takes `most` query frames, and no group twice.
+    A call of a kernel's backward takes `most` query frames, and no group twice. `few` are segments of few keys.
     """
-    parts = zip(frames, positions, scales, strict=True)
-    forward = [Step(read, at, scale) for f, at, scale in parts for read in reads(f)]
+    parts = list(zip(frames, positions, scales, few, strict=True))
+    forward = [Step(read, at, scale) for f, at, scale, small in parts if not small for read in reads(f)]
+    for f, at, scale, small in parts:
+        for read in reads(f) if small else ():
+            _join(forward, Step(read, at, scale))
     forward.sort(key=lambda step: -step.read.frames)
     backward = [
         replace(step, read=piece)
@@ -147,6 +176,18 @@ def _compile(frames: tuple[Frames, ...], positions: Positions, scales: tuple[flo
         for piece in read.pieces(most)
     ]
     return Plan(tuple(forward), tuple(backward))
+
+
+def _join(steps: list[Step], small: Step) -> None:
+    """Add a read of few keys: to a step of the same block of frames with the same queries, or as one of its own."""
+    if len(small.read.queries) == 1:
+        for i, step in enumerate(steps):
+            same = (step.read.queries, step.at[0], step.scale)
+            if same == (small.read.queries, small.at[0], small.scale):
+                more = (small.read.groups, *small.at[1:])
+                steps[i] = replace(step, joined=(*step.joined, more))
+                return
+    steps.append(small)
 
 
 def _positions(own: tuple[bool, ...]) -> Positions:
@@ -162,8 +203,9 @@ def _most(q: Tensor) -> int:
     if torch.compiler.is_compiling():
         return 1 << 30
     piece = PIECE.get(q.device.type, PIECE["cuda"]) // max(1, q[0, 0].numel())
-    threads = -(-torch.get_num_threads() // q.shape[3]) if q.device.type == "cpu" else 1
-    return max(piece, threads, 1)
+    on_cpu = q.device.type == "cpu"
+    least = -(-torch.get_num_threads() // q.shape[3]) if on_cpu else -(-q.shape[1] // MOST_PIECES)
+    return max(piece, least, 1)
 
 
 # ---- the joint softmax -------------------------------------------------------------------------------------
@@ -215,7 +257,7 @@ def _forward(plan: Plan, kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Ten
     q = tensors[0]
     out, lse = None, None
     for step in plan.forward:
-        o, log = _partial(step, kernel, *(tensors[i] for i in step.at))
+        o, log = _partial(step, kernel, tensors)
         if out is not None and lse is not None:
             _merge(out, lse, step.read, o, log)
         elif is_whole(step.read.queries, q.shape[1]):
@@ -228,9 +270,22 @@ def _forward(plan: Plan, kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Ten
     return out, lse
 
 
-def _partial(step: Step, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    queries, groups = step.read.queries, step.read.groups
-    out, lse = kernel.forward(lay_out(q, queries), lay_out(k, groups), lay_out(v, groups), step.scale)
+def _sources(step: Step) -> list[tuple[Index, int, int]]:
+    """Groups of, and places of k and v, in the order of the keys."""
+    _, k, v = step.at
+    return [(step.read.groups, k, v), *step.joined]
+
+
+def _keys_of(step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """k and v as the kernel takes them; views, unless others are joined."""
+    ks = [lay_out(tensors[i], groups) for groups, i, _ in _sources(step)]
+    vs = [lay_out(tensors[i], groups) for groups, _, i in _sources(step)]
+    return (ks[0], vs[0]) if len(ks) == 1 else (torch.cat(ks, dim=2), torch.cat(vs, dim=2))
+
+
+def _partial(step: Step, kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    queries = step.read.queries
+    out, lse = kernel.forward(lay_out(tensors[step.at[0]], queries), *_keys_of(step, tensors), step.scale)
     return lay_back(out, queries), lay_back(lse.unsqueeze(-1), queries)
 
 
@@ -248,21 +303,24 @@ def _backward(plan: Plan, kernel: Kernel, needed: Sequence[bool], *saved: Tensor
     *tensors, out, lse, dout = saved
     grads: list[Tensor | None] = [None] * len(tensors)
     for step in plan.backward:
-        queries, groups = step.read.queries, step.read.groups
-        q, k, v = (tensors[i] for i in step.at)
-        parts = kernel.backward(
+        queries = step.read.queries
+        dq, dk, dv = kernel.backward(
             lay_out(dout, queries),
-            lay_out(q, queries),
-            lay_out(k, groups),
-            lay_out(v, groups),
+            lay_out(tensors[step.at[0]], queries),
+            *_keys_of(step, tensors),
             lay_out(out, queries),
             lay_out(lse, queries).squeeze(-1),
             step.scale,
         )
-        for i, index, part in zip(step.at, (queries, groups, groups), parts, strict=True):
+        parts = [(step.at[0], queries, dq)]
+        sources = _sources(step)
+        sizes = [len(groups[0]) * tensors[i].shape[2] for groups, i, _ in sources]
+        for (groups, i, j), k, v in zip(sources, dk.split(sizes, 2), dv.split(sizes, 2), strict=True):
+            parts += [(i, groups, k), (j, groups, v)]
+        for i, index, part in parts:
             if needed[i]:
                 grads[i] = _accumulate(grads[i], tensors[i], index, lay_back(part, index))
-        del parts, part  # before the next kernel runs
+        del dq, dk, dv, parts, part, k, v  # before the next kernel runs
     return [
         torch.zeros_like(t) if grad is None and need else grad
         for t, grad, need in zip(tensors, grads, needed, strict=True)

@@ -70,33 +70,64 @@ def cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     return out, lse
 
 
+def in_chunks(units: Callable[[Tensor, Tensor], int], least: int) -> Callable[[Run], Run]:
+    """Let a kernel's backward cut the queries of few long sequences into rows of a batch, of `least` queries or more.
+
+    These kernels work on `units` at once, a head of a row each, or a block of its keys: a fold of many frames on one
+    has too few of them. The keys' gradients are summed over the chunks.
+    """
+
+    def chunked(backward: Run) -> Run:
+        @functools.wraps(backward)
+        def run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Any:
+            c = 1 if torch.compiler.is_compiling() else _chunks(q.shape[2], units(q, k), least)
+            if c > 1:
+                dout, q, out = (rearrange(t, "b k (c n) d -> (b c) k n d", c=c) for t in (dout, q, out))
+                lse = rearrange(lse, "b k (c n) -> (b c) k n", c=c)
+                k, v = (t.unsqueeze(1).expand(-1, c, -1, -1, -1).flatten(0, 1) for t in (k, v))
+            dq, dk, dv = backward(dout, q, k, v, out, lse, scale)
+            if c > 1:
+                dq = rearrange(dq, "(b c) k n d -> b k (c n) d", c=c)
+                dk, dv = (reduce(t, "(b c) k n d -> b k n d", "sum", c=c) for t in (dk, dv))
+            return dq, dk, dv
+
+        return cast(Run, run)
+
+    return chunked
+
+
+def _chunks(n: int, wanted: int, least: int) -> int:
+    return next((c for c in range(wanted, 2 * wanted) if n % c == 0), 1) if 1 < wanted <= n // least else 1
+
+
+def _cpu_chunks(q: Tensor, k: Tensor) -> int:
+    """The kernel has no more threads than rows and heads."""
+    return -(-torch.get_num_threads() // (q.shape[0] * q.shape[1]))
+
+
+@in_chunks(_cpu_chunks, least=64)
 def cpu_flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c = _chunks(q)
-    if c > 1:
-        dout, q, out = (rearrange(t, "b k (c n) d -> (b c) k n d", c=c) for t in (dout, q, out))
-        lse = rearrange(lse, "b k (c n) -> (b c) k n", c=c)
-        k, v = (t.unsqueeze(1).expand(-1, c, -1, -1, -1).flatten(0, 1) for t in (k, v))
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, False, scale=scale
     )
-    if c > 1:
-        dq = rearrange(dq, "(b c) k n d -> b k (c n) d", c=c)
-        dk, dv = (reduce(t, "(b c) k n d -> b k n d", "sum", c=c) for t in (dk, dv))
     return dq, dk, dv
 
 
-def _chunks(q: Tensor) -> int:
-    """Rows to cut a fold's queries into: the kernel's backward has no more threads than rows and heads."""
-    b, heads, n, _ = q.shape
-    if torch.compiler.is_compiling():
-        return 1
-    wanted = -(-torch.get_num_threads() // (b * heads))
-    return next((c for c in range(wanted, 2 * wanted) if n % c == 0), 1) if 1 < wanted <= n // 64 else 1
-
-
 # ---- PyTorch's kernels on CUDA -----------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cuda_chunks(q: Tensor, k: Tensor) -> int:
+    """The flash kernels' backward has a thread block for each 128 keys of a head: two per processor are wanted."""
+    if not torch.cuda.is_available():  # tensors without storage: FLOPs are counted, or shapes
+        return 1
+    return -(-2 * _processors(q.device) // (q.shape[0] * q.shape[1] * -(-k.shape[2] // 128)))
 
 
 @in_launches
@@ -106,6 +137,7 @@ def cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[T
     return out, lse
 
 
+@in_chunks(cuda_chunks, least=512)
 @in_launches
 def cuda_flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
@@ -148,6 +180,7 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     return out, lse.reshape(q.shape[:3])
 
 
+@in_chunks(cuda_chunks, least=512)
 @in_launches
 def cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float

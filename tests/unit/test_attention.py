@@ -254,3 +254,37 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.getMessage() for r in caplog.records] == [
         "attention kernel on cpu, float32, head size 72: torch_flash"
     ]
+
+
+# ---- few keys are joined to a read of the same frames ------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["first+previous", "self", "all", "sink(2)+window(2)"])
+@pytest.mark.parametrize("own_query", [False, True])
+def test_a_bank_is_read_exactly_joined_or_not(
+    plan: str, own_query: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token bank for all frames beside the frames' own keys: in one call with frame 0's where it can be."""
+    g = torch.Generator().manual_seed(1)
+    shapes = [(2, 5, 70, 2, 8)] * 3 + [(2, 1, 6, 2, 8)] * 2 + [(2, 5, 70, 2, 8)]
+    tensors = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in shapes]
+    q, k, v, bank_k, bank_v, other = tensors
+    bank = Segment(bank_k, bank_v, ((0,),) * 5, query=other if own_query else None)
+    segments = [Segment(k, v, FramePlan(plan).frames(5)), bank]
+    wanted = tensors if own_query else tensors[:5]
+    exact = dense(q, segments)
+    grads = torch.autograd.grad(exact.square().sum(), wanted)
+    calls = {}
+    for join_below in (0, joint.JOIN_BELOW):
+        monkeypatch.setattr(joint, "JOIN_BELOW", join_below)
+        few = tuple(joint._keys(s) < join_below for s in segments)
+        positions = joint._positions((False, own_query))
+        calls[join_below] = len(
+            joint._compile(tuple(s.frames for s in segments), positions, (1.0, 1.0), few, 9).forward
+        )
+        out = attend(q, segments)
+        assert (out - exact).abs().max() < 1e-12
+        for mine, theirs in zip(torch.autograd.grad(out.square().sum(), wanted), grads, strict=True):
+            assert (mine - theirs).abs().max() < 1e-11
+    joins = plan != "self" and not own_query
+    assert calls[0] - calls[joint.JOIN_BELOW] == int(joins)

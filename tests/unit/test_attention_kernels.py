@@ -49,7 +49,7 @@ def name_of(
         (CPU, F32, 64, "torch_flash"),
         (CPU, F64, 12, "torch_flash"),
         (CPU, BF16, 40, "torch_flash"),
-        (CUDA, BF16, 64, "torch_flash"),
+        (CUDA, BF16, 64, "cudnn"),
         (CUDA, F16, 256, "torch_flash"),
         (CUDA, BF16, 264, "torch_efficient"),
         (CUDA, BF16, 12, "math"),
@@ -68,8 +68,8 @@ def test_auto_prefers_the_packages_where_they_are_installed(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {row.name: row for row in TABLE}
-    for name, better in (("torch_flash", "flash"), ("flash", "flash4")):
-        assert name_of("auto", CUDA, BF16, 64) == name
+    for name, better, head in (("torch_flash", "flash", 256), ("cudnn", "flash4", 64)):
+        assert name_of("auto", CUDA, BF16, head) == name
         object.__setattr__(rows[better], "installed", lambda: True)
         kernels._find.cache_clear()
     try:
@@ -98,7 +98,7 @@ def with_triton(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     [
         (CUDA, BF16, 72, 16, "short"),
         (CUDA, F16, 8, 64, "short"),
-        (CUDA, BF16, 72, 65, "torch_flash"),
+        (CUDA, BF16, 72, 65, "cudnn"),
         (CUDA, BF16, 136, 16, "torch_flash"),
         (CUDA, F32, 72, 16, "torch_efficient"),
         (CPU, BF16, 72, 16, "torch_flash"),
@@ -116,7 +116,7 @@ def test_auto_prefers_the_short_kernel_where_it_fits(
     with_triton(monkeypatch, True)
     assert name_of("auto", device, dtype, head, longest) == expected
     with_triton(monkeypatch, False)
-    assert name_of("auto", device, dtype, head, longest) == expected.replace("short", "torch_flash")
+    assert name_of("auto", device, dtype, head, longest) == expected.replace("short", "cudnn")
 
 
 def test_the_short_kernel_is_asked_for_in_vain(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_cpu_backward_gives_every_thread_a_part_of_a_fold(shape: tuple[int, int,
     try:
         torch.set_num_threads(2)
         expected = 2 if n % 2 == 0 and n >= 128 and b * heads < 2 else 1
-        assert torch_kernels._chunks(q) == expected
+        assert torch_kernels._chunks(n, torch_kernels._cpu_chunks(q, k), 64) == expected
         for mine, theirs in zip(
             torch_kernels.cpu_flash_backward(dout, q, k, v, out, lse, 0.25), exact, strict=True
         ):
@@ -226,7 +226,11 @@ def test_cuda_operators_take_our_arguments(
         image = [torch.empty(1, 1, 7, 2, 16, dtype=dtype, device=CUDA) for _ in range(2)]
         tensors = [q, k, v, *image]
         steps = joint._compile(
-            (FramePlan(plan).frames(6), seen_by_all(6)), ((0, 1, 2), (0, 3, 4)), (0.2, 0.3), 3
+            (FramePlan(plan).frames(6), seen_by_all(6)),
+            ((0, 1, 2), (0, 3, 4)),
+            (0.2, 0.3),
+            (False, False),
+            3,
         )
         kernel = choose(name, CUDA, dtype, 16, True, 30)
         assert isinstance(kernel, kernels.Kernel)
