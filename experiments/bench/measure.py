@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,6 +95,18 @@ def peak_memory(job: Job, device: torch.device) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+def peak_of_process(module: str, job: str, threads: int) -> float:
+    """Resident MiB at most of a fresh process that runs one of a bench's jobs alone: its ``--peak JOB`` prints them."""
+    command = [sys.executable, "-m", module, "--peak", job, "--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def own_peak() -> float:
+    """Resident MiB of this program at most, so far. (`getrusage` would count what the starting process had.)"""
+    status = Path("/proc/self/status").read_text()
+    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def matmul_peak(

@@ -11,9 +11,6 @@ resident set of a process of its own that runs the one job, as the original's wa
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +24,14 @@ from dit_booth.inject import Condition, Recorder, Reference, Site, Sites
 from dit_booth.models.clip import Text
 from dit_booth.models.unet import UNetConfig, VideoUNet
 from dit_booth.strategy import Strategies
-from experiments.bench.measure import conditions, interleaved, matmul_peak, write_lines
+from experiments.bench.measure import (
+    conditions,
+    interleaved,
+    matmul_peak,
+    own_peak,
+    peak_of_process,
+    write_lines,
+)
 from strategies.kv_concat import KVConcat, KVConcatConfig
 
 CONFIG = UNetConfig(channels=(64, 128, 256, 256), text_dim=256)
@@ -95,7 +99,7 @@ def main(options: Options) -> None:
     if options.peak:
         for _ in range(2):
             bench.jobs()[options.peak]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(own_peak())
         return
     cpu = torch.device("cpu")
     before = matmul_peak(torch.float32, cpu)
@@ -108,7 +112,7 @@ def main(options: Options) -> None:
             "best": round(t.best, 3),
             "over_plain": round(t.over(times["plain"]), 3),
             "over_plain_bar": BARS.get(name),
-            "peak_mib": round(peak(name, options.threads)),
+            "peak_mib": round(peak_of_process("experiments.bench.unet", name, options.threads)),
             "original_seconds": ORIGINAL[name][0],
             "original_peak_mib": ORIGINAL[name][1],
             "matmul_gflops": [round(f / 1e9, 1) for f in (before, after)],
@@ -121,12 +125,6 @@ def main(options: Options) -> None:
     if options.table:
         write_lines(options.table.with_suffix(".jsonl"), rows)
         options.table.write_text(page(rows))
-
-
-def peak(job: str, threads: int) -> float:
-    """MiB of a fresh process that runs the job alone."""
-    command = [sys.executable, "-m", "experiments.bench.unet", "--peak", job, "--threads", str(threads)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def page(rows: list[dict[str, Any]]) -> str:
