@@ -9,8 +9,9 @@ demo: install
 	$(BIN)/deepspeed experiments/run.py \
 		--strategy token_replacement+kv_concat --config experiments/configs/demo.yaml
 
+# Two processes with a thread each: most tests are Python, and a file's shared runs stay with one of them.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 test-faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m kills tests/faults

@@ -59,6 +59,16 @@ class Options:
     """Folder of attention.jsonl and attention.png; unused with --table."""
     table: Path | None = None
     """Write this Markdown page, and the rows and the plot beside it under the same name."""
+    plans: tuple[str, ...] = PLANS
+    """Frame plans."""
+    frames: tuple[int, ...] = ()
+    """Frames of a video; empty: 8 and 16, on CUDA 64 too."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of a frame; empty: 256, on CUDA 1024 and 4096 too."""
+    images: tuple[str, ...] = ("0", "64", "N")
+    """Tokens of the image; N: a frame's."""
+    head_sizes: tuple[int, ...] = (64, 128)
+    """Head sizes."""
     threads: int = 2
     """Threads on the CPU."""
     clock: Literal["wall", "cpu"] = "wall"
@@ -116,14 +126,17 @@ BARS = Case("first+previous", 16, 1024, 1024)
 """The case that the bars are about."""
 
 
-def grid(device: str) -> list[Case]:
-    """The comparison's cases, those that its bars are about first, the costly last."""
-    images, heads = (0, 64, None), 2 if device == "cpu" else 8  # None: as many as a frame's tokens
-    frames: tuple[int, ...] = (8, 16) if device == "cpu" else (8, 16, 64)
-    tokens: tuple[int, ...] = (256,) if device == "cpu" else (256, 1024, 4096)
+def grid(options: Options) -> list[Case]:
+    """The comparison's cases, that of the bars first, the costly last."""
+    on_cpu = options.device == "cpu"
+    heads = 2 if on_cpu else 8
+    frames = options.frames or ((8, 16) if on_cpu else (8, 16, 64))
+    tokens = options.tokens or ((256,) if on_cpu else (256, 1024, 4096))
     cases = [
-        Case(plan, f, n, n if image is None else image, head, heads)
-        for plan, f, n, image, head in itertools.product(PLANS, frames, tokens, images, (64, 128))
+        Case(plan, f, n, n if image == "N" else int(image), head, heads)
+        for plan, f, n, image, head in itertools.product(
+            options.plans, frames, tokens, options.images, options.head_sizes
+        )
     ]
     return [BARS, *sorted((c for c in cases if c != BARS), key=lambda case: case.flops(training=True))]
 
@@ -342,7 +355,7 @@ def main(options: Options) -> None:
     about = conditions(device) | {"matmul_gflops": round(peak / 1e9, 1), "dtype": str(dtype)}
     log.info("%s", about)
     rows: list[dict[str, Any]] = []
-    cases = grid(options.device)
+    cases = grid(options)
     for done, case in enumerate(cases):
         if done and time.monotonic() - start > options.budget:
             log.info("time is up: %d of %d cases were left out", len(cases) - done, len(cases))
