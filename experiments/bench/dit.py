@@ -10,12 +10,8 @@ reading the first and the previous one. ``joint``: one attention over space and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -23,15 +19,9 @@ from torch import Tensor
 
 from dit_booth.models.clip import Text
 from dit_booth.models.dit import DiTConfig, VideoDiT
-from experiments.bench.measure import (
-    conditions,
-    interleaved,
-    matmul_peak,
-    own_peak,
-    peak_of_process,
-    write_lines,
-)
+from experiments.bench.side_by_side import Options, Row, about, run
 
+MODULE = "experiments.bench.dit"
 FRAMES, CHANNELS, SIDE, WIDTH = 16, 4, 32, 768
 CONFIGS = {
     "interleaved": DiTConfig(size="S", layout="interleaved", plan="self"),
@@ -41,18 +31,6 @@ CONFIGS = {
 # Latte's own code at this configuration on a quiet machine of two such cores: seconds, MiB.
 LATTE = (1.78, 1051)
 BAR = 1.2
-
-
-@dataclass(frozen=True)
-class Options:
-    table: Path | None = None
-    """Write this Markdown page, and the rows beside it under the same name."""
-    threads: int = 2
-    """Threads of the CPU."""
-    rounds: int = 7
-    """Runs of every job, in turn."""
-    peak: str = ""
-    """Run this one job twice and print the process's peak memory (what the bench starts for itself)."""
 
 
 def job(name: str) -> Callable[[], Tensor]:
@@ -72,50 +50,20 @@ def job(name: str) -> Callable[[], Tensor]:
     return forward
 
 
-def main(options: Options) -> None:
-    torch.set_num_threads(options.threads)
-    if options.peak:
-        run = job(options.peak)
-        for _ in range(2):
-            run()
-        print(own_peak())
-        return
-    cpu = torch.device("cpu")
-    before = matmul_peak(torch.float32, cpu)
-    times = interleaved({name: job(name) for name in CONFIGS}, options.rounds, cpu)
-    after = matmul_peak(torch.float32, cpu)
-    peak = partial(peak_of_process, "experiments.bench.dit", threads=options.threads)
-    rows = [
-        {
-            "job": name,
-            "seconds": round(t.median, 3),
-            "best": round(t.best, 3),
-            "latte_over_it": round(LATTE[0] / t.median, 2),
-            "peak_mib": round(peak(name)),
-            "matmul_gflops": [round(f / 1e9, 1) for f in (before, after)],
-            **conditions(cpu),
-        }
-        for name, t in times.items()
-    ]
-    for row in rows:
-        print(json.dumps(row))
-    if options.table:
-        write_lines(options.table.with_suffix(".jsonl"), rows)
-        options.table.write_text(page(rows))
+def more(row: Row) -> Row:
+    """How much faster than Latte."""
+    return {"latte_over_it": round(LATTE[0] / row["seconds"], 2)}
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[Row]) -> str:
     """The table, for people."""
-    first = rows[0]
     lines = [
         "# The video DiT's forward pass on the CPU",
         "",
-        f"`python -m experiments.bench.dit --table docs/results/dit_cpu.md` on {first['device']}, {first['threads']}"
-        f" threads, PyTorch {first['torch']}, load {first['load']}; float32, S/2, one video of {FRAMES} x {SIDE} x"
-        f" {SIDE} latents, no gradients. A square matrix product ran at {first['matmul_gflops'][0]} GFLOP/s before and"
-        f" {first['matmul_gflops'][1]} after. Times are medians of runs in turn.",
-        f"Latte's own code took {LATTE[0]} s and {LATTE[1]} MiB on a quiet machine of this kind, not in this run; the"
-        f" bar for its layout is {BAR} times as fast and no more memory.",
+        about(rows[0], MODULE),
+        "",
+        f"S/2, one video of {FRAMES} x {SIDE} x {SIDE} latents. Latte's own code took {LATTE[0]} s, {LATTE[1]} MiB on a quiet"
+        f" machine of this kind, not in this run; the bar for its layout is {BAR} times as fast, no more memory.",
         "",
         "| layout | s | best s | Latte's time / it | peak MiB |",
         "|---|---|---|---|---|",
@@ -128,4 +76,5 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    jobs = {name: partial(job, name) for name in CONFIGS}
+    run(tyro.cli(Options, description=__doc__), MODULE, jobs, more, page)

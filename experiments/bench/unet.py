@@ -10,10 +10,9 @@ resident set of a process of its own that runs the one job, as the original's wa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,33 +23,15 @@ from dit_booth.inject import Condition, Recorder, Reference, Site, Sites
 from dit_booth.models.clip import Text
 from dit_booth.models.unet import UNetConfig, VideoUNet
 from dit_booth.strategy import Strategies
-from experiments.bench.measure import (
-    conditions,
-    interleaved,
-    matmul_peak,
-    own_peak,
-    peak_of_process,
-    write_lines,
-)
+from experiments.bench.side_by_side import Options, Row, about, run
 from strategies.kv_concat import KVConcat, KVConcatConfig
 
+MODULE = "experiments.bench.unet"
 CONFIG = UNetConfig(channels=(64, 128, 256, 256), text_dim=256)
 FRAMES, SIDE, TOKENS = 16, 32, 77
 # The original code on a quiet machine of two such cores, same configuration and shapes: seconds, MiB.
 ORIGINAL = {"plain": (7.35, 2662), "fine": (22.0, 2712), "guided": (28.1, 2716)}
 BARS = {"fine": 1.15, "guided": 2.2}  # of our own plain pass
-
-
-@dataclass(frozen=True)
-class Options:
-    table: Path | None = None
-    """Write this Markdown page, and the rows beside it under the same name."""
-    threads: int = 2
-    """Threads of the CPU."""
-    rounds: int = 5
-    """Runs of every job, in turn."""
-    peak: str = ""
-    """Run this one job twice and print the process's peak memory (what the bench starts for itself)."""
 
 
 class Bench:
@@ -93,52 +74,30 @@ class Bench:
         return {"plain": self.plain, "fine": self.fine, "guided": self.guided}
 
 
-def main(options: Options) -> None:
-    torch.set_num_threads(options.threads)
-    bench = Bench()
-    if options.peak:
-        for _ in range(2):
-            bench.jobs()[options.peak]()
-        print(own_peak())
-        return
-    cpu = torch.device("cpu")
-    before = matmul_peak(torch.float32, cpu)
-    times = interleaved(bench.jobs(), options.rounds, cpu)
-    after = matmul_peak(torch.float32, cpu)
-    rows = [
-        {
-            "job": name,
-            "seconds": round(t.median, 3),
-            "best": round(t.best, 3),
-            "over_plain": round(t.over(times["plain"]), 3),
-            "over_plain_bar": BARS.get(name),
-            "peak_mib": round(peak_of_process("experiments.bench.unet", name, options.threads)),
-            "original_seconds": ORIGINAL[name][0],
-            "original_peak_mib": ORIGINAL[name][1],
-            "matmul_gflops": [round(f / 1e9, 1) for f in (before, after)],
-            **conditions(cpu),
-        }
-        for name, t in times.items()
-    ]
-    for row in rows:
-        print(json.dumps(row))
-    if options.table:
-        write_lines(options.table.with_suffix(".jsonl"), rows)
-        options.table.write_text(page(rows))
+def job(name: str) -> Callable[[], Tensor]:
+    """One of the jobs, with a U-Net of its own; all are equal."""
+    return Bench().jobs()[name]
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def more(row: Row) -> Row:
+    """What the original code took, and the bar."""
+    seconds, mib = ORIGINAL[row["job"]]
+    return {
+        "over_plain_bar": BARS.get(row["job"]),
+        "original_seconds": seconds,
+        "original_peak_mib": mib,
+    }
+
+
+def page(rows: list[Row]) -> str:
     """The table, for people."""
-    first = rows[0]
     lines = [
         "# The video U-Net on the CPU",
         "",
-        f"`python -m experiments.bench.unet --table docs/results/unet_cpu.md` on {first['device']},"
-        f" {first['threads']} threads, PyTorch {first['torch']}, load {first['load']}; float32, one video of {FRAMES} x"
-        f" {SIDE} x {SIDE} latents, widths {CONFIG.channels}, text width {CONFIG.text_dim}, {TOKENS} tokens. A square"
-        f" matrix product ran at {first['matmul_gflops'][0]} GFLOP/s before and {first['matmul_gflops'][1]} after.",
-        "Times are medians of runs in turn; the ratio is the median of each round's. The original's figures were taken",
-        "on a quiet machine of this kind, not in this run.",
+        about(rows[0], MODULE),
+        "",
+        f"One video of {FRAMES} x {SIDE} x {SIDE} latents, widths {CONFIG.channels}, text width {CONFIG.text_dim},"
+        f" {TOKENS} tokens. The original's figures were taken on a quiet machine of this kind, not in this run.",
         "",
         "| job | s | best s | of plain | bar | peak MiB | original s | original of plain | original peak MiB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -147,11 +106,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         bar = r["over_plain_bar"] or "-"
         theirs = r["original_seconds"] / ORIGINAL["plain"][0]
         lines.append(
-            f"| {r['job']} | {r['seconds']:.2f} | {r['best']:.2f} | {r['over_plain']:.2f} | {bar} | {r['peak_mib']}"
+            f"| {r['job']} | {r['seconds']:.2f} | {r['best']:.2f} | {r['over_first']:.2f} | {bar} | {r['peak_mib']}"
             f" | {r['original_seconds']} | {theirs:.2f} | {r['original_peak_mib']} |"
         )
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    jobs = {name: partial(job, name) for name in ORIGINAL}
+    run(tyro.cli(Options, description=__doc__), MODULE, jobs, more, page)
