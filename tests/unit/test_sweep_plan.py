@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -172,7 +173,13 @@ def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) ->
     (folder / "metrics.jsonl").write_text(
         '{"samples": {"psnr": {"mean": 3.0, "stderr": NaN, "n": 1}}}\n{"half'
     )
-    cost = {"address": first.stages[1].address, "seconds": 4.0, "step_seconds": 0.2}
+    cost = {
+        "address": first.stages[1].address,
+        "seconds": 4.0,
+        "step_seconds": 0.2,
+        "steps": 20,
+        "flops_per_step": 5,
+    }
     (folder / "cost.json").write_text(
         f'{{"trained_parameters": 7, "stages": [{str(cost).replace(chr(39), chr(34))}]}}'
     )
@@ -188,6 +195,9 @@ def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) ->
     assert [(s["name"], s["shared"], s["seconds"]) for s in rows[0]["stages"]] == [
         ("coarse", True, None), ("fine", False, 4.0)
     ]  # fmt: skip
+    assert (rows[0]["train_seconds"], rows[0]["train_flops"]) == (None, None), (
+        "nothing is known of the coarse stage"
+    )
     assert rows[1]["error"] == ["error: no"]
     written = (plan.folder / "sweep.jsonl").stat()
     assert write_rows(plan) == rows
@@ -196,6 +206,24 @@ def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) ->
     )
     said = show_rows(plan, rows)
     assert "error: no" in said and "3.000" in said
+
+
+def test_training_costs_are_those_of_all_stages_whoever_trained_them(study: Plan, tmp_path: Path) -> None:
+    plan = placed(study, tmp_path)
+    for wall, point in enumerate(plan.points[:2]):
+        costs = [
+            {"address": stage.address, "seconds": 4.0, "steps": stage.steps, "flops_per_step": 5.0}
+            for stage in point.stages
+        ]
+        folder = plan.run_folder(point)
+        folder.mkdir(parents=True)
+        (folder / "cost.json").write_text(json.dumps({"wall_seconds": wall, "stages": costs}))
+        (folder / "finished").write_text("")
+    rows = write_rows(plan)
+    steps = sum(stage.steps for stage in plan.points[0].stages)
+    assert [(r["train_seconds"], r["train_flops"]) for r in rows[:3]] == [(8.0, 5.0 * steps)] * 2 + [
+        (None, None)
+    ]
 
 
 def test_the_plan_says_what_is_shared_there_and_left(study: Plan, tmp_path: Path) -> None:
