@@ -77,10 +77,12 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
     from dit_booth.training.address import stages_of
     from dit_booth.training.cost import write_run_cost
     from dit_booth.training.journal import Journal
+    from dit_booth.training.stage import check_starts
     from experiments.sample import measure, sample_heldout
 
     folder = Path(config.folder())
     parts = fresh_parts(config, ranks)
+    check_starts(config, parts.root, parts.sourced)
     stages = until(ranks.agree(stages_of(config) if ranks.first else []), config.stop_after)
     names = " ".join(stage.name for stage in stages)
     log.info("%s on %s, ranks: %d, stages: %s", config.strategy, config.backbone, ranks.world, names)

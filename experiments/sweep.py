@@ -107,7 +107,8 @@ def run(plan: Plan, given: Any) -> int:
         print("all points are finished, nothing to do")
     else:
         devices, hosts = given.devices.split(",") if given.devices else None, given.hostfile
-        slots = hostfile_slots(plan.ranks, hosts) if hosts else local_slots(plan.ranks, devices)
+        remote = hosts and hostfile_slots(plan.ranks, hosts, plan.launcher)
+        slots = remote or local_slots(plan.ranks, devices)
         whole = run_points(
             plan,
             slots,

@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dit_booth.models.encoder_config import AutoencoderConfig
+from dit_booth.models.weights import load_strictly, read_folder
 
+STEM = "diffusion_pytorch_model"  # of diffusers' weights files
 Draws = torch.Generator | Sequence[torch.Generator] | None
 """Generators of random draws: one for the batch, one for each row, or torch's global one."""
 
@@ -150,7 +152,7 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
 
 
 def _load(config: AutoencoderConfig) -> nn.Module:
-    """safetensors only (a pickle runs code); a local folder never touches the network."""
+    """safetensors, or a local folder's .bin as far as it holds tensors alone; a folder never touches the network."""
     where = f"AutoencoderConfig.path = {config.path!r}, subfolder = {config.subfolder!r}"
     source, local = _source(config, where)
 
@@ -165,17 +167,30 @@ def _load(config: AutoencoderConfig) -> nn.Module:
             raise ValueError(
                 f"{where} holds {saved}, not {kind.__name__} (kind = {config.kind}): change kind or path"
             )
+        folder = Path(source) / config.subfolder
+        if local and (folder / f"{STEM}.bin").is_file() and not any(folder.glob(f"{STEM}*.safetensors*")):
+            return _from_pickle(kind.from_config(kind.load_config(source, **place)), folder, where)
         vae, found = kind.from_pretrained(source, **place, **loading)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"{where} could not be loaded: {error}; only safetensors weights are read (convert a .bin with "
-            "save_pretrained), and a hub name needs the network or a filled cache"
+            f"{where} could not be loaded: {error}; from the hub only safetensors weights are read (a .bin: "
+            "from a folder), and a hub name needs the network or a filled cache"
         ) from error
     wrong = {name: keys for name, keys in found.items() if keys}
     if wrong:
         raise ValueError(
             f"{where}: the weights do not fit {kind.__name__}: {wrong}; use the folder it was saved to"
         )
+    return vae
+
+
+def _from_pickle(vae: Any, folder: Path, where: str) -> nn.Module:
+    """diffusers' own reader would unpickle a .bin; here its tensors alone are read, strictly.
+
+    Stable Diffusion 1.x's names of the attention are older than diffusers' classes, which map them when they load.
+    """
+    state = vae._fix_state_dict_keys_on_load(read_folder(folder, STEM))
+    load_strictly(vae, state, f"{where}: {folder}", fix="use the folder it was saved to")
     return vae
 
 

@@ -118,7 +118,7 @@ def export_diffusers_unet(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in backbone.items() if not of_video_only(name)}
 
 
-_SAME = {  # of diffusers' config.json: what this U-Net is, and an absent entry means
+SAME: Mapping[str, Any] = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -139,6 +139,16 @@ _SAME = {  # of diffusers' config.json: what this U-Net is, and an absent entry 
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
 }
+"""Of diffusers' ``config.json``: what this U-Net is, and an absent entry means."""
+
+
+def unlike(settings: Mapping[str, Any], same: Mapping[str, Any] = SAME) -> list[str]:
+    """The entries in which a U-Net's settings are not `same`: none of them shows in a tensor's shape."""
+    return [
+        f"{name} is {settings[name]!r}, this U-Net has {value!r}: it cannot be loaded"
+        for name, value in same.items()
+        if settings.get(name, value) != value
+    ]
 
 
 def unlike_diffusers(settings: Mapping[str, Any], config: UNetConfig) -> list[str]:
@@ -173,11 +183,7 @@ def unlike_diffusers(settings: Mapping[str, Any], config: UNetConfig) -> list[st
                 f"choose the --{follows[field]} it was made with" if field in follows else _flag(field, value)
             )
             out.append(f"{name} is {value}, unet.{field} is {ours}: {fix}")
-    out += [
-        f"{name} is {settings[name]!r}, this U-Net has {value!r}: it cannot be loaded"
-        for name, value in _SAME.items()
-        if settings.get(name, value) != value
-    ]
+    out += unlike(settings)
     if tuple(kind.startswith("CrossAttn") for kind in reversed(up)) != attends:
         out.append(
             f"up_block_types {list(up)} do not mirror down_block_types {list(down)}: it cannot be loaded"

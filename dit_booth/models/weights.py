@@ -47,6 +47,8 @@ _BROKEN = (
 """What torch.load raises for files that were cut off, damaged or are something else."""
 
 ASSETS = Path(__file__).parents[1] / "assets"
+LISTED = 20
+"""Names of each kind that an error lists; their number is always said."""
 
 
 def load_start(backbone: nn.Module, text: nn.Module, source: str, kind: str) -> dict[str, Tensor]:
@@ -134,10 +136,11 @@ def _check_branches(backbone: nn.Module, state: Mapping[str, Tensor], what: str)
 
 def load_strategies(
     strategies: nn.Module, state: Mapping[str, Tensor], what: str, *, optional: bool = False
-) -> None:
-    """Load the strategies' tensors that a source has: of each mapper or tree of taps in it, all.
+) -> frozenset[str]:
+    """Load the strategies' tensors that a source has: of each mapper or tree of taps in it, all. Returns their names.
 
     Those of strategies that `strategies` lacks are left out, with a line in the log; `optional` allows that for all.
+    What no source has keeps its start: `training.stage.check_starts` says where that cannot be meant.
     ValueError: see `load_strictly`.
     """
     present = dict(strategies.named_children())
@@ -152,6 +155,7 @@ def load_strategies(
     groups = {_group(name) for name in mine}
     names = [name for name in strategies.state_dict() if _group(name) in groups]
     load_strictly(strategies, mine, what, names=names, fix="set the strategies' options as it was made with")
+    return frozenset(mine)
 
 
 def _group(name: str) -> str:
@@ -297,7 +301,7 @@ def load_strictly(
     ]
     problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
     found = "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        f"{len(names)} {kind} ({', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''})"
         for kind, names in problems
         if names
     )

@@ -32,6 +32,8 @@ class Parts:
     autoencoder: Autoencoder
     image_encoder: ImageEncoder
     objective: Objective
+    sourced: frozenset[str] = frozenset()
+    """The strategies' parameters that `weights` or `strategy_weights` had; the others are at their start."""
 
     def to(self, device: torch.device) -> Parts:
         for module in (self.root, self.autoencoder, self.image_encoder):
@@ -75,12 +77,12 @@ def build(config: RunConfig) -> Parts:
         frames=config.data.frames,
     )
     strategy = create(find(config.strategy), config.options(), sites, config.train.seed)
-    load_strategies(strategy, taps, f"weights={config.weights}", optional=True)
+    sourced = load_strategies(strategy, taps, f"weights={config.weights}", optional=True)
     for source in config.strategy_weights:
         warn_of_another_base(source, backbone, strategy)
-        load_strategies(strategy, read_strategies(source), f"strategy_weights {source}")
+        sourced |= load_strategies(strategy, read_strategies(source), f"strategy_weights {source}")
     root = Injected(backbone, text, strategy, text.tokenize([NULL_PROMPT]))
-    return Parts(config, root, autoencoder, image_encoder, make_objective(config.objective))
+    return Parts(config, root, autoencoder, image_encoder, make_objective(config.objective), sourced)
 
 
 def build_backbone(

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from dit_booth.files import write_text
 from dit_booth.training.distributed import Ranks
 from dit_booth.training.ema import Ema
 
@@ -23,11 +24,8 @@ def save(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks, step: int) ->
         save_file(ema.shadow, folder / tag / f"ema_rank{ranks.rank}.safetensors")
     ranks.barrier()
     if ranks.first:
-        partial = folder / "latest.json.part"
-        partial.write_text(
-            json.dumps({"tag": tag, "ranks": ranks.world, "zero": engine.zero_optimization_stage()})
-        )
-        partial.replace(folder / "latest.json")
+        current = {"tag": tag, "ranks": ranks.world, "zero": engine.zero_optimization_stage()}
+        write_text(folder / "latest.json", json.dumps(current))
         for old in folder.glob("step*"):
             if old.name != tag:
                 shutil.rmtree(old)

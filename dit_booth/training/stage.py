@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -55,6 +56,18 @@ def declared_globs(
     config: RunConfig, name: StageName, active: Mapping[str, Strategy | type[Strategy]]
 ) -> tuple[str, ...]:
     """The same of strategies, built or not. ValueError: they train nothing in this stage."""
+    globs = _declared(config, name, active)
+    if not globs:
+        raise ValueError(
+            f"stage {name!r} trains nothing: no strategy of {config.strategy!r} declares parameters for it;"
+            f" set --stages.{name}.train, or leave the stage out of --schedule"
+        )
+    return globs
+
+
+def _declared(
+    config: RunConfig, name: StageName, active: Mapping[str, Strategy | type[Strategy]]
+) -> tuple[str, ...]:
     stage = stage_config(config, name)
     if stage.train:
         return stage.train
@@ -65,12 +78,36 @@ def declared_globs(
     for strategy, part in active.items():
         globs += [f"strategy.{strategy}.{glob}" for s in stages for glob in part.trains.get(s, ())]
         globs += [f"backbone.{glob}" for s in stages for glob in part.trains_backbone.get(s, ())]
-    if not globs:
-        raise ValueError(
-            f"stage {name!r} trains nothing: no strategy of {config.strategy!r} declares parameters for it;"
-            f" set --stages.{name}.train, or leave the stage out of --schedule"
-        )
     return tuple(globs)
+
+
+def check_starts(config: RunConfig, root: Injected, sourced: Collection[str]) -> None:
+    """What a stage of 0 steps takes as it is must come from a source (`sourced`: names), or from a stage before it.
+
+    A strategy at its warm start, as if there were no image, would sample plausible videos: ValueError names it. Where
+    a stage with steps follows, such a start may be meant, and is one line in the log.
+    """
+    schedule, have = schedule_of(config), {f"strategy.{name}" for name in sourced}
+    steps = [stage_config(config, name).steps for name in schedule]
+    for index, name in enumerate(schedule):
+        active = active_strategies(config, schedule, index)
+        globs = _declared(config, name, {strategy: root.strategy.part(strategy) for strategy in active})
+        taken = {
+            parameter
+            for parameter, _ in root.strategy.named_parameters(prefix="strategy")
+            if _takes_part(parameter, active) and any(fnmatchcase(parameter, glob) for glob in globs)
+        }
+        left = Counter(".".join(parameter.split(".")[1:3]) for parameter in taken - have)
+        have |= taken
+        if steps[index] or not left:
+            continue
+        found = ", ".join(f"{group} ({count} parameters)" for group, count in sorted(left.items()))
+        if not any(steps[index + 1 :]):
+            raise ValueError(
+                f"stages.{name}.steps is 0, but neither weights nor strategy_weights has {found}; add a file that does"
+                f" to --strategy-weights, or train it with --stages.{name}.steps"
+            )
+        log.info("stage %s has 0 steps, and no file has %s: that stays at its start", name, found)
 
 
 def set_trainable(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import official
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +28,7 @@ from dit_booth.models.weights import part
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+FIDELITY = ROOT / "docs" / "fidelity.md"
 RECIPE, SAMPLING = (f"experiments/configs/videobooth_{name}.yaml" for name in ("unet", "sample"))
 
 
@@ -95,6 +100,7 @@ def test_the_recipe_trains_both_stages_from_stable_diffusion_and_elite(files: Pa
     said = python("experiments/run.py", "--config", RECIPE, *tiny(files), *short, *start, "--out", str(run))
     assert "token_replacement+kv_concat on unet, ranks: 1, stages: coarse fine" in said
     assert "ELITE's mapper; the text attention's K/V stay the backbone's" in said
+    assert "first step of coarse" in said and "first step of fine" in said
     ours, image = written(run), official.image_unet().from_pretrained(files / "sd" / "unet").state_dict()
     spatial = export_diffusers_unet(part(ours, "backbone."))
     assert set(spatial) == set(image) and all(torch.equal(spatial[name], image[name]) for name in image)
@@ -126,6 +132,41 @@ def test_sampling_from_videobooths_files(files: Path, tmp_path: Path) -> None:
     Image.fromarray(picture).save(tmp_path / "panda.png")
     own = ["--image", str(tmp_path / "panda.png"), "--caption", "a panda is running", "--subject", "panda"]
     assert probe(python("experiments/sample.py", str(run), *own).strip().splitlines()[0]).frames == 3
+
+
+def test_sampling_as_the_release_does(files: Path, tmp_path: Path, in_process: Any) -> None:
+    """The command of docs/fidelity.md with all its switches; the U-Net under the key of a training checkpoint."""
+    state = torch.load(files / "watermark_remove_module.pt")["ema_unet"]
+    torch.save({"ema": state, "args": {"lr": 1e-4}}, tmp_path / "unet.pt")
+    (command,) = re.findall(r"```bash\n(python experiments/run.py .*?)```", FIDELITY.read_text(), re.DOTALL)
+    given = {"watermark_remove_module.pt": tmp_path / "unet.pt", "mapper.pt": files / "mapper.pt"}
+    words = [str(given.get(word, word)) for word in shlex.split(command.replace("\\\n", ""))]
+    assert words[:4] == ["python", "experiments/run.py", "--config", SAMPLING]
+    ended = in_process(*words[2:], *tiny(files), "--out", str(tmp_path / "run"))
+    assert ended.code == 0, ended.output
+    settings = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert settings["guidance"] | {"channels": 3, "unconditional": "omit"} == settings["guidance"]
+    assert settings["kv_concat"]["reference_frames"] == 16
+    assert settings["token_replacement"]["compat"] == "videobooth"
+    ours = load_file(tmp_path / "run" / "weights.safetensors")
+    assert all(torch.equal(ours[f"backbone.{name}"], tensor) for name, tensor in state.items())
+    assert probe(tmp_path / "run" / "samples" / "000.mp4").frames == 3
+
+
+def test_half_of_the_files_do_not_sample(files: Path, tmp_path: Path, in_process: Any) -> None:
+    """A mapper of the first stage: the second one's keys and values would silently be the backbone's."""
+    mapper = torch.load(files / "mapper.pt")["ema"]
+    coarse = {name: t for name, t in mapper.items() if not name.endswith(("_new.weight", "_exemplar.weight"))}
+    assert len(coarse) < len(mapper)
+    torch.save({"ema": coarse}, tmp_path / "mapper.pt")
+    start = ["--weights", str(files / "watermark_remove_module.pt")]
+    start += ["--strategy-weights", str(tmp_path / "mapper.pt"), "--out", str(tmp_path / "run")]
+    ended = in_process("--config", SAMPLING, *tiny(files), *start)
+    assert ended.code == 1
+    (line,) = ended.errors()
+    assert "stages.fine.steps is 0, but neither weights nor strategy_weights has kv_concat.taps (" in line
+    assert "--strategy-weights, or train it with --stages.fine.steps" in line
+    assert not (tmp_path / "run" / "run.yaml").exists()
 
 
 @pytest.mark.parametrize("file", [RECIPE, SAMPLING])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -43,15 +43,18 @@ def loosened(run: Any) -> Any:
     return run
 
 
-def sampled(run: Any, **guidance: Any) -> Tensor:
-    """Two videos with two steps, the first of them from noise."""
-    config = replace(
-        run.parts.config, guidance=GuidanceConfig(**guidance), sampler=SamplerConfig(kind="ddim", steps=2)
-    )
+def sampled(run: Any, captions: Sequence[str] = ("a dog runs", "the red cat"), **guidance: Any) -> Tensor:
+    """Two videos, of a dog and a cat, with two steps, the first of them from noise."""
+    sampler = SamplerConfig(kind="ddim", steps=2)
+    config = replace(run.parts.config, guidance=GuidanceConfig(**guidance), sampler=sampler)
     images = run.reference().image
-    captions, subjects = ["a dog runs", "the red cat"], ["dog", "cat"]
     return generate(
-        replace(run.parts, config=config), images, captions, subjects, [1, 2], size=(3, *images.shape[-2:])
+        replace(run.parts, config=config),
+        images,
+        captions,
+        ["dog", "cat"],
+        [1, 2],
+        size=(3, *images.shape[-2:]),
     )
 
 
@@ -165,17 +168,86 @@ def test_the_unconditional_branch_has_two_names() -> None:
         GuidanceConfig(unconditional="none")  # type: ignore[arg-type]
 
 
-@torch.no_grad()
-def test_all_switches_of_the_released_sampler_together(make: Make) -> None:
+# ---- all of them together ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OneStep:
+    """What the released sampler's switches make of the step from noise, and the passes that it took: (x, t) each."""
+
+    latents: Tensor  # after it: b f c h w
+    calls: list[tuple[Tensor, Tensor]]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(x.shape[:2]) for x, _ in self.calls]
+
+
+def one_step(make: Make, *, compat: str = "videobooth", copies: int = 3, **guidance: Any) -> OneStep:
+    """With the four switches of docs/fidelity.md, or other values; the first row's subject stands twice, near."""
     options = {
-        "kv_concat": KVConcatConfig(reference_frames=3),
-        "token_replacement": TokenReplacementConfig(compat="videobooth"),
+        "kv_concat": KVConcatConfig(reference_frames=copies),
+        "token_replacement": TokenReplacementConfig(compat=compat),  # type: ignore[arg-type]
     }
     run = loosened(make("token_replacement+kv_concat", "unet", options=options))
-    released = sampled(run, scale=2.0, channels=3, unconditional="omit")
-    assert released.isfinite().all()
-    assert worst(released, sampled(run, scale=2.0, unconditional="omit")) > 1e-1
-    assert worst(released, sampled(run, scale=2.0, channels=3)) > 1e-1
+    calls, switches = watched(run), {"scale": 2.0, "channels": 3, "unconditional": "omit"}
+    sampled(run, ["the dog and dog runs", "the red cat"], **{**switches, **guidance})
+    after, _ = calls[-1]  # of the second step, which begins with the first one's latents
+    return OneStep(after[:2], calls[: len(calls) // 2])
+
+
+@pytest.fixture(scope="module")
+def remembered() -> dict[str, OneStep]:
+    return {}
+
+
+@pytest.fixture
+def released(make: Make, remembered: dict[str, OneStep]) -> OneStep:
+    """All four together."""
+    if not remembered:
+        remembered["released"] = one_step(make)
+    return remembered["released"]
+
+
+EFFECT, ROUNDING = 1e-1, 5e-3  # the first step multiplies a prediction by 160
+
+
+def test_all_switches_together_take_the_released_passes(released: OneStep) -> None:
+    """Three copies of the reference as a video, then each branch of guidance on its own, on the same x."""
+    assert released.latents.isfinite().all()
+    assert released.shapes == [(2, 3)] * 3
+    (copies, _), (x, _), (again, _) = released.calls
+    assert worst(copies[:, 0], copies[:, 1]) > 1 and worst(copies[:, 1], copies[:, 2]) > 1
+    assert torch.equal(x, again)
+
+
+def test_of_all_switches_compat_rewrites_the_caption_with_two_subjects(released: OneStep, make: Make) -> None:
+    other = one_step(make, compat="")
+    assert other.shapes == released.shapes
+    assert worst(other.latents[0], released.latents[0]) > EFFECT
+    assert worst(other.latents[1], released.latents[1]) < ROUNDING, "its subject stands once"
+
+
+def test_of_all_switches_reference_frames_brings_the_copies(released: OneStep, make: Make) -> None:
+    other = one_step(make, copies=1)
+    assert other.shapes == [(2, 1), (2, 3), (2, 3)]
+    assert worst(other.calls[0][0][:, 0], released.calls[0][0][:, 0]) < 1e-6, "the copy that is read"
+    assert worst(other.latents, released.latents) > EFFECT
+
+
+def test_of_all_switches_channels_leaves_the_others_conditional(released: OneStep, make: Make) -> None:
+    other, conditional = one_step(make, channels=None), one_step(make, scale=1.0)
+    assert worst(other.latents[:, :, :3], released.latents[:, :, :3]) < ROUNDING
+    assert worst(other.latents[:, :, 3:], released.latents[:, :, 3:]) > EFFECT
+    assert worst(conditional.latents[:, :, :3], released.latents[:, :, :3]) > EFFECT
+    assert worst(conditional.latents[:, :, 3:], released.latents[:, :, 3:]) < ROUNDING
+
+
+def test_of_all_switches_unconditional_omits_the_zero_image(released: OneStep, make: Make) -> None:
+    other = one_step(make, unconditional="zero_image")
+    assert other.shapes == [(4, 3), (4, 3)]
+    assert worst(other.latents[:, :, :3], released.latents[:, :, :3]) > EFFECT
+    assert worst(other.latents[:, :, 3:], released.latents[:, :, 3:]) < ROUNDING, "conditional in both"
 
 
 # ---- token_replacement.compat --------------------------------------------------------------------------------------

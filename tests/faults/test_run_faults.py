@@ -55,7 +55,7 @@ def test_a_failed_start_does_not_take_the_folder(in_process, tiny, tmp_path: Pat
         "accumulation 3 x 1 ranks",
         "multiple of 3",
     )
-    assert in_process(*arguments, "--stages.coarse.steps", "0", "--schedule", "coarse").code == 0
+    assert in_process(*arguments, "--stages.base.steps", "0", "--schedule", "base").code == 0
 
 
 def test_a_glob_that_matches_no_parameter(in_process, tiny, tmp_path: Path):
@@ -136,7 +136,9 @@ def test_weights_of_another_architecture(in_process, tiny, tiny_unet, trained: P
 def test_weights_that_fit_are_taken(in_process, tiny, trained: Path, tmp_path: Path):
     """The control of the test above: a run folder is a start for another run."""
     out = ["--sample.videos", "0", "--schedule", "fine", "--stages.fine.steps", "0", "--out", str(tmp_path)]
-    ended = in_process(*tiny, "--weights", str(trained), "--train.seed", "1", *out)
+    start = ["--weights", str(trained), "--train.seed", "1"]
+    said(in_process(*tiny, *start, *out), "stages.fine.steps is 0", "kv_concat.taps", "--strategy-weights")
+    ended = in_process(*tiny, *start, "--strategy-weights", str(trained), *out)
     assert ended.code == 0, ended.output
     ours, theirs = (load_file(folder / "weights.safetensors") for folder in (tmp_path, trained))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,7 +1,8 @@
 """The original's networks written naively, in float64: the oracle of sizes for which there is no golden file.
 
-Keys are concatenated and softmaxed in one tensor, norms are written out, frame 0 is repeated, the reference runs as F
-frames beside the video. No code is shared with dit_booth; weights have upstream's names.
+Keys are concatenated and softmaxed in one tensor, norms are written out, frame 0 is repeated, the reference passes the
+network before the video, as many frames of it as are given. No code is shared with dit_booth; weights have upstream's
+names.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ def mapper(weights: Mapping[str, Tensor], states: list[Tensor]) -> Tensor:
 class DenseUNet:
     """VideoBooth's U-Net from its weights. The stage is ``plain``, ``coarse`` or ``fine``."""
 
-    def __init__(self, weights: Mapping[str, Tensor], heads: int, groups: int) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], heads: int, groups: int, plan: str = "first+previous"
+    ) -> None:
         self.w = {name: x.double() for name, x in weights.items()}
-        self.heads, self.groups = heads, groups
+        self.heads, self.groups, self.plan = heads, groups, plan
         self.stage = "plain"
         self.image: dict[str, Tensor] = {}  # the reference's normalised hidden state at each attn1: b n c
         self.seen: dict[str, Tensor] = {}
@@ -66,6 +69,11 @@ class DenseUNet:
             self.forward(*reference)
             self.image = {site: hidden[:, 0] for site, hidden in self.seen.items()}
         return self.forward(x, t, text)
+
+    def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """uncond + scale (cond - uncond) in the first three channels, the conditional prediction in the others."""
+        mixed = uncond[:, :, :3] + scale * (cond[:, :, :3] - uncond[:, :, :3])
+        return torch.cat([mixed, cond[:, :, 3:]], dim=2)
 
     # ---- the network -----------------------------------------------------------------------------------------------
 
@@ -142,10 +150,11 @@ class DenseUNet:
 
     # ---- attention -------------------------------------------------------------------------------------------------
 
-    def cross_frame(
-        self, p: str, x: Tensor, image: Tensor | None = None, plan: str = "first+previous"
-    ) -> Tensor:
-        """Frame i over [frame 0; frame i - 1]; with an image, frame 0's value becomes Attn(q0, [image; frame 0])."""
+    def cross_frame(self, p: str, x: Tensor, image: Tensor | None = None, plan: str | None = None) -> Tensor:
+        """Frame i over [frame 0; frame i - 1], or the frames of another plan.
+
+        With an image, frame 0's value becomes Attn(q0, [image; frame 0]).
+        """
         suffix = "_new" if self.stage == "fine" else ""
         q, k, v = (self.linear(f"{p}.{name}", x) for name in ("to_q", f"to_k{suffix}", f"to_v{suffix}"))
         values = list(v.unbind(1))
@@ -157,7 +166,7 @@ class DenseUNet:
             values[0] = softmax_attention(q[:, 0], keys, first, self.heads)
         out = []
         for i in range(x.shape[1]):
-            read = {"first+previous": [0, max(i - 1, 0)], "first": [0]}[plan]
+            read = {"first+previous": [0, max(i - 1, 0)], "first": [0], "self": [i]}[plan or self.plan]
             keys = torch.cat([k[:, j] for j in read], dim=1)
             out.append(
                 softmax_attention(q[:, i], keys, torch.cat([values[j] for j in read], dim=1), self.heads)

@@ -99,6 +99,7 @@ def unet_file(
             "attention_head_dim": config.heads,
             "cross_attention_dim": config.text_dim,
             "use_linear_projection": config.linear_projection,
+            "use_first_frame": config.plan == "first+previous",
         }
     }
     dense = dense_of(

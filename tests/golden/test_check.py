@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dic
 
 def copied(name: str, folder: Path) -> Path:
     """A copy of a committed file, to be changed."""
+    folder.mkdir(exist_ok=True)
     for suffix in (".json", ".safetensors"):
         shutil.copy(HERE / "data" / f"{name}{suffix}", folder / f"{name}{suffix}")
     return folder / f"{name}.safetensors"
@@ -170,27 +173,151 @@ def test_weights_that_do_not_fit_are_an_error_of_the_file(
     assert "conv_in.bias" in lines[0]["error"]
 
 
-def test_an_output_without_a_runner_is_said(
+def without_dots(info: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["weights.stray"] = torch.zeros(1)
+
+
+STRANGE: dict[str, tuple[Callable[..., Any], str]] = {
+    "a weight's name without a dot": (without_dots, "IndexError: list index out of range"),
+    "config: null": (lambda info, tensors: info.update(config=None), "AttributeError"),
+    "no config": (lambda info, tensors: info.pop("config"), "KeyError: 'config'"),
+    "channels as text": (lambda info, tensors: info["config"].update(block_out_channels="12"), "TypeError"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_whatever_a_file_leads_to_is_its_line_alone(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, says = STRANGE[what]
+    info, tensors = unet_file(UNET, outputs=("a_plain_f1",))
+    change(info, tensors)
+    write(tmp_path, "videobooth_unet_a", (info, tensors))
+    write(tmp_path, "z", attention_file())
+    status, lines = run(tmp_path, capsys)
+    (bad,) = [line for line in lines if not line["ok"]]
+    assert status == 1 and bad["file"] == "videobooth_unet_a" and bad["ok"] is False
+    assert says in bad["error"]
+    assert len(lines) == 1 + 5 * 3, "the other file is checked"
+
+
+def test_an_output_that_nothing_compares_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In every family; and a file none of whose outputs is compared, and one of a family without a module."""
+    makers = {"attention": attention_file, "mapper": mapper_file, "diffusion": diffusion_file}
+    for name, make in makers.items():
+        info, tensors = make()
+        write(tmp_path, name, (info, {**tensors, "outputs.more": torch.zeros(1)}))
+    info, tensors = unet_file(UNET, outputs=("a_plain_f1",))
+    write(tmp_path, "unet", (info, {**tensors, "outputs.more": torch.zeros(1)}))
+    for name in ("dit_sigma", "catvton"):
+        path = copied(name, tmp_path)
+        save_file({**read(path)[1], "outputs.more": torch.zeros(1)}, path)
+    inputs = {k: v for k, v in attention_file()[1].items() if not k.startswith("outputs.")}
+    write(tmp_path, "nothing", (attention_file()[0], {**inputs, "outputs.more": torch.zeros(1)}))
+    status, lines = run(tmp_path, capsys)
+    bad = {(line["file"], line["case"]): line["error"] for line in lines if line["ok"] is not True}
+    files = ("attention", "mapper", "diffusion", "unet", "dit_sigma", "catvton", "nothing")
+    assert status == 1
+    assert set(bad) == {(name, "more") for name in files} | {("nothing", "")}
+    assert "unet_cases compares no output of this name" in bad["unet", "more"]
+    assert "has no output that is compared" in bad["nothing", ""]
+
+
+def test_a_family_without_a_module_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    later = check.Family("", "later", lambda info, tensors: "inputs.later" in tensors)
+    later = check.Family("later_cases", "later", lambda info, tensors: "inputs.later" in tensors)
     monkeypatch.setattr(check, "FAMILIES", (later, *check.FAMILIES))
+    write(tmp_path, "later_small", ({}, {"outputs.x": torch.zeros(1), "inputs.later": torch.zeros(1)}))
+    status, (line,) = run(tmp_path, capsys)
+    assert status == 1 and line["ok"] is False
+    assert "as a later file it cannot be run: ModuleNotFoundError" in line["error"]
+
+
+def test_only_the_known_omissions_stay_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An output of Text2Video-Zero's that is no part of this project: null, with the reason; not in other files."""
     info, tensors = attention_file()
-    tensors["outputs.more"] = torch.zeros(1)
-    write(tmp_path, "a", (info, tensors))
-    write(
-        tmp_path,
-        "later_small",
-        ({}, {"outputs.x": torch.zeros(1), "inputs.later": torch.zeros(1)}),
-    )
+    zero = {**info, "config": {**info["config"], "unet_chunk_size": 2}}
+    tensors["outputs.warp_h8_1_2"] = torch.zeros(1)
+    write(tmp_path, "zero", (zero, tensors))
     status, lines = run(tmp_path, capsys)
-    skipped = {(line["file"], line["case"]): line["skipped"] for line in lines if "skipped" in line}
-    assert status == 0
-    assert skipped == {
-        ("a", "more"): "no runner for this output",
-        ("later_small", "*"): "no runner for later files yet",
+    (left,) = [line for line in lines if line["ok"] is not True]
+    assert status == 0 and left["ok"] is None and "not part of this project" in left["skipped"]
+    write(tmp_path, "other", (info, tensors))
+    status, lines = run(tmp_path, capsys)
+    (failed,) = [line for line in lines if line["ok"] is False]
+    assert status == 1 and (failed["file"], failed["case"]) == ("other", "warp_h8_1_2")
+    assert set(check.OMITTED) == {
+        ("text2video_zero", name) for name in ("motion_field_*", "warp_*", "ddpm_forward")
     }
-    assert all(line["ok"] is None for line in lines if "skipped" in line)
+
+
+# ---- the original's configuration ----------------------------------------------------------------------------------
+
+
+def altered(folder: Path, **config: Any) -> None:
+    """The committed U-Net file with other settings, two of its outputs."""
+    path = copied("videobooth_unet_l1", folder)
+    info, tensors = read(path)
+    kept = {"outputs.a_plain_f1", "outputs.b_coarse"}
+    write(
+        folder,
+        path.stem,
+        (
+            {**info, "config": {**info["config"], **config}},
+            {k: v for k, v in tensors.items() if not k.startswith("outputs.") or k in kept},
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("norm_eps", 1e-6),
+        ("act_fn", "gelu"),
+        ("freq_shift", 1),
+        ("flip_sin_to_cos", False),
+        ("upcast_attention", True),
+        ("center_input_sample", True),
+        ("only_cross_attention", True),
+        ("resnet_time_scale_shift", "scale_shift"),
+    ],
+)
+def test_a_setting_that_this_unet_does_not_have_is_refused(
+    key: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered(tmp_path, **{key: value})
+    status, (line,) = run(tmp_path, capsys)
+    assert status == 1 and line["ok"] is False
+    assert f"ValueError: {key} is {value!r}, this U-Net has " in line["error"]
+
+
+def test_settings_at_their_defaults_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = {"norm_eps": 1e-5, "act_fn": "silu", "freq_shift": 0, "flip_sin_to_cos": True}
+    altered(tmp_path, **defaults, upcast_attention=False, mid_block_type="UNetMidBlock3DCrossAttn")
+    status, lines = run(tmp_path, capsys)
+    assert status == 0 and len(lines) == 6
+
+
+def test_use_first_frame_decides_what_a_frame_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it, upstream's attn1 is plain attention within each frame; of one frame, that is the same."""
+    altered(tmp_path / "golden", use_first_frame=False)
+    status, lines = run(tmp_path / "golden", capsys)
+    bad = {line["case"]: line["max_abs_error"] for line in lines if not line["ok"]}
+    assert status == 1 and set(bad) == {"b_coarse", "b_coarse float64"} and min(bad.values()) > 1e-2
+    made = unet_file(replace(UNET, plan="self"), outputs=("a_plain", "b_coarse", "c_fine_same_noise"))
+    assert made[0]["config"]["use_first_frame"] is False
+    write(tmp_path / "made", "a", made)
+    status, lines = run(tmp_path / "made", capsys)
+    assert status == 0 and len(lines) == 2 * 3 * 3
+    del made[0]["config"]["use_first_frame"]  # upstream's default
+    write(tmp_path / "made", "a", made)
+    assert run(tmp_path / "made", capsys)[0] == 0
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_golden_files_is_an_error(

@@ -259,9 +259,35 @@ def test_bad_folders(kl, tiny, tmp_path):
     with pytest.raises(ValueError, match=r"weights do not fit AutoencoderTiny: .*missing_keys"):
         load(tmp_path, kind="tiny")
     path.unlink()
-    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"could not be loaded.*only safetensors weights are read"):
         load(tmp_path, kind="tiny")
+    torch.save(dict(list(state.items())[1:]), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=r"1 missing \(decoder\.layers\.0\.bias\); use the folder it was saved"
+    ):
+        load(tmp_path, kind="tiny")
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    found = load(tmp_path, kind="tiny").vae.state_dict()
+    assert set(found) == set(state) and all(torch.equal(found[k], v) for k, v in state.items())
+
+
+def test_a_pickle_of_tensors_is_read_and_one_that_runs_code_is_not(kl, tmp_path):
+    """Stable Diffusion 1.x's own vae/*.bin, with the older names of its attention."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, tensor in kl[0].state_dict().items():
+        for new, before in old.items():
+            name = name.replace(f".{new}.", f".{before}.")
+        state[name] = tensor
+    assert "encoder.mid_block.attentions.0.proj_attn.bias" in state
+    kl[0].save_config(tmp_path)
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    ours, x = load(tmp_path, kind="kl", posterior="mode"), video()
+    plain = load(kl[1], kind="kl", subfolder="vae", posterior="mode")
+    assert torch.equal(ours.encode(x), plain.encode(x))
+    torch.save({**state, "hook": print}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"only a pickle that runs code restores"):
+        load(tmp_path, kind="kl")
 
 
 def test_a_hub_name_without_network(monkeypatch):

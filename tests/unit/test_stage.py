@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ from torch import nn
 from dit_booth.config import DataConfig, RunConfig, StageConfig, StagesConfig
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.unet import UNetConfig
+from dit_booth.models.weights import write
 from dit_booth.training.build import build
 from dit_booth.training.ema import Ema
 from dit_booth.training.stage import (
     active_strategies,
+    check_starts,
     schedule_of,
     set_trainable,
     trainable_globs,
@@ -90,6 +94,70 @@ def test_configured_strategies_of_a_stage() -> None:
     wrong = config_of(BOTH, stages=StagesConfig(fine=StageConfig(strategies=("adaln",))))
     with pytest.raises(ValueError, match=r"stages\.fine\.strategies names 'adaln'.*add it with \+"):
         active_strategies(wrong, ("coarse", "fine"), 1)
+
+
+# ---- stages without steps ----------------------------------------------------------------------------------
+
+
+def names_of(*prefixes: str) -> set[str]:
+    """The strategies' parameters under these, as a source names them."""
+    return {
+        name.removeprefix("strategy.") for name in under(root_of(BOTH), *(f"strategy.{p}" for p in prefixes))
+    }
+
+
+def check(sourced: set[str], coarse: int, fine: int, **more: Any) -> None:
+    stages = StagesConfig(coarse=StageConfig(steps=coarse), fine=StageConfig(steps=fine))
+    check_starts(config_of(BOTH, **{"stages": stages, **more}), root_of(BOTH), sourced)
+
+
+def test_a_stage_without_steps_takes_what_the_files_have_or_is_refused() -> None:
+    mapper, taps = names_of("token_replacement.mapper"), names_of("token_replacement.taps")
+    fine = names_of("kv_concat.")
+    check(mapper | taps | fine, 0, 0)
+    for sourced, says in (
+        (mapper | taps, rf"stages\.fine\.steps is 0, but .* has kv_concat\.taps \({len(fine)} parameters\)"),
+        (mapper | fine, r"stages\.coarse\.steps is 0, but .* has token_replacement\.taps \("),
+        (mapper | taps | set(list(fine)[1:]), r"kv_concat\.taps \(1 parameters\)"),
+        (set[str](), r"has token_replacement\.mapper \(\d+ parameters\), token_replacement\.taps \("),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check(sourced, 0, 0)
+
+
+def test_a_stage_before_it_is_a_source_and_one_after_it_may_mean_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fine = names_of("kv_concat.")
+    with caplog.at_level(logging.INFO):
+        check(set(), 3, 3)
+        check(fine, 3, 0)
+        check(set(), 3, 3, schedule=("base", "coarse", "fine"))
+        check(set(), 0, 0, schedule=("base",), stages=StagesConfig(base=StageConfig(steps=0)))
+        assert not caplog.records
+        check(names_of("token_replacement.mapper"), 0, 3)
+    (record,) = caplog.records
+    assert "stage coarse has 0 steps, and no file has token_replacement.taps (" in record.message
+    assert "mapper" not in record.message and record.message.endswith("that stays at its start")
+    with pytest.raises(ValueError, match=r"stages\.fine\.steps is 0"):
+        check(set(), 3, 0)
+
+
+def test_only_what_the_stage_would_train_must_come_from_a_file() -> None:
+    some = StagesConfig(fine=StageConfig(steps=0, train=("strategy.kv_concat.*.to_v_*",)))
+    keys = {name for name in names_of("kv_concat.") if ".to_k_" in name}
+    check(names_of("kv_concat.") - keys, 0, 0, schedule=("fine",), stages=some)
+    with pytest.raises(ValueError, match=r"kv_concat\.taps"):
+        check(keys, 0, 0, schedule=("fine",), stages=some)
+
+
+def test_what_the_files_had_is_known_of_a_build(tmp_path: Path) -> None:
+    state = {name.removeprefix("strategy."): p for name, p in root_of(BOTH).named_parameters()}
+    coarse = {name: p for name, p in state.items() if name.startswith("token_replacement.")}
+    write(tmp_path / "strategy.safetensors", coarse)
+    parts = build(config_of(BOTH, strategy_weights=(str(tmp_path / "strategy.safetensors"),)))
+    assert parts.sourced == set(coarse)
+    assert build(config_of(BOTH)).sourced == set()
 
 
 # ---- globs -------------------------------------------------------------------------------------------------
