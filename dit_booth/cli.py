@@ -24,6 +24,8 @@ from dit_booth.inject import suggest
 from dit_booth.strategy import StrategyConfig, find, names_in, registered
 
 log = logging.getLogger(__name__)
+PLUGIN_MODULE = "dit_booth_plugin_"
+"""How the names of modules begin that are loaded from the files of ``--plugin``."""
 
 
 def parse(argv: Sequence[str], *, default_config: str = "", description: str = "") -> RunConfig:
@@ -125,11 +127,16 @@ def _with_sections(options: tuple[tuple[str, type[StrategyConfig]], ...]) -> typ
     return dataclasses.make_dataclass("RunConfig", sections, bases=(RunConfig,), frozen=True, kw_only=True)
 
 
+def is_plugin(module: str) -> bool:
+    """Whether a module was loaded from a file of ``--plugin``."""
+    return module.startswith(PLUGIN_MODULE)
+
+
 def load_plugin(path: str) -> None:
     """Run a Python file that registers strategies."""
     if not Path(path).is_file():
         raise ValueError(f"--plugin {path} is not a file; give the path of a Python file")
-    spec = importlib.util.spec_from_file_location(f"dit_booth_plugin_{Path(path).stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{PLUGIN_MODULE}{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where dataclasses and tyro look up the types of its options

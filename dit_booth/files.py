@@ -8,6 +8,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +18,15 @@ from typing import Any
 
 SLOT = "DIT_BOOTH_SLOT"
 """Environment variable: where a sweep has put a process (``host:devices``); the lock tells it to other sweeps."""
+WRITER = re.compile(r"\.(\d+)@(.+)\.part$")
+"""The end of a partial file's name: number and machine of the process that writes it."""
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to, which becomes `file` at the end, in one step and on the disk; not after an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.part")  # two processes may write the same file
+    partial = partial_of(file)
     try:
         yield partial
         sync(partial)
@@ -30,6 +34,38 @@ def replacing(file: Path) -> Iterator[Path]:
         sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process writes what becomes `path`: two processes may write the same."""
+    return path.with_name(f"{path.name}.{os.getpid()}@{socket.gethostname()}.part")
+
+
+def remove_partials(folder: Path, of: str = "*") -> None:
+    """Remove what killed processes have left half-written. Who lives, or may live on another machine, is let be."""
+    for partial in folder.glob(f"{of}.part"):
+        if _has_writer(partial.name):
+            continue
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)  # two processes may clear up at once
+
+
+def _has_writer(name: str) -> bool:
+    """Whether the writer of a partial file may still be at it."""
+    writer = WRITER.search(name)
+    if writer is None:
+        return False
+    if writer[2] != socket.gethostname():
+        return True
+    try:
+        os.kill(int(writer[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text(file: Path, text: str) -> None:
@@ -56,23 +92,24 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 class Lock:
     """A folder's lock, held by one process or by the ranks of one run.
 
-    These are the kernel's record locks on ``<folder>/lock``: they end with their process, however it ends, and are not
-    inherited by its children. Every rank holds a byte of the file, and only who gets all bytes becomes the owner: where
-    one rank was killed and the others live on for a while, the folder stays theirs.
+    These are the kernel's record locks on ``<folder>/<name>``: they end with their process, however it ends, and are
+    not inherited by its children. Every rank holds a byte of the file, and only who gets all bytes becomes the owner:
+    where one rank was killed and the others live on for a while, the folder stays theirs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "lock"
+    def __init__(self, folder: Path, name: str = "lock") -> None:
+        self.file = folder / name
         self.number = -1
 
-    def take(self) -> bool:
-        """Become the owner (the first rank) if there is none."""
+    def take(self, slot: str | None = None) -> bool:
+        """Become the owner (the first rank) if there is none. `slot` is told to others; default: this process's."""
         if not self._try():
             self.release()
             return False
         fcntl.lockf(self.number, fcntl.LOCK_UN, 0, 1)  # all bytes but the first: those of the other ranks
         os.ftruncate(self.number, 0)
-        os.write(self.number, f"{socket.gethostname()} {os.getpid()} {os.environ.get(SLOT, '')}\n".encode())
+        place = os.environ.get(SLOT, "") if slot is None else slot
+        os.write(self.number, f"{socket.gethostname()} {os.getpid()} {place}\n".encode())
         return True
 
     def join(self, rank: int) -> None:

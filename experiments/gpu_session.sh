@@ -18,6 +18,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?name the folder for the results in OUT}" "${1:?name the sweeps to run}"
 SLICE=${SLICE:-480} PYTHON=${PYTHON:-python3} PART=${PART:-15728640} ROOT=${ROOT:-runs/sweeps}
+needed='
+import json, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+rows = [(file.parent, json.loads(line)) for file in root.glob("*/sweep.jsonl") for line in file.open()]
+stages = {sweep / "stages" / "{name}-{address}".format(**stage)
+          for sweep, row in rows if row["status"] != "finished" for stage in row["stages"]}
+files = (file for stage in sorted(stages) for file in stage.rglob("*") if file.is_file() and file.suffix != ".part")
+print(*(file.relative_to(root) for file in files), sep="\0", end="")
+'
 begin=$(date +%s)
 mkdir -p "$OUT" "$ROOT"
 "$PYTHON" -c 'import importlib.metadata as m; m.distribution("dit_booth")' 2>/dev/null ||
@@ -44,7 +53,7 @@ done
 
 tar czf "$OUT/results.tar.gz" --exclude='*.safetensors' --exclude='step*' --exclude='*.part' -C "$ROOT" .
 if [ "$unfinished" = 1 ]; then
-    (cd "$ROOT" && find . -path '*/stages/*' -type f ! -name '*.part' -print0) |
+    "$PYTHON" -c "$needed" "$ROOT" |
         tar cz -C "$ROOT" --null --files-from=- | split -b "$PART" -d - "$OUT/state.tar.gz."
     exit 3
 fi

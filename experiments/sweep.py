@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,12 +85,16 @@ def plan_of(given: Any) -> Plan:
 
 
 def record(file: Path, description: Description, given: Any) -> None:
-    """The description as read, with the command that repeats it."""
+    """The description as read, with the command that repeats it; one that can be read from where it lies."""
     import yaml
 
-    override = f" --override {given.override}" if given.override else ""
-    command = f"python experiments/sweep.py {given.file}{override}"
-    settings = {"command": command, **description.as_dict()}
+    if not given.override and given.file.resolve() == file.resolve():
+        return  # it says already how it came about
+    chosen = {"--override": given.override, "--out": given.out, "--store": given.store}
+    flags = [word for flag, value in chosen.items() if value for word in (flag, str(value))]
+    command = shlex.join(["python", "experiments/sweep.py", str(given.file), *flags])
+    base = os.path.relpath(Path(description.base).resolve(), file.parent.resolve())
+    settings = {"command": command, **description.as_dict(), "base": base}
     text = yaml.safe_dump({**settings, "seeds": list(description.seeds)}, sort_keys=False)
     if not file.is_file() or file.read_text() != text:
         write_text(file, text)
@@ -101,7 +107,8 @@ def run(plan: Plan, given: Any) -> int:
         print("all points are finished, nothing to do")
     else:
         devices, hosts = given.devices.split(",") if given.devices else None, given.hostfile
-        slots = hostfile_slots(plan.ranks, hosts) if hosts else local_slots(plan.ranks, devices)
+        remote = hosts and hostfile_slots(plan.ranks, hosts, plan.launcher)
+        slots = remote or local_slots(plan.ranks, devices)
         whole = run_points(
             plan,
             slots,

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 
+from dit_booth.report.study import COSTS, Group
 from dit_booth.report.svg import DASH, MINUS
 from dit_booth.report.table import Measure, Row, Table
 
@@ -32,8 +33,9 @@ _TEX = {
 
 
 def to_csv(table: Table) -> str:
-    """A line per row: means, ends of the intervals, paired differences with theirs, costs; what is unknown is empty."""
-    header = ["variant", "baseline", "seeds", "prompts"]
+    """A line per variant: means, ends of the intervals, paired differences with theirs, costs; the unknown is empty."""
+    costs = [name for name in COSTS if any(name in row.costs for row in table.rows)]
+    header = ["variant", "status", "baseline", "seeds", "prompts"]
     for m in table.metrics:
         header += [m.name, f"{m.name}_low", f"{m.name}_high", f"{m.name}_n", f"{m.name}_over"]
     for m in table.metrics if table.others else ():
@@ -41,17 +43,20 @@ def to_csv(table: Table) -> str:
         header += [
             f"{m.name}_difference_{over}_{end}" for over in ("seeds", "prompts") for end in ("low", "high")
         ]
-    header += [cost.name for cost in table.costs]
+    header += costs
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
     for row in table.rows:
-        writer.writerow(_csv_row(table, row))
+        writer.writerow(_csv_row(table, row, costs))
+    for group in table.absent:
+        writer.writerow([group.label, group.status, "0", "0", "0", *[""] * (len(header) - 5)])
     return out.getvalue()
 
 
-def _csv_row(table: Table, row: Row) -> list[str]:
-    cells = [row.group.label, str(int(row is table.baseline)), str(len(row.group.finished)), row.prompts]
+def _csv_row(table: Table, row: Row, costs: Sequence[str]) -> list[str]:
+    cells = [row.group.label, row.group.status, str(int(row is table.baseline))]
+    cells += [str(len(row.group.finished)), row.prompts]
     for m in table.metrics:
         e = row.quality.get(m.name)
         cells += [*map(_number, (e.mean, e.low, e.high)), str(e.n), e.over] if e else [""] * 5
@@ -60,7 +65,7 @@ def _csv_row(table: Table, row: Row) -> list[str]:
         cells += [_number(d.mean) if d else ""]
         for e in (d.seeds, d.prompts) if d else (None, None):
             cells += [_number(e.low), _number(e.high)] if e else ["", ""]
-    return cells + [_number(row.costs.get(cost.name, math.nan)) for cost in table.costs]
+    return cells + [_number(row.costs.get(name, math.nan)) for name in costs]
 
 
 def _number(value: float) -> str:
@@ -73,7 +78,10 @@ def to_latex(table: Table, notes: Sequence[str] = ()) -> str:
     if not table.rows:
         return "\n".join(f"% {' '.join(note.split())}" for note in notes) + "\n"
     lines = [*(f"% {' '.join(note.split())}" for note in notes), "% \\usepackage{booktabs}"]
-    lines += _tabular([_head(m) for m in columns], [_result_cells(table, row) for row in table.rows])
+    absent = [[f"{_first(group)} ({group.status})", *["--"] * len(columns)] for group in table.absent]
+    lines += _tabular(
+        [_head(m) for m in columns], [*(_result_cells(table, row) for row in table.rows), *absent]
+    )
     if table.baseline and table.others:
         lines += [
             "",
@@ -103,7 +111,7 @@ def _head(measure: Measure) -> str:
 
 
 def _result_cells(table: Table, row: Row) -> list[str]:
-    cells = [_first(row)]
+    cells = [_first(row.group)]
     for m in table.metrics:
         e = row.quality.get(m.name)
         if e is None:
@@ -116,7 +124,7 @@ def _result_cells(table: Table, row: Row) -> list[str]:
 
 
 def _difference_cells(table: Table, row: Row) -> list[str]:
-    cells = [_first(row)]
+    cells = [_first(row.group)]
     for m in table.metrics:
         d = row.differences.get(m.name)
         if d is None:
@@ -127,9 +135,9 @@ def _difference_cells(table: Table, row: Row) -> list[str]:
     return cells
 
 
-def _first(row: Row) -> str:
+def _first(group: Group) -> str:
     """A line that begins with a bracket would be an option of the line before it."""
-    label = tex(row.group.label)
+    label = tex(group.label)
     return f"{{}}{label}" if label.startswith(("[", "$^*$")) else label
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dit_booth.costs import training_costs
 from dit_booth.report.study import COSTS, PLACES, Group, Point, Prompt, Score, Stage, Study
 
 
@@ -49,17 +51,11 @@ def read_sweep(folder: Path) -> Study:
         folder=folder,
         groups=tuple(_groups(points)),
         commands=(
-            f"python experiments/sweep.py {_description_of(described, file)}",
+            str(described.get("command") or f"python experiments/sweep.py {shlex.quote(str(file))}"),
             f"python -m dit_booth.report {folder} --csv --latex",
         ),
         description=text,
     )
-
-
-def _description_of(described: Mapping[str, Any], kept: Path) -> Path:
-    """The file that the sweep was started with, where it is one of those that are shipped; else the copy."""
-    shipped = Path("experiments/sweeps") / f"{described.get('name')}.yaml"
-    return shipped if shipped.is_file() else kept
 
 
 def read_runs(folders: Sequence[Path]) -> Study:
@@ -75,7 +71,7 @@ def read_runs(folders: Sequence[Path]) -> Study:
         file = folder / "cost.json"
         if file.is_file():
             cost = read_json(file)
-            costs = {name: _number(cost, name, str(file)) for name in COSTS if cost.get(name) is not None}
+            costs = _costs({**cost, **training_costs(cost.get("stages") or [])}, str(file))
             stages = tuple(_stage(stage, str(file)) for stage in cost.get("stages") or ()) or stages
         points.append(
             Point(
@@ -180,7 +176,9 @@ def _sweep_point(sweep: Path, row: dict[str, Any], where: str) -> Point:
         raise ValueError(
             f"{where}: {folder} is not there, and the point is finished; restore it, or run it again"
         )
-    settings = folder / "run.yaml"
+    cost, settings = folder / "cost.json", folder / "run.yaml"
+    if finished and "train_seconds" not in row and cost.is_file():  # a row of an older version
+        row = {**row, **training_costs(read_json(cost).get("stages") or [])}
     return Point(
         id=row["point"],
         label=str(row.get("label") or row["point"]),
@@ -192,12 +190,16 @@ def _sweep_point(sweep: Path, row: dict[str, Any], where: str) -> Point:
         error=tuple(map(str, row.get("error") or ())),
         options=row.get("options") or {},
         scores=_scores(row.get("metrics") or {}, where),
-        costs={name: _number(row, name, where) for name in COSTS if row.get(name) is not None},
+        costs=_costs(row, where),
         stages=tuple(_stage(stage, where) for stage in row.get("stages") or ()),
         launch_seconds=_number(row, "launch_seconds", where),
         prompts=tuple(_prompts(folder / "samples" / "metrics.jsonl")) if finished else (),
         settings=flat(read_yaml(settings)) if settings.is_file() else {},
     )
+
+
+def _costs(row: Mapping[str, Any], where: str) -> dict[str, float]:
+    return {name: _number(row, name, where) for name in COSTS if row.get(name) is not None}
 
 
 def _scores(metrics: dict[str, Any], where: str) -> dict[str, Score]:

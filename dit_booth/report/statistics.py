@@ -39,8 +39,13 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval; false where there is no interval."""
-        return abs(self.mean) > self.half  # false for NaN
+        """Whether 0 lies outside the interval; false where there is no interval.
+
+        False, too, where two values are equal but for rounding: of a metric with few values (a share of a dozen
+        prompts) two seeds often are, by chance, so the width of nothing is no measure of how seeds differ.
+        """
+        by_chance = self.n < 3 and self.half <= 1e-9 * abs(self.mean)
+        return abs(self.mean) > self.half and not by_chance  # false for NaN
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every")
 """Settings that change no result."""
-COSTS = ("trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "wall_seconds")
+COSTS = (
+    "trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "train_flops", "train_seconds",
+    "wall_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,12 @@ class Group:
     @property
     def finished(self) -> tuple[Point, ...]:
         return tuple(point for point in self.points if point.finished)
+
+    @property
+    def status(self) -> str:
+        """That of all its points, or how many have which: ``1 failed, 1 waiting``."""
+        counts = Counter(point.status for point in self.points)
+        return ", ".join(f"{n} {status}" if len(counts) > 1 else status for status, n in counts.items())
 
     @property
     def options(self) -> dict[str, Any]:

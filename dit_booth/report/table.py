@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from dit_booth.report.statistics import Difference, Estimate, from_stderr, paired_difference, t_interval
-from dit_booth.report.study import Group, Point, Score, Study
+from dit_booth.report.study import COSTS, Group, Point, Score, Study
 from dit_booth.report.svg import DASH, MINUS, si_prefix, with_prefix
 
 
@@ -60,12 +60,13 @@ _METRICS = [
     Measure(name="subject_found", label="Subject found", unit="share", better=1),
     Measure(name="motion", label="Motion", unit="share", digits=4),
 ]
-_COSTS = {
+_COSTS = {  # wall time is in the CSV only: a stage that points share is in that of one of them
     "trained_parameters": ("Trained params", ""),
     "flops_per_step": ("FLOPs per step", ""),
     "step_seconds": ("Step time", "s"),
     "peak_memory_mib": ("Peak memory", "MiB"),
-    "wall_seconds": ("Wall time", "s"),
+    "train_flops": ("Training FLOPs", ""),
+    "train_seconds": ("Training time", "s"),
 }
 
 
@@ -89,11 +90,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows are the groups with a finished point; `truth` are the ground truth's own scores, where known."""
+    """Rows are the groups with a finished point; `truth` are the ground truth's own scores, where known.
+
+    The `absent` are the others: they are listed with what became of them, and have no numbers.
+    """
 
     metrics: tuple[Measure, ...]
     costs: tuple[Measure, ...]
     rows: tuple[Row, ...]
+    absent: tuple[Group, ...]
     baseline: Row | None
     truth: dict[str, float]
 
@@ -133,6 +138,7 @@ def make_table(study: Study, baseline: str = "") -> Table:
             if (values := [row.costs[name] for row in rows if name in row.costs])
         ),
         rows=rows,
+        absent=tuple(group for group in study.groups if not group.finished),
         baseline=next((row for row in rows if row.group is chosen), None),
         truth={
             name.removeprefix("truth_"): _mean(p.scores[name].mean for p in points if name in p.scores)
@@ -156,8 +162,7 @@ def _row(group: Group, baseline: Group | None) -> Row:
     names = dict.fromkeys(name for point in points for name in point.scores)
     seeds = {n: [(p.seed, p.scores[n].mean) for p in points if n in p.scores] for n in names}
     costs = {
-        name: [p.costs[name] for p in points if not math.isnan(p.costs.get(name, math.nan))]
-        for name in _COSTS
+        name: [p.costs[name] for p in points if not math.isnan(p.costs.get(name, math.nan))] for name in COSTS
     }
     found = (
         {n: _difference(points, baseline.finished, n) for n in names} if baseline not in (None, group) else {}
@@ -211,7 +216,7 @@ def _cost_column(name: str, values: Sequence[float]) -> Measure:
     scale, prefix = (1.0, "") if unit else si_prefix(largest)
     if not unit and min((value for value in values if value), default=0) < 0.1 * scale:
         return Measure(name=name, label=label, better=-1, scale=0)
-    if name == "wall_seconds" and largest >= 120:
+    if name == "train_seconds" and largest >= 120:
         scale, unit = (3600.0, "h") if largest >= 7200 else (60.0, "min")
     if name == "step_seconds" and largest < 0.1:
         scale, unit = 1e-3, "ms"

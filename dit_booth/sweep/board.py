@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from dit_booth.files import partial_of, remove_partials
 from dit_booth.sweep.plan import Plan, Point
 
 
@@ -19,14 +20,19 @@ def write_hparams(plan: Plan, point: Point, row: dict[str, Any]) -> None:
     options = {name: _plain(value) for name, value in {**point.options, "seed": point.seed}.items()}
     scores = {f"scores/{name}": float(score["mean"]) for name, score in row["metrics"].items()}
     scores |= {f"costs/{name}": float(row[name]) for name in ("step_seconds", "flops_per_step") if row[name]}
-    partial = folder.with_name(f"{point.id}.part")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_partials(folder.parent, f"{point.id}.*")
+    partial = partial_of(folder)
     with SummaryWriter(str(partial)) as board:
         for summary in hparams(options, scores):
             board._get_file_writer().add_summary(summary)
         for name, value in scores.items():
             board.add_scalar(name, value)
-    partial.replace(folder)
+    try:
+        partial.replace(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():  # else another sweep has written the same meanwhile
+            raise
 
 
 def _plain(value: Any) -> Any:

@@ -63,6 +63,7 @@ def read_description(file: Path, override: Path | None = None) -> Description:
     what is for one sweep only. ValueError: a key is unknown, or a value is not what it must be.
     """
     settings = _read(file)
+    settings.pop("command", None)  # the copy in a sweep's folder begins with it
     _check_keys(settings, str(file))
     name = str(settings.get("name") or file.stem)
     base = _relative(settings.get("base"), file)

@@ -29,7 +29,7 @@ class Job:
     after: tuple[str, ...]
 
 
-def jobs_of(plan: Plan) -> list[Job]:
+def jobs_of(plan: Plan, kind: Kind) -> list[Job]:
     """What is missing, in an order in which every job stands behind those that it depends on."""
     uses, jobs, stage_jobs = plan.uses(), list[Job](), dict[str, str]()
     for point in plan.points:
@@ -48,20 +48,24 @@ def jobs_of(plan: Plan) -> list[Job]:
                         name,
                         f"stage {stage.name}, {stage.steps} steps, shared by {uses[stage.key]} points",
                         _command(
-                            plan, point, len(jobs), f"--out {shlex.quote(str(out))} --stop-after {stage.name}"
+                            plan,
+                            kind,
+                            point,
+                            len(jobs),
+                            f"--out {shlex.quote(str(out))} --stop-after {stage.name}",
                         ),
                         before,
                     )
                 )
                 stage_jobs[stage.key] = name
             before = (stage_jobs[stage.key],)
-        jobs.append(Job(f"point_{point.id}", title(point), _command(plan, point, len(jobs)), before))
+        jobs.append(Job(f"point_{point.id}", title(point), _command(plan, kind, point, len(jobs)), before))
     return jobs
 
 
 def emit(plan: Plan, kind: Kind) -> str:
     """The script. Run it where the sweep was planned: its paths are relative to that folder."""
-    jobs = jobs_of(plan)
+    jobs = jobs_of(plan, kind)
     lines = _slurm(plan, jobs) if kind == "slurm" else _shell(jobs)
     return "\n".join([f"#!/usr/bin/env bash\n# Sweep {plan.name}: {len(jobs)} jobs. Made by experiments/sweep.py --emit"
                       f" {kind}; afterwards run the sweep itself to collect the rows.", *lines]) + "\n"  # fmt: skip
@@ -72,7 +76,10 @@ def _slurm(plan: Plan, jobs: list[Job]) -> Iterator[str]:
     yield '# With options of your cluster: SBATCH="sbatch --partition=gpu --time=12:00:00" bash THIS'
     yield "SBATCH=${SBATCH:-sbatch}"
     for job in jobs:
-        after = f" --dependency=afterok:{':'.join(f'${name}' for name in job.after)}" if job.after else ""
+        after = ""
+        if job.after:  # what depends on a job that failed ends too, and does not wait for ever
+            names = ":".join(f"${name}" for name in job.after)
+            after = f" --dependency=afterok:{names} --kill-on-invalid-dep=yes"
         yield f"\n# {job.about}"
         yield (
             f"{job.name}=$($SBATCH --parsable --job-name={job.name} --gpus-per-node={plan.ranks}{after}"
@@ -90,12 +97,23 @@ def _shell(jobs: list[Job]) -> Iterator[str]:
     yield "exit $failed"
 
 
-def _command(plan: Plan, point: Point, number: int, more: str = "") -> str:
+def _command(plan: Plan, kind: Kind, point: Point, number: int, more: str = "") -> str:
     """`number`: the job's; two jobs on one machine must not meet at one port."""
     config = shlex.quote(str(plan.run_folder(point) / "run.yaml"))
-    start = "python" if plan.launcher == "python" else f"deepspeed --master_port {29500 + number}"
-    ranks = f" --num_gpus {plan.ranks}" if plan.launcher == "deepspeed" and plan.ranks > 1 else ""
-    return f"{start}{ranks} {shlex.quote(_program())} --config {config} {more}".rstrip()
+    start = "python"
+    if plan.launcher == "deepspeed":
+        start = f"deepspeed --master_port {29500 + number} {_ranks(plan.ranks, kind)}"
+    return f"{start} {shlex.quote(_program())} --config {config} {more}".rstrip()
+
+
+def _ranks(ranks: int, kind: Kind) -> str:
+    """Without a number, DeepSpeed starts a rank on every GPU that it sees.
+
+    With one it takes the machine's first GPUs and ignores CUDA_VISIBLE_DEVICES, in which Slurm names those of the job,
+    exactly as many as `ranks`.
+    """
+    flag = f"--num_gpus {ranks}"
+    return flag if kind == "shell" else f'$([ -n "${{CUDA_VISIBLE_DEVICES:-}}" ] || echo {flag})'
 
 
 def _program() -> str:

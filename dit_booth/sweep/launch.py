@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,7 +39,13 @@ from dit_booth.sweep.rows import (
 
 log = logging.getLogger(__name__)
 LOG = "launch.log"
+RESERVED = "reserved"
+"""File in a point's folder that the sweep locks while it runs the point: a run takes its own lock seconds later."""
 ERROR_LINES = 8
+ERROR = re.compile(r"error( on rank \d+)?:")
+"""How a line begins in which a run says what is wrong."""
+EXIT = "exits with return code"
+"""What DeepSpeed's launcher says of a rank that failed, the only word there is of one that was killed."""
 RANK = (
     "RANK",
     "WORLD_SIZE",
@@ -60,6 +67,10 @@ class Slot:
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
 
+    def places(self) -> set[tuple[str, str]]:
+        """Its devices, each with its machine."""
+        return places(socket.gethostname(), self.name)
+
 
 @dataclass
 class Running:
@@ -70,6 +81,7 @@ class Running:
     process: subprocess.Popen[bytes]
     begin: float
     log_start: int
+    reservation: Lock
 
 
 def run_points(
@@ -117,6 +129,8 @@ class _Runner:
             done = not self.running and not self._todo()
         finally:
             end_groups([running.process for running in self.running.values()], self.grace)
+            for running in self.running.values():
+                running.reservation.release()
             for number, handler in old.items():
                 signal.signal(number, handler)
         write_rows(self.plan)
@@ -139,22 +153,28 @@ class _Runner:
         if not free:
             return
         todo = self._todo()
-        elsewhere = [point for point in todo if in_use(self.plan.run_folder(point))]
-        taken = {Lock(self.plan.run_folder(point)).owner().rpartition(" ")[2] for point in elsewhere}
+        elsewhere = [point for point in todo if is_taken(self.plan.run_folder(point))]
+        taken = {place for point in elsewhere for place in places_taken(self.plan.run_folder(point))}
         busy = [*elsewhere, *(running.point for running in self.running.values())]
         in_training = {stage.key for point in busy for stage in missing_stages(self.plan, point)}
         for point in todo:
-            slot = next((slot for slot in free if slot.name not in taken), None)
+            slot = next((slot for slot in free if not slot.places() & taken), None)
             if slot is None:
                 return
             wanted = {stage.key for stage in missing_stages(self.plan, point)}
             if point in elsewhere or wanted & in_training:
                 continue  # the lock would make it wait; another point may run meanwhile
-            self.running[slot.name] = self._start(point, slot)
+            reservation = Lock(self.plan.run_folder(point), RESERVED)
+            if not reservation.take(slot.name):
+                return  # another sweep was quicker: look anew what it has taken
+            if status_of(self.plan, point) != "waiting":  # it was even done with the point
+                reservation.release()
+                continue
+            self.running[slot.name] = self._start(point, slot, reservation)
             free.remove(slot)
             in_training |= wanted
 
-    def _start(self, point: Point, slot: Slot) -> Running:
+    def _start(self, point: Point, slot: Slot, reservation: Lock) -> Running:
         self.attempts[point.id] += 1
         folder = self.plan.run_folder(point)
         write_settings(self.plan, point)
@@ -170,7 +190,7 @@ class _Runner:
             )
         again = "" if self.attempts[point.id] == 1 else f", attempt {self.attempts[point.id]}"
         log.info("%s: started on %s%s", title(point), slot.name, again)
-        return Running(point, slot, process, time.monotonic(), begin)
+        return Running(point, slot, process, time.monotonic(), begin, reservation)
 
     def _collect(self) -> None:
         for running in list(self.running.values()):
@@ -179,6 +199,7 @@ class _Runner:
             end_groups([running.process], self.grace)  # ranks that outlived their launcher
             del self.running[running.slot.name]
             self._judge(running)
+            running.reservation.release()
 
     def _judge(self, running: Running) -> None:
         point, folder = running.point, self.plan.run_folder(running.point)
@@ -187,15 +208,40 @@ class _Runner:
             overhead = wall - read_json(folder / "cost.json").get("work_seconds", wall)
             seconds = {"attempts": tries, "launcher_seconds": wall, "launch_seconds": overhead}
             write_text(folder / LAUNCH, json.dumps(seconds) + "\n")
-            self.finished(point)
+            self._tell(point)
             log.info("%s: finished in %.0f s, %.0f s of them launching", title(point), wall, overhead)
         else:
-            error = last_words(folder / LOG, running.log_start)
-            log.info("%s: failed after %.0f s: %s", title(point), wall, " | ".join(error[-2:]))
+            error, code = last_words(folder / LOG, running.log_start), running.process.returncode
+            words = " | ".join(error[-2:])
+            log.info("%s: failed after %.0f s (%s): %s", title(point), wall, ending(code), words)
             if tries > self.retries:
-                failure = {"attempts": tries, "exit": running.process.returncode, "error": error}
+                failure = {"attempts": tries, "exit": code, "error": error}
                 write_text(folder / FAILED, json.dumps(failure) + "\n")
         write_rows(self.plan)
+
+    def _tell(self, point: Point) -> None:
+        """Whatever the caller makes of a finished point, the other points run on."""
+        try:
+            self.finished(point)
+        except Exception:
+            log.warning("%s: finished, but what follows on that failed", title(point), exc_info=True)
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether another sweep has reserved a point, or a living process runs it."""
+    return in_use(folder) or Lock(folder, RESERVED).held()
+
+
+def places_taken(folder: Path) -> set[tuple[str, str]]:
+    """Where a taken point runs: as its ranks tell, and as the sweep that started it did (hosts of pdsh do not)."""
+    owners = (Lock(folder).owner().split(), Lock(folder, RESERVED).owner().split())
+    return {place for owner in owners if len(owner) == 3 for place in places(owner[0], owner[2])}
+
+
+def places(host: str, slot: str) -> set[tuple[str, str]]:
+    """Devices and their machine: of ``gpu:0,1`` and ``cpu`` it is `host`, of ``worker-1:0,1`` the one named."""
+    machine, _, devices = slot.rpartition(":")
+    return {(host if machine in ("", "gpu") else machine, device) for device in devices.split(",")}
 
 
 def title(point: Point) -> str:
@@ -275,12 +321,26 @@ def last_words(file: Path, start: int) -> list[str]:
     """The lines in which a run says what is wrong, or else its last ones."""
     with file.open("rb") as read:
         read.seek(start)
-        lines = [line.rstrip() for line in read.read().decode(errors="replace").splitlines()]
-    errors = list(dict.fromkeys(line for line in lines if line.startswith("error")))
+        text = read.read().decode(errors="replace")
+    # A progress bar is one line, which it writes anew after every \r.
+    lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
+    errors = list(dict.fromkeys(line for line in lines if ERROR.match(line)))
     if errors:
         return errors[-ERROR_LINES:]
-    own = [line for line in lines if line.strip() and "[launch.py:" not in line and "[runner.py:" not in line]
+    own = [line for line in lines if line.strip() and (EXIT in line or not _of_launcher(line))]
     return own[-ERROR_LINES:] or ["it ended without a word (killed?)"]
+
+
+def _of_launcher(line: str) -> bool:
+    return "[launch.py:" in line or "[runner.py:" in line
+
+
+def ending(code: int) -> str:
+    """How a launcher ended: Python tells a signal as -9, a shell as 137, DeepSpeed's launcher of its rank as 247."""
+    for number in (-code, code - 128, 256 - code):
+        if 1 < number < 32:
+            return f"exit code {code}: {signal.Signals(number).name}"
+    return f"exit code {code}"
 
 
 # ---- where points run --------------------------------------------------------------------------------------
@@ -310,18 +370,31 @@ def visible_devices() -> list[str]:
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def hostfile_slots(ranks: int, hostfile: Path) -> list[Slot]:
-    """The devices of a hostfile's machines (``name slots=8`` lines), `ranks` of one machine for each point."""
+def hostfile_slots(ranks: int, hostfile: Path, launcher: str = "deepspeed") -> list[Slot]:
+    """The devices of a hostfile's machines (``name slots=8`` lines), `ranks` of one machine for each point.
+
+    ValueError: the file is none or wrong, or points cannot be started on other machines.
+    """
+    if launcher != "deepspeed":
+        raise ValueError(
+            f"launcher is {launcher}, which starts points on this machine only; set launcher: deepspeed, or leave"
+            " --hostfile out"
+        )
+    if shutil.which("pdsh") is None:
+        raise ValueError(
+            "--hostfile: DeepSpeed starts points on other machines by pdsh, which is not installed; apt install pdsh"
+        )
     if not hostfile.is_file():
         raise ValueError(f"--hostfile {hostfile} is not a file; write lines such as `worker-1 slots=8`")
     out = []
     for number, line in enumerate(hostfile.read_text().splitlines(), 1):
-        words = line.split("#")[0].split()
-        if not words:
+        entry = line.split("#")[0].strip()
+        if not entry:
             continue
-        if len(words) != 2 or not words[1].removeprefix("slots=").isdigit():
+        named = re.fullmatch(r"(\S+)\s+slots=(\d+)", entry)
+        if named is None:
             raise ValueError(f"{hostfile}:{number}: {line!r}; write lines such as `worker-1 slots=8`")
-        host, count = words[0], int(words[1].removeprefix("slots="))
+        host, count = named[1], int(named[2])
         for first in range(0, count - ranks + 1, ranks):
             devices = ",".join(str(device) for device in range(first, first + ranks))
             # Without --force_multi a single machine counts as this one.

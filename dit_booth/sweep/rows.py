@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from dit_booth.costs import training_costs
 from dit_booth.files import Lock, read_lines, write_text
 from dit_booth.sweep.plan import Plan, Point, StageRef
 
@@ -19,7 +20,7 @@ ROWS = "sweep.jsonl"
 FAILED = "failed.json"
 LAUNCH = "launch.json"
 COSTS = ("trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "wall_seconds")
-MEASURED = ("step_seconds", "peak_memory_mib", "wall_seconds", "launch_seconds", "seconds")
+MEASURED = ("step_seconds", "peak_memory_mib", "train_seconds", "wall_seconds", "launch_seconds", "seconds")
 """Fields that differ from one running of the same sweep to the next."""
 
 
@@ -73,6 +74,7 @@ def row_of(plan: Plan, point: Point, shared: set[str]) -> dict[str, Any]:
     folder, status = plan.run_folder(point), status_of(plan, point)
     cost = read_json(folder / "cost.json") if status == "finished" else {}
     stages = {stage["address"]: stage for stage in cost.get("stages", [])}
+    trained = [stages.get(stage.address, {}) for stage in point.stages if stage.steps]
     launch = read_json(folder / LAUNCH)
     return {
         "point": point.id,
@@ -96,6 +98,7 @@ def row_of(plan: Plan, point: Point, shared: set[str]) -> dict[str, Any]:
             for stage in point.stages
         ],
         **{name: cost.get(name) for name in COSTS},
+        **(training_costs(trained) if status == "finished" else dict.fromkeys(training_costs([]))),
         "launch_seconds": launch.get("launch_seconds") if status == "finished" else None,
     }
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dit_booth.sweep.launch import title
+from dit_booth.sweep.launch import ending, title
 from dit_booth.sweep.plan import Plan, StageRef
-from dit_booth.sweep.rows import in_use, read_json, stage_finished, status_of, steps_done
+from dit_booth.sweep.rows import FAILED, in_use, read_json, stage_finished, status_of, steps_done
 
 SCORES = ("palette", "clip_i", "clip_t", "psnr", "motion")
 """Scores of the table on the terminal; the report has all."""
@@ -55,13 +55,22 @@ def show_rows(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         scores = "".join(f"{row['metrics'].get(name, {}).get('mean', float('nan')):11.3f}" for name in names)
         label = f"{row['label']}, seed {row['seed']}"
-        lines.append(f"{label:{width}}  {row['status']:9}{scores if row['metrics'] else ''}")
+        told = scores if row["metrics"] else _ending(plan, row)
+        lines.append(f"{label:{width}}  {row['status']:9}{told}".rstrip())
         lines += [f"    {line}" for line in row["error"][-2:]]
     launches = [row["launch_seconds"] for row in rows if row["launch_seconds"]]
     if launches:
         lines.append(f"launching a point took {min(launches):.0f} to {max(launches):.0f} s")
     lines.append(f"rows: {plan.folder / 'sweep.jsonl'}; page: python -m dit_booth.report {plan.folder}")
     return "\n".join(lines)
+
+
+def _ending(plan: Plan, row: Mapping[str, Any]) -> str:
+    """How a point that failed ended: of one that was killed it may be all that is known."""
+    if row["status"] != "failed":
+        return ""
+    code = read_json(plan.folder / row["run"] / FAILED).get("exit")
+    return "" if code is None else f"  ({ending(code)})"
 
 
 def step_seconds(plan: Plan) -> dict[str, float]:

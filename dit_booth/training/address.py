@@ -1,9 +1,10 @@
 """A stage's address: the hash of everything that determines what it results in. Equal addresses are one training.
 
 What enters: the stage's own settings and those of the stages before it (through their addresses), the seed, backbone,
-start weights, encoders, objective, training data, DeepSpeed's settings, and the active strategies with their options.
+start weights, encoders, objective, training data, DeepSpeed's settings, and the active strategies with their options;
+for strategies of plug-in files, the content of those files.
 What does not: how a finished network is sampled and measured, where files lie, strategies that are not active, the
-number of ranks (rows are drawn alike on any), and the code's text: `SCHEMA` stands for it.
+number of ranks (rows are drawn alike on any), and the package's own code: `SCHEMA` stands for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_booth.cli import is_plugin
 from dit_booth.config import RunConfig, StageName, decisive
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
@@ -26,9 +28,9 @@ from dit_booth.training.stage import active_strategies, declared_globs, schedule
 SCHEMA = 1
 """Raise it with a change of the code after which a stage of equal settings results in something else."""
 
-ELSEWHERE = ("strategy", "schedule", "stages", "dit", "unet", "ds_config", "strategy_weights")
+ELSEWHERE = ("strategy", "schedule", "stages", "dit", "unet", "ds_config", "strategy_weights", "plugin")
 """Settings that enter otherwise: by stage, by backbone, by content."""
-WITHOUT_EFFECT = ("plugin", "sample", "sampler", "guidance", "evaluation")
+WITHOUT_EFFECT = ("sample", "sampler", "guidance", "evaluation")
 """Settings that change no stage's weights."""
 BY_CONTENT = {
     "data": ("heldout_csv",),
@@ -67,6 +69,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
             "settings": {**asdict(settings), "strategies": active},
             "globs": _globs(config, name, active),
             "strategies": _strategies(config, active),
+            **_plugins(config, active),
         }
         out.append(Stage(index, name, settings.steps, active, digest({**common, **own})))
     return out
@@ -105,6 +108,17 @@ def _strategies(config: RunConfig, active: tuple[str, ...]) -> dict[str, Any]:
         name: {"place": place, "options": asdict(options[name]) if name in options else {}}
         for place, name in enumerate(active)
     }
+
+
+def _plugins(config: RunConfig, active: tuple[str, ...]) -> dict[str, list[str]]:
+    """The content of the plug-in files, where one of the active strategies is from them (they may import each other).
+
+    Nothing for other stages, so that their addresses are the same with and without plug-ins.
+    """
+    classes = find(config.strategy)
+    if not any(is_plugin(classes[name].__module__) for name in active):
+        return {}
+    return {"plugins": [content_of(Path(path)) for path in config.plugin]}
 
 
 def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple[str, ...]:

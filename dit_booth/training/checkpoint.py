@@ -51,4 +51,4 @@ def load(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks) -> int:
     if ema is not None:
         for name, value in load_file(folder / found["tag"] / f"ema_rank{ranks.rank}.safetensors").items():
             ema.shadow[name].copy_(value)
-    return 0
+    return int(state["step"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import re
 import resource
 import statistics
 from collections.abc import Mapping, Sequence
@@ -50,9 +52,7 @@ class Cost:
         """Count parameters and FLOPs (on the first rank only), before DeepSpeed has the network."""
         count = sum(p.numel() for p in trained.values())
         flops = count_flops(parts, stage, dataset, dtype, ranks.device) if ranks.first else 0.0
-        if ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(ranks.device)
+        reset_peak_memory(ranks.device)
         return cls(count, flops * parts.config.train.batch_size, ranks)
 
     def write(self, folder: Path) -> None:
@@ -136,8 +136,22 @@ def _sizes(folder: Path) -> dict[str, int]:
         return {name: math.prod(file.get_slice(name).get_shape()) for name in names}
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak begin anew: earlier stages and the copy that FLOPs are counted on are no part of a stage's."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # not everywhere is it permitted: then the peak is the process's
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory that the process has held: PyTorch's on a GPU, else all of it."""
+    """Most memory held since `reset_peak_memory`: by PyTorch on a GPU, else by the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux

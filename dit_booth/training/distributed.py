@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dit_booth.files import Lock
+from dit_booth.files import Lock, remove_partials
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,8 +59,7 @@ def owning(folder: Path, ranks: Ranks) -> Iterator[None]:
         time.sleep(1)
     try:
         if ranks.first:
-            for partial in folder.glob("*.part"):  # a process that was killed left them
-                partial.unlink()
+            remove_partials(folder)
         else:
             lock.join(ranks.rank)
         yield

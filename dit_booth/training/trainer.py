@@ -68,6 +68,8 @@ def train_stage(
     averaged = config.train.ema or config.train.ema_width
     ema = Ema(parameters, config.train.ema, config.train.ema_width) if averaged else None
     done = checkpoint.load(folder, engine, ema, ranks)
+    if done:
+        log.info("stage %s goes on after step %d", name, done)
     if journal:
         journal.begin(name, folder, done)
     micro = config.train.batch_size // (config.train.accumulation * ranks.world)
@@ -197,6 +199,7 @@ def engine_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload with PyTorch's optimizer: DeepSpeed's own needs a compiler
         "steps_per_print": 10**9,
     }
 

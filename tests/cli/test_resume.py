@@ -30,6 +30,11 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+def lines(folder: Path) -> list[str]:
+    """The lines of every step, with its seconds: no two computations of a step have the same."""
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
 @pytest.fixture(scope="module")
 def unbroken(program, tiny, train_all, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken") / "run"
@@ -52,16 +57,23 @@ def test_interrupted_then_killed_it_still_ends_with_the_same_weights(
     assert latest(folder) == done  # of this moment, not the last periodic one
     assert f"stopped at step {done} of stage coarse; the same command resumes there" in ended.output
     assert not (folder / "finished").exists()
+    first = lines(folder)
+    assert "goes on after" not in ended.output
 
     ended = program.cut(*command, folder=folder, steps=done + 3, number=signal.SIGKILL)
     assert ended.code == -signal.SIGKILL, ended.output
+    assert f"stage coarse goes on after step {done}\n" in ended.output
+    assert lines(folder)[:done] == first, "no step is computed again"
     killed = steps_of(folder)[-1][1]
     assert done + 3 <= killed <= STEPS
     assert latest(folder) % 2 == 0 or latest(folder) == done
     assert killed - 3 <= latest(folder) <= killed
+    kept, second = latest(folder), lines(folder)
 
     ended = program.run(*command)
     assert ended.code == 0, ended.output
+    assert f"stage coarse goes on after step {kept}\n" in ended.output
+    assert lines(folder)[:kept] == second[:kept]
     assert steps_of(folder) == ALL_STEPS  # each once, in order
     assert numbers(folder) == numbers(unbroken)
     for name in ("weights.safetensors", "strategy.safetensors", "checkpoints/0_coarse/weights.safetensors"):
@@ -84,8 +96,11 @@ def test_interrupted_under_the_launcher_with_two_ranks(program, tiny, steps_of, 
     done = steps_of(folder)[-1][1]
     assert latest(folder) == done < STEPS
     assert ended.output.count(f"stopped at step {done} of stage coarse") == 1
+    first = lines(folder)
 
     ended = program.run(*command, ranks=2)
     assert ended.code == 0, ended.output
+    assert ended.output.count(f"stage coarse goes on after step {done}\n") == 1
+    assert lines(folder)[:done] == first
     assert steps_of(folder) == ALL_STEPS
     assert (folder / "finished").is_file()

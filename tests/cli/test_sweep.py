@@ -19,6 +19,7 @@ from dit_booth.files import read_lines
 from dit_booth.report.read import read_study
 from dit_booth.sweep.description import read_description
 from dit_booth.sweep.plan import plan_sweep
+from dit_booth.sweep.rows import COSTS
 from dit_booth.sweep.show import show_plan
 
 pytestmark = pytest.mark.slow
@@ -66,7 +67,8 @@ def test_a_row_has_options_scores_and_costs(swept: Sweep):
     stages = load_file(swept.out / "stages" / stage_name(first, 0) / "weights.safetensors")
     fine = load_file(swept.out / "stages" / stage_name(first, 1) / "weights.safetensors")
     assert first["trained_parameters"] == sum(value.numel() for value in {**stages, **fine}.values())
-    for name in ("flops_per_step", "step_seconds", "peak_memory_mib", "wall_seconds", "launch_seconds"):
+    assert first["train_seconds"] == pytest.approx(sum(stage["seconds"] for stage in first["stages"]))
+    for name in (*COSTS, "train_flops", "train_seconds", "launch_seconds"):
         assert first[name] > 0, name
     assert first["launch_seconds"] < first["wall_seconds"] + 60
 

@@ -13,6 +13,7 @@ from einops import repeat
 from torchvision.utils import save_image
 
 from dit_booth.data.video import write_video
+from dit_booth.report.study import COSTS
 
 Palettes = Mapping[tuple[str, int], Sequence[float]]
 """(label, seed) -> the palette distance of every prompt; the first label is the baseline."""
@@ -22,6 +23,7 @@ TWO = {
     ("trained", 0): [7.0, 16.0],
     ("trained", 1): [9.0, 20.0],
 }
+COMMAND = "python experiments/sweep.py experiments/sweeps/query_projection.yaml --override big.yaml"
 CAPTIONS = ["a ring is shrinking on stone", "a <b>circle</b> & a square"]
 
 
@@ -34,7 +36,12 @@ def write_sweep(folder: Path, palettes: Palettes = TWO, *, samples: bool = True,
     ]
     for seed in dict.fromkeys(seed for _, seed in palettes):
         write_lines(folder / "stages" / f"coarse-c{seed}" / "metrics.jsonl", losses("coarse", 1.0 + seed))
-    settings = {"name": "query_projection", "about": "How the query is made.", "seeds": [0, 1]}
+    settings = {
+        "name": "query_projection",
+        "about": "How the query is made.",
+        "seeds": [0, 1],
+        "command": COMMAND,
+    }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(settings))
     write_rows(folder, rows)
     return folder
@@ -81,6 +88,8 @@ def _point(
         "flops_per_step": 4.12e10 + 1e9 * number,
         "step_seconds": 0.5 + 0.1 * number,
         "peak_memory_mib": 1480.0,
+        "train_seconds": 300.0,
+        "train_flops": 2.5e12 + 1e11 * number,
         "wall_seconds": 130.0,
         "launch_seconds": 8.0,
     }
@@ -132,6 +141,5 @@ def fail(folder: Path, point: str, *error: str) -> None:
     """Turn a point into one that failed, or waits if there is no error."""
     rows = read_rows(folder)
     empty = {"metrics": {}, "status": "failed" if error else "waiting", "error": list(error)}
-    costs = ("trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "wall_seconds")
-    empty |= dict.fromkeys((*costs, "launch_seconds"))
+    empty |= dict.fromkeys((*COSTS, "launch_seconds"))
     write_rows(folder, [row | empty if row["point"] == point else row for row in rows])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from dit_booth import strategy as strategies
 from dit_booth.cli import parse
+from dit_booth.training import address
 from dit_booth.training.address import SCHEMA, content_of, stages_of
 from dit_booth.training.build import build
 from dit_booth.training.stage import set_trainable
@@ -110,6 +114,55 @@ def test_the_engines_settings_count_by_content(tmp_path: Path, usual: dict[str, 
     settings["zero_optimization"]["stage"] = 1
     file.write_text(json.dumps(settings))
     assert addresses("--ds-config", str(file))["coarse"] != usual["coarse"]
+
+
+PLUGIN = """
+from dit_booth.strategy import Strategy, register
+@register("mine")
+class Mine(Strategy):
+    trains = {"fine": ("strategy.mine.*",)}
+"""
+
+
+def test_the_content_of_plugins_counts_where_their_strategies_are_active(
+    tmp_path: Path, usual: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategies.registered()
+    monkeypatch.setattr(strategies, "_REGISTRY", dict(strategies._REGISTRY))
+    monkeypatch.setitem(sys.modules, "dit_booth_plugin_mine", None)  # as it was, after the test
+    known = strategies._REGISTRY
+    files = [tmp_path / "mine.py", tmp_path / "elsewhere" / "mine.py"]
+    files[1].parent.mkdir()
+
+    def of(file: Path, text: str, *flags: str) -> dict[str, str]:
+        known.pop("mine", None)
+        file.write_text(text)
+        return addresses("--plugin", str(file), *flags)
+
+    assert of(files[0], PLUGIN) == usual, "a run that has no strategy of it"
+    mine = ("--strategy", f"{BOTH}+mine")
+    before = of(files[0], PLUGIN, *mine)
+    assert before["coarse"] == usual["coarse"] and before["fine"] != usual["fine"]
+    assert of(files[1], PLUGIN, *mine) == before, "wherever it lies"
+    changed = of(files[0], f"{PLUGIN}    # another training\n", *mine)
+    assert changed["coarse"] == before["coarse"]
+    assert changed["fine"] != before["fine"]
+
+
+def test_without_plugins_nothing_of_them_enters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that were trained before plug-ins counted keep their addresses."""
+    hashed: list[dict[str, Any]] = []
+    digest = address.digest
+
+    def spy(value: Any, length: int = 12) -> str:
+        hashed.append(value)
+        return digest(value, length)
+
+    monkeypatch.setattr(address, "digest", spy)
+    addresses()
+    stages = [value for value in hashed if "stage" in value]
+    assert len(stages) == 2
+    assert not any("plugin" in key for stage in stages for key in stage)
 
 
 def test_weights_count_by_content(tmp_path: Path, usual: dict[str, str]) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from dit_booth.files import Lock, read_lines, replacing, write_text
+from dit_booth.files import Lock, partial_of, read_lines, remove_partials, replacing, write_text
+from dit_booth.training.distributed import Ranks, T, owning
 
 HOLD = """
 import sys
@@ -113,6 +116,15 @@ def test_the_slot_that_a_sweep_gave_is_told(tmp_path: Path, monkeypatch: pytest.
     lock.release()
 
 
+def test_a_folder_has_locks_of_several_names(tmp_path: Path, hold: type[Holder]) -> None:
+    assert hold(tmp_path).took
+    other = Lock(tmp_path, "reserved")
+    assert other.take("gpu:1")
+    other.release()
+    assert other.owner().split()[2] == "gpu:1"
+    assert Lock(tmp_path).held()
+
+
 # ---- files -------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +136,42 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
         raise RuntimeError
     assert file.read_text() == "first"
     assert [path.name for path in file.parent.iterdir()] == ["file.txt"]
+
+
+def test_what_killed_processes_left_half_written_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ours, elsewhere = (
+        partial_of(tmp_path / "run.yaml"),
+        tmp_path / f"run.yaml.{gone.pid}@another-machine.part",
+    )
+    left = tmp_path / f"run.yaml.{gone.pid}@{socket.gethostname()}.part"
+    folder = tmp_path / f"p1.{gone.pid}@{socket.gethostname()}.part"
+    folder.mkdir()
+    (folder / "events").touch()
+    for file in (ours, elsewhere, left, tmp_path / "latest.json.part"):
+        file.touch()
+    remove_partials(tmp_path)
+    assert set(tmp_path.iterdir()) == {ours, elsewhere}
+
+
+def test_a_folder_s_new_owner_does_not_disturb_who_writes_into_it(tmp_path: Path) -> None:
+    """A sweep writes a point's files without the lock, also while the point's run begins."""
+    with replacing(tmp_path / "launch.json") as partial:
+        partial.write_text("whole")
+        with owning(tmp_path, Alone()):
+            pass
+    assert (tmp_path / "launch.json").read_text() == "whole"
+
+
+class Alone(Ranks):
+    """One rank without a process group."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, torch.device("cpu"))
+
+    def agree(self, value: T) -> T:
+        return value
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 STUB = """#!/usr/bin/env bash
-# `python -c ...`: the package is there; `python experiments/sweep.py FILE ...`: leave files and the exit code of FILE.
-[ "$1" = -c ] && exit 0
+# `python experiments/sweep.py FILE ...`: leave files and the exit code of FILE; `python -c ...` is Python's.
+[ "$1" = -c ] && exec PYTHON "$@"
 echo "$@" >>"$ROOT/calls"
-stage=s/stages/coarse-1
-mkdir -p "$ROOT/s/points/p" "$ROOT/$stage/step2"
-for file in s/sweep.jsonl s/points/p/cost.json s/points/p/weights.safetensors $stage/step2/shard $stage/a.part
+stage=s/stages/coarse-1 done=s/stages/coarse-0
+mkdir -p "$ROOT/s/points/p" "$ROOT/$stage/step2" "$ROOT/$done"
+row() { echo '{"status": "'$1'", "stages": [{"name": "coarse", "address": "'$2'"}]}'; }
+[ -e "$ROOT/s/sweep.jsonl" ] || { row finished 0; row waiting 1; row failed 2; } >"$ROOT/s/sweep.jsonl"
+for file in s/points/p/{cost.json,weights.safetensors} $stage/{step2/shard,a.part} $done/weights.safetensors
 do [ -e "$ROOT/$file" ] || echo "$(wc -l <"$ROOT/calls")" >"$ROOT/$file"; done
 exit "$(cat "$2")"
 """
@@ -24,7 +27,7 @@ exit "$(cat "$2")"
 @pytest.fixture
 def session(tmp_path: Path):
     stub = tmp_path / "python"
-    stub.write_text(STUB)
+    stub.write_text(STUB.replace("PYTHON", sys.executable))
     stub.chmod(0o755)
 
     def run(*codes: int, root: str = "here", **env: str) -> tuple[int, Path, list[str]]:
@@ -57,7 +60,9 @@ def test_what_is_cut_short_is_packed_to_go_on(session) -> None:
     assert len(calls) == 2
     assert all("--override big.yaml --seconds" in call and "--grace 20" in call for call in calls)
     assert packed(out, "results.tar.gz") == {"calls", "s/sweep.jsonl", "s/points/p/cost.json"}
-    assert packed(out, "state.tar.gz.*") == {"s/stages/coarse-1/step2/shard"}
+    assert packed(out, "state.tar.gz.*") == {"s/stages/coarse-1/step2/shard"}, (
+        "of the unfinished points alone"
+    )
     assert len(list(out.glob("state.tar.gz.*"))) > 1, "no file is larger than PART"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweep_folder import TWO, fail, read_rows, write_lines, write_rows, write_sweep
+from sweep_folder import COMMAND, TWO, fail, read_rows, write_lines, write_rows, write_sweep
 
 from dit_booth.report.__main__ import main
 from dit_booth.report.export import tex
@@ -90,6 +90,7 @@ def test_the_page_says_what_was_swept_and_how_to_repeat_it(sweep: Path):
     assert "How the query is made." in page
     for fact in ("2</b> variants", "2</b> seeds", "2</b> prompts", "4 of 4</b> points finished"):
         assert fact in page
+    assert f"<pre>{COMMAND}\n" in page
     assert f"python -m dit_booth.report {sweep} --csv --latex" in page
     assert f"run.py --config {sweep}/points/p0s0/run.yaml" in page
     assert "<code>kv_concat.query</code></dt><dd>kept · trained</dd>" in page
@@ -110,7 +111,12 @@ def test_the_table_of_the_page_is_that_of_the_files(sweep: Path):
     latex = (sweep / "report.tex").read_text().split("\\midrule")[1].split("\\bottomrule")[0]
     assert [row[0] for row in page if row[0] in ("kept", "trained")] == ["kept", "trained"]
     digits = {"palette": (2, 1), "clip_i": (3, 1), "trained_parameters": (2, 1e6), "flops_per_step": (2, 1e9)}
-    digits |= {"step_seconds": (2, 1), "peak_memory_mib": (0, 1), "wall_seconds": (2, 60)}
+    digits |= {
+        "step_seconds": (2, 1),
+        "peak_memory_mib": (0, 1),
+        "train_flops": (2, 1e12),
+        "train_seconds": (2, 60),
+    }
     for line, shown, tex_line in zip(lines, page[2:4], latex.strip().splitlines(), strict=True):
         wanted = [f"{float(line[name]) / scale:.{n}f}" for name, (n, scale) in digits.items()]
         assert shown[2:] == wanted
@@ -121,10 +127,13 @@ def test_the_table_of_the_page_is_that_of_the_files(sweep: Path):
     assert float(lines[0]["palette"]) == 16.5  # of 15 and 18
     assert float(lines[0]["palette_high"]) == pytest.approx(16.5 + 12.7062 * 1.5, abs=1e-3)
     assert [line["prompts"] for line in lines] == ["2", "2"]
+    assert [line["wall_seconds"] for line in lines] == ["130.0", "130.0"], "in the file alone"
 
 
-def test_differences_are_paired_and_marked(sweep: Path):
-    page = (sweep / "report.html").read_text()
+def test_differences_are_paired_and_marked(tmp_path: Path):
+    three = {**TWO, ("kept", 2): [11.0, 21.0], ("trained", 2): [8.0, 17.0]}
+    sweep = write_sweep(tmp_path / "three", three)
+    page = report(sweep)
     (_, row) = Tables(page).tables["differences"]
     assert row[:2] == ["trained", "\N{MINUS SIGN}3.50*"]  # -3 and -4 for each prompt, the same for each seed
     assert "better" in page.split('class="sortable differences"')[1].split("CLIP")[1]
@@ -133,6 +142,11 @@ def test_differences_are_paired_and_marked(sweep: Path):
     assert float(line["palette_difference_seeds_low"]) == -3.5
     assert float(line["palette_difference_prompts_high"]) == pytest.approx(-3.5 + 12.7062 * 0.5, abs=1e-3)
     assert r"$-$3.50$^*$ [$-$3.50, $-$3.50]" in (sweep / "report.tex").read_text()
+
+
+def test_equal_differences_of_two_seeds_are_not_marked(sweep: Path):
+    assert Tables((sweep / "report.html").read_text()).tables["differences"][1][1] == "\N{MINUS SIGN}3.50"
+    assert r"$-$3.50 [$-$3.50, $-$3.50]" in (sweep / "report.tex").read_text()
 
 
 def test_the_best_is_marked_where_better_is(sweep: Path):
@@ -219,6 +233,30 @@ def test_failed_points_are_listed_and_the_rest_is_shown(copy: Path):
     assert page.count("<video") == 6
 
 
+def test_a_variant_without_a_finished_point_is_listed_with_what_became_of_it(copy: Path):
+    fail(copy, "p1s0", "out of memory")
+    fail(copy, "p1s1")
+    table = Tables(report(copy)).tables["results"]
+    kept, trained = table[2:4]
+    assert trained == ["trained", "1 failed, 1 waiting", *["–"] * (len(kept) - 2)]  # noqa: RUF001
+    line = list(csv.DictReader((copy / "report.csv").open()))[1]
+    told = {name: value for name, value in line.items() if value not in ("", "0")}
+    assert told == {"variant": "trained", "status": "1 failed, 1 waiting"}
+    dashes = " & ".join(["--"] * (len(kept) - 2))
+    assert rf"trained (1 failed, 1 waiting) & {dashes} \\" in (copy / "report.tex").read_text()
+
+
+def test_rows_without_training_costs_have_them_from_their_points(copy: Path):
+    rows = read_rows(copy)
+    for row in rows:
+        del row["train_seconds"], row["train_flops"]
+        stages = [{"name": "fine", "seconds": 5.0, "steps": 10, "flops_per_step": 2e9}]
+        (copy / row["run"] / "cost.json").write_text(json.dumps({"stages": [*stages, *stages]}))
+    write_rows(copy, rows)
+    line = next(csv.DictReader((report(copy), (copy / "report.csv").open())[1]))
+    assert (line["train_seconds"], line["train_flops"]) == ("10.0", "40000000000.0")
+
+
 def test_a_sweep_with_no_finished_point_has_a_page_that_says_so(copy: Path):
     for row in read_rows(copy):
         fail(copy, row["point"], "out of memory")
@@ -226,7 +264,8 @@ def test_a_sweep_with_no_finished_point_has_a_page_that_says_so(copy: Path):
     assert "No point has finished (4 planned)" in page
     assert "results" not in Tables(page).tables
     assert page.count("out of memory") == 4
-    assert (copy / "report.csv").read_text() == "variant,baseline,seeds,prompts\n"
+    lines = ["variant,status,baseline,seeds,prompts", "kept,failed,0,0,0", "trained,failed,0,0,0"]
+    assert (copy / "report.csv").read_text().splitlines() == lines
     assert "tabular" not in (copy / "report.tex").read_text()
 
 
@@ -261,7 +300,7 @@ def test_numbers_that_are_none(copy: Path):
 
 def test_another_baseline(copy: Path, caplog: pytest.LogCaptureFixture):
     page = report(copy, "--baseline", "trained")
-    assert Tables(page).tables["differences"][1][:2] == ["kept", "+3.50*"]
+    assert Tables(page).tables["differences"][1][:2] == ["kept", "+3.50"]
     assert "must be one of: kept, trained" in errors(copy, caplog, "--baseline", "nobody")
     rows = read_rows(copy)
     write_rows(copy, [row | {"baseline": False} for row in rows])

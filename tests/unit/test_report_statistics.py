@@ -42,8 +42,17 @@ def test_what_has_no_interval_has_none_and_resolves_nothing(values: list[float])
 
 
 def test_no_spread_is_an_interval_of_no_width():
-    assert t_interval([0.5, 0.5], "seeds").excludes_zero
-    assert not t_interval([0.0, 0.0], "seeds").excludes_zero
+    assert t_interval([0.5, 0.5, 0.5], "seeds").excludes_zero
+    assert not t_interval([0.0, 0.0, 0.0], "seeds").excludes_zero
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.5], [0.9 - 0.8, 0.8 - 0.7], [-0.25, -0.25]])
+def test_two_equal_values_resolve_nothing(values: list[float]):
+    """Two seeds of a metric with few values are often equal by chance."""
+    found = t_interval(values, "seeds")
+    assert found.half < 1e-12
+    assert not found.excludes_zero
+    assert Difference(found, Estimate(0.1, 0.01, 12, "prompts")).mark == "†"
 
 
 def test_one_seed_is_a_paired_t_test_over_prompts():

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dit_booth.cli import parse, to_argv
+from dit_booth.strategy import names_in
 from dit_booth.sweep.description import read_description
 from dit_booth.sweep.plan import Plan, expand
 from dit_booth.training.address import stages_of
 from dit_booth.training.build import build
 from dit_booth.training.cost import count_flops
-from dit_booth.training.stage import schedule_of, set_trainable
+from dit_booth.training.stage import schedule_of, set_trainable, stage_config, trainable_globs
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,21 @@ def test_a_nano_sweep(name: str) -> None:
     assert len(groups) == count
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nano_point_of_every_variant_can_be_built_and_trained(name: str, tmp_path: Path) -> None:
+    """As its run does it, up to the gradients of a video in its last stage: what planning alone cannot know."""
+    for point in planned(FOLDER / f"{name}.yaml").points:
+        file = tmp_path / f"{point.id}.yaml"
+        file.write_text(yaml.safe_dump(point.settings))
+        config = parse(["--config", str(file)])
+        parts, data = build(config), config.data.build(heldout=False)
+        for of in stages_of(config):
+            stage, parts.root.active = stage_config(config, of.name), of.active
+            set_trainable(parts.root, trainable_globs(config, parts.root, of.name, of.active), of.active)
+        if point.stages:
+            assert count_flops(parts, stage, data, torch.float32, torch.device("cpu")) > 0, point.label
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``full.yaml`` with the three paths given."""
@@ -83,6 +100,16 @@ def test_the_same_at_full_size_by_one_file(name: str, full: Path) -> None:
     if name in ("schedule", "strategies"):
         nano = {point.label for point in planned(FOLDER / f"{name}.yaml").points}
         assert {point.label for point in plan.points} == nano
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mapper_is_given_to_the_points_that_have_one(name: str, full: Path) -> None:
+    """A run whose strategies take nothing from its `strategy_weights` is an error, but only once it is built."""
+    for plan in (planned(FOLDER / f"{name}.yaml"), planned(FOLDER / f"{name}.yaml", full)):
+        for point in plan.points:
+            has_one = "token_replacement" in names_in(point.settings["strategy"])
+            given = bool(point.settings["strategy_weights"])
+            assert given == (has_one and plan.ranks == 8), point.label
 
 
 def test_without_the_paths_the_full_size_says_what_lacks() -> None:

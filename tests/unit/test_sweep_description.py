@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import yaml
 
 from dit_booth.sweep.description import Description, read_description, variants
+from experiments.sweep import arguments, record
 
 
 def described(folder: Path, settings: dict[str, Any], override: dict[str, Any] | None = None) -> Description:
@@ -126,3 +129,23 @@ def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
         read_description(tmp_path / "broken.yaml")
     with pytest.raises(ValueError, match=r"full\.yaml: 'grids' is no key"):
         described(tmp_path, {}, {"grids": {}})
+
+
+@pytest.mark.parametrize("with_override", [False, True])
+def test_the_copy_in_the_sweeps_folder_can_be_read_and_says_how_it_came_about(
+    tmp_path: Path, with_override: bool
+) -> None:
+    settings = {"options": {"train.lr": 1e-5}, "grid": {"a.b": [1, "1e-4"]}, "seeds": [0], "about": "Why?"}
+    read = described(tmp_path, settings, {"base": "other.yaml", "ranks": 2} if with_override else None)
+    flags = ["--override", str(tmp_path / "full.yaml")] if with_override else []
+    flags += ["--out", str(tmp_path / "my out"), "--store", str(tmp_path / "stages")]
+    given = arguments([str(tmp_path / "study.yaml"), *flags, "--devices", "0"])
+    copy = given.out / "sweep.yaml"
+    record(copy, read, given)
+    said = yaml.safe_load(copy.read_text())["command"]
+    assert shlex.split(said) == ["python", "experiments/sweep.py", str(tmp_path / "study.yaml"), *flags]
+    again = read_description(copy)
+    assert Path(again.base).resolve() == Path(read.base).resolve()
+    assert replace(again, base=read.base) == read
+    record(copy, again, arguments([str(copy), "--out", str(given.out)]))
+    assert yaml.safe_load(copy.read_text())["command"] == said

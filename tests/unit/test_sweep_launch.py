@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,20 @@ import pytest
 
 from dit_booth.files import Lock, read_lines
 from dit_booth.sweep import launch
-from dit_booth.sweep.launch import Slot, end_groups, hostfile_slots, last_words, local_slots, run_points
+from dit_booth.sweep.board import write_hparams
+from dit_booth.sweep.launch import (
+    RESERVED,
+    Slot,
+    end_groups,
+    ending,
+    hostfile_slots,
+    is_taken,
+    last_words,
+    local_slots,
+    places,
+    places_taken,
+    run_points,
+)
 from dit_booth.sweep.plan import Plan, Point, StageRef
 from dit_booth.sweep.rows import FAILED, LAUNCH, ROWS
 
@@ -28,6 +42,10 @@ import yaml
 from dit_booth.files import Lock, write_text
 settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
 out, store, act = Path(settings["out"]), Path(settings["store"]), settings["act"]
+with (out.parent / "launched").open("a") as launched:
+    launched.write(out.name + "\\n")
+if act == "slow start":
+    time.sleep(2)
 lock = Lock(out)
 while not lock.take():
     time.sleep(0.05)
@@ -156,6 +174,65 @@ def test_the_last_words_of_a_run(tmp_path: Path) -> None:
     assert last_words(log, log.stat().st_size) == ["it ended without a word (killed?)"]
 
 
+KILLED = """\
+first step of coarse after 9.8 s
+\rcoarse:   0%%|          | 0/40 [00:00<?, ?step/s]\rcoarse:  20%%|##        | 8/40 [00:01<00:03, 8.0step/s]\r%s
+[2026-11-22 10:00:00,1] [INFO] [launch.py:337:sigkill_handler] Killing subprocess 41
+[2026-11-22 10:00:00,2] [ERROR] [launch.py:343:sigkill_handler] ['python', 'run.py'] exits with return code = -9
+"""
+BAR = "coarse:  25%|##        | 10/40 [00:01<00:03, 8.0step/s]"
+
+
+def test_the_last_words_of_a_killed_rank_are_its_exit_code(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(KILLED % BAR)
+    words = last_words(log, 0)
+    assert words[:2] == ["first step of coarse after 9.8 s", BAR], "a progress bar is one line"
+    assert words[2].endswith("exits with return code = -9") and len(words) == 3
+
+
+def test_a_traceback_is_not_displaced_by_a_line_that_looks_like_an_error(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    trace = ["error_handler: installed", "Traceback (most recent call last):", "RuntimeError: no"]
+    log.write_text("\r\n".join(trace))
+    assert last_words(log, 0) == trace
+
+
+def test_how_a_launcher_ended() -> None:
+    told = [ending(code) for code in (1, -9, 137, 247, 0, 255)]
+    killed = [f"exit code {code}: SIGKILL" for code in (-9, 137, 247)]
+    assert told == ["exit code 1", *killed, "exit code 0", "exit code 255"]
+
+
+def test_what_follows_on_a_finished_point_may_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = plan_of(tmp_path, "ok", "ok")
+
+    def fail(point: Point) -> None:
+        raise OSError("no space")
+
+    assert run_points(plan, [SLOT], grace=0.2, finished=fail)
+    assert statuses(plan) == ["finished", "finished"]
+    assert caplog.text.count("OSError: no space") == 2
+
+
+def test_two_sweeps_may_write_a_point_s_hparams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one comes first, between this one's look and its end."""
+    plan = plan_of(tmp_path, "ok")
+    row: dict[str, Any] = {"metrics": {}, "step_seconds": 0.5, "flops_per_step": None}
+    folder = tmp_path / "tensorboard" / "p0"
+    replace = Path.replace
+
+    def late(self: Path, target: Path) -> Path:
+        target.mkdir()
+        (target / "theirs").touch()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    write_hparams(plan, plan.points[0], row)
+    assert [file.name for file in folder.iterdir()] == ["theirs"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
 # ---- stopping ----------------------------------------------------------------------------------------------
 
 
@@ -213,26 +290,75 @@ def test_points_run_on_all_devices_and_a_stage_that_they_share_is_trained_once(t
     assert {line["slot"] for line in lines} == {"x", "y"}
 
 
-def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, "ok", "ok", "ok", "ok", stages=(("a",), ("a",), ("b",), ("b",)))
+def another_sweep(plan: Plan) -> subprocess.Popen[bytes]:
+    """A process that runs the same plan, on a device of its own."""
     other = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pickle; from pathlib import Path;"
         "from dit_booth.sweep import launch; launch.PROGRAM = Path(sys.argv[2]);"
         "plan = pickle.loads(Path(sys.argv[3]).read_bytes());"
         "print(launch.run_points(plan, [launch.Slot('theirs')], grace=0.2))"
     )
-    (tmp_path / "plan").write_bytes(pickle.dumps(plan))
+    (plan.folder / "plan").write_bytes(pickle.dumps(plan))
     root = str(Path(__file__).parents[2])
-    second = subprocess.Popen(
-        [sys.executable, "-c", other, root, str(launch.PROGRAM), str(tmp_path / "plan")],
-        stdout=subprocess.PIPE,
-    )
+    command = [sys.executable, "-c", other, root, str(launch.PROGRAM), str(plan.folder / "plan")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+
+def test_two_sweeps_on_one_folder_share_the_work(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "ok", "ok", "ok", "ok", stages=(("a",), ("a",), ("b",), ("b",)))
+    second = another_sweep(plan)
     assert run_points(plan, [Slot("ours")], grace=0.2)
     assert second.communicate()[0].strip() == b"True"
     assert statuses(plan) == ["finished"] * 4
     assert sorted((plan.store / "trained").read_text().split()) == ["a-0", "b-0"]
     assert sorted(set(started(plan))) == ["p0", "p1", "p2", "p3"]
     assert len(started(plan)) == 4, "no point ran twice"
+
+
+def launched(plan: Plan) -> list[str]:
+    file = plan.folder / "points" / "launched"
+    return file.read_text().split() if file.is_file() else []
+
+
+def test_a_point_is_reserved_before_its_run_has_the_lock(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "slow start", "slow start", "slow start", "slow start")
+    second = another_sweep(plan)
+    while not launched(plan):
+        time.sleep(0.01)
+    assert run_points(plan, [Slot("ours")], grace=0.2)
+    assert second.communicate()[0].strip() == b"True"
+    assert sorted(launched(plan)) == ["p0", "p1", "p2", "p3"], "no launcher waited for another"
+    assert {line["slot"] for line in read_lines(tmp_path / "points" / "log")} == {"ours", "theirs"}
+
+
+def test_a_killed_sweep_s_reservation_is_free_at_once(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "slow start")
+    folder = plan.run_folder(plan.points[0])
+    other = another_sweep(plan)
+    while not launched(plan):
+        time.sleep(0.01)
+    assert is_taken(folder) and not Lock(folder).held(), "reserved, not locked"
+    other.kill()
+    other.wait()
+    assert not is_taken(folder)
+    assert run_points(plan, [SLOT], grace=0.2)
+    assert statuses(plan) == ["finished"]
+    assert started(plan) == ["p0"], "the one that lived on; the other finds it finished"
+    assert not Lock(folder, RESERVED).held()
+
+
+def test_where_others_run_is_told_by_machine_and_device(tmp_path: Path) -> None:
+    assert places("here", "cpu") == {("here", "cpu")}
+    assert places("here", "gpu:0,1") == {("here", "0"), ("here", "1")}
+    assert places("here", "worker-1:1") == {("worker-1", "1")}
+    assert not Slot("gpu:0").places() & places("another-machine", "gpu:0")
+    assert Slot("gpu:0").places() & places(socket.gethostname(), "gpu:0,1")
+    assert places_taken(tmp_path) == set()
+    reservation = Lock(tmp_path, RESERVED)
+    assert reservation.take("worker-1:2")
+    reservation.release()
+    (tmp_path / "lock").write_text("worker-1 77 \n")  # a rank that pdsh started knows no slot
+    assert places_taken(tmp_path) == {("worker-1", "2")}
 
 
 def test_a_point_that_outlived_its_sweep_keeps_its_device(
@@ -273,17 +399,25 @@ def test_slots_of_this_machine() -> None:
         local_slots(2, ["0"])
 
 
-def test_slots_of_a_hostfile(tmp_path: Path) -> None:
+def test_slots_of_a_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     file = tmp_path / "hosts"
     file.write_text("# ours\nworker-1 slots=4\n\nworker-2 slots=3 # old\n")
+    with pytest.raises(ValueError, match="pdsh, which is not installed; apt install pdsh"):
+        hostfile_slots(2, file)
+    (tmp_path / "bin" / "pdsh").touch(0o755)
+    with pytest.raises(ValueError, match="launcher is python, which starts points on this machine only"):
+        hostfile_slots(2, file, "python")
     slots = hostfile_slots(2, file)
     assert [slot.name for slot in slots] == ["worker-1:0,1", "worker-1:2,3", "worker-2:0,1"]
     assert slots[1].flags == ("--hostfile", str(file), "--include", "worker-1:2,3", "--force_multi")
     with pytest.raises(ValueError, match="no machine has 8 slots"):
         hostfile_slots(8, file)
-    file.write_text("worker-1\n")
-    with pytest.raises(ValueError, match=r"hosts:1: 'worker-1'; write lines such as"):
-        hostfile_slots(1, file)
+    for line in ("worker-1", "worker-1 4", "worker-1 slots=", "worker-1 slots=4 max=8"):
+        file.write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=f"hosts:1: '{line}'; write lines such as"):
+            hostfile_slots(1, file)
     with pytest.raises(ValueError, match="is not a file"):
         hostfile_slots(1, tmp_path / "none")
 

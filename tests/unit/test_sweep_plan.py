@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -172,7 +174,13 @@ def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) ->
     (folder / "metrics.jsonl").write_text(
         '{"samples": {"psnr": {"mean": 3.0, "stderr": NaN, "n": 1}}}\n{"half'
     )
-    cost = {"address": first.stages[1].address, "seconds": 4.0, "step_seconds": 0.2}
+    cost = {
+        "address": first.stages[1].address,
+        "seconds": 4.0,
+        "step_seconds": 0.2,
+        "steps": 20,
+        "flops_per_step": 5,
+    }
     (folder / "cost.json").write_text(
         f'{{"trained_parameters": 7, "stages": [{str(cost).replace(chr(39), chr(34))}]}}'
     )
@@ -180,7 +188,7 @@ def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) ->
     (folder / "finished").write_text("")
     failed = plan.run_folder(second) / FAILED
     failed.parent.mkdir()
-    failed.write_text('{"error": ["error: no"]}')
+    failed.write_text('{"exit": 247, "error": ["error: no"]}')
     rows = write_rows(plan)
     assert [row["status"] for row in rows] == ["finished", "failed", *["waiting"] * 6]
     assert rows[0]["metrics"] == {"psnr": {"mean": 3.0, "stderr": None, "n": 1}}
@@ -188,6 +196,9 @@ def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) ->
     assert [(s["name"], s["shared"], s["seconds"]) for s in rows[0]["stages"]] == [
         ("coarse", True, None), ("fine", False, 4.0)
     ]  # fmt: skip
+    assert (rows[0]["train_seconds"], rows[0]["train_flops"]) == (None, None), (
+        "nothing is known of the coarse stage"
+    )
     assert rows[1]["error"] == ["error: no"]
     written = (plan.folder / "sweep.jsonl").stat()
     assert write_rows(plan) == rows
@@ -196,6 +207,25 @@ def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) ->
     )
     said = show_rows(plan, rows)
     assert "error: no" in said and "3.000" in said
+    assert "failed     (exit code 247: SIGKILL)\n" in said
+
+
+def test_training_costs_are_those_of_all_stages_whoever_trained_them(study: Plan, tmp_path: Path) -> None:
+    plan = placed(study, tmp_path)
+    for wall, point in enumerate(plan.points[:2]):
+        costs = [
+            {"address": stage.address, "seconds": 4.0, "steps": stage.steps, "flops_per_step": 5.0}
+            for stage in point.stages
+        ]
+        folder = plan.run_folder(point)
+        folder.mkdir(parents=True)
+        (folder / "cost.json").write_text(json.dumps({"wall_seconds": wall, "stages": costs}))
+        (folder / "finished").write_text("")
+    rows = write_rows(plan)
+    steps = sum(stage.steps for stage in plan.points[0].stages)
+    assert [(r["train_seconds"], r["train_flops"]) for r in rows[:3]] == [(8.0, 5.0 * steps)] * 2 + [
+        (None, None)
+    ]
 
 
 def test_the_plan_says_what_is_shared_there_and_left(study: Plan, tmp_path: Path) -> None:
@@ -223,7 +253,7 @@ def test_the_plan_says_what_is_shared_there_and_left(study: Plan, tmp_path: Path
 
 def test_shared_stages_are_jobs_that_points_depend_on(study: Plan, tmp_path: Path) -> None:
     plan = placed(study, tmp_path)
-    jobs = {job.name: job for job in jobs_of(plan)}
+    jobs = {job.name: job for job in jobs_of(plan, "shell")}
     assert len(jobs) == 10
     for point in plan.points:
         stage = f"stage_coarse_{point.stages[0].address}"
@@ -233,11 +263,48 @@ def test_shared_stages_are_jobs_that_points_depend_on(study: Plan, tmp_path: Pat
         settings = yaml.safe_load((plan.run_folder(point) / "run.yaml").read_text())
         assert settings["store"] == str(plan.store)
     assert len({job.command.split()[2] for job in jobs.values()}) == 10, "every job has a port of its own"
-    slurm = emit(plan, "slurm")
-    assert slurm.count("--dependency=afterok:$stage_coarse_") == 8
+    assert all(" --num_gpus 1 " in job.command for job in jobs.values()), "and not all GPUs of the machine"
     for kind in ("slurm", "shell"):
         checked = subprocess.run(["bash", "-n"], input=emit(plan, kind), text=True, capture_output=True)
         assert checked.returncode == 0, checked.stderr
+
+
+SBATCH = """#!/usr/bin/env bash
+echo "$@" >> calls
+while [ $# -gt 0 ]; do [ "$1" = --wrap ] && echo "$2" >> commands; shift; done
+wc -l < calls
+"""
+
+
+def test_the_slurm_script_submits_a_chain_of_jobs(study: Plan, tmp_path: Path) -> None:
+    plan = replace(placed(study, tmp_path), ranks=2)
+    fake = tmp_path / "sbatch"
+    fake.write_text(SBATCH)
+    fake.chmod(0o755)
+    script = ["bash", "-c", emit(plan, "slurm")]
+    ran = subprocess.run(script, cwd=tmp_path, env={**os.environ, "SBATCH": f"{fake} --partition=gpu"})
+    assert ran.returncode == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    number = {next(word for word in call.split() if word.startswith("--job-name=")).partition("=")[2]: str(n)
+              for n, call in enumerate(calls, 1)}  # fmt: skip
+    assert len(calls) == len(number) == 10
+    for point in plan.points:
+        stage = number[f"stage_coarse_{point.stages[0].address}"]
+        call = calls[int(number[f"point_{point.id}"]) - 1]
+        assert f" --dependency=afterok:{stage} --kill-on-invalid-dep=yes " in call
+    assert sum("--dependency" in call for call in calls) == 8
+    assert all("--partition=gpu" in call and "--gpus-per-node=2" in call for call in calls)
+
+
+@pytest.mark.parametrize(("visible", "flags"), [("3,4", []), ("", ["--num_gpus", "2"])])
+def test_slurm_s_choice_of_gpus_is_kept(study: Plan, tmp_path: Path, visible: str, flags: list[str]) -> None:
+    """With --num_gpus DeepSpeed ignores CUDA_VISIBLE_DEVICES, and all jobs of a machine would meet on its first."""
+    plan = replace(placed(study, tmp_path), ranks=2)
+    for job in jobs_of(plan, "slurm"):
+        fake = f"deepspeed() {{ echo $@; }}; {job.command}"
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+        said = subprocess.run(["sh", "-c", fake], env=env, capture_output=True, text=True).stdout.split()
+        assert said[2 : said.index("experiments/run.py")] == flags
 
 
 def test_the_shell_script_skips_what_depends_on_a_failed_job(study: Plan, tmp_path: Path) -> None:
