@@ -79,7 +79,8 @@ def attend(
         tensors = [t.to(dtype) for t in tensors]
         if isinstance(chosen, Whole):
             return chosen.attend(tensors, positions, frames, scales)
-        few = tuple(_keys(s) < JOIN_BELOW for s in segments)
+        # By branches: torch.compile, which may have symbols for lengths, guards those and has constants here.
+        few = tuple(True if _keys(s) < JOIN_BELOW else False for s in segments)  # noqa: SIM210
         out: Tensor = _Joint.apply(_plan(frames, positions, scales, few, _most(q)), chosen, *tensors)
         return out
 

@@ -85,10 +85,10 @@ def test_a_plan_that_does_not_parse(in_process, tiny, capfd):
     ("flags", "words"),
     [
         (
-            "--data.size 16",
-            ("16 x 16", "factor 3", "15 x 15"),
-        ),  # the demo's autoencoder: 3 x 3 pixels a latent
-        ("--data.size 9", ("latents of 3 x 3", "patches of 2", "dit.patch or data.size")),
+            "--data.size 15",
+            ("15 x 15", "factor 2", "14 x 14"),
+        ),  # the demo's autoencoder: 2 x 2 pixels a latent
+        ("--data.size 10", ("latents of 5 x 5", "patches of 2", "dit.patch or data.size")),
     ],
 )
 def test_a_size_that_autoencoder_or_backbone_cannot_cut(in_process, tiny, tmp_path: Path, flags: str, words):
