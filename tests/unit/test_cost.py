@@ -23,7 +23,7 @@ def test_the_peak_begins_anew() -> None:
     high = peak_memory_mib(CPU)
     assert high > start + 200
     del large
-    assert peak_memory_mib(CPU) == high
+    assert peak_memory_mib(CPU) > high - 50  # what is freed stays in the peak; the kernel counts in batches
     reset_peak_memory(CPU)
     low = peak_memory_mib(CPU)
     assert low < high - 200
