@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,38 @@ def program() -> Program:
 def steps_of() -> Callable[[Path], list[tuple[str, int]]]:
     """Folder -> (stage, step) of each line that a step wrote."""
     return lambda folder: [(line["stage"], line["step"]) for line in metrics(folder) if "step" in line]
+
+
+@pytest.fixture(scope="session")
+def write_triplets() -> Callable[..., Path]:
+    """write_triplets(root, captions, label): a data set in VideoBooth's format, a white square over noise.
+
+    `label` is its word in the masks; one example (``clip0``, ``clip1``, ...) for each caption.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from dit_booth.data.video import write_video
+
+    def write(root: Path, captions: Sequence[str], label: str) -> Path:
+        for number in range(len(captions)):
+            video = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(number)) * 2 - 1
+            video[:, :, 4:12, 4:12] = 1.0
+            write_video(root / "videos" / "page" / f"clip{number}.mp4", video, fps=8)
+            masks = root / "masks" / f"clip{number}"
+            masks.mkdir(parents=True)
+            mask = np.zeros((16, 16), np.uint8)
+            mask[4:12, 4:12] = 255
+            Image.fromarray(mask).save(masks / "mask_1.png")
+            entry = {"value": 1, "label": label, "logit": 0.9, "box": [4.0, 4.0, 12.0, 12.0]}
+            (masks / "mask.json").write_text(json.dumps([{"value": 0, "label": "background"}, entry]))
+        with (root / "all.csv").open("w", newline="") as file:
+            rows = [(f"clip{number}", "page", caption) for number, caption in enumerate(captions)]
+            csv.writer(file).writerows([("videoid", "page_dir", "name"), *rows])
+        return root
+
+    return write
 
 
 @pytest.fixture

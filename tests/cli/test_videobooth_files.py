@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
 import shlex
@@ -22,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_booth.cli import parse
-from dit_booth.data.video import probe, write_video
+from dit_booth.data.video import probe
 from dit_booth.models.upstream import export_diffusers_unet, export_videobooth
 from dit_booth.models.weights import part
 
@@ -33,7 +31,7 @@ RECIPE, SAMPLING = (f"experiments/configs/videobooth_{name}.yaml" for name in ("
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory, write_triplets: Any) -> Path:
     """What a user has: Stable Diffusion, CLIP, ELITE's mapper, VideoBooth's two files, and a data set."""
     folder = tmp_path_factory.mktemp("official")
     torch.manual_seed(0)
@@ -41,21 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     official.write_transformers(folder / "clip", official.randomised(official.clip_model()), "")
     official.write_elite(folder / "global_mapper.pt")
     official.write_videobooth(folder)
-    for number in range(2):
-        name = f"clip{number}"
-        video = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(number)) * 2 - 1
-        video[:, :, 4:12, 4:12] = 1.0
-        write_video(folder / "data" / "videos" / "page" / f"{name}.mp4", video, fps=8)
-        masks = folder / "data" / "masks" / name
-        masks.mkdir(parents=True)
-        mask = np.zeros((16, 16), np.uint8)
-        mask[4:12, 4:12] = 255
-        Image.fromarray(mask).save(masks / "mask_1.png")
-        entry = {"value": 1, "label": "dog", "logit": 0.9, "box": [4.0, 4.0, 12.0, 12.0]}
-        (masks / "mask.json").write_text(json.dumps([{"value": 0, "label": "background"}, entry]))
-    with (folder / "data" / "all.csv").open("w", newline="") as stream:
-        rows = [(f"clip{number}", "page", f"a dog is walking, take {number}") for number in range(2)]
-        csv.writer(stream).writerows([("videoid", "page_dir", "name"), *rows])
+    write_triplets(folder / "data", [f"a dog is walking, take {number}" for number in range(2)], "dog")
     return folder
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import socket
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-
-from dit_booth.data.video import write_video
 
 pytestmark = pytest.mark.slow
 
@@ -236,27 +231,9 @@ def test_a_loss_that_is_not_finite_ends_every_rank_and_keeps_the_checkpoint(
 
 
 @pytest.fixture
-def triplets(tmp_path: Path) -> Path:
-    """Three sound examples in VideoBooth's format: a white square that moves over noise."""
-    root = tmp_path / "data"
-    rows = []
-    for number in range(3):
-        name = f"clip{number}"
-        video = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(number)) * 2 - 1
-        video[:, :, 4:12, 4:12] = 1.0
-        write_video(root / "videos" / "page" / f"{name}.mp4", video, fps=8)
-        masks = root / "masks" / name
-        masks.mkdir(parents=True)
-        mask = np.zeros((16, 16), np.uint8)
-        mask[4:12, 4:12] = 255
-        Image.fromarray(mask).save(masks / "mask_1.png")
-        entries = [{"value": 0, "label": "background"},
-                   {"value": 1, "label": "dog", "logit": 0.9, "box": [4.0, 4.0, 12.0, 12.0]}]  # fmt: skip
-        (masks / "mask.json").write_text(json.dumps(entries))
-        rows.append((name, "page", f"a dog is walking, take {number}"))
-    with (root / "all.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("videoid", "page_dir", "name"), *rows])
-    return root
+def triplets(write_triplets, tmp_path: Path) -> Path:
+    """Three sound examples in VideoBooth's format."""
+    return write_triplets(tmp_path / "data", [f"a dog is walking, take {n}" for n in range(3)], "dog")
 
 
 def test_a_truncated_video_is_an_error_or_by_request_left_out(
