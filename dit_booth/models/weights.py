@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import pickle
@@ -218,13 +219,15 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_pickle(file: Path) -> tuple[dict[str, Tensor], str]:
     """The averaged weights in a file that torch.save wrote, in float32, and their key (empty: the file is bare).
 
-    The file is read by torch's weights-only unpickler, which runs no code. ValueError: it would need to, it is broken,
-    or holds no weights.
+    The file is read by torch's weights-only unpickler, which runs no code. Training scripts like DiT's keep their
+    arguments beside the weights: an `argparse.Namespace`, which holds plain values, may be there. ValueError: code
+    would need to run, the file is broken, or it holds no weights.
     """
     try:
-        content = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None
-        )
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None
+            )
     except _BROKEN as error:
         if unsafe := re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error)):
             raise ValueError(
