@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.image_prompt import Augment
 from dit_booth.data.toyworld import Describe, Toyworld, ToyworldConfig
-from dit_booth.data.triplets import Triplets, TripletsConfig
+from dit_booth.data.triplets import Check, Triplets, TripletsConfig, check_caption
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objectives import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
@@ -65,8 +65,11 @@ class DataConfig:
             if getattr(self, name) < low:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; use {low} or more")
 
-    def build(self, *, heldout: bool) -> VideoDataset:
-        """The data set to train on, or the one whose image prompts are sampled from."""
+    def build(self, *, heldout: bool, check: Check = check_caption) -> VideoDataset:
+        """The data set to train on, or the one whose image prompts are sampled from.
+
+        check: raises ValueError at a caption of a file without its subject (`Triplets`).
+        """
         image_size = self.image_size or None
         if self.kind == "toyworld":
             split: Literal["train", "heldout"] = "heldout" if heldout else "train"
@@ -93,7 +96,8 @@ class DataConfig:
                 else Augment(flip=False, degrees=0.0, trim=0.0),
                 max_broken=self.max_broken,
                 seed=self.seed,
-            )
+            ),
+            check,
         )
 
 

@@ -160,7 +160,7 @@ def build(config: RunConfig, latents: Latents, device: Device = "meta") -> Injec
 
 def prompt(batch: int, device: Device) -> Prompt:
     ids = torch.zeros(batch, TOKENS, dtype=torch.long, device=device)
-    return Prompt(ids, ids)
+    return Prompt.without_subject(ids)
 
 
 def inputs(

@@ -102,7 +102,8 @@ class PromptTokens:
 
     embeddings: Tensor  # b l d
     ids: Tensor  # b l
-    spans: Tensor  # b l; k where the k-th occurrence of the subject stands, else 0
+    spans: Tensor  # b l; k where the k-th whole occurrence of the subject stands, else 0
+    subjects: Tensor  # b s; the ids of the subject's own tokens, then -1
 
 
 @dataclass(frozen=True)

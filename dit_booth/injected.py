@@ -79,7 +79,7 @@ class Injected(nn.Module):
         """
         recorder = Recorder(self.strategy.bind({name: Condition() for name in self.active}), sites)
         ids = self.null_ids.expand(len(latent), -1)
-        text = self.text(Prompt(ids, torch.zeros_like(ids)), recorder)
+        text = self.text(Prompt.without_subject(ids), recorder)
         self.backbone(latent, torch.zeros_like(t) if clean else t, text, recorder)
         frames = latent.shape[1]
         return {

@@ -95,13 +95,13 @@ def _passes(
     Without its text a branch has the null prompt, without its image the zero image, as rows that training drops have;
     with ``guidance.unconditional=omit`` it has no image at all, hence a pass of its own.
     """
-    guidance, tokenize = parts.config.guidance, parts.root.text.tokenize
+    guidance = parts.config.guidance
 
     def one(branches: Sequence[Branch], with_image: bool) -> Pass:
         words = [word for b in branches for word in (captions if b.text else [NULL_PROMPT] * len(images))]
         named = [name for b in branches for name in (subjects if b.text else [None] * len(images))]
         pictures = torch.cat([images if b.image else torch.zeros_like(images) for b in branches])
-        return Pass(tokenize(words, named), parts.reference(pictures, dtype) if with_image else None)
+        return Pass(parts.tokenize(words, named), parts.reference(pictures, dtype) if with_image else None)
 
     branches = guidance.branches()
     if guidance.unconditional == "zero_image":

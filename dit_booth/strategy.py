@@ -69,6 +69,9 @@ class Strategy(nn.Module):
     """Whether the condition changes with the timestep or its noise; if not, a video's samples share one."""
     reference_frames: int = 1
     """Copies of the reference, each with noise of its own, that pass the network as a video (`Reference.noisy`)."""
+    first_token_suffices: bool = False
+    """Whether a caption needs no more of its subject than the first token (the released VideoBooth looks for no more:
+    docs/fidelity.md); else one without the whole subject is refused."""
 
     def __init__(self, config: StrategyConfig, sites: Sites) -> None:
         super().__init__()
@@ -114,6 +117,10 @@ class Strategies(nn.Module):
     def reference_frames(self, active: Sequence[str]) -> int:
         """Noised copies of the reference that the active strategies ask for."""
         return max((self.part(name).reference_frames for name in active), default=1)
+
+    def first_token_suffices(self, active: Sequence[str]) -> bool:
+        """Whether one of the active strategies finds a subject by its first token."""
+        return any(self.part(name).first_token_suffices for name in active)
 
     def part(self, name: str) -> Strategy:
         """The strategy of that name."""

@@ -107,8 +107,7 @@ class Trial:
             latent=ours.latent[rows],
             noisy=ours.noisy[rows],
         )
-        prompt = replace(self.prompt, ids=self.prompt.ids[rows], spans=self.prompt.spans[rows])
-        return self.x[rows], self.t[rows], prompt, mine
+        return self.x[rows], self.t[rows], self.prompt.each(lambda y: y[rows]), mine
 
     def train_in(self, stage: StageName) -> dict[str, nn.Parameter]:
         """Make trainable what a stage trains, with all strategies active."""

@@ -136,7 +136,7 @@ def sample_own(parts: Parts, settings: Settings, seed: int) -> Path:
 def sample_heldout(parts: Parts, out: Path, ranks: Ranks) -> list[Row]:
     """Sample the held-out image prompts into `out`, shared over the ranks; every rank gets all rows, in order."""
     config = parts.config
-    dataset = config.data.build(heldout=True)
+    dataset = parts.dataset(heldout=True)
     count = min(config.sample.videos, len(dataset))
     examples = [dataset[i] for i in range(count)]
     shift = int(config.sample.reference == "shuffled")

@@ -36,7 +36,7 @@ class TokenReplacement(Strategy):
 
     def __init__(self, config: TokenReplacementConfig, sites: Sites) -> None:
         super().__init__(config, sites)
-        self.penalty = config.penalty
+        self.penalty, self.first_token_suffices = config.penalty, config.compat == "videobooth"
         (words,) = sites.match("*", port="prompt")
         self.mapper = Mapper(sites.image_dim, config.width or sites.image_dim, words.dim)
         self.attach(words, ReplaceSubject(config.compat))
@@ -92,8 +92,7 @@ class ReplaceSubject(nn.Module):
         if words is None:
             return prompt
         length, count = prompt.ids.shape[1], words.shape[1]
-        captions = zip(prompt.ids.tolist(), prompt.spans.tolist(), strict=True)
-        sources = [self.sources(ids, spans, count) for ids, spans in captions]
+        sources = self.sources(prompt, count)
         index = torch.tensor(sources, device=words.device)  # b l, into [prompt; words]
         rows = torch.cat([prompt.embeddings, words.to(prompt.embeddings.dtype)], dim=1)
         ids = torch.cat([prompt.ids, prompt.ids.new_full((len(sources), count), -1)], dim=1)
@@ -105,9 +104,13 @@ class ReplaceSubject(nn.Module):
         )
 
 
-def _sources(ids: list[int], spans: list[int], count: int) -> list[int]:
-    """Where each output position comes from: a prompt position, or ``len(ids) + j`` for word j."""
-    length, out = len(ids), []
+def _sources(prompt: PromptTokens, count: int) -> list[list[int]]:
+    """Where each output position comes from: a prompt position, or ``l + j`` for word j. Of each row, b l."""
+    return [_row(spans, count) for spans in prompt.spans.tolist()]
+
+
+def _row(spans: list[int], count: int) -> list[int]:
+    length, out = len(spans), []
     for position, span in enumerate(spans):
         if span == 0:
             out.append(position)
@@ -117,17 +120,26 @@ def _sources(ids: list[int], spans: list[int], count: int) -> list[int]:
     return (out + padding)[:length]
 
 
-def _released_sources(ids: list[int], spans: list[int], count: int) -> list[int]:
-    """The same by the released code's rule (golden: ``twice_*``, ``first_token_only_matches``).
+def _released_sources(prompt: PromptTokens, count: int) -> list[list[int]]:
+    """The same by the released code's rule (golden: ``twice_*``, ``first_token_only_matches``)."""
+    rows = zip(prompt.ids.tolist(), prompt.subjects.tolist(), strict=True)
+    return [_released_row(ids, [token for token in subject if token >= 0], count) for ids, subject in rows]
 
-    The subject stands wherever its *first* token does, and every occurrence is written at its place in the *original*
-    prompt, the original tail after it: a later one overwrites the shifted tail of the one before, or its words.
+
+def _released_row(ids: list[int], subject: list[int], count: int) -> list[int]:
+    """The subject stands wherever its *first* token does, whatever follows; as many tokens as it has are taken out.
+
+    Every occurrence is written at its place in the *original* prompt, the original tail after it: a later one
+    overwrites the shifted tail of the one before, or its words. One that runs past the end leaves the tail as it was.
     """
-    length, subject = len(ids), [at for at, span in enumerate(spans) if span == 1]
-    out, past = list(range(length)), max(len(subject) - count, 0)
-    for start in (at for at in range(length) if subject and ids[at] == ids[subject[0]]):
-        tail = [*range(start + len(subject), length), *range(length - past, length)]
-        out[start:] = [*range(length, length + count), *tail][: length - start]
+    length, out = len(ids), list(range(len(ids)))
+    past = max(len(subject) - count, 0)
+    for start in (at for at, token in enumerate(ids) if token in subject[:1]):
+        end = start + len(subject)
+        if end <= length:
+            tail = [*range(end, length), *range(length - past, length)]
+            out[start + count :] = tail[: max(length - start - count, 0)]
+        out[start : start + count] = range(length, length + min(count, length - start))
     return out
 
 

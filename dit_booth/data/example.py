@@ -8,7 +8,6 @@ have seen, with any number of workers.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast, runtime_checkable
@@ -28,7 +27,8 @@ class Example:
         key: stable name of the example, for messages and for pairing results, e.g. `toyworld/train/12`.
         video: `f 3 h w`, float32 in [-1, 1].
         caption: the text prompt.
-        subject: the word (or words) of the caption that the image stands for.
+        subject: the word (or words) of the caption that the image stands for: who finds it there checks that it
+            is there (`Tokenizer`).
         image: `3 s s`, float32 in [-1, 1]; the image prompt: the subject on white, cropped to its box.
         mask: `f h w` bool, true on the subject. Only the first `mask_frames` frames are annotated; the mask
             of the others is all false and says nothing.
@@ -37,7 +37,7 @@ class Example:
         identity: ground-truth parameters of the subject and the scene, where they are known.
 
     Raises:
-        ValueError: a tensor has the wrong shape, type or range, or the caption lacks the subject.
+        ValueError: a tensor has the wrong shape, type or range.
     """
 
     key: str
@@ -72,24 +72,6 @@ class Example:
                 f"{self.key}: mask is true in a frame at or after mask_frames={self.mask_frames}; "
                 "clear it there, or count that frame as annotated"
             )
-        check_caption(self.key, self.caption, self.subject)
-
-
-def check_caption(key: str, caption: str, subject: str) -> None:
-    """Refuse a caption that does not hold `subject` as whole words (letter case does not matter).
-
-    The coarse path puts the image's embeddings in the place of the subject's words, so there must be some.
-
-    Raises:
-        ValueError: naming `key`, the caption, the subject and the fix.
-    """
-    words = subject.split()
-    pattern = r"\s+".join(re.escape(word) for word in words)
-    if not words or re.search(rf"(?<!\w){pattern}(?!\w)", caption, flags=re.IGNORECASE) is None:
-        raise ValueError(
-            f"{key}: the caption {caption!r} does not contain the subject {subject!r} as whole words; "
-            "write the subject into the caption, or name a subject that the caption has"
-        )
 
 
 def _check_picture(key: str, name: str, value: Tensor, *, axes: str, channel_axis: int) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from dit_booth.data.example import Example, check_caption
+from dit_booth.data.example import Example
 from dit_booth.data.image_prompt import Augment, Entry, Mask, pixel_box, prepare, read_entries, read_mask
 from dit_booth.data.video import check_length, probe, read_video
 
@@ -32,6 +33,23 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ("videoid", "page_dir", "name")
 NAMED_IN_MESSAGES = 5  # a message that lists thousands of broken files helps nobody
+
+Check = Callable[[str, str], object]
+"""Raises ValueError, with the reason, if a caption lacks a subject."""
+
+
+def check_caption(caption: str, subject: str) -> None:
+    """Refuse a caption that does not hold `subject` as whole words (letter case does not matter).
+
+    The coarse path puts the image's embeddings in the place of the subject's words, so there must be some.
+
+    Raises:
+        ValueError: naming both.
+    """
+    words = subject.split()
+    pattern = r"\s+".join(re.escape(word) for word in words)
+    if not words or re.search(rf"(?<!\w){pattern}(?!\w)", caption, flags=re.IGNORECASE) is None:
+        raise ValueError(f"the caption {caption!r} does not contain the subject {subject!r} as whole words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +125,16 @@ class Triplets:
     out and counted in one warning, up to `max_broken`. What is left is fixed: a file that breaks later is an
     error that names it, because to swap in another example would change the data silently.
 
+    An example's subject is the label of highest logit of which `check` finds in the caption what it asks for.
+
     Raises:
         ValueError: a CSV file is malformed, a path leaves `root`, or more than `max_broken` examples are
         broken.
     """
 
-    def __init__(self, config: TripletsConfig) -> None:
+    def __init__(self, config: TripletsConfig, check: Check = check_caption) -> None:
         self.config = config
-        self.items, self.broken = scan(config)
+        self.items, self.broken = scan(config, check)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -203,7 +223,7 @@ def _offset(length: int, window: int, start: float, end: float) -> int:
     return min(max(round(offset), 0), length - window)
 
 
-def scan(config: TripletsConfig) -> tuple[list[Item], dict[str, str]]:
+def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Item], dict[str, str]]:
     """Check every example of a data set without decoding videos.
 
     Returns:
@@ -224,7 +244,7 @@ def scan(config: TripletsConfig) -> tuple[list[Item], dict[str, str]]:
         )
     rows = [row for file in files for row in read_rows(file, root=root)]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        results = list(pool.map(lambda row: _check(row, root, config), rows))
+        results = list(pool.map(lambda row: _check(row, root, config, check), rows))
     items: list[Item] = []
     broken: dict[str, str] = {}
     seen: set[str] = set()
@@ -290,12 +310,12 @@ def within(root: Path, path: Path) -> Path:
     return root / path
 
 
-def _check(row: Row, root: Path, config: TripletsConfig) -> Item | str:
+def _check(row: Row, root: Path, config: TripletsConfig, check: Check) -> Item | str:
     """The item, or what is wrong with it; a path that leaves the root is raised, never tolerated."""
     folder = row.masks.relative_to(root)
     entries = within(root, folder / "mask.json")
     try:
-        entry = subject_of(row, read_entries(entries))
+        entry = subject_of(row, read_entries(entries), check)
     except ValueError as error:
         return str(error)
     file = within(root, folder / f"mask_{entry.value}.png")
@@ -309,21 +329,23 @@ def _check(row: Row, root: Path, config: TripletsConfig) -> Item | str:
     return Item(row=row, entry=entry)
 
 
-def subject_of(row: Row, entries: Sequence[Entry]) -> Entry:
-    """The entry with the highest logit among those whose label is in the caption.
+def subject_of(row: Row, entries: Sequence[Entry], check: Check = check_caption) -> Entry:
+    """The entry with the highest logit among those whose label is in the caption, as `check` says.
 
     Raises:
         ValueError: the caption has none of the labels.
     """
+    reasons = []
     for entry in sorted(entries, key=lambda entry: -entry.logit):
         try:
-            check_caption(row.key, row.caption, entry.label)
-        except ValueError:
+            check(row.caption, entry.label)
+        except ValueError as error:
+            reasons.append(str(error))
             continue
         return entry
     labels = ", ".join(repr(entry.label) for entry in entries)
     raise ValueError(
-        f"{row.key}: the caption {row.caption!r} has none of the mask's labels ({labels}) as whole words; "
+        f"the caption has none of the mask's labels ({labels}): {reasons[0]}; "
         "write the label into the caption, or correct mask.json"
     )
 

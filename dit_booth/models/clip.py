@@ -1,5 +1,6 @@
 """CLIP: the text tower with the `prompt` port, and the image tower's hidden states (open_clip underneath)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -73,9 +74,16 @@ class TextEncoder(nn.Module):
     def sites(self) -> list[Site]:
         return [self.site]
 
-    def tokenize(self, captions: list[str], subjects: list[str | None] | None = None) -> Prompt:
+    def tokenize(
+        self,
+        captions: Sequence[str],
+        subjects: Sequence[str | None] | None = None,
+        *,
+        first_token_suffices: bool = False,
+    ) -> Prompt:
         """See `Tokenizer.__call__`; the result lies on this module's device."""
-        return self.tokenizer(captions, subjects).to(self.positional_embedding.device)
+        prompt = self.tokenizer(captions, subjects, first_token_suffices=first_token_suffices)
+        return prompt.to(self.positional_embedding.device)
 
     def forward(self, prompt: Prompt, inject: Injection = no_injection) -> Text:
         """Prompt (b l) -> Text (b l d, b e).
@@ -83,7 +91,7 @@ class TextEncoder(nn.Module):
         The `prompt` port stands between the token embedding and the positions. A tap that shifts the
         embeddings shifts `ids` alike; where it pushed the end token out, the last position is pooled.
         """
-        words = PromptTokens(self.token_embedding(prompt.ids), prompt.ids, prompt.spans)
+        words = PromptTokens(self.token_embedding(prompt.ids), prompt.ids, prompt.spans, prompt.subjects)
         words = inject(self.site, words)
         x, length = words.embeddings, words.embeddings.shape[1]  # b l d
         assert length <= self.context_length, f"{length} tokens for {self.context_length} positions"

@@ -1,7 +1,7 @@
-"""Captions to token ids, with the subject's place in each caption."""
+"""Captions to token ids, with each caption's subject: its own tokens, and where they stand."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,23 @@ _BYTES = 512  # the first ids are single bytes, inside and at the end of a word
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokenised captions."""
+    """Tokenised captions and their subjects."""
 
     ids: Tensor  # b l, long
-    spans: Tensor  # b l, long: 0, or k at the tokens of the subject's k-th occurrence (k = 1, 2, ...)
+    spans: Tensor  # b l, long: 0, or k at the tokens of the subject's k-th whole occurrence (k = 1, 2, ...)
+    subjects: Tensor  # b s, long: the subject's own tokens, then -1; nothing but -1 without a subject
+
+    @classmethod
+    def without_subject(cls, ids: Tensor) -> "Prompt":
+        """Token ids (b l) of captions that name none."""
+        return cls(ids, torch.zeros_like(ids), ids.new_empty(len(ids), 0))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Prompt":
+        """The same change of all its tensors: rows, or the device."""
+        return Prompt(change(self.ids), change(self.spans), change(self.subjects))
 
     def to(self, device: torch.device | str) -> "Prompt":
-        return Prompt(self.ids.to(device), self.spans.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
 
 class Tokenizer:
@@ -49,39 +59,46 @@ class Tokenizer:
         rows = self.vocab_size - 2
         return (token + token // rows) % rows
 
-    def __call__(self, captions: Sequence[str], subjects: Sequence[str | None] | None = None) -> Prompt:
+    def __call__(
+        self,
+        captions: Sequence[str],
+        subjects: Sequence[str | None] | None = None,
+        *,
+        first_token_suffices: bool = False,
+    ) -> Prompt:
         """Captions, and the word(s) of each caption's subject (None: no subject) -> Prompt of shape b l.
 
         Every occurrence of a subject is marked, whole words only, regardless of case. What passes
         `context_length` is cut and the last token becomes the end token. ValueError: a caption without its
-        subject, or with its subject only in the part that is cut.
+        subject, or with its subject only in the part that is cut; with `first_token_suffices`, the same of the
+        subject's first token alone (a caption may then have no mark).
         """
         subjects = [None] * len(captions) if subjects is None else subjects
         if len(subjects) != len(captions):
             raise ValueError(
                 f"{len(captions)} captions but {len(subjects)} subjects: give one (or None) for each"
             )
-        rows = [self._row(caption, subject) for caption, subject in zip(captions, subjects, strict=True)]
-        ids = torch.tensor([row[0] for row in rows], dtype=torch.long).reshape(len(rows), self.context_length)
-        spans = torch.tensor([row[1] for row in rows], dtype=torch.long).reshape(
-            len(rows), self.context_length
-        )
-        return Prompt(ids, spans)
+        pairs = zip(captions, subjects, strict=True)
+        rows = [self._row(caption, subject, first_token_suffices) for caption, subject in pairs]
+        ids, spans, own = ([row[i] for row in rows] for i in range(3))
+        length, longest = self.context_length, max(map(len, own), default=0)
+        return Prompt(_table(ids, length), _table(spans, length), _table(own, longest))
 
-    def _row(self, caption: str, subject: str | None) -> tuple[list[int], list[int]]:
+    def _row(
+        self, caption: str, subject: str | None, first_token_suffices: bool
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Ids, spans, and the subject's own ids."""
         tokens, room = bpe().encode(caption), self.context_length - 2
-        starts, length = _find(caption, tokens, subject) if subject is not None else ([], 0)
-        inside = [start for start in starts if start + length <= room]
-        if starts and not inside:
+        kept, wanted = tokens[:room], [] if subject is None else bpe().encode(subject)
+        if subject is not None and not _holds(kept, wanted, first_token_suffices):
+            check_subject(caption, subject, first_token_suffices=first_token_suffices)
             raise ValueError(
                 f"subject {subject!r} stands beyond the {room} tokens that fit of caption {caption!r}: "
                 "shorten the caption, or put the subject earlier"
             )
-        spans = [0] * self.context_length
-        for occurrence, start in enumerate(inside, 1):
-            spans[1 + start : 1 + start + length] = [occurrence] * length
-        ids = [self.begin, *map(self.fold, tokens[:room])]
-        return ids + [self.end] * (self.context_length - len(ids)), spans
+        padding = self.context_length - 1 - len(kept)
+        ids = [self.begin, *map(self.fold, kept), *[self.end] * padding]
+        return ids, [0, *mark(kept, wanted, _ends_word), *[0] * padding], [self.fold(t) for t in wanted]
 
 
 @functools.cache
@@ -92,18 +109,50 @@ def bpe() -> Any:
     return SimpleTokenizer()
 
 
-def _find(caption: str, tokens: list[int], subject: str) -> tuple[list[int], int]:
-    """Starts of the subject's non-overlapping occurrences, and its length, in CLIP's tokens."""
+def mark(tokens: list[int], subject: list[int], ends_word: Callable[[int], bool]) -> list[int]:
+    """k at the tokens of the subject's k-th occurrence (k = 1, 2, ...), else 0.
+
+    An occurrence has all of the subject's tokens, begins where a word does, and overlaps no earlier one.
+    """
+    marks, count = [0] * len(tokens), 0
+    for at in range(len(tokens)):
+        new_word = at == 0 or ends_word(tokens[at - 1])
+        if subject and new_word and not marks[at] and tokens[at : at + len(subject)] == subject:
+            count += 1
+            marks[at : at + len(subject)] = [count] * len(subject)
+    return marks
+
+
+def check_subject(caption: str, subject: str, *, first_token_suffices: bool = False) -> None:
+    """ValueError: the caption does not hold the subject, or not even the first of its tokens (CLIP's)."""
     wanted = bpe().encode(subject)
-    starts: list[int] = []
-    for start in range(len(tokens)) if wanted else ():
-        new_word = start == 0 or bpe().decoder[tokens[start - 1]].endswith("</w>")
-        free = not starts or start >= starts[-1] + len(wanted)
-        if new_word and free and tokens[start : start + len(wanted)] == wanted:
-            starts.append(start)
-    if not starts:
+    if _holds(bpe().encode(caption), wanted, first_token_suffices):
+        return
+    if first_token_suffices:
+        first = bpe().decode(wanted[:1]).strip()
         raise ValueError(
-            f"subject {subject!r} is not in caption {caption!r}: the caption must contain the subject's "
-            "words as given (subject 'dog': 'a dog runs'), so change one of the two"
+            f"not even the first token {first!r} of subject {subject!r} is in caption {caption!r}: "
+            "change one of the two"
         )
-    return starts, len(wanted)
+    raise ValueError(
+        f"subject {subject!r} is not in caption {caption!r}: the caption must contain the subject's "
+        "words as given (subject 'dog': 'a dog runs'), so change one of the two"
+    )
+
+
+def _holds(tokens: list[int], subject: list[int], first_token_suffices: bool) -> bool:
+    """Whether the subject is there; at any place, its first token alone."""
+    if first_token_suffices:
+        return not set(subject[:1]).isdisjoint(tokens)
+    return any(mark(tokens, subject, _ends_word))
+
+
+def _table(rows: list[list[int]], width: int) -> Tensor:
+    """Rows of up to `width` numbers, padded with -1: n width, long."""
+    padded = [row + [-1] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
+
+
+def _ends_word(token: int) -> bool:
+    last: bool = bpe().decoder[token].endswith("</w>")
+    return last

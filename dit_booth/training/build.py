@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dit_booth.config import RunConfig
+from dit_booth.data.example import VideoDataset
+from dit_booth.data.triplets import check_caption
 from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
 from dit_booth.fingerprint import warn_of_another_base
 from dit_booth.inject import Reference
 from dit_booth.injected import Injected, gather_sites
 from dit_booth.models.autoencoder import Autoencoder, build_autoencoder
-from dit_booth.models.clip import NULL_PROMPT, ImageEncoder, build_clip
+from dit_booth.models.clip import NULL_PROMPT, ImageEncoder, Prompt, build_clip
 from dit_booth.models.dit import VideoDiT
+from dit_booth.models.tokenizer import check_subject
 from dit_booth.models.unet import VideoUNet
 from dit_booth.models.weights import load_start, load_strategies, read_strategies
 from dit_booth.strategy import create, find
@@ -39,6 +44,21 @@ class Parts:
         for module in (self.root, self.autoencoder, self.image_encoder):
             module.to(device)
         return self
+
+    @property
+    def first_token_suffices(self) -> bool:
+        """Whether a caption needs no more of its subject than the first token, as the active strategies find it."""
+        return self.root.strategy.first_token_suffices(self.root.active)
+
+    def tokenize(self, captions: Sequence[str], subjects: Sequence[str | None]) -> Prompt:
+        """Captions and their subjects for the network. ValueError: a caption without its subject (`Tokenizer`)."""
+        return self.root.text.tokenize(captions, subjects, first_token_suffices=self.first_token_suffices)
+
+    def dataset(self, *, heldout: bool) -> VideoDataset:
+        """The run's data set, whose captions have what `tokenize` asks for. ValueError: a broken example."""
+        by_token = partial(check_subject, first_token_suffices=True)
+        check = by_token if self.first_token_suffices else check_caption
+        return self.config.data.build(heldout=heldout, check=check)
 
     @torch.no_grad()
     def reference(self, images: Tensor, dtype: torch.dtype, generator: Generators | None = None) -> Reference:

@@ -72,7 +72,7 @@ def make_inputs(
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
     captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
     subjects = [None if d else s for s, d in zip(batch.subjects, no_text, strict=True)]
-    prompt = parts.root.text.tokenize(captions, subjects)
+    prompt = parts.tokenize(captions, subjects)
     x0 = parts.autoencoder.encode(batch.video, generator)
     shape, reference = x0.shape, None
     t = per_row(parts.objective.sample_t, len(batch), generator).to(x0.device)
@@ -97,5 +97,4 @@ def _single_frames(
     rows, frames = x0.shape[:2]
     t = per_row(lambda n, g: parts.objective.sample_t(n * frames, g), rows, generator).to(x0.device)
     x0 = rearrange(x0, "b f c h w -> (b f) 1 c h w")
-    ids, spans = (repeat(y, "b l -> (b f) l", f=frames) for y in (prompt.ids, prompt.spans))
-    return x0, Prompt(ids, spans), t, None
+    return x0, prompt.each(lambda y: repeat(y, "b l -> (b f) l", f=frames)), t, None

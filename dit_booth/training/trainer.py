@@ -59,7 +59,7 @@ def train_stage(
     config, name, index, active = parts.config, of.name, of.index, of.active
     stage, parts.root.active = stage_config(config, name), active
     parameters = set_trainable(parts.root, trainable_globs(config, parts.root, name, active), active)
-    dataset = config.data.build(heldout=False)
+    dataset = parts.dataset(heldout=False)
     cost = Cost.of(parts, stage, dataset, parameters, ranks, dtype_of(engine_settings(config, ranks)))
     if config.train.compile:
         compile_backbone(parts.root.backbone, engine_settings(config, ranks))

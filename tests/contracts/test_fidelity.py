@@ -14,7 +14,8 @@ from dit_booth.config import StageConfig
 from dit_booth.data.example import collate
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
-from dit_booth.inject import Condition, PromptTokens
+from dit_booth.inject import PromptTokens
+from dit_booth.models.tokenizer import bpe
 from dit_booth.sampling import generate
 from dit_booth.training.inputs import generator_of, make_inputs
 from strategies.kv_concat import KVConcatConfig
@@ -252,14 +253,85 @@ def test_of_all_switches_unconditional_omits_the_zero_image(released: OneStep, m
 
 # ---- token_replacement.compat --------------------------------------------------------------------------------------
 
+FOUND = {  # caption -> what the text transformer reads for "polar bear"; *: one of the image's five words
+    "a polar bear walks": {"": "a * * * * * walks", "videobooth": "a * * * * * walks"},
+    # The first token alone takes the token after it along, and the later place overwrites the shifted tail.
+    "a polar night, then far away in the snow a polar bear walks": {
+        "": "a polar night , then far away in the snow a * * * * * walks",
+        "videobooth": "a * * * * * , then far away in * * * * * walks",
+    },
+    "polar bear and polar foxes": {"": "* * * * * and polar foxes", "videobooth": "* * * * * * * *"},
+    "polar bear on a polar": {"": "* * * * * on a polar", "videobooth": "* * * * * * * * *"},
+    # No such subject: refused by default.
+    "two polar bears": {"videobooth": "two * * * * *"},
+    "polar": {"videobooth": "* * * * *"},
+}
+
+
+def finding(make: Make, compat: str, backbone: str = "dit") -> Any:
+    options = {"token_replacement": TokenReplacementConfig(compat=compat)}  # type: ignore[arg-type]
+    return make("token_replacement+kv_concat", backbone, options=options)
+
+
+def read_by_the_text_transformer(run: Any, caption: str, subject: str) -> str:
+    """The words behind the begin token and before the end token, in a pass of the whole network."""
+    seen: list[PromptTokens] = []
+    tap = run.root.strategy.part("token_replacement").attached["text.prompt"]
+    handle = tap.register_forward_hook(lambda module, args, out: seen.append(out))
+    run.root(run.x, run.t, run.parts.tokenize([caption] * 2, [subject] * 2), run.reference())
+    handle.remove()
+    ours = run.root.text.tokenizer
+    words = {ours.fold(t): bpe().decode([t]).strip() for t in bpe().encode(caption)} | {-1: "*"}
+    first, *ids = next(out.ids[0].tolist() for out in seen if (out.ids == -1).any())
+    assert first == ours.begin
+    return " ".join(words[token] for token in ids[: ids.index(ours.end)])
+
 
 @pytest.mark.parametrize("compat", ["", "videobooth"])
-def test_compat_chooses_the_rule_of_replacement(compat: Any, make: Make) -> None:
-    options = {"token_replacement": TokenReplacementConfig(compat=compat)}
-    part = make("token_replacement", "dit", options=options).root.strategy.part("token_replacement")
-    ids = torch.tensor([[9, 3, 4, 3, 5, 6, 7, 8, 8, 8]])
-    prompt = PromptTokens(torch.zeros(1, 10, 2), ids, torch.tensor([[0, 1, 0, 2, 0, 0, 0, 0, 0, 0]]))
-    words = Condition(tokens=torch.ones(1, 3, 2))
-    out = part.attached["text.prompt"](prompt, words).ids[0].tolist()
-    expected = {"": [9, -1, -1, -1, 4, -1, -1, -1, 5, 6], "videobooth": [9, -1, -1, -1, -1, -1, 5, 6, 7, 8]}
-    assert out == expected[compat]
+@torch.no_grad()
+def test_compat_finds_the_subject_by_its_first_token_alone(compat: str, make: Make) -> None:
+    run = finding(make, compat)
+    for caption, found in FOUND.items():
+        if compat in found:
+            assert read_by_the_text_transformer(run, caption, "polar bear") == found[compat], caption
+        else:
+            with pytest.raises(ValueError, match=f"subject 'polar bear' is not in caption '{caption}'"):
+                run.parts.tokenize([caption], ["polar bear"])
+
+
+@pytest.mark.parametrize("compat", ["", "videobooth"])
+def test_training_and_sampling_ask_a_caption_for_as_much_of_its_subject(compat: str, make: Make) -> None:
+    """The prompts of both hold what the strategy finds, and neither takes a caption that has nothing of it."""
+    run = finding(make, compat, "unet")
+    data = run.parts.config.data.build(heldout=False)
+    batch = collate([data[i] for i in range(2)])
+
+    def made(caption: str, subject: str) -> list[Any]:
+        rows = replace(batch, captions=[caption] * 2, subjects=[subject] * 2)
+        trained = make_inputs(run.parts, rows, StageConfig(), generator_of(0), torch.float32, with_image=True)
+        seen: list[Any] = []
+        handle = run.root.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+        images = run.reference().image
+        generate(run.parts, images, [caption] * 2, [subject] * 2, [1, 2], size=(3, *images.shape[-2:]))
+        handle.remove()
+        return [trained.prompt, seen[0].each(lambda y: y[:2])]
+
+    run.parts.config = replace(run.parts.config, sampler=SamplerConfig(kind="ddim", steps=1))
+    if compat:
+        for prompt in made("two polar bears", "polar bear"):
+            assert (prompt.ids[:, 2:3] == prompt.subjects[:, :1]).all() and not prompt.spans.any()
+        with pytest.raises(ValueError, match="not even the first token 'polar' of subject 'polar bear'"):
+            made("a cold night", "polar bear")
+    else:
+        with pytest.raises(ValueError, match="subject 'polar bear' is not in caption 'two polar bears'"):
+            made("two polar bears", "polar bear")
+    for prompt in made("a polar bear walks", "polar bear"):
+        assert prompt.spans[:, :5].tolist() == [[0, 0, 1, 1, 0]] * 2
+
+
+def test_a_strategy_that_takes_no_part_asks_for_nothing(make: Make) -> None:
+    """What a stage trains on depends on its active strategies alone: its address has the options of no other."""
+    run = finding(make, "videobooth")
+    assert run.parts.first_token_suffices
+    run.root.active = ("kv_concat",)
+    assert not run.parts.first_token_suffices

@@ -8,8 +8,10 @@ import torch
 from cases import FLOAT64, CaseResult, Info, Tensors, cast, labelled, outputs, tolerance, worst
 from dense import mapper as dense_mapper
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dit_booth.inject import Condition, PromptTokens
+from dit_booth.models.tokenizer import mark
 from strategies.token_replacement import Mapper, ReplaceSubject
 
 
@@ -20,11 +22,10 @@ def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:
         yield from mapper(tensors)
     for name in (n for n in names if n.endswith(".embeds")):
         case, stored = name.removesuffix(".embeds"), tensors[f"outputs.{name}"]
-        prompt, words = released_prompt(tensors, case)
+        prompt, words = prompt_of(tensors, case)
         replaced = ReplaceSubject("videobooth")(prompt, Condition(tokens=words))
         yield CaseResult(f"{name} compat=videobooth", worst(replaced.embeddings, stored))
         if released_is_right(tensors, case):
-            prompt, words = true_prompt(tensors, case)
             replaced = ReplaceSubject()(prompt, Condition(tokens=words))
             yield CaseResult(f"{name} default", worst(replaced.embeddings, stored))
 
@@ -58,36 +59,31 @@ def states_of(tensors: Tensors) -> tuple[Tensor, ...]:
     return tuple(tensors[f"inputs.mapper_emb_{j}"] for j in range(count))
 
 
-# ---- the subject's place in a prompt -------------------------------------------------------------------------------
+# ---- the replacement ------------------------------------------------------------------------------------------
 
 
-def true_prompt(tensors: Tensors, case: str) -> tuple[PromptTokens, Tensor]:
-    """The prompt as our tokenizer would mark it, and the image's words of each row."""
-    ids, subjects = ids_and_subjects(tensors, case)
-    spans = [
-        marked(row, subject, occurrences(row, subject)) for row, subject in zip(ids, subjects, strict=True)
-    ]
-    return prompt_of(tensors, ids, spans)
+def prompt_of(tensors: Tensors, case: str) -> tuple[PromptTokens, Tensor]:
+    """The prompt as our tokenizer makes it of the case's ids, each of them a word, and the image's words of each row.
 
-
-def released_prompt(tensors: Tensors, case: str) -> tuple[PromptTokens, Tensor]:
-    """The same with what the released code takes for the subject: the first place of its first token.
-
-    Further places are for the strategy to find, and our tokenizer refuses a caption without its whole subject.
+    Both rules of replacement find the subject's places in it themselves.
     """
     ids, subjects = ids_and_subjects(tensors, case)
-    spans = []
-    for row, subject in zip(ids, subjects, strict=True):
-        places = [row.index(subject[0])] if subject[0] in row else []
-        spans.append(marked(row, subject, places))
-    return prompt_of(tensors, ids, spans)
+    return tokens_of(tensors, ids, subjects), tensors["inputs.inj_embedding"][: len(ids)]
+
+
+def tokens_of(tensors: Tensors, ids: list[list[int]], subjects: list[list[int]]) -> PromptTokens:
+    """Ids and the subject's own ids, of each row."""
+    rows = torch.tensor(ids)
+    spans = [mark(row, subject, lambda token: True) for row, subject in zip(ids, subjects, strict=True)]
+    own = pad_sequence([torch.tensor(subject) for subject in subjects], batch_first=True, padding_value=-1)
+    return PromptTokens(tensors["inputs.table"][rows], rows, torch.tensor(spans), own)
 
 
 def released_is_right(tensors: Tensors, case: str) -> bool:
     """Whether the first token stands at most once in each row, and then the whole subject after it."""
     ids, subjects = ids_and_subjects(tensors, case)
     return all(
-        row.count(subject[0]) == len(occurrences(row, subject)) <= 1
+        row.count(subject[0]) == max(mark(row, subject, lambda token: True)) <= 1
         for row, subject in zip(ids, subjects, strict=True)
     )
 
@@ -95,27 +91,3 @@ def released_is_right(tensors: Tensors, case: str) -> bool:
 def ids_and_subjects(tensors: Tensors, case: str) -> tuple[list[list[int]], list[list[int]]]:
     ids = tensors[f"inputs.{case}.ids"].tolist()
     return ids, [tensors[f"inputs.{case}.inj_index_{row}"].tolist() for row in range(len(ids))]
-
-
-def occurrences(ids: list[int], subject: list[int]) -> list[int]:
-    """Starts of the subject: true subsequence search, without overlaps."""
-    starts: list[int] = []
-    for at in range(len(ids)):
-        free = not starts or at >= starts[-1] + len(subject)
-        if free and ids[at : at + len(subject)] == subject:
-            starts.append(at)
-    return starts
-
-
-def marked(ids: list[int], subject: list[int], starts: list[int]) -> list[int]:
-    """k at the tokens of the k-th occurrence, else 0."""
-    spans = [0] * len(ids)
-    for k, start in enumerate(starts, 1):
-        spans[start : start + len(subject)] = [k] * len(subject)
-    return spans[: len(ids)]
-
-
-def prompt_of(tensors: Tensors, ids: list[list[int]], spans: list[list[int]]) -> tuple[PromptTokens, Tensor]:
-    rows = torch.tensor(ids)
-    words = tensors["inputs.inj_embedding"][: len(ids)]
-    return PromptTokens(tensors["inputs.table"][rows], rows, torch.tensor(spans)), words

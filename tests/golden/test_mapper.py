@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from files import load
-from mapper_cases import built_mapper, released_is_right, states_of, true_prompt
+from mapper_cases import built_mapper, prompt_of, released_is_right, states_of, tokens_of
 from torch import Tensor
 
 from dit_booth.inject import Condition, PromptTokens
@@ -27,13 +29,8 @@ DIFFERENT = {  # what we make of the prompts at which the released code misbehav
 END = 59
 
 
-def prompt_of(case: str) -> tuple[PromptTokens, Tensor]:
-    """The prompt as our tokenizer would mark it, and the image's words of each row."""
-    return true_prompt(TENSORS, case)
-
-
 def run(case: str) -> tuple[PromptTokens, Tensor]:
-    prompt, words = prompt_of(case)
+    prompt, words = prompt_of(TENSORS, case)
     return ReplaceSubject()(prompt, Condition(tokens=words)), words
 
 
@@ -77,9 +74,8 @@ def test_the_default_differs_from_the_released_code_in_those_cases_only(case: st
 
 def test_compat_finds_the_first_token_at_any_other_place_too() -> None:
     """A whole occurrence first, then the first token alone: the token after it is lost, as in the released code."""
-    prompt, words = prompt_of("two_token")
-    ids = torch.tensor([[58, 40, 41, 5, 40, 6, 7] + [END] * 70])
-    prompt = PromptTokens(TENSORS["inputs.table"][ids], ids, torch.tensor([[0, 1, 1] + [0] * 74]))
+    _, words = prompt_of(TENSORS, "two_token")
+    prompt = tokens_of(TENSORS, [[58, 40, 41, 5, 40, 6, 7] + [END] * 70], [[40, 41]])
     out = ReplaceSubject("videobooth")(prompt, Condition(tokens=words))
     assert torch.equal(out.embeddings[0], spell("58 *0 *1 *2 *0 *1 *2 *3 *4 7", words[0]))
     assert out.ids[0, :11].tolist() == [58, *[-1] * 8, 7, END]
@@ -89,7 +85,7 @@ def test_compat_finds_the_first_token_at_any_other_place_too() -> None:
 
 
 def test_compat_without_a_subject_or_an_image_changes_nothing() -> None:
-    prompt, words = prompt_of("absent")
+    prompt, words = prompt_of(TENSORS, "absent")
     out = ReplaceSubject("videobooth")(prompt, Condition(tokens=words))
     assert torch.equal(out.embeddings, prompt.embeddings) and not out.spans.any()
     assert ReplaceSubject("videobooth")(prompt, Condition()) is prompt
@@ -101,13 +97,22 @@ def test_the_spelling_is_the_originals() -> None:
     """`spell` reads the golden description as its outputs were written (cases without an ellipsis inside)."""
     for case in ("one_token", "twice_far", "twice_near"):
         line = INFO["result"][case][0].split(" ...")[0]
-        _, words = prompt_of(case)
+        _, words = prompt_of(TENSORS, case)
         assert torch.equal(spell(line, words[0]), TENSORS[f"outputs.{case}.embeds"][0])
+
+
+def test_compat_leaves_the_tail_of_a_subject_that_runs_past_the_end() -> None:
+    """Seven tokens from the sixth last position on: there is no tail to move up, and the last token stays."""
+    _, words = prompt_of(TENSORS, "seven_token")
+    long = list(range(40, 47))
+    prompt = tokens_of(TENSORS, [[58, *[3] * 70, *long[:5], END]], [long])
+    out = ReplaceSubject("videobooth")(prompt, Condition(tokens=words))
+    assert torch.equal(out.embeddings[0], spell(" ".join(["58", *["3"] * 70, "*0 *1 *2 *3 *4"]), words[0]))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ids_and_spans_move_with_the_embeddings(case: str) -> None:
-    prompt, _ = prompt_of(case)
+    prompt, _ = prompt_of(TENSORS, case)
     out, words = run(case)
     for row in range(len(out.ids)):
         for position, token in enumerate(out.ids[row].tolist()):
@@ -122,22 +127,21 @@ def test_ids_and_spans_move_with_the_embeddings(case: str) -> None:
 
 
 def test_without_an_image_nothing_is_replaced() -> None:
-    prompt, _ = prompt_of("one_token")
+    prompt, _ = prompt_of(TENSORS, "one_token")
     assert ReplaceSubject()(prompt, Condition()) is prompt
 
 
 def test_adjacent_occurrences_are_two() -> None:
-    prompt, words = prompt_of("one_token")
-    ids = torch.tensor([[58, 40, 40, 5] + [END] * 73])
-    prompt = PromptTokens(TENSORS["inputs.table"][ids], ids, torch.tensor([[0, 1, 2] + [0] * 74]))
+    _, words = prompt_of(TENSORS, "one_token")
+    prompt = tokens_of(TENSORS, [[58, 40, 40, 5] + [END] * 73], [[40]])
     out = ReplaceSubject()(prompt, Condition(tokens=words))
     assert torch.equal(out.embeddings[0], spell("58 *0 *1 *2 *3 *4 *0 *1 *2 *3 *4 5", words[0]))
 
 
 def test_gradients_reach_the_words_and_the_tokens() -> None:
-    prompt, words = prompt_of("two_token")
+    prompt, words = prompt_of(TENSORS, "two_token")
     words, table = words.clone().requires_grad_(), prompt.embeddings.clone().requires_grad_()
-    out = ReplaceSubject()(PromptTokens(table, prompt.ids, prompt.spans), Condition(tokens=words))
+    out = ReplaceSubject()(replace(prompt, embeddings=table), Condition(tokens=words))
     out.embeddings.sum().backward()
     assert torch.equal(words.grad, torch.ones_like(words))
     assert not table.grad[0, prompt.spans[0] > 0].any(), "the subject's own embedding is gone"

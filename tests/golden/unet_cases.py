@@ -174,7 +174,7 @@ class Ours:
         unet = VideoUNet(config_of(info["config"], own))
         unet.load_state_dict(own)  # strict: the parameter names are upstream's, all of them
         strategies = strategies_of({k: x for k, x in weights.items() if k not in own}, unet.sites())
-        null = Prompt(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long))
+        null = Prompt.without_subject(torch.zeros(1, 1, dtype=torch.long))
         self.root: Any = Injected(unet, GivenText(), strategies, null)  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> Ours:
@@ -187,7 +187,7 @@ class Ours:
         root = self.root
         root.active, root.text.video = STAGES[stage], text
         ids = torch.ones(len(x), 1, dtype=torch.long)
-        prompt = Prompt(ids, torch.zeros_like(ids))
+        prompt = Prompt.without_subject(ids)
         if reference is None:
             return root(x, t, prompt).output
         noisy, reference_t, root.text.reference = reference

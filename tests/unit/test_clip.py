@@ -13,7 +13,6 @@ from dit_booth.models.clip import (
     NULL_PROMPT,
     ClipConfig,
     ImageEncoder,
-    Prompt,
     TextEncoder,
     build_clip,
     build_clip_model,
@@ -175,6 +174,7 @@ class Shift(nn.Module):
             shifted(words.embeddings, self.new.expand(batch, -1, -1)),
             shifted(words.ids, torch.full_like(spans, 7)),
             shifted(words.spans, spans),
+            words.subjects,
         )
 
 
@@ -203,7 +203,7 @@ def test_last_position_is_pooled_where_the_end_token_is_pushed_out(towers):
 def test_shorter_prompts_are_accepted(towers):
     text, _ = towers
     prompt = text.tokenize(["a dog runs"])
-    short = text(Prompt(prompt.ids[:, :9], prompt.spans[:, :9]))
+    short = text(prompt.each(lambda y: y[:, :9]))
     torch.testing.assert_close(short.tokens, text(prompt).tokens[:, :9], rtol=0, atol=1e-5)
     torch.testing.assert_close(short.pooled, text(prompt).pooled, rtol=0, atol=1e-5)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dit_booth.config import DataConfig
 from dit_booth.data.example import Loader
 from dit_booth.data.image_prompt import Augment
-from dit_booth.data.triplets import Triplets, TripletsConfig, fit
+from dit_booth.data.triplets import Triplets, TripletsConfig, check_caption, fit
 from dit_booth.data.video import write_video
+from dit_booth.models.tokenizer import check_subject
 
 torch.set_num_threads(1)
 
@@ -95,6 +98,18 @@ def test_training_varies_by_epoch_and_evaluation_does_not(tmp_path: Path):
     assert not torch.equal(loader.batch(0).image, loader.batch(1).image)
 
 
+def test_a_run_varies_the_image_prompt_as_videobooth_does_or_not_at_all(tmp_path: Path):
+    root = str(write_triplets(tmp_path, ("a",)))
+    asks = {"kind": "triplets", "root": root, "frames": 3, "size": 40}
+    varied = DataConfig(**asks).build(heldout=False).config.augment
+    assert (varied.flip, varied.degrees) == (True, 30.0) and varied.trim > 0
+    for still in (
+        DataConfig(**asks, augment=False).build(heldout=False),
+        DataConfig(**asks).build(heldout=True),
+    ):
+        assert torch.equal(still.at(0, 1).image, still[0].image)
+
+
 def test_a_varied_stride_keeps_frame_0(tmp_path: Path):
     data = Triplets(config(write_triplets(tmp_path), vary_stride=True))
     clips = [data.at(0, epoch) for epoch in range(12)]
@@ -157,6 +172,35 @@ def test_the_subject_is_the_best_label_that_the_caption_has(tmp_path: Path):
     entries = json.loads(path.read_text())
     path.write_text(json.dumps([*entries, {**entries[1], "value": 2, "label": "tree", "logit": 0.99}]))
     assert Triplets(config(root))[0].subject == "car"
+
+
+@pytest.mark.parametrize("subject", ["heart", "tar", "red spinning", ""])
+def test_a_caption_without_the_subjects_whole_words_is_refused(subject):
+    with pytest.raises(ValueError, match=rf"'a red star is spinning'.*'{subject}' as whole words"):
+        check_caption("a red star is spinning", subject)
+
+
+def test_the_subject_may_be_several_words_in_any_case():
+    check_caption("My Polar  Bear, asleep.", "polar bear")
+
+
+def test_what_a_caption_must_have_of_its_subject_is_a_parameter(tmp_path: Path):
+    """As the released VideoBooth finds it: "two polar bears" has the first token of "polar bear"."""
+    root = write_triplets(tmp_path, ("a", "b"))
+    for name, label in (("a", "polar bear"), ("b", "hot dog")):
+        path = root / "masks" / name / "mask.json"
+        path.write_text(path.read_text().replace('"car"', f'"{label}"'))
+    (root / "cars.csv").write_text("videoid,page_dir,name\na,web,two polar bears\nb,web,a cold night\n")
+    with pytest.raises(
+        ValueError, match=r"2 of 2 examples.*\n  a: .*'two polar bears'.*'polar bear' as whole"
+    ):
+        Triplets(config(root))
+    check = partial(check_subject, first_token_suffices=True)
+    data = Triplets(config(root, max_broken=1), check)
+    assert (data[0].caption, data[0].subject) == ("two polar bears", "polar bear")
+    assert set(data.broken) == {"b"}
+    for words in ("not even the first token 'hot'", "'hot dog'", "'a cold night'", "correct mask.json"):
+        assert words in data.broken["b"]
 
 
 @pytest.mark.parametrize("size", [(24, 40), (40, 24)])

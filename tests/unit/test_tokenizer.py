@@ -46,6 +46,46 @@ def test_spans_beyond_the_context_are_cut():
         tokenizer(["a a a a a a dog"], ["dog"])
 
 
+def test_the_subjects_own_tokens_are_handed_on():
+    tokenizer = Tokenizer(24, 2048)
+    polar, bear, dog = tokenizer(["polar bear dog"]).ids[0, 1:4].tolist()
+    captions = ["a polar bear", "a dog", "a cat"]
+    assert tokenizer(captions, ["Polar bear", "dog", None]).subjects.tolist() == [
+        [polar, bear],
+        [dog, -1],
+        [-1, -1],
+    ]
+    assert tokenizer(captions).subjects.shape == (3, 0)
+    one = tokenizer(captions, ["polar bear", "dog", None]).each(lambda y: y[1:2])
+    assert one.subjects.tolist() == [[dog, -1]] and one.ids.shape == one.spans.shape == (1, 24)
+
+
+def test_the_first_token_may_suffice():
+    """The released VideoBooth asks for no more; the marks are of whole subjects all the same."""
+    tokenizer = Tokenizer(8, 2048)
+    asks = {"first_token_suffices": True}
+    for caption, spans in (
+        ("two polar bears", [0] * 8),
+        ("a a a a a polar bear", [0] * 8),  # the last one's second token is cut
+        ("polar night, polar bear", [0, 0, 0, 0, 1, 1, 0, 0]),
+    ):
+        assert tokenizer([caption], ["polar bear"], **asks).spans.tolist() == [spans]
+    for caption in ("two polar bears", "a a a a a polar bear"):
+        with pytest.raises(ValueError, match=r"subject 'polar bear' (is not in|stands beyond)"):
+            tokenizer([caption], ["polar bear"])
+    checkerboard = tokenizer(["a checkerboard"], ["checkered"], **asks)
+    assert checkerboard.ids[0, 2] == checkerboard.subjects[0, 0], "the token is not a whole word"
+
+
+@pytest.mark.parametrize("subject", ["polar bear", "bears", "", "  "])
+def test_without_even_the_first_token_it_is_an_error(subject):
+    words = rf"not even the first token '{subject[:5].strip()}' of subject '{subject}' is in caption 'a bear'"
+    with pytest.raises(ValueError, match=words):
+        Tokenizer(24, 2048)(["a bear"], [subject], first_token_suffices=True)
+    with pytest.raises(ValueError, match=r"'polar bear' stands beyond the 6 tokens.*shorten the caption"):
+        Tokenizer(8, 2048)(["a a a a a a polar bear"], ["polar bear"], first_token_suffices=True)
+
+
 @pytest.mark.parametrize("subject", ["cat", "do", "dog runs fast", "", "  "])
 def test_a_caption_without_its_subject_is_an_error(subject):
     with pytest.raises(ValueError, match=rf"subject '{subject}' is not in caption 'a dog runs'.*change one"):
