@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -335,3 +337,35 @@ def test_a_strategy_that_takes_no_part_asks_for_nothing(make: Make) -> None:
     assert run.parts.first_token_suffices
     run.root.active = ("kv_concat",)
     assert not run.parts.first_token_suffices
+
+
+# ---- the rest of the document --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_dropped_row_is_penalised_as_the_zero_image_and_for_nothing_else(make: Make) -> None:
+    """The mapper reads the zero image; the text itself has no regulariser."""
+    run = make("token_replacement", "dit")
+    data, part = run.parts.config.data.build(heldout=False), run.root.strategy.part("token_replacement")
+    batch = collate([data[i] for i in range(2)])
+    for drop, image in ((0.0, batch.image), (1.0, torch.zeros_like(batch.image))):
+        made = make_inputs(
+            run.parts, batch, StageConfig(drop=drop), generator_of(0), torch.float32, with_image=True
+        )
+        penalty = run.root(made.x_t, made.timestep, made.prompt, made.reference).penalty
+        words = part.mapper(run.parts.image_encoder(image).states)
+        assert torch.allclose(penalty, 0.01 * words.abs().mean(), rtol=1e-6, atol=0)
+
+
+def test_every_row_of_the_document_has_tests_that_there_are() -> None:
+    root = Path(__file__).parents[2]
+    text, below = (root / "docs" / "fidelity.md").read_text().split("## What is tested")
+    rows, tested = (re.findall(r"^\| ([^|\s].*?) \| (.*) \|$", part, re.MULTILINE) for part in (text, below))
+    names = {row: re.findall(r"`(test_\w+)`", tests) for row, tests in tested}
+    assert len(rows) == 16 and {row for row, _ in rows} <= set(names) and all(names[row] for row, _ in rows)
+    there = {
+        name
+        for file in (root / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", file.read_text(), re.MULTILINE)
+    }
+    assert {name for tests in names.values() for name in tests} <= there
