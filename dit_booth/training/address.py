@@ -25,7 +25,7 @@ from dit_booth.strategy import find
 from dit_booth.training.build import repository_file
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
 
-SCHEMA = 1
+SCHEMA = 2
 """Raise it with a change of the code after which a stage of equal settings results in something else."""
 
 ELSEWHERE = ("strategy", "schedule", "stages", "dit", "unet", "ds_config", "strategy_weights", "plugin")
