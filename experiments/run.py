@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,20 +59,33 @@ def start_run(argv: list[str], begin: float) -> int:
         log.info("this run is finished, nothing to do; --out FOLDER makes another one\n%s", describe(folder))
         return 0
     from dit_booth.training.distributed import owning, start, stop
+    from dit_booth.turns import await_turn
 
+    load_modules()
+    parts = fresh_parts(config)
+    begin += await_turn()
     try:
         ranks = start()
         with owning(folder, ranks):
             if ranks.agree((folder / "finished").is_file()):
                 log.info("another process has finished this run meanwhile\n%s", describe(folder))
             else:
-                run(config, ranks, begin)
+                run(parts.to(ranks.device), ranks, begin)
     finally:
         stop()
     return 0
 
 
-def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
+def load_modules() -> None:
+    """Import all that a run needs: seconds without any device, which may pass before it is the run's turn on one."""
+    from dit_booth.training.distributed import import_deepspeed
+
+    import_deepspeed()
+    for name in ("dit_booth.training.trainer", "dit_booth.training.journal", "experiments.sample"):
+        import_module(name)
+
+
+def run(parts: Parts, ranks: Ranks, begin: float) -> None:
     """The main job: train every stage, sample, measure, and say where everything is."""
     from dit_booth.files import write_text
     from dit_booth.training.address import stages_of
@@ -80,8 +94,8 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
     from dit_booth.training.stage import check_starts
     from experiments.sample import measure, sample_heldout
 
+    config = parts.config
     folder = Path(config.folder())
-    parts = fresh_parts(config, ranks)
     check_starts(config, parts.root, parts.sourced)
     stages = until(ranks.agree(stages_of(config) if ranks.first else []), config.stop_after)
     names = " ".join(stage.name for stage in stages)
@@ -123,10 +137,10 @@ def until(stages: list[Stage], last: str) -> list[Stage]:
     return stages[: names.index(last) + 1] if last else stages
 
 
-def fresh_parts(config: RunConfig, ranks: Ranks) -> Parts:
+def fresh_parts(config: RunConfig) -> Parts:
     from dit_booth.training.build import build
 
-    return build(config).to(ranks.device)
+    return build(config)
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
@@ -182,7 +196,7 @@ def train(
             continue
         if train_if_needed(parts, stage, ranks, journal, begin):
             # DeepSpeed keeps its hooks on a module: the next stage gets a new one.
-            parts = fresh_parts(config, ranks)
+            parts = fresh_parts(config).to(ranks.device)
         weights = stage.folder(config) / "weights.safetensors"
         trained |= read(weights)
         load_strictly(parts.root, trained, str(weights), partial=True)

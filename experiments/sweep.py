@@ -21,10 +21,11 @@ from typing import Any
 from dit_booth.files import write_text
 from dit_booth.sweep.board import write_hparams
 from dit_booth.sweep.description import Description, read_description
-from dit_booth.sweep.launch import hostfile_slots, local_slots, run_points
+from dit_booth.sweep.launch import run_points
 from dit_booth.sweep.plan import Plan, plan_sweep
 from dit_booth.sweep.rows import is_finished, row_of, write_rows
 from dit_booth.sweep.show import show_plan, show_rows
+from dit_booth.sweep.slots import hostfile_slots, local_slots
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dit_booth.sweep.launch import ending, title
+from dit_booth.sweep.launch import title
 from dit_booth.sweep.plan import Plan, StageRef
+from dit_booth.sweep.processes import ending
 from dit_booth.sweep.rows import FAILED, in_use, read_json, stage_finished, status_of, steps_done
 
 SCORES = ("palette", "clip_i", "clip_t", "psnr", "motion")
