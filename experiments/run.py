@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,8 @@ def load_modules() -> None:
     import_deepspeed()
     for name in ("dit_booth.training.trainer", "dit_booth.training.journal", "experiments.sample"):
         import_module(name)
+    with suppress(ImportError):  # every ZeRO engine imports it, which takes Inductor along
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def run(parts: Parts, ranks: Ranks, begin: float) -> None:
@@ -121,7 +124,12 @@ def run(parts: Parts, ranks: Ranks, begin: float) -> None:
     if journal:
         journal.close()
         now = time.perf_counter()
-        seconds = {"wall_seconds": now - begin, "work_seconds": journal.seconds + now - trained}
+        sampling = now - trained
+        seconds = {
+            "wall_seconds": now - begin,
+            "sample_seconds": sampling,
+            "work_seconds": journal.seconds + sampling,
+        }
         write_run_cost(folder, config, stages, seconds)
         write_text(folder / "finished", "")  # the last file: now all others are there, whole
         log.info("%s", describe(folder))
