@@ -83,6 +83,12 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
+def sync_all(folder: Path) -> None:
+    """Wait until the disk has a folder with all its files: before a marker names it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines. A last line without its end was cut off, and is left out."""
     text = file.read_text() if file.is_file() else ""
