@@ -2,6 +2,7 @@
 
     description.py   the YAML file, and the points that it spans
     plan.py          every point's settings and stages, checked before anything starts
+    folder.py         who may run in a sweep's folder
     rows.py          what is there: states of points and stages, `sweep.jsonl`
     launch.py        runs what is missing, on slots.py's devices; processes.py ends what is left of it
     emit.py          writes a job list instead

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dit_booth.data import listing
 from dit_booth.sweep import plan as planning
 from dit_booth.sweep.description import Description, read_description
 from dit_booth.sweep.emit import emit, jobs_of
@@ -146,6 +147,21 @@ def test_a_plan_is_made_anew_when_what_it_came_from_changes(tmp_path: Path, chan
     else:
         changes["options"] = {"train.clip": 3}
     assert planned(tmp_path, **changes).points[0].stages != before.stages
+
+
+def test_a_kept_plan_sees_a_replaced_video(tmp_path: Path) -> None:
+    video = tmp_path / "set" / "videos" / "page" / "1.mp4"
+    video.parent.mkdir(parents=True)
+    video.write_text("one")
+    (tmp_path / "set" / "train.csv").write_text("videoid,page_dir,name\n1,page,a dog\n")
+    options = {"data.kind": "triplets", "data.root": str(tmp_path / "set")}
+    changes: dict[str, Any] = {"options": options, "grid": {}, "baseline": None, "seeds": [0]}
+    before = planned(tmp_path, **changes).points[0]
+    assert planned(tmp_path, **changes).points[0] == before
+    video.write_text("another")
+    listing._files_of.cache_clear()  # as in a new process
+    after = planned(tmp_path, **changes).points[0]
+    assert after.stages != before.stages and after.id != before.id
 
 
 def test_a_kept_plan_needs_no_pytorch(study: Plan) -> None:
