@@ -248,19 +248,20 @@ def test_the_plan_says_what_is_shared_there_and_left(study: Plan, tmp_path: Path
     plan = placed(study, tmp_path)
     said = show_plan(plan)
     assert "steps to train: 240 of 240; with no stage shared there would be 480" in said
-    assert "240 steps have no measured step time yet" in said
+    assert "240 steps by their FLOPs" in said, "the estimate: test_sweep_estimate.py"
     assert said.count("shared by 4 points") == 2 and said.count("of one point") == 8
     coarse, fine = (plan.stage_folder(stage) for stage in plan.points[0].stages)
     for folder in (coarse, fine):
         folder.mkdir(parents=True)
     (coarse / "weights.safetensors").write_text("")
-    (coarse / "cost.json").write_text('{"step_seconds": 0.5}')
+    (coarse / "cost.json").write_text('{"step_seconds": 0.5, "flops_per_step": 1e15}')
     (fine / "latest.json").write_text('{"tag": "step15"}')
     said = show_plan(plan)
     assert "steps to train: 185 of 240" in said
     assert "goes on at step 15" in said
-    assert "about 0 min 20 s of training" in said, "40 coarse steps of the other seed"
-    assert "145 steps have no measured" in said
+    assert "40 steps by step times of finished stages" in said, "the coarse steps of the other seed"
+    assert "about 0 min 20 s of training" in said, "all else is nothing at such a rate"
+    assert "145 steps by their FLOPs" in said
     assert status_of(plan, plan.points[0]) == "waiting"
 
 
