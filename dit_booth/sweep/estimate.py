@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_booth import describe
 from dit_booth.cli import parse, to_argv
 from dit_booth.config import RunConfig
-from dit_booth.sweep.plan import Plan, Point
+from dit_booth.sweep.plan import Plan
 from dit_booth.sweep.rows import read_json
 from dit_booth.training.address import Stage, stages_of
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
@@ -74,7 +74,7 @@ def flops_of_steps(plan: Plan, keys: Sequence[str]) -> dict[str, float]:
                 continue
             alike = (point.group, stage.name)
             if alike not in counted:
-                config = _config(point)
+                config = config_of(point.settings)
                 counted[alike] = flops_of_step(config, stages_of(config)[index])
             out[stage.key] = counted[alike]
     return out
@@ -86,7 +86,8 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
     latents = latents_of(config)
     root = describe.build(config, latents, encoders=encoders)
     root.active = of.active
-    set_trainable(root, trainable_globs(config, root, of.name, of.active), of.active)
+    globs = trainable_globs(config, root, of.name, of.active)
+    set_trainable(root, [glob for glob in globs if not glob.startswith("text.")], of.active)  # a stub here
     rows, frames = (config.data.frames, 1) if stage.single_frames else (1, config.data.frames)
     shape = (rows, frames, *latents)
     image = None
@@ -107,8 +108,9 @@ def latents_of(config: RunConfig) -> describe.Latents:
     return CHANNELS, config.data.size // FACTOR, config.data.size // FACTOR
 
 
-def _config(point: Point) -> RunConfig:
-    return parse(to_argv(_given(point.settings)))
+def config_of(settings: Mapping[str, Any]) -> RunConfig:
+    """The run of a point, from all its settings."""
+    return parse(to_argv(_given(settings)))
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,22 @@ def test_points_of_one_group_differ_in_the_seed_only(study: Plan) -> None:
     ]  # fmt: skip
 
 
+def test_engines_are_an_axis_whose_stages_are_told_by_their_content(tmp_path: Path) -> None:
+    """ZeRO stage, offload and precision: none shares a stage with another, but with a copy of itself."""
+    engines = ROOT / "experiments/configs/engines"
+    files = [str(file) for file in sorted(engines.glob("*.json"))]
+    (tmp_path / "copy.json").write_text((engines / "zero2.json").read_text())
+    plan = planned(
+        tmp_path, grid={"ds_config": [*files, str(tmp_path / "copy.json")]}, seeds=[0], baseline=None
+    )
+    assert len(files) == 6 and len({point.id for point in plan.points}) == 7
+    assert len({point.stages for point in plan.points}) == 6
+    same = {Path(p.options["ds_config"]).name for p in plan.points if plan.uses()[p.stages[0].key] > 1}
+    assert same == {"copy.json", "zero2.json"}
+    without = [{**point.settings, "ds_config": ""} for point in plan.points]
+    assert without == without[:1] * 7, "they differ in nothing else"
+
+
 def test_a_sampling_option_changes_the_point_and_no_stage(study: Plan, tmp_path: Path) -> None:
     options = {**STUDY["options"], "guidance.scale": 5}
     other = planned(tmp_path, options=options, grid={}, seeds=[0], baseline=None).points[0]
