@@ -163,13 +163,15 @@ class GivenText(nn.Module):
     def __init__(self, encoders: Encoders) -> None:
         super().__init__()
         self.encoders = encoders
+        self.trains = False
+        """Whether the tower trains, so that its outputs' gradients are wanted."""
         self.site = Site(name="text.prompt", port="prompt", role="words", dim=encoders.text)
         self.register_buffer("like", torch.zeros(()))
 
     def forward(self, prompt: Prompt, inject: Injection) -> Text:
         rows, e = len(prompt.ids), self.encoders
         out = Text(*(self.like.new_empty(rows, *n).normal_() for n in ((e.tokens, e.text), (e.common,))))
-        if self.site.name in inject.taps and torch.is_grad_enabled():
+        if (self.trains or self.site.name in inject.taps) and torch.is_grad_enabled():
             for x in out:
                 x.requires_grad_()  # a strategy that changes words has its gradient through the whole backbone
         return out

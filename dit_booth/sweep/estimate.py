@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,7 +87,9 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
     root = describe.build(config, latents, encoders=encoders)
     root.active = of.active
     globs = trainable_globs(config, root, of.name, of.active)
-    set_trainable(root, [glob for glob in globs if not glob.startswith("text.")], of.active)  # a stub here
+    here = [glob for glob in globs if not glob.startswith("text.")]
+    set_trainable(root, here, of.active)
+    cast(describe.GivenText, root.text).trains = len(here) < len(globs)
     rows, frames = (config.data.frames, 1) if stage.single_frames else (1, config.data.frames)
     shape = (rows, frames, *latents)
     image = None

@@ -33,13 +33,8 @@ def show_plan(plan: Plan) -> str:
         shared = f"shared by {uses[key]} points" if uses[key] > 1 else "of one point"
         lines.append(f"  {_state(plan, stage, there[key]):28} {key}: {stage.steps} steps, {shared}")
     missing = {key: stage.steps - there[key] for key, stage in stages.items() if stage.steps > there[key]}
-    steps, naive = (
-        sum(stage.steps * n for stage, n in counted)
-        for counted in (
-            [(stage, 1) for stage in stages.values()],
-            [(stage, uses[key]) for key, stage in stages.items()],
-        )
-    )
+    steps = sum(stage.steps for stage in stages.values())
+    naive = sum(stage.steps * uses[key] for key, stage in stages.items())
     lines += [
         "",
         f"steps to train: {sum(missing.values())} of {steps}; with no stage shared there would be {naive}",

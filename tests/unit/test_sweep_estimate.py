@@ -46,6 +46,15 @@ def test_the_flops_are_those_that_the_run_counts(strategy: str, backbone: str) -
         assert estimate.flops_of_step(config, of) == pytest.approx(counted, rel=0.1), of.name
 
 
+def test_a_stage_that_trains_the_text_tower() -> None:
+    """That is a stub, without parameters, but its gradient goes through the backbone."""
+    flags = ["--weights", "none", "--schedule", "base", "--stages.base.train"]
+    config = parse(["--config", DEMO, *flags, "text.*"])
+    both = parse(["--config", DEMO, *flags, "text.*", "backbone.*"])
+    alone, whole = (estimate.flops_of_step(c, stages_of(c)[0]) for c in (config, both))
+    assert 0.6 * whole < alone < 0.75 * whole, "without the gradients of the weights, a third"
+
+
 def test_encoders_have_their_model_s_sizes() -> None:
     assert Encoders.of(ClipConfig(model="ViT-L-14-quickgelu")) == Encoders()
     tiny = Encoders(text=128, tokens=24, image=96, patches=65, common=128)
