@@ -59,7 +59,7 @@ def start_run(argv: list[str], begin: float) -> int:
     if (folder / "finished").is_file():
         log.info("this run is finished, nothing to do; --out FOLDER makes another one\n%s", describe(folder))
         return 0
-    from dit_booth.training.distributed import owning, start, stop
+    from dit_booth.training.distributed import free_memory, owning, start, stop
     from dit_booth.turns import await_turn
 
     load_modules()
@@ -72,6 +72,10 @@ def start_run(argv: list[str], begin: float) -> int:
                 log.info("another process has finished this run meanwhile\n%s", describe(folder))
             else:
                 run(parts.to(ranks.device), ranks, begin)
+            del (
+                parts
+            )  # its device is free before the folder is unlocked: another point may wait for just that
+            free_memory(ranks)
     finally:
         stop()
     return 0

@@ -58,6 +58,7 @@ class Running:
     log_start: int
     reservation: Lock
     waits: bool = True  # for its turn
+    left: float | None = None  # when it was done with the slot's devices
     recalled: bool = False  # to start elsewhere
     ends: Iterator[None] | None = None  # the steps of ending its processes
 
@@ -195,9 +196,19 @@ class _Runner:
         log.info("%s: started on %s%s%s", title(point), slot.name, ahead, again)
 
     def _give_turns(self) -> None:
-        """Let the points go on that are alone on their slots."""
+        """Let the points go on whose slots nobody else uses any more.
+
+        Who is finished and has unlocked its folder has freed its devices: its launcher takes seconds more to notice.
+        """
         for running in self.running:
-            if running.waits and running.ends is None and self._on(running.slot) == [running]:
+            folder = self.plan.run_folder(running.point)
+            if running.left is None and is_finished(folder) and not in_use(folder):
+                running.left = time.monotonic()
+        for running in self.running:
+            others = [
+                other for other in self._on(running.slot) if other is not running and other.left is None
+            ]
+            if running.waits and running.ends is None and not others:
                 if running.process.stdin is not None:
                     give_turn(running.process.stdin, self.plan.ranks)
                 running.waits, running.begin = False, time.monotonic()
@@ -223,7 +234,7 @@ class _Runner:
 
     def _judge(self, running: Running) -> None:
         point, folder = running.point, self.plan.run_folder(running.point)
-        wall, tries = time.monotonic() - running.begin, self.attempts[point.id]
+        wall, tries = (running.left or time.monotonic()) - running.begin, self.attempts[point.id]
         if is_finished(folder):
             overhead = wall - read_json(folder / "cost.json").get("work_seconds", wall)
             seconds = {"attempts": tries, "launcher_seconds": wall, "launch_seconds": overhead}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -110,6 +111,13 @@ def start() -> Ranks:
     return Ranks(
         dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_gpu else torch.device("cpu")
     )
+
+
+def free_memory(ranks: Ranks) -> None:
+    """Give a GPU's memory back that nothing refers to any more; what CUDA itself holds goes with the process."""
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def stop() -> None:

@@ -22,7 +22,7 @@ from dit_booth.sweep.board import write_hparams
 from dit_booth.sweep.launch import RESERVED, is_taken, places_taken, run_points
 from dit_booth.sweep.plan import Plan, Point, StageRef
 from dit_booth.sweep.processes import end_groups, ending, last_words
-from dit_booth.sweep.rows import FAILED, LAUNCH, ROWS
+from dit_booth.sweep.rows import ALL_COSTS, FAILED, LAUNCH, ROWS
 from dit_booth.sweep.slots import Slot, hostfile_slots, local_slots, places
 
 STUB = """
@@ -77,6 +77,8 @@ for key in settings["stages"]:
 time.sleep({"sample": 3, "sample long": 30}.get(act, 0.1))
 write_text(out / "cost.json", json.dumps({"work_seconds": 0.1}))
 write_text(out / "finished", "")
+lock.release()
+time.sleep(3 if act == "end slowly" else 0)
 sys.exit(1 if act == "bad exit" else 0)
 """
 SLOT = Slot("cpu")
@@ -214,7 +216,7 @@ def test_what_follows_on_a_finished_point_may_fail(tmp_path: Path, caplog: pytes
 def test_two_sweeps_may_write_a_point_s_hparams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one comes first, between this one's look and its end."""
     plan = plan_of(tmp_path, "ok")
-    row: dict[str, Any] = {"metrics": {}, "step_seconds": 0.5, "flops_per_step": None}
+    row: dict[str, Any] = {"metrics": {}, **dict.fromkeys(ALL_COSTS), "step_seconds": 0.5}
     folder = tmp_path / "tensorboard" / "p0"
     replace = Path.replace
 
@@ -289,6 +291,18 @@ def test_the_next_point_is_launched_while_this_one_samples(tmp_path: Path) -> No
     assert lines[1]["at"] > ended, "it waited for its turn"
     launch = json.loads((second / LAUNCH).read_text())
     assert 0 < launch["launch_seconds"] < launch["launcher_seconds"] < 3.0, "which do not count its waiting"
+
+
+def test_the_next_point_goes_on_when_this_one_has_left_its_devices(tmp_path: Path) -> None:
+    """DeepSpeed's launcher looks after its ranks once a second only, and they have files to close."""
+    plan = plan_of(tmp_path, "end slowly", "slow start")
+    assert run_points(plan, [SLOT], grace=0.2)
+    assert statuses(plan) == ["finished", "finished"]
+    first = plan.run_folder(plan.points[0])
+    ended = (first / "finished").stat().st_mtime
+    assert ended < read_lines(plan.folder / "points" / "log")[1]["at"] < ended + 2.9
+    assert json.loads((first / LAUNCH).read_text())["launcher_seconds"] < 2.9, "as long as it had its devices"
+    assert (first / LAUNCH).stat().st_mtime > ended + 2.9, "it is judged when nobody is left of it"
 
 
 def test_a_point_that_waits_starts_elsewhere_where_a_slot_is_empty(tmp_path: Path) -> None:
