@@ -24,17 +24,44 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_booth.config import RunConfig
 from dit_booth.inject import Injection, Reference, Site, Sites, no_injection
 from dit_booth.injected import Injected
-from dit_booth.models.clip import Prompt, Text
+from dit_booth.models.clip import ClipConfig, Prompt, Text
+from dit_booth.models.clip_weights import model_settings
 from dit_booth.models.dit import DiTConfig, VideoDiT
 from dit_booth.models.unet import VideoUNet
 from dit_booth.strategy import create, find
 
-TEXT, TOKENS = (
-    768,
-    77,
-)  # of CLIP ViT-L/14: width of both towers' common space and of the text, tokens of a prompt
-IMAGE, PATCHES = 1024, 257  # width and tokens of its image tower
 Latents = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """Sizes of CLIP's towers; these are ViT-L/14's."""
+
+    text: int = 768
+    tokens: int = 77
+    image: int = 1024
+    patches: int = 257
+    """Of the image tower, with its class token."""
+    common: int = 768
+    """Width of the space that both towers end in."""
+
+    @classmethod
+    def of(cls, clip: ClipConfig) -> Encoders:
+        """Those of a configuration's model, as far as its name tells (of a folder it does not: ViT-L/14's)."""
+        settings = model_settings(clip.model)
+        if clip.pretrained.startswith("local-dir:") or settings is None:
+            return cls()
+        text, vision = settings["text_cfg"], settings["vision_cfg"]
+        return cls(
+            text=text["width"],
+            tokens=text.get("context_length", cls.tokens),
+            image=vision["width"],
+            patches=(vision["image_size"] // vision["patch_size"]) ** 2 + 1,
+            common=settings["embed_dim"],
+        )
+
+
+VIT_L_14 = Encoders()
 
 
 @dataclass(frozen=True)
@@ -133,54 +160,79 @@ class GivenText(nn.Module):
 
     like: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, encoders: Encoders) -> None:
         super().__init__()
-        self.site = Site(name="text.prompt", port="prompt", role="words", dim=TEXT)
+        self.encoders = encoders
+        self.trains = False
+        """Whether the tower trains, so that its outputs' gradients are wanted."""
+        self.site = Site(name="text.prompt", port="prompt", role="words", dim=encoders.text)
         self.register_buffer("like", torch.zeros(()))
 
     def forward(self, prompt: Prompt, inject: Injection) -> Text:
-        tokens = self.like.new_empty(len(prompt.ids), TOKENS, TEXT).normal_()
-        return Text(tokens, tokens[:, -1])
+        rows, e = len(prompt.ids), self.encoders
+        out = Text(*(self.like.new_empty(rows, *n).normal_() for n in ((e.tokens, e.text), (e.common,))))
+        if (self.trains or self.site.name in inject.taps) and torch.is_grad_enabled():
+            for x in out:
+                x.requires_grad_()  # a strategy that changes words has its gradient through the whole backbone
+        return out
 
 
-def build(config: RunConfig, latents: Latents, device: Device = "meta") -> Injected:
+def build(
+    config: RunConfig, latents: Latents, device: Device = "meta", encoders: Encoders = VIT_L_14
+) -> Injected:
     """The run's backbone and strategies with random weights; a stub for the text tower."""
     with torch.device(device):
         backbone: VideoDiT | VideoUNet
         if config.backbone == "dit":
-            backbone = VideoDiT(config.dit, channels=latents[0], text_dim=TEXT, text_embed_dim=TEXT)
+            backbone = VideoDiT(
+                config.dit, channels=latents[0], text_dim=encoders.text, text_embed_dim=encoders.common
+            )
         else:
             c = latents[0]
-            backbone = VideoUNet(replace(config.unet, in_channels=c, out_channels=c, text_dim=TEXT))
-        text: Any = GivenText()
-        sites = Sites((text.site, *backbone.sites()), IMAGE, TEXT, latents[0], config.data.frames)
+            backbone = VideoUNet(replace(config.unet, in_channels=c, out_channels=c, text_dim=encoders.text))
+        text: Any = GivenText(encoders)
+        ours = (text.site, *backbone.sites())
+        sites = Sites(ours, encoders.image, encoders.common, latents[0], config.data.frames)
         strategies = create(find(config.strategy), config.options(), sites)
-        return Injected(backbone, text, strategies, prompt(1, device))
+        return Injected(backbone, text, strategies, prompt(1, device, encoders.tokens))
 
 
+<<<<<<< HEAD
 def prompt(batch: int, device: Device) -> Prompt:
     ids = torch.zeros(batch, TOKENS, dtype=torch.long, device=device)
     return Prompt.without_subject(ids)
+=======
+def prompt(batch: int, device: Device, tokens: int = VIT_L_14.tokens) -> Prompt:
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
+    return Prompt(ids, ids)
+>>>>>>> work-c
 
 
 def inputs(
-    shape: Sequence[int], device: Device = "meta", dtype: torch.dtype = torch.float32
+    shape: Sequence[int],
+    device: Device = "meta",
+    dtype: torch.dtype = torch.float32,
+    encoders: Encoders = VIT_L_14,
 ) -> tuple[Tensor, Tensor, Prompt]:
     """Noisy latents of `shape` (b f c h w), timesteps, prompts."""
     x = torch.randn(*shape, device=device, dtype=dtype)
-    return x, torch.full((shape[0],), 500.0, device=device), prompt(shape[0], device)
+    return x, torch.full((shape[0],), 500.0, device=device), prompt(shape[0], device, encoders.tokens)
 
 
 def reference(
-    shape: Sequence[int], device: Device = "meta", dtype: torch.dtype = torch.float32, copies: int = 1
+    shape: Sequence[int],
+    device: Device = "meta",
+    dtype: torch.dtype = torch.float32,
+    copies: int = 1,
+    encoders: Encoders = VIT_L_14,
 ) -> Reference:
     """An image prompt for each video of `shape` (b f c h w), of the video's size."""
     b, _, c, h, w = shape
     options: Any = {"device": device, "dtype": dtype}
     return Reference(
         image=torch.ones(b, 3, 8 * h, 8 * w, **options),
-        states=tuple(torch.randn(b, PATCHES, IMAGE, **options) for _ in range(5)),
-        embedding=torch.randn(b, TEXT, **options),
+        states=tuple(torch.randn(b, encoders.patches, encoders.image, **options) for _ in range(5)),
+        embedding=torch.randn(b, encoders.common, **options),
         latent=torch.randn(b, 1, c, h, w, **options),
         noisy=torch.randn(b, copies, c, h, w, **options),
     )

@@ -83,6 +83,12 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
+def sync_all(folder: Path) -> None:
+    """Wait until the disk has a folder with all its files: before a marker names it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines. A last line without its end was cut off, and is left out."""
     text = file.read_text() if file.is_file() else ""
@@ -94,7 +100,7 @@ class Lock:
 
     These are the kernel's record locks on ``<folder>/<name>``: they end with their process, however it ends, and are
     not inherited by its children. Every rank holds a byte of the file, and only who gets all bytes becomes the owner:
-    where one rank was killed and the others live on for a while, the folder stays theirs.
+    where one rank was killed and the others live on for a while, the folder stays theirs. What is shared has no owner.
     """
 
     def __init__(self, folder: Path, name: str = "lock") -> None:
@@ -117,6 +123,17 @@ class Lock:
         self._open()
         fcntl.lockf(self.number, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
+    def share(self) -> bool:
+        """Hold it together with all others that share it; instead of owning it, if this process does."""
+        if self.number < 0:
+            self._open()
+        try:
+            fcntl.lockf(self.number, fcntl.LOCK_SH | fcntl.LOCK_NB, 0, 0)
+        except (BlockingIOError, PermissionError):
+            self.release()
+            return False
+        return True
+
     def release(self) -> None:
         if self.number >= 0:
             os.close(self.number)
@@ -133,6 +150,8 @@ class Lock:
 
     def owner(self) -> str:
         """Host, process number and slot of the last owner, for messages."""
+        if self.number >= 0:  # to open and close the file once more would end this process's hold
+            return os.pread(self.number, 4096, 0).decode().strip()
         return self.file.read_text().strip() if self.file.is_file() else ""
 
     def _try(self) -> bool:

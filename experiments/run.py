@@ -13,6 +13,8 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,21 +59,40 @@ def start_run(argv: list[str], begin: float) -> int:
     if (folder / "finished").is_file():
         log.info("this run is finished, nothing to do; --out FOLDER makes another one\n%s", describe(folder))
         return 0
-    from dit_booth.training.distributed import owning, start, stop
+    from dit_booth.training.distributed import free_memory, owning, start, stop
+    from dit_booth.turns import await_turn
 
+    load_modules()
+    parts = fresh_parts(config)
+    begin += await_turn()
     try:
         ranks = start()
         with owning(folder, ranks):
             if ranks.agree((folder / "finished").is_file()):
                 log.info("another process has finished this run meanwhile\n%s", describe(folder))
             else:
-                run(config, ranks, begin)
+                run(parts.to(ranks.device), ranks, begin)
+            del (
+                parts
+            )  # its device is free before the folder is unlocked: another point may wait for just that
+            free_memory(ranks)
     finally:
         stop()
     return 0
 
 
-def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
+def load_modules() -> None:
+    """Import all that a run needs: seconds without any device, which may pass before it is the run's turn on one."""
+    from dit_booth.training.distributed import import_deepspeed
+
+    import_deepspeed()
+    for name in ("dit_booth.training.trainer", "dit_booth.training.journal", "experiments.sample"):
+        import_module(name)
+    with suppress(ImportError):  # every ZeRO engine imports it, which takes Inductor along
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+def run(parts: Parts, ranks: Ranks, begin: float) -> None:
     """The main job: train every stage, sample, measure, and say where everything is."""
     from dit_booth.files import write_text
     from dit_booth.training.address import stages_of
@@ -80,8 +101,8 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
     from dit_booth.training.stage import check_starts
     from experiments.sample import measure, sample_heldout
 
+    config = parts.config
     folder = Path(config.folder())
-    parts = fresh_parts(config, ranks)
     check_starts(config, parts.root, parts.sourced)
     stages = until(ranks.agree(stages_of(config) if ranks.first else []), config.stop_after)
     names = " ".join(stage.name for stage in stages)
@@ -107,7 +128,12 @@ def run(config: RunConfig, ranks: Ranks, begin: float) -> None:
     if journal:
         journal.close()
         now = time.perf_counter()
-        seconds = {"wall_seconds": now - begin, "work_seconds": journal.seconds + now - trained}
+        sampling = now - trained
+        seconds = {
+            "wall_seconds": now - begin,
+            "sample_seconds": sampling,
+            "work_seconds": journal.seconds + sampling,
+        }
         write_run_cost(folder, config, stages, seconds)
         write_text(folder / "finished", "")  # the last file: now all others are there, whole
         log.info("%s", describe(folder))
@@ -123,10 +149,10 @@ def until(stages: list[Stage], last: str) -> list[Stage]:
     return stages[: names.index(last) + 1] if last else stages
 
 
-def fresh_parts(config: RunConfig, ranks: Ranks) -> Parts:
+def fresh_parts(config: RunConfig) -> Parts:
     from dit_booth.training.build import build
 
-    return build(config).to(ranks.device)
+    return build(config)
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
@@ -182,7 +208,7 @@ def train(
             continue
         if train_if_needed(parts, stage, ranks, journal, begin):
             # DeepSpeed keeps its hooks on a module: the next stage gets a new one.
-            parts = fresh_parts(config, ranks)
+            parts = fresh_parts(config).to(ranks.device)
         weights = stage.folder(config) / "weights.safetensors"
         trained |= read(weights)
         load_strictly(parts.root, trained, str(weights), partial=True)

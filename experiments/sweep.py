@@ -21,10 +21,12 @@ from typing import Any
 from dit_booth.files import write_text
 from dit_booth.sweep.board import write_hparams
 from dit_booth.sweep.description import Description, read_description
-from dit_booth.sweep.launch import hostfile_slots, local_slots, run_points
+from dit_booth.sweep.folder import check_name, running
+from dit_booth.sweep.launch import run_points
 from dit_booth.sweep.plan import Plan, plan_sweep
 from dit_booth.sweep.rows import is_finished, row_of, write_rows
 from dit_booth.sweep.show import show_plan, show_rows
+from dit_booth.sweep.slots import hostfile_slots, local_slots
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,16 +35,18 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("dit_booth.sweep").setLevel(logging.INFO)
     given = arguments(argv)
     try:
-        plan = plan_of(given)
+        plan, description = plan_of(given)
         if given.dry_run:
             print(show_plan(plan))
             return 0
-        if given.emit:
-            from dit_booth.sweep.emit import emit
+        with running(plan):
+            record(plan.folder / "sweep.yaml", description, given)
+            if given.emit:
+                from dit_booth.sweep.emit import emit
 
-            print(emit(plan, given.emit), end="")
-            return 0
-        return run(plan, given)
+                print(emit(plan, given.emit), end="")
+                return 0
+            return run(plan, given)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,14 +78,12 @@ def arguments(argv: Sequence[str]) -> Any:
     return parser.parse_args(argv)
 
 
-def plan_of(given: Any) -> Plan:
-    """Read the description and plan it; leave ``sweep.yaml`` in the sweep's folder if there is something to run."""
+def plan_of(given: Any) -> tuple[Plan, Description]:
+    """Read the description and plan it. ValueError: either cannot be, or the folder is another sweep's."""
     description = read_description(given.file, given.override)
     folder = given.out or Path("runs/sweeps") / description.name
-    plan = plan_sweep(description, folder, given.store or folder / "stages")
-    if not given.dry_run:
-        record(folder / "sweep.yaml", description, given)
-    return plan
+    check_name(folder, description.name)
+    return plan_sweep(description, folder, given.store or folder / "stages"), description
 
 
 def record(file: Path, description: Description, given: Any) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from dit_booth.files import read_lines
-from dit_booth.sweep.launch import RANK
 from dit_booth.sweep.rows import MEASURED
+from dit_booth.sweep.slots import RANK
 
 ROOT = Path(__file__).parents[1]
 TINY = {

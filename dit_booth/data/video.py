@@ -7,7 +7,6 @@ file: an index that points beyond the end of the file is an error before anythin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from av.container import InputContainer
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
+
+from dit_booth.files import replacing
 
 # Visually lossless, and small enough to put on a web page (PSNR above 40 dB).
 _X264 = {"crf": "18", "preset": "medium"}
@@ -137,13 +138,8 @@ def write_video(path: str | Path, video: Tensor, *, fps: float) -> None:
     pictures = rearrange((values.clamp(-1, 1) + 1) * 127.5, "f c h w -> f h w c").round().byte().numpy()
     _, height, width, _ = pictures.shape
     pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        _encode(unfinished, pictures, Fraction(fps).limit_denominator(1001))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        _encode(partial, pictures, Fraction(fps).limit_denominator(1001))
 
 
 def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction) -> None:

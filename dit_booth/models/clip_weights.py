@@ -25,6 +25,17 @@ _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _FIX = "choose a model such as ViT-L-14-quickgelu"
 
 
+def model_settings(model: str) -> dict[str, Any] | None:
+    """The configuration of an open_clip model, or of one of ours, by its name; None where there is none."""
+    import open_clip
+
+    _register_configs()
+    settings: dict[str, Any] | None = (
+        open_clip.get_model_config(model) if model in open_clip.list_models() else None
+    )
+    return settings
+
+
 def build_clip_model(config: ClipConfig) -> nn.Module:
     """The open_clip model itself, in fp32 and trainable.
 
@@ -36,7 +47,7 @@ def build_clip_model(config: ClipConfig) -> nn.Module:
     _register_configs()
     if config.pretrained.startswith("local-dir:"):
         return _from_folder(config)
-    settings = open_clip.get_model_config(config.model) if config.model in open_clip.list_models() else None
+    settings = model_settings(config.model)
     if settings is None:
         raise ValueError(
             f"ClipConfig.model = {config.model!r} is not an open_clip model"

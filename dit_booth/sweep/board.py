@@ -1,4 +1,4 @@
-"""TensorBoard's HParams table of a sweep: one line of options and final scores for every finished point."""
+"""TensorBoard's HParams table of a sweep: one line of options, final scores and costs for every finished point."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_booth.files import partial_of, remove_partials
 from dit_booth.sweep.plan import Plan, Point
+from dit_booth.sweep.rows import ALL_COSTS
 
 
 def write_hparams(plan: Plan, point: Point, row: dict[str, Any]) -> None:
@@ -19,7 +20,7 @@ def write_hparams(plan: Plan, point: Point, row: dict[str, Any]) -> None:
 
     options = {name: _plain(value) for name, value in {**point.options, "seed": point.seed}.items()}
     scores = {f"scores/{name}": float(score["mean"]) for name, score in row["metrics"].items()}
-    scores |= {f"costs/{name}": float(row[name]) for name in ("step_seconds", "flops_per_step") if row[name]}
+    scores |= {f"costs/{name}": float(row[name]) for name in ALL_COSTS if row[name] is not None}
     remove_partials(folder.parent, f"{point.id}.*")
     partial = partial_of(folder)
     with SummaryWriter(str(partial)) as board:

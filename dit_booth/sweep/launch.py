@@ -2,14 +2,15 @@
 
 A point counts as finished by the marker that its run writes last. What its launcher returns says nothing: DeepSpeed's
 can exit with 0 and leave its ranks behind, so the whole process group is ended before the point is judged.
+
+Launching takes seconds that need no device, so a slot's next point is launched when the present one has trained its
+stages: while that one samples and measures, the next imports and builds, then waits for its turn (`dit_booth.turns`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
 import signal
 import socket
@@ -17,15 +18,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dit_booth.files import SLOT, Lock, write_text
+from dit_booth.files import Lock, write_text
 from dit_booth.sweep.plan import PROGRAM, Plan, Point
+from dit_booth.sweep.processes import end_groups, ending, ending_group, last_words, still
 from dit_booth.sweep.rows import (
     FAILED,
     LAUNCH,
@@ -36,52 +38,29 @@ from dit_booth.sweep.rows import (
     status_of,
     write_rows,
 )
+from dit_booth.sweep.slots import Slot, environment, places
+from dit_booth.turns import give_turn
 
 log = logging.getLogger(__name__)
 LOG = "launch.log"
 RESERVED = "reserved"
 """File in a point's folder that the sweep locks while it runs the point: a run takes its own lock seconds later."""
-ERROR_LINES = 8
-ERROR = re.compile(r"error( on rank \d+)?:")
-"""How a line begins in which a run says what is wrong."""
-EXIT = "exits with return code"
-"""What DeepSpeed's launcher says of a rank that failed, the only word there is of one that was killed."""
-RANK = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "CROSS_RANK",
-    "CROSS_SIZE",
-)
-"""Variables of a launcher that started this process: a point's launcher sets its own."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one point runs at a time."""
-
-    name: str
-    flags: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-
-    def places(self) -> set[tuple[str, str]]:
-        """Its devices, each with its machine."""
-        return places(socket.gethostname(), self.name)
 
 
 @dataclass
 class Running:
-    """A point that runs, or is being ended."""
+    """A point whose processes live."""
 
     point: Point
     slot: Slot
     process: subprocess.Popen[bytes]
-    begin: float
+    begin: float  # of its turn on the slot's devices, or of its launch
     log_start: int
     reservation: Lock
+    waits: bool = True  # for its turn
+    left: float | None = None  # when it was done with the slot's devices
+    recalled: bool = False  # to start elsewhere
+    ends: Iterator[None] | None = None  # the steps of ending its processes
 
 
 def run_points(
@@ -113,7 +92,7 @@ class _Runner:
         self.plan, self.slots, self.retries, self.grace, self.finished = plan, slots, retries, grace, finished
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.attempts: Counter[str] = Counter()
-        self.running: dict[str, Running] = {}  # by slot
+        self.running: list[Running] = []
         self.stopping = False
 
     def run(self) -> bool:
@@ -123,13 +102,15 @@ class _Runner:
         old = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while not self._out_of_time() and (self.running or self._todo()):
-                self._collect()
+                ended = self._collect()
+                self._give_turns()
                 self._start_some()
+                self._tell(ended)  # takes a while: the next points are on their way by now
                 time.sleep(0.2)
             done = not self.running and not self._todo()
         finally:
-            end_groups([running.process for running in self.running.values()], self.grace)
-            for running in self.running.values():
+            end_groups([running.process for running in self.running], self.grace)
+            for running in self.running:
                 running.reservation.release()
             for number, handler in old.items():
                 signal.signal(number, handler)
@@ -144,71 +125,120 @@ class _Runner:
 
     def _todo(self) -> list[Point]:
         """Points to start, lowest seeds first: a sweep that is cut short has whole tables of some seeds."""
-        here = {running.point.id for running in self.running.values()}
+        here = {running.point.id for running in self.running}
         points = [p for p in self.plan.points if p.id not in here and status_of(self.plan, p) == "waiting"]
         return sorted(points, key=lambda point: point.seed)
 
+    # ---- starting ----
+
+    def _on(self, slot: Slot) -> list[Running]:
+        return [running for running in self.running if running.slot is slot]
+
     def _start_some(self) -> None:
-        free = [slot for slot in self.slots if slot.name not in self.running]
+        """Start points on empty slots, then ahead of their turn on those whose only point trains no more."""
+        empty = [slot for slot in self.slots if not self._on(slot)]
+        free = [*empty, *filter(self._may_start_ahead, self.slots)]
         if not free:
             return
         todo = self._todo()
         elsewhere = [point for point in todo if is_taken(self.plan.run_folder(point))]
         taken = {place for point in elsewhere for place in places_taken(self.plan.run_folder(point))}
-        busy = [*elsewhere, *(running.point for running in self.running.values())]
+        free = [slot for slot in free if not slot.places() & taken]
+        busy = [*elsewhere, *(running.point for running in self.running)]
         in_training = {stage.key for point in busy for stage in missing_stages(self.plan, point)}
         for point in todo:
-            slot = next((slot for slot in free if not slot.places() & taken), None)
-            if slot is None:
+            if not free:
                 return
             wanted = {stage.key for stage in missing_stages(self.plan, point)}
             if point in elsewhere or wanted & in_training:
                 continue  # the lock would make it wait; another point may run meanwhile
             reservation = Lock(self.plan.run_folder(point), RESERVED)
-            if not reservation.take(slot.name):
+            if not reservation.take(free[0].name):
                 return  # another sweep was quicker: look anew what it has taken
             if status_of(self.plan, point) != "waiting":  # it was even done with the point
                 reservation.release()
                 continue
-            self.running[slot.name] = self._start(point, slot, reservation)
-            free.remove(slot)
+            self._start(point, free.pop(0), reservation)
             in_training |= wanted
+        if any(slot in empty for slot in free):
+            self._recall()
 
-    def _start(self, point: Point, slot: Slot, reservation: Lock) -> Running:
+    def _may_start_ahead(self, slot: Slot) -> bool:
+        there = self._on(slot)
+        return slot.ahead and len(there) == 1 and not any(missing_stages(self.plan, there[0].point))
+
+    def _recall(self) -> None:
+        """End a point that waits for its turn, for a slot that is empty: it starts there, and has nothing to lose."""
+        for running in self.running:
+            if running.waits and running.ends is None:
+                log.info("%s: started too soon, for another place is free", title(running.point))
+                running.recalled, running.ends = True, ending_group(running.process, self.grace)
+                return
+
+    def _start(self, point: Point, slot: Slot, reservation: Lock) -> None:
         self.attempts[point.id] += 1
         folder = self.plan.run_folder(point)
         write_settings(self.plan, point)
         with (folder / LOG).open("ab") as out:
-            begin = out.tell()
+            log_start = out.tell()
             process = subprocess.Popen(
                 command(self.plan, point, slot),
                 env=environment(slot),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if slot.ahead else subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.running.append(Running(point, slot, process, time.monotonic(), log_start, reservation))
+        self._give_turns()
+        ahead = " ahead of its turn" if self.running[-1].waits else ""
         again = "" if self.attempts[point.id] == 1 else f", attempt {self.attempts[point.id]}"
-        log.info("%s: started on %s%s", title(point), slot.name, again)
-        return Running(point, slot, process, time.monotonic(), begin, reservation)
+        log.info("%s: started on %s%s%s", title(point), slot.name, ahead, again)
 
-    def _collect(self) -> None:
-        for running in list(self.running.values()):
-            if running.process.poll() is None:
+    def _give_turns(self) -> None:
+        """Let the points go on whose slots nobody else uses any more.
+
+        Who is finished and has unlocked its folder has freed its devices: its launcher takes seconds more to notice.
+        """
+        for running in self.running:
+            folder = self.plan.run_folder(running.point)
+            if running.left is None and is_finished(folder) and not in_use(folder):
+                running.left = time.monotonic()
+        for running in self.running:
+            others = [
+                other for other in self._on(running.slot) if other is not running and other.left is None
+            ]
+            if running.waits and running.ends is None and not others:
+                if running.process.stdin is not None:
+                    give_turn(running.process.stdin, self.plan.ranks)
+                running.waits, running.begin = False, time.monotonic()
+
+    # ---- ending ----
+
+    def _collect(self) -> list[Point]:
+        """Judge the points whose processes have all ended, and say which these are. Never waits for one."""
+        out = []
+        for running in list(self.running):
+            if running.ends is None and running.process.poll() is not None:  # ranks may have outlived it
+                running.ends = ending_group(running.process, self.grace)
+            if running.ends is None or still(running.ends):
                 continue
-            end_groups([running.process], self.grace)  # ranks that outlived their launcher
-            del self.running[running.slot.name]
-            self._judge(running)
+            self.running.remove(running)
+            if running.recalled:
+                self.attempts[running.point.id] -= 1
+            else:
+                self._judge(running)
+                out.append(running.point)
             running.reservation.release()
+        return out
 
     def _judge(self, running: Running) -> None:
         point, folder = running.point, self.plan.run_folder(running.point)
-        wall, tries = time.monotonic() - running.begin, self.attempts[point.id]
+        wall, tries = (running.left or time.monotonic()) - running.begin, self.attempts[point.id]
         if is_finished(folder):
             overhead = wall - read_json(folder / "cost.json").get("work_seconds", wall)
             seconds = {"attempts": tries, "launcher_seconds": wall, "launch_seconds": overhead}
             write_text(folder / LAUNCH, json.dumps(seconds) + "\n")
-            self._tell(point)
             log.info("%s: finished in %.0f s, %.0f s of them launching", title(point), wall, overhead)
         else:
             error, code = last_words(folder / LOG, running.log_start), running.process.returncode
@@ -217,14 +247,18 @@ class _Runner:
             if tries > self.retries:
                 failure = {"attempts": tries, "exit": code, "error": error}
                 write_text(folder / FAILED, json.dumps(failure) + "\n")
-        write_rows(self.plan)
 
-    def _tell(self, point: Point) -> None:
-        """Whatever the caller makes of a finished point, the other points run on."""
-        try:
-            self.finished(point)
-        except Exception:
-            log.warning("%s: finished, but what follows on that failed", title(point), exc_info=True)
+    def _tell(self, points: Sequence[Point]) -> None:
+        """Write the rows anew. Whatever the caller makes of a finished point, the other points run on."""
+        if points:
+            write_rows(self.plan)
+        for point in points:
+            if not is_finished(self.plan.run_folder(point)):
+                continue
+            try:
+                self.finished(point)
+            except Exception:
+                log.warning("%s: finished, but what follows on that failed", title(point), exc_info=True)
 
 
 def is_taken(folder: Path) -> bool:
@@ -236,12 +270,6 @@ def places_taken(folder: Path) -> set[tuple[str, str]]:
     """Where a taken point runs: as its ranks tell, and as the sweep that started it did (hosts of pdsh do not)."""
     owners = (Lock(folder).owner().split(), Lock(folder, RESERVED).owner().split())
     return {place for owner in owners if len(owner) == 3 for place in places(owner[0], owner[2])}
-
-
-def places(host: str, slot: str) -> set[tuple[str, str]]:
-    """Devices and their machine: of ``gpu:0,1`` and ``cpu`` it is `host`, of ``worker-1:0,1`` the one named."""
-    machine, _, devices = slot.rpartition(":")
-    return {(host if machine in ("", "gpu") else machine, device) for device in devices.split(",")}
 
 
 def title(point: Point) -> str:
@@ -281,125 +309,9 @@ def deepspeed() -> str:
     return found
 
 
-def environment(slot: Slot) -> dict[str, str]:
-    """This process's, without what a launcher has set, with the slot's."""
-    own = {name: value for name, value in os.environ.items() if name not in RANK}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}"  # the launcher calls `python` by name
-    return {**own, "PATH": path, **slot.env, SLOT: slot.name}
-
-
 def free_port() -> int:
     """A port of this machine that nobody uses now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
-
-
-def end_groups(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
-    """End launchers and all processes of their sessions that are left: gently, then firmly, then at once."""
-    left = list(processes)
-    for number, patience in ((signal.SIGINT, grace), (signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        left = [process for process in left if _signal(process, number)]
-        limit = time.monotonic() + patience
-        while left and time.monotonic() < limit:
-            time.sleep(0.1)
-            left = [process for process in left if _signal(process, 0)]
-
-
-def _signal(process: subprocess.Popen[bytes], number: int) -> bool:
-    """Send a signal to a launcher's group; whether anybody is left in it."""
-    process.poll()  # takes the launcher's own exit: it would count as somebody
-    try:
-        os.killpg(process.pid, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def last_words(file: Path, start: int) -> list[str]:
-    """The lines in which a run says what is wrong, or else its last ones."""
-    with file.open("rb") as read:
-        read.seek(start)
-        text = read.read().decode(errors="replace")
-    # A progress bar is one line, which it writes anew after every \r.
-    lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
-    errors = list(dict.fromkeys(line for line in lines if ERROR.match(line)))
-    if errors:
-        return errors[-ERROR_LINES:]
-    own = [line for line in lines if line.strip() and (EXIT in line or not _of_launcher(line))]
-    return own[-ERROR_LINES:] or ["it ended without a word (killed?)"]
-
-
-def _of_launcher(line: str) -> bool:
-    return "[launch.py:" in line or "[runner.py:" in line
-
-
-def ending(code: int) -> str:
-    """How a launcher ended: Python tells a signal as -9, a shell as 137, DeepSpeed's launcher of its rank as 247."""
-    for number in (-code, code - 128, 256 - code):
-        if 1 < number < 32:
-            return f"exit code {code}: {signal.Signals(number).name}"
-    return f"exit code {code}"
-
-
-# ---- where points run --------------------------------------------------------------------------------------
-
-
-def local_slots(ranks: int, devices: Sequence[str] | None) -> list[Slot]:
-    """This machine's GPUs, `ranks` for each point; without any, one slot on the CPU. ValueError: too few devices."""
-    if devices is None:
-        devices = visible_devices()
-    if not devices:
-        return [Slot("cpu", env={"LOCAL_SIZE": str(ranks)})]  # so many ranks DeepSpeed starts on a CPU
-    if len(devices) < ranks:
-        raise ValueError(
-            f"ranks is {ranks} and devices are {','.join(devices)}; give as many devices, or fewer ranks"
-        )
-    groups = [devices[at : at + ranks] for at in range(0, len(devices) - ranks + 1, ranks)]
-    return [Slot(f"gpu:{','.join(group)}", env={"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in groups]
-
-
-def visible_devices() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-
-
-def hostfile_slots(ranks: int, hostfile: Path, launcher: str = "deepspeed") -> list[Slot]:
-    """The devices of a hostfile's machines (``name slots=8`` lines), `ranks` of one machine for each point.
-
-    ValueError: the file is none or wrong, or points cannot be started on other machines.
-    """
-    if launcher != "deepspeed":
-        raise ValueError(
-            f"launcher is {launcher}, which starts points on this machine only; set launcher: deepspeed, or leave"
-            " --hostfile out"
-        )
-    if shutil.which("pdsh") is None:
-        raise ValueError(
-            "--hostfile: DeepSpeed starts points on other machines by pdsh, which is not installed; apt install pdsh"
-        )
-    if not hostfile.is_file():
-        raise ValueError(f"--hostfile {hostfile} is not a file; write lines such as `worker-1 slots=8`")
-    out = []
-    for number, line in enumerate(hostfile.read_text().splitlines(), 1):
-        entry = line.split("#")[0].strip()
-        if not entry:
-            continue
-        named = re.fullmatch(r"(\S+)\s+slots=(\d+)", entry)
-        if named is None:
-            raise ValueError(f"{hostfile}:{number}: {line!r}; write lines such as `worker-1 slots=8`")
-        host, count = named[1], int(named[2])
-        for first in range(0, count - ranks + 1, ranks):
-            devices = ",".join(str(device) for device in range(first, first + ranks))
-            # Without --force_multi a single machine counts as this one.
-            flags = ("--hostfile", str(hostfile), "--include", f"{host}:{devices}", "--force_multi")
-            out.append(Slot(f"{host}:{devices}", flags))
-    if not out:
-        raise ValueError(f"{hostfile}: no machine has {ranks} slots; lower the sweep's ranks")
-    return out

@@ -10,19 +10,20 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_booth.data.listing import files_of
 from dit_booth.files import write_text
 from dit_booth.sweep.description import SEEDS, Description, Variant, variants
 
 if TYPE_CHECKING:
     from dit_booth.config import RunConfig
 
-FORMAT = 1
+FORMAT = 2
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = REPOSITORY / "experiments" / "run.py"
 
@@ -89,6 +90,7 @@ def plan_sweep(description: Description, folder: Path, store: Path) -> Plan:
             "format": FORMAT,
             "description": description.as_dict(),
             "inputs": _stamps(_inputs(points, description)),
+            "data": _data(_lists(points)),
         }
         write_text(file, json.dumps({**known, "points": [asdict(point) for point in points]}) + "\n")
     return Plan(
@@ -251,7 +253,9 @@ def _kept(file: Path, description: Description) -> list[Point] | None:
     kept = json.loads(file.read_text())
     if kept.get("format") != FORMAT or kept["description"] != json.loads(json.dumps(description.as_dict())):
         return None
-    if kept["inputs"] != _stamps(list(kept["inputs"])):
+    if kept["inputs"] != _stamps(list(kept["inputs"])) or kept["data"] != _data(
+        entry[:2] for entry in kept["data"]
+    ):
         return None
     return [
         Point(**{**point, "stages": tuple(StageRef(**stage) for stage in point["stages"])})
@@ -276,6 +280,20 @@ def _inputs(points: list[Point], description: Description) -> list[str]:
     code = [path for part in ("dit_booth", "strategies") for path in (REPOSITORY / part).rglob("*")]
     files |= {path for path in code if path.suffix in (".py", ".safetensors") or path.is_dir()}
     return sorted(str(path) for path in files if "__pycache__" not in path.parts)
+
+
+def _lists(points: list[Point]) -> list[list[str]]:
+    """The lists of training data in files: each with the data set's folder."""
+    data = [point.settings["data"] for point in points]
+    roots = {(section["root"], section["csv"]) for section in data if section["kind"] != "toyworld"}
+    return [[root, str(file)] for root, csv in sorted(roots) for file in sorted(Path(root).glob(csv))]
+
+
+def _data(lists: Iterable[list[str]]) -> list[list[str]]:
+    """The same with the hash of the files that each list names."""
+    return [
+        [root, file, files_of(Path(root), Path(file)) if Path(file).is_file() else ""] for root, file in lists
+    ]
 
 
 def _chain(file: Path) -> list[Path]:

@@ -19,8 +19,17 @@ Status = Literal["finished", "failed", "waiting"]
 ROWS = "sweep.jsonl"
 FAILED = "failed.json"
 LAUNCH = "launch.json"
-COSTS = ("trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "wall_seconds")
-MEASURED = ("step_seconds", "peak_memory_mib", "train_seconds", "wall_seconds", "launch_seconds", "seconds")
+COSTS = (
+    "trained_parameters",
+    "flops_per_step",
+    "step_seconds",
+    "peak_memory_mib",
+    "sample_seconds",
+    "wall_seconds",
+)
+ALL_COSTS = (*COSTS, "train_seconds", "train_flops", "launch_seconds")
+"""Every cost of a row: those of its run, and those of its stages and its launcher."""
+MEASURED = (*COSTS[2:], "train_seconds", "launch_seconds", "seconds")
 """Fields that differ from one running of the same sweep to the next."""
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dit_booth.sweep.launch import ending, title
+from dit_booth.sweep.launch import title
 from dit_booth.sweep.plan import Plan, StageRef
+from dit_booth.sweep.processes import ending
 from dit_booth.sweep.rows import FAILED, in_use, read_json, stage_finished, status_of, steps_done
 
 SCORES = ("palette", "clip_i", "clip_t", "psnr", "motion")
@@ -24,27 +25,47 @@ def show_plan(plan: Plan) -> str:
         chain = " -> ".join(f"{stage.name}-{stage.address[:6]}" for stage in point.stages) or "no stage"
         mark = " (baseline)" if point.baseline else ""
         lines.append(f"  {status_of(plan, point):9} {title(point)}{mark}: {chain}")
-    uses, speeds = plan.uses(), step_seconds(plan)
+    uses = plan.uses()
     stages = {stage.key: stage for point in plan.points for stage in point.stages}
+    there = {key: steps_done(plan, stage) for key, stage in stages.items()}
     lines += ["", "stages"]
-    total = 0.0
-    unknown = steps = naive = left = 0
     for key, stage in stages.items():
-        there, used = steps_done(plan, stage), uses[key]
-        missing = stage.steps - there
-        left, naive, steps = left + missing, naive + stage.steps * used, steps + stage.steps
-        speed = speeds.get(key) or speeds.get(stage.name)
-        total, unknown = total + missing * (speed or 0.0), unknown + (0 if speed else missing)
-        shared = f"shared by {used} points" if used > 1 else "of one point"
-        lines.append(f"  {_state(plan, stage, there):28} {key}: {stage.steps} steps, {shared}")
-    lines += ["", f"steps to train: {left} of {steps}; with no stage shared there would be {naive}"]
-    if left:
-        known = (
-            f"about {_duration(total)} of training, from the step times of finished stages" if total else ""
-        )
-        open_ = f"{unknown} steps have no measured step time yet" if unknown else ""
-        lines.append("estimate: " + "; ".join(part for part in (known, open_) if part))
+        shared = f"shared by {uses[key]} points" if uses[key] > 1 else "of one point"
+        lines.append(f"  {_state(plan, stage, there[key]):28} {key}: {stage.steps} steps, {shared}")
+    missing = {key: stage.steps - there[key] for key, stage in stages.items() if stage.steps > there[key]}
+    steps = sum(stage.steps for stage in stages.values())
+    naive = sum(stage.steps * uses[key] for key, stage in stages.items())
+    lines += [
+        "",
+        f"steps to train: {sum(missing.values())} of {steps}; with no stage shared there would be {naive}",
+        *_estimate(plan, missing),
+    ]
     return "\n".join(lines)
+
+
+def _estimate(plan: Plan, missing: Mapping[str, int]) -> list[str]:
+    """What the missing steps (by stage) are estimated to take, and on what that rests."""
+    measured = step_seconds(plan)
+    speeds = {key: measured.get(key) or measured.get(key.partition("-")[0]) for key in missing}
+    known = {key: speed for key, speed in speeds.items() if speed}
+    total, lines = sum(missing[key] * speed for key, speed in known.items()), list[str]()
+    if known:
+        lines.append(f"  {sum(missing[key] for key in known)} steps by step times of finished stages")
+    open_ = [key for key in missing if key not in known]
+    if open_:
+        from dit_booth.sweep.estimate import flops_of_steps, rate_of  # PyTorch, and seconds of counting
+
+        flops, rate = flops_of_steps(plan, open_), rate_of(plan)
+        work = sum(missing[key] * flops[key] for key in open_)
+        total += work / rate.flops
+        lines.append(
+            f"  {sum(missing[key] for key in open_)} steps by their FLOPs ({work:.3g}, counted without encoders) at"
+            f" {rate.flops / 1e12:.3g} TFLOP/s, {rate.basis}"
+        )
+    if missing:
+        about = "one point after the other, without sampling and launching"
+        lines.insert(0, f"estimate: about {_duration(total)} of training, {about}")
+    return lines
 
 
 def show_rows(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from dit_booth.cli import is_plugin
 from dit_booth.config import RunConfig, StageName, decisive
+from dit_booth.data.listing import files_of
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
 from dit_booth.training.build import repository_file
@@ -142,8 +143,8 @@ def _engine(config: RunConfig) -> Any:
         raise ValueError(f"ds_config {file} is not JSON: {error}") from error
 
 
-def _data_files(config: RunConfig) -> Mapping[str, str]:
-    """The hash of every list of examples that a data set on disk is made of."""
+def _data_files(config: RunConfig) -> Mapping[str, list[str]]:
+    """Of every list of examples that a data set on disk is made of: the hash of it, and that of the files it names."""
     if config.data.kind == "toyworld":
         return {}
     root = Path(config.data.root)
@@ -152,7 +153,7 @@ def _data_files(config: RunConfig) -> Mapping[str, str]:
         raise ValueError(
             f"data.root is {config.data.root!r}, which has no file {config.data.csv!r} (data.csv)"
         )
-    return {str(file.relative_to(root)): content_of(file) for file in files}
+    return {str(file.relative_to(root)): [content_of(file), files_of(root, file)] for file in files}
 
 
 def _weights(config: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: DeepSpeed's own files and the averages, made current by one atomic rename."""
+"""Checkpoints of a stage: DeepSpeed's own files and the averages, on the disk before one rename makes them current."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from dit_booth.files import write_text
+from dit_booth.files import sync_all, write_text
 from dit_booth.training.distributed import Ranks
 from dit_booth.training.ema import Ema
 
@@ -24,6 +24,7 @@ def save(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks, step: int) ->
         save_file(ema.shadow, folder / tag / f"ema_rank{ranks.rank}.safetensors")
     ranks.barrier()
     if ranks.first:
+        sync_all(folder / tag)  # DeepSpeed only writes: after a power cut the tag could name empty files
         current = {"tag": tag, "ranks": ranks.world, "zero": engine.zero_optimization_stage()}
         write_text(folder / "latest.json", json.dumps(current))
         for old in folder.glob("step*"):

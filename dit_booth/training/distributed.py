@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -67,15 +68,27 @@ def owning(folder: Path, ranks: Ranks) -> Iterator[None]:
         lock.release()
 
 
-def start() -> Ranks:
-    """Join the process group: the launcher's, or one of this process alone.
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without the op for which it would need a compiler on the CPU.
 
-    On the CPU DeepSpeed's shared-memory op is switched off: it would be compiled at the first start and leaks 69 MB
-    of /dev/shm per rank and port; gloo does the same work.
+    That shared-memory op would be compiled at the first start and leaks 69 MB of /dev/shm per rank and port; gloo does
+    the same work.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})  # a private name: only where it exists
+    if not on_gpu and "deepspeed_shm_comm" in compatible:
+        compatible["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def start() -> Ranks:
+    """Join the process group: the launcher's, or one of this process alone."""
+    on_gpu, deepspeed = torch.cuda.is_available(), import_deepspeed()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -83,12 +96,6 @@ def start() -> Ranks:
         alone = f"RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
         for name, value in (pair.split("=") for pair in alone.split()):
             os.environ.setdefault(name, value)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})  # a private name: only where it exists
-    if not on_gpu and "deepspeed_shm_comm" in compatible:
-        compatible["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(verbose=False)
     except dist.DistNetworkError as error:
@@ -104,6 +111,13 @@ def start() -> Ranks:
     return Ranks(
         dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_gpu else torch.device("cpu")
     )
+
+
+def free_memory(ranks: Ranks) -> None:
+    """Give a GPU's memory back that nothing refers to any more; what CUDA itself holds goes with the process."""
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def stop() -> None:

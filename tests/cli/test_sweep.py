@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 from sweeping import STUDY, Sweep, Watch, describe, is_rank
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dit_booth.files import read_lines
 from dit_booth.report.read import read_study
 from dit_booth.sweep.description import read_description
 from dit_booth.sweep.plan import plan_sweep
-from dit_booth.sweep.rows import COSTS
+from dit_booth.sweep.rows import ALL_COSTS
 from dit_booth.sweep.show import show_plan
+from experiments.bench import sweep_cost
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +44,25 @@ def test_the_shared_stage_is_trained_once(swept: Sweep):
     assert first["stages"][1]["address"] != second["stages"][1]["address"]
     assert sorted(map(len, swept.stage_steps().values())) == [4, 4, 6]
     assert sum("coarse:" in read(swept, row) for row in (first, second)) == 1, "one progress bar"
+
+
+def test_the_bench_of_a_sweep_s_cost_adds_it_up(swept: Sweep):
+    rows = swept.rows()
+    found = sweep_cost.costs(rows, 100.0)
+    first, second = rows
+    coarse, fine = first["stages"][0]["seconds"], [row["stages"][1]["seconds"] for row in rows]
+    assert (found["coarse_seconds"], found["fine_seconds"]) == (coarse, fine), "the shared stage once"
+    assert found["stage_seconds"] == pytest.approx(coarse + sum(fine))
+    assert found["overhead"] == pytest.approx(100 / (coarse + sum(fine)) - 1)
+    assert found["overhead"] == pytest.approx(found["overhead_sampling"] + found["overhead_rest"])
+    assert found["sample_seconds"] == [first["sample_seconds"], second["sample_seconds"]]
+    assert 0 < first["sample_seconds"] < first["wall_seconds"]
+    assert (found["naive_seconds"], found["naive_is"]) == (100 + coarse, "computed")
+    assert sweep_cost.costs(rows, 100.0, 150.0)["saved"] == pytest.approx(1 / 3)
+    assert "| overhead |" in sweep_cost.page({**found, **dict.fromkeys(CONDITIONS, "x")}, "COMMAND")
+
+
+CONDITIONS = ("steps", "batch", "videos", "launcher", "device", "torch", "threads", "load")
 
 
 def read(sweep: Sweep, row: dict) -> str:
@@ -68,7 +89,7 @@ def test_a_row_has_options_scores_and_costs(swept: Sweep):
     fine = load_file(swept.out / "stages" / stage_name(first, 1) / "weights.safetensors")
     assert first["trained_parameters"] == sum(value.numel() for value in {**stages, **fine}.values())
     assert first["train_seconds"] == pytest.approx(sum(stage["seconds"] for stage in first["stages"]))
-    for name in (*COSTS, "train_flops", "train_seconds", "launch_seconds"):
+    for name in ALL_COSTS:
         assert first[name] > 0, name
     assert first["launch_seconds"] < first["wall_seconds"] + 60
 
@@ -123,12 +144,26 @@ def test_a_changed_option_reruns_what_depends_on_it(swept: Sweep, tmp_path: Path
     assert left("sampling only", options={"guidance.scale": 3}).startswith("steps to train: 0 of 14")
 
 
-def test_hparams_and_the_report_read_it(swept: Sweep):
+def test_hparams_hold_every_option_score_and_cost_of_a_row(swept: Sweep):
     for row in swept.rows():
         events = EventAccumulator(str(swept.out / "tensorboard" / row["point"]))
         events.Reload()
-        assert events.Scalars("scores/psnr")[0].value == pytest.approx(row["metrics"]["psnr"]["mean"])
-        assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+        expected = {f"scores/{name}": score["mean"] for name, score in row["metrics"].items()}
+        expected |= {f"costs/{name}": row[name] for name in ALL_COSTS}
+        told = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+        assert told == pytest.approx(expected, rel=1e-6, nan_ok=True)
+        content = {
+            tag: HParamsPluginData.FromString(data)
+            for tag, data in events.PluginTagToContent("hparams").items()
+        }
+        start = content["_hparams_/session_start_info"].session_start_info.hparams
+        assert start["kv_concat.update"].string_value == row["options"]["kv_concat.update"]
+        assert start["seed"].number_value == row["seed"]
+        columns = content["_hparams_/experiment"].experiment.metric_infos
+        assert {column.name.tag for column in columns} == set(expected)
+
+
+def test_the_report_reads_it(swept: Sweep):
     study = read_study([swept.out])
     assert [group.baseline for group in study.groups] == [True, False]
     assert study.points[0].scores["psnr"].n == 1

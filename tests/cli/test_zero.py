@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dit_booth.sweep.launch import Slot, deepspeed, environment, free_port
+from dit_booth.sweep.launch import deepspeed, free_port
+from dit_booth.sweep.slots import Slot, environment
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

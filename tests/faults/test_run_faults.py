@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk import DiskLog
 from safetensors.torch import load_file, save_file
+
+from dit_booth.files import partial_of
 
 pytestmark = pytest.mark.slow
 
@@ -150,6 +153,24 @@ def test_weights_that_are_cut_off_or_missing(in_process, tiny, trained: Path, tm
         "not a file",
         "run folder",
     )
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_the_latest(
+    in_process, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a power cut could leave a latest.json that names empty files, with the checkpoint before it removed."""
+    log = DiskLog(monkeypatch)
+    flags = ["--schedule", "fine", "--train.checkpoint-every", "1", "--sample.videos", "1"]
+    assert in_process(*tiny, *flags, "--train.ema", "0.9", "--out", str(tmp_path)).code == 0
+    (latest,) = tmp_path.glob("checkpoints/*/latest.json")
+    folder = latest.parent / json.loads(latest.read_text())["tag"]
+    files = {*folder.rglob("*"), folder}
+    assert len([file for file in files if file.suffix in (".pt", ".safetensors")]) >= 3
+    assert files <= log.synced_before(latest)
+    results = {*tmp_path.glob("samples/*.mp4"), tmp_path / "samples" / "contact_sheet.png"}
+    kept = {path for kind, path in log if kind == "sync"}
+    assert {partial_of(file) for file in results} <= kept, "results too, before the marker"
+    assert partial_of(tmp_path / "strategy.safetensors") in log.synced_before(tmp_path / "finished")
 
 
 def test_a_stage_s_weights_that_were_cut_off(in_process, tiny, tmp_path: Path):

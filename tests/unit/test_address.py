@@ -15,6 +15,7 @@ from torch import nn
 
 from dit_booth import strategy as strategies
 from dit_booth.cli import parse
+from dit_booth.data import listing
 from dit_booth.training import address
 from dit_booth.training.address import SCHEMA, content_of, stages_of
 from dit_booth.training.build import build
@@ -198,6 +199,48 @@ def test_lists_of_data_count_by_content(tmp_path: Path) -> None:
     with (tmp_path / "train.csv").open("a", newline="") as file:
         csv.writer(file).writerow(("2", "page", "a dog sits"))
     assert addresses(*flags) != before
+
+
+def data_set(folder: Path) -> list[Path]:
+    """Files of two examples in VideoBooth's format, as far as planning looks at them."""
+    (folder / "train.csv").write_text("videoid,page_dir,name\n1,page,a dog runs\n2,page,a dog sits\n")
+    files = [
+        folder / name
+        for n in "12"
+        for name in (f"videos/page/{n}.mp4", f"masks/{n}/mask.json", f"masks/{n}/mask_1.png")
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    return files
+
+
+def test_a_replaced_video_or_mask_is_another_data_set(tmp_path: Path) -> None:
+    def now(root: Path) -> dict[str, str]:
+        listing._files_of.cache_clear()  # as in a new process
+        return addresses("--data.kind", "triplets", "--data.root", str(root), "--data.csv", "train.csv")
+
+    (tmp_path / "set").mkdir()
+    files = data_set(tmp_path / "set")
+    seen = [now(tmp_path / "set")]
+    (tmp_path / "set" / "videos" / "page" / "3.mp4").write_text("no list names it")
+    assert now(tmp_path / "set") == seen[0]
+    for file in files:
+        file.write_text(file.read_text() + ".")
+        seen.append(now(tmp_path / "set"))
+    files[0].unlink()
+    seen.append(now(tmp_path / "set"))
+    (files[1].parent / "mask_2.png").write_text("one more")
+    seen.append(now(tmp_path / "set"))
+    assert len({tuple(each.items()) for each in seen}) == len(seen), "each change is told from all others"
+
+
+def test_a_copy_of_a_data_set_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    data_set(tmp_path / "set")
+    there = shutil.copytree(tmp_path / "set", tmp_path / "copy", copy_function=shutil.copyfile)
+    files = [(root, root / "train.csv") for root in (tmp_path / "set", there)]
+    assert len({listing.files_of(*each) for each in files}) == 1
 
 
 def test_the_schema_counts(monkeypatch: pytest.MonkeyPatch, usual: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk import DiskLog
 
 from dit_booth.files import Lock, partial_of, read_lines, remove_partials, replacing, write_text
 from dit_booth.training.distributed import Ranks, T, owning
@@ -136,6 +137,15 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
         raise RuntimeError
     assert file.read_text() == "first"
     assert [path.name for path in file.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = DiskLog(monkeypatch)
+    file = tmp_path / "file.txt"
+    write_text(file, "all of it")
+    assert log == [("sync", partial_of(file)), ("name", file), ("sync", tmp_path)]
 
 
 def test_what_killed_processes_left_half_written_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:

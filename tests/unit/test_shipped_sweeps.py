@@ -9,9 +9,11 @@ import pytest
 import torch
 import yaml
 
+from dit_booth import describe
 from dit_booth.cli import parse, to_argv
 from dit_booth.strategy import names_in
 from dit_booth.sweep.description import read_description
+from dit_booth.sweep.estimate import config_of, flops_of_step, latents_of
 from dit_booth.sweep.plan import Plan, expand
 from dit_booth.training.address import stages_of
 from dit_booth.training.build import build
@@ -29,6 +31,7 @@ NAMES = {
     "anchoring": (8, 0),
     "reference_noise": (4, 1),
     "backbones": (2, 0),
+    "engine": (6, 0),
 }
 """Points of a seed, and how many stages several of them share."""
 
@@ -102,6 +105,29 @@ def test_the_same_at_full_size_by_one_file(name: str, full: Path) -> None:
         assert {point.label for point in plan.points} == nano
 
 
+@pytest.mark.parametrize(("backbone", "size"), [("unet", 0.9e9), ("dit", 0.7e9)])
+def test_every_strategy_s_full_size_network_can_be_built(backbone: str, size: float, full: Path) -> None:
+    """On the meta device, with what each stage trains: nearly a billion parameters cost nothing there."""
+    for point in planned(FOLDER / "strategies.yaml", full).points:
+        other = {"backbone": backbone, "dit": {**point.settings["dit"], "size": "XL"}}
+        config = config_of({**point.settings, **other})
+        root = describe.build(config, latents_of(config))
+        assert sum(p.numel() for p in root.backbone.parameters()) > size
+        for of in stages_of(config):
+            trained = set_trainable(root, trainable_globs(config, root, of.name, of.active), of.active)
+            assert all(p.is_meta for p in trained.values()) and trained, point.label
+
+
+def test_a_full_size_step_costs_teraflops(full: Path) -> None:
+    (point,) = (p for p in planned(FOLDER / "strategies.yaml", full).points if p.label == "K/V concat")
+    config = config_of({**point.settings, "train": {**point.settings["train"], "batch_size": 1}})
+    (stage,) = stages_of(config)
+    forward_backbone = (
+        3.15e12  # for 16 frames (full.yaml); the backward pass is more, the image's pass a frame more
+    )
+    assert 2 * forward_backbone < flops_of_step(config, stage) < 4 * forward_backbone
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mapper_is_given_to_the_points_that_have_one(name: str, full: Path) -> None:
     """A run whose strategies take nothing from its `strategy_weights` is an error, but only once it is built."""
@@ -134,7 +160,7 @@ def test_the_backbones_cost_the_same() -> None:
         data, device = config.data.build(heldout=False), torch.device("cpu")
         flops[point.label] = count_flops(parts, config.stages.base, data, torch.float32, device)
     assert len(flops) == 2
-    assert max(flops.values()) / min(flops.values()) < 1.03, flops
+    assert max(flops.values()) / min(flops.values()) < 1.05, flops
 
 
 @pytest.mark.parametrize(

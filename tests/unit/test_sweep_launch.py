@@ -19,33 +19,26 @@ import pytest
 from dit_booth.files import Lock, read_lines
 from dit_booth.sweep import launch
 from dit_booth.sweep.board import write_hparams
-from dit_booth.sweep.launch import (
-    RESERVED,
-    Slot,
-    end_groups,
-    ending,
-    hostfile_slots,
-    is_taken,
-    last_words,
-    local_slots,
-    places,
-    places_taken,
-    run_points,
-)
+from dit_booth.sweep.launch import RESERVED, is_taken, places_taken, run_points
 from dit_booth.sweep.plan import Plan, Point, StageRef
-from dit_booth.sweep.rows import FAILED, LAUNCH, ROWS
+from dit_booth.sweep.processes import end_groups, ending, last_words
+from dit_booth.sweep.rows import ALL_COSTS, FAILED, LAUNCH, ROWS
+from dit_booth.sweep.slots import Slot, hostfile_slots, local_slots, places
 
 STUB = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import yaml
 from dit_booth.files import Lock, write_text
+from dit_booth.turns import await_turn
 settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
 out, store, act = Path(settings["out"]), Path(settings["store"]), settings["act"]
 with (out.parent / "launched").open("a") as launched:
     launched.write(out.name + "\\n")
+(out / "pid").write_text(str(os.getpid()))
 if act == "slow start":
     time.sleep(2)
+await_turn()
 lock = Lock(out)
 while not lock.take():
     time.sleep(0.05)
@@ -57,8 +50,11 @@ if act == "fail" or (act == "fail once" and not (out / "tried").exists()):
     (out / "tried").touch()
     print("warning: nothing\\nerror: it cannot be\\n[launch.py:1] bye", flush=True)
     sys.exit(1)
-if act == "leave ranks":
-    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+if act in ("leave ranks", "leave deaf ranks"):
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);" if "deaf" in act else ""
+    rank = subprocess.Popen([sys.executable, "-c", deaf + "import time; print(1, flush=True); time.sleep(600)"],
+                            stdout=subprocess.PIPE)
+    rank.stdout.readline()
     (out / "rank").write_text(str(rank.pid))
     sys.exit(0)
 if act == "long":
@@ -78,9 +74,11 @@ for key in settings["stages"]:
         time.sleep(0.5)
         write_text(store / key / "weights.safetensors", "")
     stage.release()
-time.sleep(0.1)
+time.sleep({"sample": 3, "sample long": 30}.get(act, 0.1))
 write_text(out / "cost.json", json.dumps({"work_seconds": 0.1}))
 write_text(out / "finished", "")
+lock.release()
+time.sleep(3 if act == "end slowly" else 0)
 sys.exit(1 if act == "bad exit" else 0)
 """
 SLOT = Slot("cpu")
@@ -218,7 +216,7 @@ def test_what_follows_on_a_finished_point_may_fail(tmp_path: Path, caplog: pytes
 def test_two_sweeps_may_write_a_point_s_hparams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one comes first, between this one's look and its end."""
     plan = plan_of(tmp_path, "ok")
-    row: dict[str, Any] = {"metrics": {}, "step_seconds": 0.5, "flops_per_step": None}
+    row: dict[str, Any] = {"metrics": {}, **dict.fromkeys(ALL_COSTS), "step_seconds": 0.5}
     folder = tmp_path / "tensorboard" / "p0"
     replace = Path.replace
 
@@ -248,13 +246,7 @@ def test_out_of_time_every_point_may_write_a_checkpoint(tmp_path: Path) -> None:
 def test_a_signal_stops_the_sweep_the_same_way(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "long")
     ready = plan.run_folder(plan.points[0]) / "ready"
-
-    def interrupt() -> None:
-        while not ready.exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=interrupt).start()
+    stop_when(ready)
     assert not run_points(plan, [SLOT], grace=20.0)
     assert (ready.parent / "checkpoint").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -272,6 +264,88 @@ def test_a_group_that_hears_nothing_is_killed(tmp_path: Path) -> None:
     end_groups([process], 0.1)
     assert process.poll() == -signal.SIGKILL
     end_groups([process], 0.1)  # nobody is left
+
+
+def test_who_outlives_a_launcher_holds_no_other_point_up(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "leave deaf ranks", "ok", "ok")
+    assert run_points(plan, [Slot("x"), Slot("y")], grace=6.0, retries=0)
+    assert statuses(plan) == ["failed", "finished", "finished"]
+    folders = [plan.run_folder(point) for point in plan.points]
+    judged, third = (folders[0] / FAILED).stat().st_mtime, (folders[2] / "finished").stat().st_mtime
+    assert third < judged - 1.0
+    assert not alive(int((folders[0] / "rank").read_text()))
+
+
+# ---- ahead of the turn -------------------------------------------------------------------------------------
+
+
+def test_the_next_point_is_launched_while_this_one_samples(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "sample", "ok", stages=(("a",), ("b",)))
+    assert run_points(plan, [SLOT], grace=0.2)
+    first, second = (plan.run_folder(point) for point in plan.points)
+    trained = (plan.store / "a-0" / "weights.safetensors").stat().st_mtime
+    ended = (first / "finished").stat().st_mtime
+    assert trained < (second / "pid").stat().st_mtime < ended - 1.0
+    lines = read_lines(plan.folder / "points" / "log")
+    assert [line["point"] for line in lines] == ["p0", "p1"]
+    assert lines[1]["at"] > ended, "it waited for its turn"
+    launch = json.loads((second / LAUNCH).read_text())
+    assert 0 < launch["launch_seconds"] < launch["launcher_seconds"] < 3.0, "which do not count its waiting"
+
+
+def test_the_next_point_goes_on_when_this_one_has_left_its_devices(tmp_path: Path) -> None:
+    """DeepSpeed's launcher looks after its ranks once a second only, and they have files to close."""
+    plan = plan_of(tmp_path, "end slowly", "slow start")
+    assert run_points(plan, [SLOT], grace=0.2)
+    assert statuses(plan) == ["finished", "finished"]
+    first = plan.run_folder(plan.points[0])
+    ended = (first / "finished").stat().st_mtime
+    assert ended < read_lines(plan.folder / "points" / "log")[1]["at"] < ended + 2.9
+    assert json.loads((first / LAUNCH).read_text())["launcher_seconds"] < 2.9, "as long as it had its devices"
+    assert (first / LAUNCH).stat().st_mtime > ended + 2.9, "it is judged when nobody is left of it"
+
+
+def test_a_point_that_waits_starts_elsewhere_where_a_slot_is_empty(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "sample long", "slow start", "ok", stages=(("a",), ("b",), ("c",)))
+    done = plan.run_folder(plan.points[2]) / LAUNCH
+    stop_when(done)
+    assert not run_points(plan, [Slot("x"), Slot("y")], grace=0.2)
+    assert launched(plan) == ["p0", "p1", "p2", "p2"], "first behind p0, then on p1's slot"
+    assert read_lines(plan.folder / "points" / "log")[-1]["slot"] == "y"
+    assert statuses(plan) == ["waiting", "finished", "finished"]
+    assert json.loads(done.read_text())["attempts"] == 1
+
+
+def stop_when(file: Path) -> None:
+    """Interrupt this process's sweep as soon as a file is there."""
+
+    def interrupt() -> None:
+        while not file.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+
+
+def test_who_waits_ends_with_its_sweep(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "sample", "ok")
+    sweep = another_sweep(plan)
+    folder = plan.run_folder(plan.points[1])
+    while not (folder / "pid").is_file() or not (folder / "pid").read_text():
+        time.sleep(0.02)
+    pid = int((folder / "pid").read_text())
+    sweep.kill()
+    sweep.wait()
+    limit = time.monotonic() + 10
+    while alive(pid):
+        assert time.monotonic() < limit, "it waits for ever"
+        time.sleep(0.05)
+    assert started(plan) == ["p0"], "it never had its turn"
+    assert "the sweep ended before it was this run's turn" in (folder / "launch.log").read_text()
+    while Lock(plan.run_folder(plan.points[0])).held():  # the one that had goes on
+        time.sleep(0.05)
+    assert run_points(plan, [SLOT], grace=0.2)
+    assert started(plan) == ["p0", "p1"]
 
 
 # ---- several at once ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dit_booth.data import listing
 from dit_booth.sweep import plan as planning
 from dit_booth.sweep.description import Description, read_description
 from dit_booth.sweep.emit import emit, jobs_of
@@ -74,6 +75,22 @@ def test_points_of_one_group_differ_in_the_seed_only(study: Plan) -> None:
     assert [(p.label, p.seed) for p in study.points if p.baseline] == [
         ("update=first_frame_value, lr=0.001", 0), ("update=first_frame_value, lr=0.001", 1)
     ]  # fmt: skip
+
+
+def test_engines_are_an_axis_whose_stages_are_told_by_their_content(tmp_path: Path) -> None:
+    """ZeRO stage, offload and precision: none shares a stage with another, but with a copy of itself."""
+    engines = ROOT / "experiments/configs/engines"
+    files = [str(file) for file in sorted(engines.glob("*.json"))]
+    (tmp_path / "copy.json").write_text((engines / "zero2.json").read_text())
+    plan = planned(
+        tmp_path, grid={"ds_config": [*files, str(tmp_path / "copy.json")]}, seeds=[0], baseline=None
+    )
+    assert len(files) == 6 and len({point.id for point in plan.points}) == 7
+    assert len({point.stages for point in plan.points}) == 6
+    same = {Path(p.options["ds_config"]).name for p in plan.points if plan.uses()[p.stages[0].key] > 1}
+    assert same == {"copy.json", "zero2.json"}
+    without = [{**point.settings, "ds_config": ""} for point in plan.points]
+    assert without == without[:1] * 7, "they differ in nothing else"
 
 
 def test_a_sampling_option_changes_the_point_and_no_stage(study: Plan, tmp_path: Path) -> None:
@@ -146,6 +163,21 @@ def test_a_plan_is_made_anew_when_what_it_came_from_changes(tmp_path: Path, chan
     else:
         changes["options"] = {"train.clip": 3}
     assert planned(tmp_path, **changes).points[0].stages != before.stages
+
+
+def test_a_kept_plan_sees_a_replaced_video(tmp_path: Path) -> None:
+    video = tmp_path / "set" / "videos" / "page" / "1.mp4"
+    video.parent.mkdir(parents=True)
+    video.write_text("one")
+    (tmp_path / "set" / "train.csv").write_text("videoid,page_dir,name\n1,page,a dog\n")
+    options = {"data.kind": "triplets", "data.root": str(tmp_path / "set")}
+    changes: dict[str, Any] = {"options": options, "grid": {}, "baseline": None, "seeds": [0]}
+    before = planned(tmp_path, **changes).points[0]
+    assert planned(tmp_path, **changes).points[0] == before
+    video.write_text("another")
+    listing._files_of.cache_clear()  # as in a new process
+    after = planned(tmp_path, **changes).points[0]
+    assert after.stages != before.stages and after.id != before.id
 
 
 def test_a_kept_plan_needs_no_pytorch(study: Plan) -> None:
@@ -232,19 +264,20 @@ def test_the_plan_says_what_is_shared_there_and_left(study: Plan, tmp_path: Path
     plan = placed(study, tmp_path)
     said = show_plan(plan)
     assert "steps to train: 240 of 240; with no stage shared there would be 480" in said
-    assert "240 steps have no measured step time yet" in said
+    assert "240 steps by their FLOPs" in said, "the estimate: test_sweep_estimate.py"
     assert said.count("shared by 4 points") == 2 and said.count("of one point") == 8
     coarse, fine = (plan.stage_folder(stage) for stage in plan.points[0].stages)
     for folder in (coarse, fine):
         folder.mkdir(parents=True)
     (coarse / "weights.safetensors").write_text("")
-    (coarse / "cost.json").write_text('{"step_seconds": 0.5}')
+    (coarse / "cost.json").write_text('{"step_seconds": 0.5, "flops_per_step": 1e15}')
     (fine / "latest.json").write_text('{"tag": "step15"}')
     said = show_plan(plan)
     assert "steps to train: 185 of 240" in said
     assert "goes on at step 15" in said
-    assert "about 0 min 20 s of training" in said, "40 coarse steps of the other seed"
-    assert "145 steps have no measured" in said
+    assert "40 steps by step times of finished stages" in said, "the coarse steps of the other seed"
+    assert "about 0 min 20 s of training" in said, "all else is nothing at such a rate"
+    assert "145 steps by their FLOPs" in said
     assert status_of(plan, plan.points[0]) == "waiting"
 
 
