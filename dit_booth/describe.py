@@ -197,15 +197,9 @@ def build(
         return Injected(backbone, text, strategies, prompt(1, device, encoders.tokens))
 
 
-<<<<<<< HEAD
-def prompt(batch: int, device: Device) -> Prompt:
-    ids = torch.zeros(batch, TOKENS, dtype=torch.long, device=device)
-    return Prompt.without_subject(ids)
-=======
 def prompt(batch: int, device: Device, tokens: int = VIT_L_14.tokens) -> Prompt:
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
-    return Prompt(ids, ids)
->>>>>>> work-c
+    return Prompt.without_subject(ids)
 
 
 def inputs(
