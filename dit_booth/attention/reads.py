@@ -8,9 +8,11 @@ frame and several consecutive groups per block is a *window*: blocks overlap in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,6 +55,10 @@ class Read:
             Read(self.queries, tuple((g,) for g in column)) for column in zip(*self.groups, strict=True)
         )
 
+    def blocks(self, start: int, stop: int) -> Read:
+        """Some of the blocks."""
+        return Read(self.queries[start:stop], self.groups[start:stop])
+
     def pieces(self, most: int) -> list[Read]:
         """The same pairs in reads of at most `most` query frames each (or one block of one frame)."""
         length = len(self.queries[0])
@@ -60,10 +66,7 @@ class Read:
             queries = self.queries[0]
             return [Read((queries[i : i + most],), self.groups) for i in range(0, length, most)]
         step = max(1, most // length)
-        return [
-            Read(self.queries[i : i + step], self.groups[i : i + step])
-            for i in range(0, len(self.queries), step)
-        ]
+        return [self.blocks(i, i + step) for i in range(0, len(self.queries), step)]
 
 
 # ---- covers ------------------------------------------------------------------------------------------------
@@ -77,20 +80,36 @@ def reads(frames: Frames) -> tuple[Read, ...]:
     """Cover a visibility exactly once by few reads; those of most query frames come first.
 
     Greedy, by the largest read. Where that leaves reads whose operands are copies, a second cover, which begins with
-    the longest diagonal and cuts folds into runs of frames, may have fewer reads and copies. A round costs time linear
-    in the pairs left, and the rounds of a frame plan do not grow with the frames.
+    the longest diagonal and cuts folds into runs of frames, may have fewer reads and copies; what copies are left may
+    be views in parts. A round costs time linear in the pairs left, and the rounds of a frame plan do not grow with the
+    frames.
     """
-    cover = _cover(frames, [_folds, _windows])
+    cover = _cover(frames, [_folds, _wide_folds, _windows])
     assert cover is not None
     if _cost(cover) > len(cover):
         runs = _cover(frames, [_diagonals, _runs, _windows], first=_diagonals, at_most=_cost(cover) - 1)
         cover = runs if runs is not None and _cost(runs) < _cost(cover) else cover
+    cover = [part for read in cover for part in _in_views(read)]
     return tuple(sorted(cover, key=lambda read: -read.frames))
 
 
 def _cost(cover: list[Read]) -> int:
     """A read is a call of a kernel; one whose operands are copied counts for three."""
-    return sum(1 if is_view(read.queries) and is_view(read.groups) else 3 for read in cover)
+    return sum(1 if _is_view(read) else 3 for read in cover)
+
+
+def _is_view(read: Read) -> bool:
+    return is_view(read.queries) and is_view(read.groups)
+
+
+def _in_views(read: Read) -> list[Read]:
+    """A read, or its blocks in reads of one distance from block to block, where those cost less."""
+    starts = [(queries[0], groups[0]) for queries, groups in zip(read.queries, read.groups, strict=True)]
+    steps = [(q - p, h - g) for (p, g), (q, h) in pairwise(starts)]
+    common = Counter(steps).most_common(1)
+    cuts = [i for i, step in enumerate(steps, 1) if step != common[0][0]]
+    parts = [read.blocks(i, j) for i, j in pairwise([0, *cuts, len(starts)])]
+    return parts if _cost(parts) < _cost([read]) else [read]
 
 
 def _cover(
@@ -117,6 +136,18 @@ def _preference(read: Read) -> tuple[int, int]:
 def _folds(left: list[set[int]]) -> list[Read]:
     """Groups with the same reading frames make a block; blocks of one shape without common frames make a read."""
     return _batches([(tuple(who), g) for g, who in _readers(left)])
+
+
+def _wide_folds(left: list[set[int]]) -> list[Read]:
+    """As `_folds`, but a block has all the groups that its frames have in common, also those that others read, too."""
+    readers = {g: frozenset(who) for g, who in _readers(left)}
+    blocks = [
+        (tuple(sorted(who)), g)
+        for who in dict.fromkeys(readers.values())
+        for g in sorted(left[min(who)])
+        if who <= readers[g]
+    ]
+    return _batches(blocks)
 
 
 def _runs(left: list[set[int]]) -> list[Read]:

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -77,6 +78,10 @@ def attend(
     chosen = choose(kernel, q.device, dtype, head, grad, _longest(q, segments))
     with torch.autocast(device, enabled=False):  # a kernel's float32 parts stay float32
         tensors = [t.to(dtype) for t in tensors]
+        if len(segments) == 1 and segments[0].k.shape[2] == 1 and all(len(read) == 1 for read in frames[0]):
+            return take(tensors[-1], frames[0]).expand_as(
+                q
+            )  # a softmax over one key is its value, whatever asks
         if isinstance(chosen, Whole):
             return chosen.attend(tensors, positions, frames, scales)
         # By branches: torch.compile, which may have symbols for lengths, guards those and has constants here.
@@ -116,9 +121,8 @@ def _keys(segment: Segment) -> int:
 
 
 def _longest(q: Tensor, segments: Sequence[Segment]) -> int:
-    """No read has more queries than a sample's, nor more keys than a segment's and those that may be joined to it."""
-    keys = [_keys(s) for s in segments]
-    return max(q.shape[1] * q.shape[2], max(keys) + sum(n for n in keys if n < JOIN_BELOW and len(keys) > 1))
+    """No read has more queries than a sample's, nor more keys than all segments', which may be joined."""
+    return max(q.shape[1] * q.shape[2], sum(_keys(s) for s in segments))
 
 
 # ---- what is to be run: constants of a compiled graph -------------------------------------------------------
@@ -133,6 +137,8 @@ class Step:
     scale: float
     joined: tuple[tuple[Index, int, int], ...] = ()
     """Few keys that the same block of frames reads too: their groups, and where k and v stand."""
+    fresh: bool = False
+    """No step before it has any of its frames: there is no result to merge its own with."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +169,16 @@ def _compile(
     """Every plain attention to run, those of most query frames first: into the first one's result go the others.
 
     A call of a kernel's backward takes `most` query frames, and no group twice. `few` are segments of few keys.
+    They are joined to others, and so are two groups that one frame alone reads: both are little beside a video.
     """
-    parts = list(zip(frames, positions, scales, few, strict=True))
-    forward = [Step(read, at, scale) for f, at, scale, small in parts if not small for read in reads(f)]
-    for f, at, scale, small in parts:
-        for read in reads(f) if small else ():
-            _join(forward, Step(read, at, scale))
+    forward: list[Step] = []
+    for f, at, scale, small in sorted(zip(frames, positions, scales, few, strict=True), key=itemgetter(-1)):
+        for read in reads(f):
+            step = Step(read, at, scale)
+            if small or read.area == 1:
+                _join(forward, step)
+            else:
+                forward.append(step)
     forward.sort(key=lambda step: -step.read.frames)
     backward = [
         replace(step, read=piece)
@@ -176,6 +186,11 @@ def _compile(
         for read in step.read.apart()
         for piece in read.pieces(most)
     ]
+    seen: set[int] = set()
+    for i, step in enumerate(forward):
+        its = {frame for row in step.read.queries for frame in row}
+        forward[i] = replace(step, fresh=seen.isdisjoint(its))
+        seen |= its
     return Plan(tuple(forward), tuple(backward))
 
 
@@ -259,12 +274,15 @@ def _forward(plan: Plan, kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Ten
     out, lse = None, None
     for step in plan.forward:
         o, log = _partial(step, kernel, tensors)
-        if out is not None and lse is not None:
-            _merge(out, lse, step.read, o, log)
-        elif is_whole(step.read.queries, q.shape[1]):
+        if out is None and is_whole(step.read.queries, q.shape[1]):
             out, lse = o.reshape(q.shape).contiguous(), log.reshape(*q.shape[:-1], 1)
-        else:
+            continue
+        if out is None or lse is None:
             out, lse = torch.zeros_like(q), log.new_full((*q.shape[:-1], 1), -torch.inf)
+        if step.fresh:
+            put(out, step.read.queries, o)
+            put(lse, step.read.queries, log)
+        else:
             _merge(out, lse, step.read, o, log)
         del o, log  # before the next kernel runs: a read's result is as large as the output
     assert out is not None and lse is not None
@@ -329,9 +347,11 @@ def _backward(plan: Plan, kernel: Kernel, needed: Sequence[bool], *saved: Tensor
 
 
 def _accumulate(total: Tensor | None, like: Tensor, index: Index, part: Tensor) -> Tensor:
-    if total is None:
-        if is_whole(index, like.shape[1]):
-            return part.reshape(like.shape)
-        total = torch.zeros_like(like)
-    add(total, index, part)
+    if total is not None:
+        add(total, index, part)
+        return total
+    if is_whole(index, like.shape[1]):
+        return part.reshape(like.shape)
+    total = torch.zeros_like(like)
+    put(total, index, part)
     return total

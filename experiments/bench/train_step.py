@@ -1,4 +1,4 @@
-"""Training steps: speed, model FLOP/s utilisation and memory for {size} x {frames} x {strategy} x {plan}.
+"""Training steps: speed, model FLOP/s utilisation and memory for {size} x {latents} x {frames} x {plan} x {strategy}.
 
     python -m experiments.bench.train_step                           # CPU, minutes; runs/bench/train_step.jsonl
     python -m experiments.bench.train_step --device cuda             # XL/2, 16 frames, bf16, under 9 minutes
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_booth.cli import config_class
 from dit_booth.config import DataConfig, RunConfig
-from dit_booth.describe import build, inputs, reference
+from dit_booth.describe import Latents, build, inputs, reference
 from dit_booth.injected import Injected
 from dit_booth.models.dit import DiTConfig, VideoDiT
 from dit_booth.training.graph import captured
@@ -51,8 +51,8 @@ class Options:
     """Strategies; the first one is what the others are compared with."""
     plans: tuple[str, ...] = ("first+previous",)
     """Frame plans."""
-    latents: tuple[int, int, int] = (4, 32, 32)
-    """Channels, height and width of a frame's latents."""
+    latents: tuple[Latents, ...] = ((4, 32, 32),)
+    """Channels, height and width of a frame's latents, one or several times: 4 32 32 4 16 16."""
     batch: int = 0
     """Videos in a step; 0: one on the CPU, as many as fit on CUDA."""
     compile: bool | None = None
@@ -81,6 +81,7 @@ class Case:
     frames: int
     plan: str
     strategy: str
+    latents: Latents = (4, 32, 32)
 
     def config(self, options: Options) -> RunConfig:
         """The run whose network this is."""
@@ -94,7 +95,8 @@ def cases_of(options: Options) -> list[Case]:
     gpu = options.device == "cuda"
     sizes = options.sizes or (("XL",) if gpu else ("nano", "S"))
     frames = options.frames or ((16,) if gpu else (8,))
-    return [Case(*case) for case in itertools.product(sizes, frames, options.plans, options.strategies)]
+    grid = itertools.product(sizes, options.latents, frames, options.plans, options.strategies)
+    return [Case(size, f, plan, strategy, latents) for size, latents, f, plan, strategy in grid]
 
 
 # ---- one step ----------------------------------------------------------------------------------------------
@@ -136,19 +138,17 @@ class Trainer:
 
 def model_flops(case: Case, options: Options) -> int:
     """FLOPs of forward and backward for one video; nothing is computed."""
-    root = build(case.config(options), options.latents)
-    batch = batch_of(root, case, options, 1, "meta", torch.float32)
+    root = build(case.config(options), case.latents)
+    batch = batch_of(root, case, 1, "meta", torch.float32)
     with FlopCounterMode(display=False) as counter:
         prediction = root(*batch)
         (prediction.output.square().mean() + prediction.penalty).backward()
     return int(counter.get_total_flops())
 
 
-def batch_of(
-    root: Injected, case: Case, options: Options, videos: int, device: str, dtype: torch.dtype
-) -> tuple[Any, ...]:
+def batch_of(root: Injected, case: Case, videos: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     """The network's arguments: latents, timesteps, prompts, and image prompts where a strategy reads them."""
-    shape = (videos, case.frames, *options.latents)
+    shape = (videos, case.frames, *case.latents)
     if case.strategy == "none":
         return inputs(shape, device, dtype)
     copies = root.strategy.reference_frames(root.strategy.names)
@@ -171,7 +171,7 @@ class Bench:
     @classmethod
     def of(cls, case: Case, options: Options, device: torch.device, dtype: torch.dtype) -> Bench:
         torch.manual_seed(0)
-        root = build(case.config(options), options.latents, options.device).to(dtype)
+        root = build(case.config(options), case.latents, options.device).to(dtype)
         for p in root.parameters():
             if not p.any():  # products of zeros draw less power, and run faster
                 torch.nn.init.normal_(p, std=0.02)
@@ -181,7 +181,7 @@ class Bench:
             assert isinstance(root.backbone, VideoDiT)
             root.backbone.compile_blocks()
         videos = options.batch or (1 if device.type == "cpu" else fitting(trainer, case, options, dtype))
-        batch = batch_of(root, case, options, videos, options.device, dtype)
+        batch = batch_of(root, case, videos, options.device, dtype)
         return cls(root, trainer, batch, videos, compiled)
 
     def step(self) -> None:
@@ -205,9 +205,11 @@ def measure(case: Case, options: Options, beside: Bench | None = None) -> tuple[
     times = timed["step"]
     peak = max(peak, matmul_peak(dtype, device, rounds=5, clock=clock))  # of a busy machine's better moment
     seconds, flops = times.median, model_flops(case, options) * videos
-    per_frame = options.latents[1] * options.latents[2] // root.backbone.config.patch**2  # type: ignore[operator, union-attr]
+    per_frame = case.latents[1] * case.latents[2] // root.backbone.config.patch**2  # type: ignore[operator, union-attr]
     row = {
         "size": f"{case.size}/{root.backbone.config.patch}",  # type: ignore[union-attr]
+        "latents": case.latents,
+        "tokens": per_frame,
         "frames": case.frames,
         "plan": case.plan,
         "strategy": case.strategy,
@@ -236,8 +238,8 @@ def measure(case: Case, options: Options, beside: Bench | None = None) -> tuple[
 def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) -> int:
     """Videos whose step should fit, with room for what a strategy adds: memory grows evenly with them."""
     device = torch.device(options.device)
-    trainer.step(batch_of(trainer.root, case, options, 2, options.device, dtype))  # makes AdamW's averages
-    batch = batch_of(trainer.root, case, options, 2, options.device, dtype)
+    trainer.step(batch_of(trainer.root, case, 2, options.device, dtype))  # makes AdamW's averages
+    batch = batch_of(trainer.root, case, 2, options.device, dtype)
     each = max(peak_memory(lambda: trainer.step(batch), device) / 2, 1)
     torch.cuda.empty_cache()
     return max(int(0.85 * torch.cuda.mem_get_info(device)[0] / each), 1)
@@ -256,7 +258,7 @@ def run(options: Options) -> list[dict[str, Any]]:
         if rows and time.perf_counter() - start > options.budget:
             log.warning("time is up: %s and what follows are left out", case)
             break
-        key = (case.size, case.frames, case.plan)
+        key = (case.size, case.latents, case.frames, case.plan)
         row, bench = measure(
             case, replace(options, batch=options.batch or videos.get(key, 0)), first.get(key)
         )
@@ -276,7 +278,18 @@ def run(options: Options) -> list[dict[str, Any]]:
 # ---- output ------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    *("size", "frames", "plan", "strategy", "videos", "s/step", "time/first", "tokens/s", "TFLOP/s"),
+    *(
+        "size",
+        "tokens/frame",
+        "frames",
+        "plan",
+        "strategy",
+        "videos",
+        "s/step",
+        "time/first",
+        "tokens/s",
+        "TFLOP/s",
+    ),
     *("of matmul peak", "peak MiB"),
 )
 HEAD = f"| {' | '.join(COLUMNS)} |"
@@ -284,13 +297,13 @@ HEAD = f"| {' | '.join(COLUMNS)} |"
 
 def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """A row of the table."""
-    same = ("size", "frames", "plan")
+    same = ("size", "latents", "frames", "plan")
     first = next(r for r in rows if all(r[k] == row[k] for k in same))
     each = row["seconds"] / row["videos"] / (first["seconds"] / first["videos"])
     over = each if row["over_first"] is None else row["over_first"]
     achieved = row["flops"] / row["seconds"] / 1e12
     return (
-        f"| {row['size']} | {row['frames']} | {row['plan']} | {row['strategy']} | {row['videos']} |"
+        f"| {row['size']} | {row['tokens']} | {row['frames']} | {row['plan']} | {row['strategy']} | {row['videos']} |"
         f" {row['seconds']:.3f} | {over:.3f} |"
         f" {row['tokens_per_second']:.0f} | {achieved:.3f} | {row['utilisation']:.1%} | {row['peak_memory_mib']:.0f} |"
     )

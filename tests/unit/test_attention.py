@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dit_booth.attention import FramePlan, Frames, Segment, attend
 from dit_booth.attention import segments as joint
 from dit_booth.attention.kernels import check
+from dit_booth.attention.plans import seen_by_all, with_context
 
 torch.set_num_threads(1)
 KERNEL = pytest.mark.parametrize("kernel", ["math", "torch_flash"])
@@ -117,6 +118,24 @@ def test_scales_are_used(kernel: str) -> None:
     assert (attend(case.q, own, kernel) - default).abs().max() > 1e-4
     head = case.q.shape[-1] ** -0.5
     assert torch.equal(attend(case.q, [replace(s, scale=head) for s in bare], kernel), default)
+
+
+@KERNEL
+@pytest.mark.parametrize("own_query", [False, True])
+def test_a_softmax_over_one_key_is_its_value(own_query: bool, kernel: str) -> None:
+    """Attention along the time of one frame: queries and keys get no gradient, so nothing is projected back."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 5, 2, 8)] * 2 + [(2, 4, 1, 2, 8)] * 2
+    q, query, k, v = (
+        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
+    )
+    segments = [Segment(k, v, ((0,), (3,), (3,)), query if own_query else None)]
+    ours, theirs = attend(q, segments, kernel), dense(q, segments)
+    assert ours.shape == q.shape and (ours - theirs).abs().max() < 1e-12
+    weight = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    mine = torch.autograd.grad((ours * weight).sum(), (v, q, query, k), allow_unused=True)
+    (oracle,) = torch.autograd.grad((theirs * weight).sum(), v)
+    assert (mine[0] - oracle).abs().max() < 1e-12 and not any(g is not None for g in mine[1:])
 
 
 def test_a_frozen_tensor_costs_no_gradient() -> None:
@@ -288,3 +307,33 @@ def test_a_bank_is_read_exactly_joined_or_not(
             assert (mine - theirs).abs().max() < 1e-11
     joins = plan != "self" and not own_query
     assert calls[0] - calls[joint.JOIN_BELOW] == int(joins)
+
+
+@pytest.mark.parametrize("own_query", [False, True])
+def test_two_groups_that_one_frame_reads_are_one_call(own_query: bool) -> None:
+    """VideoBooth's equation 5: frame 0 over the image and itself. Queries of their own need a softmax of their own."""
+    g = torch.Generator().manual_seed(1)
+    shapes = [(2, 1, 100, 2, 8)] * 4 + [(2, 1, 130, 2, 8)] * 2
+    tensors = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in shapes]
+    q, other, k, v, image_k, image_v = tensors
+    image = Segment(image_k, image_v, ((0,),), query=other if own_query else None)
+    segments = [image, Segment(k, v, ((0,),))]
+    assert all(joint._keys(s) >= joint.JOIN_BELOW for s in segments)
+    plan = joint._compile((((0,),),) * 2, joint._positions((own_query, False)), (1.0,) * 2, (False,) * 2, 9)
+    assert len(plan.forward) == 1 + own_query
+    ours, theirs = attend(q, segments), dense(q, segments)
+    assert (ours - theirs).abs().max() < 1e-12
+    wanted = tensors if own_query else [q, *tensors[2:]]
+    for mine, oracle in zip(
+        *(torch.autograd.grad(y.square().sum(), wanted) for y in (ours, theirs)), strict=True
+    ):
+        assert (mine - oracle).abs().max() < 1e-11
+
+
+def test_results_are_merged_only_where_a_frame_has_several() -> None:
+    """A frame before the video that reads itself alone (in context, along time) shares no result with the others."""
+    frames = with_context(seen_by_all(4, 4), 1, True)
+    plan = joint._compile((frames,), joint._positions((False,)), (1.0,), (False,), 9)
+    assert [step.fresh for step in plan.forward] == [True, True]
+    plan = joint._compile((FramePlan("first+previous").frames(4),), ((0, 1, 2),), (1.0,), (False,), 9)
+    assert [step.fresh for step in plan.forward] == [True, False]

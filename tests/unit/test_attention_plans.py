@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_booth.attention import FramePlan, Frames
-from dit_booth.attention.plans import seen_by_all
+from dit_booth.attention.plans import seen_by_all, with_context
 from dit_booth.attention.reads import Read, add, is_view, lay_back, lay_out, put, reads, take
 
 torch.set_num_threads(1)
@@ -145,6 +145,15 @@ def test_common_plans_take_few_reads() -> None:
     assert sum(read.area for read in start) == 3, "the first two frames have shorter windows"
 
 
+def test_a_frame_before_the_video_takes_few_reads() -> None:
+    """In context: a block has all the groups that its frames share, and what would be copied falls into views."""
+    video, alone = range(1, 17), fold(range(1), 0)
+    along_time = with_context(seen_by_all(16, 16), 1, True)
+    assert reads(along_time) == (fold(video, *range(17)), alone)
+    across = with_context(FramePlan("first+previous").frames(16), 1, True)
+    assert reads(across) == (fold(video, 0, 1), pairing(range(3, 17), -1), alone)
+
+
 PLANS = {
     "self": 1,
     "first": 1,
@@ -152,11 +161,11 @@ PLANS = {
     "self+first": 2,
     "previous": 2,
     "window(2)": 2,
-    "window(8)": 8,
+    "window(8)": 6,
     "keyframes(4)": 4,
     "keyframes(7)": 4,
     "sink(1)+window(3)": 4,
-    "sink(4)+window(8)": 9,
+    "sink(4)+window(8)": 5,
     "self+keyframes(8)": 4,
     "all": 1,
 }

@@ -9,7 +9,9 @@ import torch
 
 from experiments.bench import train_step as bench
 
-TINY = bench.Options(sizes=("nano",), frames=(2,), strategies=("none", "adaln"), latents=(4, 8, 8), rounds=1)
+TINY = bench.Options(
+    sizes=("nano",), frames=(2,), strategies=("none", "adaln"), latents=((4, 8, 8),), rounds=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +24,9 @@ def test_a_row_for_every_case(rows: list[dict]) -> None:
     for row in rows:
         assert row["seconds"] > 0 and row["utilisation"] > 0 and row["peak_memory_mib"] > 0
         assert row["flops"] == bench.model_flops(
-            bench.Case("nano", 2, "first+previous", row["strategy"]), TINY
+            bench.Case("nano", 2, "first+previous", row["strategy"], (4, 8, 8)), TINY
         )
+        assert row["tokens"] == 16
         assert not row["graph"] and not row["compiled"]
     assert rows[1]["parameters"] > rows[0]["parameters"]
     page = bench.page(rows, "COMMAND")
@@ -32,7 +35,8 @@ def test_a_row_for_every_case(rows: list[dict]) -> None:
 
 def test_flops_grow_with_the_frames() -> None:
     two, four = (
-        bench.model_flops(bench.Case("nano", f, "first", "none"), replace(TINY, frames=(f,))) for f in (2, 4)
+        bench.model_flops(bench.Case("nano", f, "first", "none", (4, 8, 8)), replace(TINY, frames=(f,)))
+        for f in (2, 4)
     )
     assert 1.9 < four / two < 2.2
 
@@ -40,13 +44,22 @@ def test_flops_grow_with_the_frames() -> None:
 def test_a_step_moves_every_weight_that_has_a_gradient() -> None:
     case = bench.cases_of(TINY)[0]
     torch.manual_seed(0)
-    root = bench.build(case.config(TINY), TINY.latents, "cpu").to(torch.bfloat16)
+    root = bench.build(case.config(TINY), case.latents, "cpu").to(torch.bfloat16)
     for p in root.parameters():
         torch.nn.init.normal_(p, std=0.1)
     trainer = bench.Trainer(root)
     before = [m.clone() for m in trainer.masters]
-    trainer.step(bench.batch_of(root, case, TINY, 1, "cpu", torch.bfloat16))
+    trainer.step(bench.batch_of(root, case, 1, "cpu", torch.bfloat16))
     moved = [not torch.equal(a, b) for a, b in zip(before, trainer.masters, strict=True)]
     assert all(m.dtype == torch.float32 for m in trainer.masters) and sum(moved) > 0.9 * len(moved)
     for p, master in zip(trainer.parameters, trainer.masters, strict=True):
         assert torch.equal(p, master.to(p.dtype))
+
+
+def test_a_case_for_every_size_of_latents() -> None:
+    """In context, a video of fewer tokens a frame pays less for its reference: attention is less of its work."""
+    options = replace(TINY, latents=((4, 8, 8), (4, 16, 16)), strategies=("none", "in_context"))
+    cases = bench.cases_of(options)
+    assert [case.latents[1] for case in cases] == [8, 8, 16, 16]
+    small, small_more, large, large_more = (bench.model_flops(case, options) for case in cases)
+    assert 1 < small_more / small < large_more / large
