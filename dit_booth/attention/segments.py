@@ -79,9 +79,8 @@ def attend(
     with torch.autocast(device, enabled=False):  # a kernel's float32 parts stay float32
         tensors = [t.to(dtype) for t in tensors]
         if len(segments) == 1 and segments[0].k.shape[2] == 1 and all(len(read) == 1 for read in frames[0]):
-            return take(tensors[-1], frames[0]).expand_as(
-                q
-            )  # a softmax over one key is its value, whatever asks
+            # A softmax over one key is its value, whatever asks: queries and keys get no gradient.
+            return take(tensors[-1], frames[0]).expand_as(q)
         if isinstance(chosen, Whole):
             return chosen.attend(tensors, positions, frames, scales)
         # By branches: torch.compile, which may have symbols for lengths, guards those and has constants here.
