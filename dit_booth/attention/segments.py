@@ -26,14 +26,19 @@ COPY_BELOW = 2**18
 """Numbers in a sample below which slices of a batch are copied; above, its samples are attended one by one."""
 
 PIECE = {"cpu": 2**21, "cuda": 3 * 2**20}
-"""Numbers of queries in one call of a kernel's backward, whose results are added to the gradients and dropped: on the
-CPU they fit its caches, on CUDA they fill the device."""
+"""Numbers of queries in one call of a kernel whose results are merged or added to others and dropped: on the CPU they
+fit its caches, on CUDA they fill the device."""
+
 JOIN_BELOW = 96
 """Keys of a segment below which they are copied behind those of another segment that the same frames read in one block:
 a token bank is cheaper to copy than to call a kernel for."""
 
 MOST_PIECES = 3
-"""On CUDA a read is cut into so many calls at most: launches cost, and a third of a gradient is little memory."""
+"""On CUDA a read is cut into so many calls at most, backward only: launches cost, and a third of a gradient is little
+memory."""
+
+ALL = 1 << 30
+"""More frames than any video has."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def _plan(
     positions: Positions,
     scales: tuple[float, ...],
     few: tuple[bool, ...],
-    most: int,
+    most: tuple[int, int],
 ) -> Plan:
     return _compile(frames, positions, scales, few, most)
 
@@ -163,12 +168,13 @@ def _compile(
     positions: Positions,
     scales: tuple[float, ...],
     few: tuple[bool, ...],
-    most: int,
+    most: tuple[int, int],
 ) -> Plan:
     """Every plain attention to run, those of most query frames first: into the first one's result go the others.
 
-    A call of a kernel's backward takes `most` query frames, and no group twice. `few` are segments of few keys.
-    They are joined to others, and so are two groups that one frame alone reads: both are little beside a video.
+    A call of a kernel takes `most` query frames, forward and backward, unless its result is the first and whole;
+    a backward takes no group twice. `few` are segments of few keys. They are joined to others, and so are two groups
+    that one frame alone reads: both are little beside a video.
     """
     forward: list[Step] = []
     for f, at, scale, small in sorted(zip(frames, positions, scales, few, strict=True), key=itemgetter(-1)):
@@ -183,14 +189,23 @@ def _compile(
         replace(step, read=piece)
         for step in forward
         for read in step.read.apart()
-        for piece in read.pieces(most)
+        for piece in read.pieces(most[1])
     ]
-    seen: set[int] = set()
-    for i, step in enumerate(forward):
+    first = forward[:1] if is_whole(forward[0].read.queries, len(frames[0])) else []
+    rest = [
+        replace(step, read=piece) for step in forward[len(first) :] for piece in step.read.pieces(most[0])
+    ]
+    return Plan(_marked([*first, *rest]), tuple(backward))
+
+
+def _marked(steps: list[Step]) -> tuple[Step, ...]:
+    """The steps in order, with what is fresh told."""
+    marked, seen = [], set[int]()
+    for step in steps:
         its = {frame for row in step.read.queries for frame in row}
-        forward[i] = replace(step, fresh=seen.isdisjoint(its))
+        marked.append(replace(step, fresh=seen.isdisjoint(its)))
         seen |= its
-    return Plan(tuple(forward), tuple(backward))
+    return tuple(marked)
 
 
 def _join(steps: list[Step], small: Step) -> None:
@@ -213,14 +228,16 @@ def _positions(own: tuple[bool, ...]) -> Positions:
     )
 
 
-def _most(q: Tensor) -> int:
-    """How many frames of queries PIECE is; a compiled graph, which may not know the sizes, takes all at once."""
+def _most(q: Tensor) -> tuple[int, int]:
+    """How many frames of queries PIECE is, forward and backward; a compiled graph, which may not know the sizes, takes
+    all at once."""
     if torch.compiler.is_compiling():
-        return 1 << 30
+        return ALL, ALL
     piece = PIECE.get(q.device.type, PIECE["cuda"]) // max(1, q[0, 0].numel())
     on_cpu = q.device.type == "cpu"
     least = -(-torch.get_num_threads() // q.shape[3]) if on_cpu else -(-q.shape[1] // MOST_PIECES)
-    return max(piece, least, 1)
+    most = max(piece, least, 1)
+    return (most if on_cpu else ALL), most
 
 
 # ---- the joint softmax -------------------------------------------------------------------------------------

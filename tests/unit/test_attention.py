@@ -74,7 +74,7 @@ def test_named_plans_with_a_reference_for_some_frames(
 
 @KERNEL
 @pytest.mark.parametrize("frames", [1, 2])
-def test_the_backward_in_pieces(frames: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_pieces(frames: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(11)
     monkeypatch.setitem(joint.PIECE, "cpu", frames * case.q[0, 0].numel())
     for plan in PLANS:
@@ -299,7 +299,7 @@ def test_a_bank_is_read_exactly_joined_or_not(
         few = tuple(joint._keys(s) < join_below for s in segments)
         positions = joint._positions((False, own_query))
         calls[join_below] = len(
-            joint._compile(tuple(s.frames for s in segments), positions, (1.0, 1.0), few, 9).forward
+            joint._compile(tuple(s.frames for s in segments), positions, (1.0, 1.0), few, (9, 9)).forward
         )
         out = attend(q, segments)
         assert (out - exact).abs().max() < 1e-12
@@ -319,7 +319,9 @@ def test_two_groups_that_one_frame_reads_are_one_call(own_query: bool) -> None:
     image = Segment(image_k, image_v, ((0,),), query=other if own_query else None)
     segments = [image, Segment(k, v, ((0,),))]
     assert all(joint._keys(s) >= joint.JOIN_BELOW for s in segments)
-    plan = joint._compile((((0,),),) * 2, joint._positions((own_query, False)), (1.0,) * 2, (False,) * 2, 9)
+    plan = joint._compile(
+        (((0,),),) * 2, joint._positions((own_query, False)), (1.0,) * 2, (False,) * 2, (9, 9)
+    )
     assert len(plan.forward) == 1 + own_query
     ours, theirs = attend(q, segments), dense(q, segments)
     assert (ours - theirs).abs().max() < 1e-12
@@ -333,7 +335,22 @@ def test_two_groups_that_one_frame_reads_are_one_call(own_query: bool) -> None:
 def test_results_are_merged_only_where_a_frame_has_several() -> None:
     """A frame before the video that reads itself alone (in context, along time) shares no result with the others."""
     frames = with_context(seen_by_all(4, 4), 1, True)
-    plan = joint._compile((frames,), joint._positions((False,)), (1.0,), (False,), 9)
+    plan = joint._compile((frames,), joint._positions((False,)), (1.0,), (False,), (9, 9))
     assert [step.fresh for step in plan.forward] == [True, True]
-    plan = joint._compile((FramePlan("first+previous").frames(4),), ((0, 1, 2),), (1.0,), (False,), 9)
+    plan = joint._compile((FramePlan("first+previous").frames(4),), ((0, 1, 2),), (1.0,), (False,), (9, 9))
     assert [step.fresh for step in plan.forward] == [True, False]
+
+
+def test_on_the_cpu_calls_are_cut_forward_too_but_for_a_first_whole_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is merged is small beside the output, however long the video; CUDA has the fewest launches."""
+    q = torch.empty(1, 12, 5, 2, 8)
+    monkeypatch.setitem(joint.PIECE, "cpu", 4 * q[0, 0].numel())
+    monkeypatch.setitem(joint.PIECE, "cuda", 4 * q[0, 0].numel())
+    assert joint._most(q) == (4, 4) and joint._most(q.to("meta")) == (joint.ALL, 4)
+    frames = (FramePlan("first+previous").frames(12),)
+    for most, sizes in ((4, [12, 4, 4, 2]), (joint.ALL, [12, 10])):
+        plan = joint._compile(frames, ((0, 1, 2),), (1.0,), (False,), (most, 4))
+        assert [step.read.frames for step in plan.forward] == sizes
+        assert [step.read.frames for step in plan.backward] == [4, 4, 4, 4, 4, 2]

@@ -230,7 +230,7 @@ def test_cuda_operators_take_our_arguments(
             ((0, 1, 2), (0, 3, 4)),
             (0.2, 0.3),
             (False, False),
-            3,
+            (3, 3),
         )
         kernel = choose(name, CUDA, dtype, 16, True, 30)
         assert isinstance(kernel, kernels.Kernel)
