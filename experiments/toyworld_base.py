@@ -166,6 +166,7 @@ class Trainer:
         """Train the stage; a line of log every `LOG_EVERY` steps. Its averages become its weights."""
         replay = captured(self.step, self.lr.device)  # warms up at learning rate 0
         self.loss.zero_()
+        most = self.stage.steps
         step, last, begin = 0, 0, time.perf_counter()
         deadline = begin + seconds
         while step < self.stage.steps:
@@ -179,9 +180,9 @@ class Trainer:
             self.loss.zero_()
             each = (now - begin) / (step - last)
             yield {"stage": name, "step": step, "loss": loss, "lr": self.lr.item(), "seconds": each}
-            if seconds:  # as many steps as fit; the learning rate's decay follows
+            if seconds:  # as many steps as fit, at the pace of the last ones; the learning rate's decay follows
                 left = max(int((deadline - now) / each), 0)
-                self.stage = replace(self.stage, steps=min(self.stage.steps, step + left))
+                self.stage = replace(self.stage, steps=min(most, step + left))
             begin, last = now, step
         self.ema.copy_to_parameters()
 

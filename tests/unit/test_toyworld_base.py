@@ -58,6 +58,26 @@ def test_the_learning_rate_and_the_average_follow_the_stage() -> None:
     assert changed and trainer.loss.item() > 0
 
 
+def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of steps follows the pace of the last ones, up to the stage's."""
+    config = parse(["--config", CONFIG, "--train.batch-size=1", "--stages.base.steps=40", "--data.frames=2"])
+    parts = build(config)
+    clock = 0.0
+
+    class Slow(base.Trainer):
+        def step(self) -> None:
+            nonlocal clock
+            clock += 1.0 if clock < 10 else 0.1  # seconds a step
+            self.loss += 1
+
+    monkeypatch.setattr(base, "LOG_EVERY", 10)
+    monkeypatch.setattr(base.time, "perf_counter", lambda: clock)
+    pool = base.Pool.render(config, parts, 2, 1)
+    for seconds, steps in ((15.0, 40), (12.0, 30)):
+        clock, trainer = 0.0, Slow(parts, pool, "base")
+        assert list(trainer.run("base", seconds))[-1]["step"] == steps == trainer.stage.steps
+
+
 def test_only_the_toy_world_is_rendered(tmp_path: Path) -> None:
     settings = base.Settings(out=str(tmp_path), set=("data.kind=triplets", f"data.root={tmp_path}"))
     with pytest.raises((ValueError, AssertionError)):
