@@ -93,6 +93,12 @@ def measure(options: Options, strategy: str) -> dict[str, Any]:
     return {**row, "over_default": statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)}
 
 
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    case = (row["size"], f"{row['latents']} x {row['latents']}", str(row["batch"]), row["strategy"])
+    seconds = (f"{row[name]:.3f}" for name in ("seconds_default", "seconds_kept", "over_default"))
+    return (*case, *seconds, *(f"{row[name]:.0f}" for name in ("faults_default", "faults_kept")))
+
+
 def page(rows: list[dict[str, Any]], command: str) -> str:
     """The Markdown page."""
     row = rows[0]
@@ -100,11 +106,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         f"{row['device']}, torch {row['torch']}, float32, {row['threads']} threads, 16 frames; `default`: glibc's heap"
         " as it is, `kept`: as a run sets it (`dit_booth/training/heap.py`). Each process alone, in turn; medians."
     )
-    lines = [
-        f"| {r['size']} | {r['latents']} x {r['latents']} | {r['batch']} | {r['strategy']} |"
-        f" {r['seconds_default']:.3f} | {r['seconds_kept']:.3f} | {r['over_default']:.3f} | {r['faults_default']:.0f} | {r['faults_kept']:.0f} |"
-        for r in rows
-    ]
+    lines = [" | ".join(("", *_cells(r), "")).strip() for r in rows]
     table = "\n".join([f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *lines])
     return f"# Page faults of a training step\n\n`{command}`\n\n{about}\n\n{table}\n"
 
