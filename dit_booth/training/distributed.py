@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from dit_booth.files import Lock, remove_partials
-from dit_booth.training.heap import keep_freed_memory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,10 +106,8 @@ def start() -> Ranks:
     local = int(os.environ["LOCAL_RANK"])
     if on_gpu:
         torch.cuda.set_device(local)
-    else:
-        keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     return Ranks(
         dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if on_gpu else torch.device("cpu")
     )

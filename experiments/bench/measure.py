@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import statistics
@@ -17,6 +19,7 @@ import torch
 
 Job = Callable[[], object]
 Clock = Callable[[], float]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ def interleaved(
         for name, job in order if i % 2 == 0 else reversed(order):
             seconds[name].append(_seconds(job, device, clock))
     return {name: Times(tuple(s)) for name, s in seconds.items()}
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed on the CPU; nothing happens where the C library is another.
+
+    Two networks that take turns ask for blocks of other sizes. By default freed ones go back to the system, and the
+    next step waits for new, zeroed pages: it met up to 40,000 page faults, and took up to 7% longer than alone.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt; no way to open the C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 26)  # bytes from which a block is mapped and unmapped each time
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)  # free bytes at the heap's end from which it shrinks
 
 
 def _seconds(job: Job, device: torch.device, clock: Clock) -> float:

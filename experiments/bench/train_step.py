@@ -33,8 +33,14 @@ from dit_booth.describe import Latents, build, inputs, reference
 from dit_booth.injected import Injected
 from dit_booth.models.dit import DiTConfig, VideoDiT
 from dit_booth.training.graph import captured
-from dit_booth.training.heap import keep_freed_memory
-from experiments.bench.measure import conditions, interleaved, matmul_peak, peak_memory, write_lines
+from experiments.bench.measure import (
+    conditions,
+    interleaved,
+    keep_freed_memory,
+    matmul_peak,
+    peak_memory,
+    write_lines,
+)
 
 log = logging.getLogger(__name__)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -327,7 +333,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as a run does
+    keep_freed_memory()
     logging.getLogger("dit_booth").setLevel(logging.WARNING)
     sys.stdout.write(f"{HEAD}\n")
     rows = run(options)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from experiments.bench import train_step as bench
+from experiments.bench.measure import keep_freed_memory
 
 TINY = bench.Options(
     sizes=("nano",), frames=(2,), strategies=("none", "adaln"), latents=((4, 8, 8),), rounds=1
@@ -63,3 +67,34 @@ def test_a_case_for_every_size_of_latents() -> None:
     assert [case.latents[1] for case in cases] == [8, 8, 16, 16]
     small, small_more, large, large_more = (bench.model_flops(case, options) for case in cases)
     assert 1 < small_more / small < large_more / large
+
+
+ROUNDS = """
+import resource, sys
+import numpy as np
+from experiments.bench.measure import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for round in range(4):
+    if round == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [np.ones(6 << 20, dtype=np.float32) for _ in range(4)]  # 24 MiB each
+    del held
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc"
+)
+def test_what_is_freed_is_there_again() -> None:
+    default, kept = (
+        int(subprocess.run([sys.executable, "-c", ROUNDS, kind], check=True, capture_output=True).stdout)
+        for kind in ("default", "kept")
+    )
+    assert kept < 100 < default // 10, "two rounds of four blocks of 6,144 pages"
+
+
+def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    keep_freed_memory()
