@@ -142,6 +142,7 @@ def plot(rows: Sequence[Row], frames: Sequence[Row], path: Path) -> None:
             axes[2].plot([16, 128], both, marker="o", label=row["plan"])
     axes[2].set(xlabel="frames", ylabel="ms per frame, forward+backward", xscale="log", ylim=(0, None))
     axes[2].set_xticks([16, 128], ["16", "128"])
+    axes[2].minorticks_off()
     if frames:
         axes[2].legend(fontsize=7)
     figure.savefig(path, dpi=120)
@@ -163,4 +164,8 @@ def _relative(axis: Any, rows: Sequence[Row], key: str, label: str) -> None:
         fontsize=7,
     )
     axis.set(ylabel=label, title="first+previous, image of N tokens", yscale="log")
+    low, high = axis.get_ylim()
+    ticks = [2.0**k for k in range(-4, 12) if low <= 2.0**k <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.legend(fontsize=7)
