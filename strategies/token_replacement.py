@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit_booth.attention import Segment
 from dit_booth.inject import QKV, Condition, Modulation, PromptTokens, Reference, Site, Sites
+from dit_booth.mapper import Mapper
 from dit_booth.strategy import Strategy, StrategyConfig, register
+from dit_booth.subject import released_sources, sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,96 +53,27 @@ class TokenReplacement(Strategy):
         return Condition(tokens=words, penalty=self.penalty * words.abs().mean())
 
 
-class Mapper(nn.Module):
-    """e_j = MLP_cls_j(s_j[:, :1]) + mean over patches of MLP_patch_j(s_j[:, 1:]), for five image states s_j."""
-
-    def __init__(self, image_dim: int, width: int, text_dim: int, states: int = 5) -> None:
-        super().__init__()
-        self.states = states
-        for j in range(states):  # upstream's names
-            self.add_module(f"mapping_{j}", _mlp(image_dim, width, text_dim))
-            self.add_module(f"mapping_patch_{j}", _mlp(image_dim, width, text_dim))
-
-    def forward(self, states: tuple[Tensor, ...]) -> Tensor:
-        """Five of (b (1 + n) c) -> b 5 d."""
-        cls, patch = (
-            [self.get_submodule(f"{n}_{j}") for j in range(self.states)] for n in ("mapping", "mapping_patch")
-        )
-        words = [
-            c(s[:, :1]) + p(s[:, 1:]).mean(1, keepdim=True)
-            for c, p, s in zip(cls, patch, states, strict=True)
-        ]
-        return torch.cat(words, dim=1)
-
-
-def _mlp(image_dim: int, width: int, text_dim: int) -> nn.Sequential:
-    hidden = [nn.Linear(image_dim, width), nn.LayerNorm(width), nn.LeakyReLU()]
-    return nn.Sequential(
-        *hidden, nn.Linear(width, width), nn.LayerNorm(width), nn.LeakyReLU(), nn.Linear(width, text_dim)
-    )
-
-
 class ReplaceSubject(nn.Module):
     """Every occurrence of the subject becomes the image's words; the tail shifts; what passes the end is cut."""
 
     def __init__(self, compat: Literal["", "videobooth"] = "") -> None:
         super().__init__()
-        self.sources = {"": _sources, "videobooth": _released_sources}[compat]
+        self.sources = {"": sources, "videobooth": released_sources}[compat]
 
     def forward(self, prompt: PromptTokens, condition: Condition) -> PromptTokens:
         words = condition.tokens
         if words is None:
             return prompt
         length, count = prompt.ids.shape[1], words.shape[1]
-        sources = self.sources(prompt, count)
-        index = torch.tensor(sources, device=words.device)  # b l, into [prompt; words]
+        index = torch.tensor(self.sources(prompt, count), device=words.device)  # b l, into [prompt; words]
         rows = torch.cat([prompt.embeddings, words.to(prompt.embeddings.dtype)], dim=1)
-        ids = torch.cat([prompt.ids, prompt.ids.new_full((len(sources), count), -1)], dim=1)
+        ids = torch.cat([prompt.ids, prompt.ids.new_full((len(index), count), -1)], dim=1)
         return replace(
             prompt,
             embeddings=rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1])),
             ids=ids.gather(1, index),
             spans=torch.where(index >= length, 1, 0),
         )
-
-
-def _sources(prompt: PromptTokens, count: int) -> list[list[int]]:
-    """Where each output position comes from: a prompt position, or ``l + j`` for word j. Of each row, b l."""
-    return [_row(spans, count) for spans in prompt.spans.tolist()]
-
-
-def _row(spans: list[int], count: int) -> list[int]:
-    length, out = len(spans), []
-    for position, span in enumerate(spans):
-        if span == 0:
-            out.append(position)
-        elif position == 0 or spans[position - 1] != span:  # an occurrence begins
-            out.extend(range(length, length + count))
-    padding = [length - 1] * length  # after a subject longer than the words: the last token, the padding
-    return (out + padding)[:length]
-
-
-def _released_sources(prompt: PromptTokens, count: int) -> list[list[int]]:
-    """The same by the released code's rule (golden: ``twice_*``, ``first_token_only_matches``)."""
-    rows = zip(prompt.ids.tolist(), prompt.subjects.tolist(), strict=True)
-    return [_released_row(ids, [token for token in subject if token >= 0], count) for ids, subject in rows]
-
-
-def _released_row(ids: list[int], subject: list[int], count: int) -> list[int]:
-    """The subject stands wherever its *first* token does, whatever follows; as many tokens as it has are taken out.
-
-    Every occurrence is written at its place in the *original* prompt, the original tail after it: a later one
-    overwrites the shifted tail of the one before, or its words. One that runs past the end leaves the tail as it was.
-    """
-    length, out = len(ids), list(range(len(ids)))
-    past = max(len(subject) - count, 0)
-    for start in (at for at, token in enumerate(ids) if token in subject[:1]):
-        end = start + len(subject)
-        if end <= length:
-            tail = [*range(end, length), *range(length - past, length)]
-            out[start + count :] = tail[: max(length - start - count, 0)]
-        out[start : start + count] = range(length, length + min(count, length - start))
-    return out
 
 
 class TextKV(nn.Module):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import strategies
 from dit_booth import testing
 from dit_booth.models.weights import load_strictly
 from dit_booth.strategy import StrategyConfig, registered
@@ -137,3 +139,12 @@ def test_an_inactive_strategy_is_as_if_it_were_not_there(backbone: str) -> None:
     assert torch.equal(prediction.output, one(one.reference()))
     assert prediction.penalty == 0, "token replacement's penalty"
     assert worst(together, prediction.output) > 1e-5
+
+
+def test_a_strategy_is_a_short_file() -> None:
+    lines = {
+        file.name: len(file.read_text().splitlines())
+        for file in Path(strategies.__file__).parent.glob("*.py")
+    }
+    assert {"token_replacement.py", "kv_concat.py"} < lines.keys()
+    assert max(lines.values()) <= 120, lines

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dit_booth.inject import Condition, PromptTokens
+from dit_booth.mapper import Mapper
 from dit_booth.models.tokenizer import mark
-from strategies.token_replacement import Mapper, ReplaceSubject
+from strategies.token_replacement import ReplaceSubject
 
 
 def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:
