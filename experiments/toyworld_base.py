@@ -180,9 +180,7 @@ class Trainer:
             self.loss.zero_()
             each = (now - begin) / (step - last)
             yield {"stage": name, "step": step, "loss": loss, "lr": self.lr.item(), "seconds": each}
-            if (
-                seconds
-            ):  # as many steps as fit, at the pace of the last ones; the learning rate's decay follows
+            if seconds:  # as many steps as fit at this pace; the learning rate's decay follows
                 left = max(int((deadline - now) / each), 0)
                 self.stage = replace(self.stage, steps=min(most, step + left))
             begin, last = now, step

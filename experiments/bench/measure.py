@@ -66,8 +66,8 @@ def interleaved(
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed on the CPU; nothing happens where the C library is another.
 
-    Two networks that take turns ask for blocks of other sizes. By default freed ones go back to the system, and the
-    next step waits for new, zeroed pages: it met up to 40,000 page faults, and took up to 7% longer than alone.
+    By default large freed blocks go back to the system. Where two networks take turns, that distorts the ratio of their
+    times by up to 7%; alone, each is as fast either way (docs/results/train_step_cpu.md).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt; no way to open the C library
         mallopt = ctypes.CDLL(None).mallopt
