@@ -35,7 +35,7 @@ class SamplerConfig:
     steps: int = 50
     """Sampling steps. heun evaluates the network 2 * steps - 1 times."""
     eta: float = 0.0
-    """ddim: fresh noise per step, 0 deterministic, 1 ancestral."""
+    """ddim, euler: fresh noise per step, 0 deterministic, 1 ancestral, which mends the errors of earlier steps."""
     spacing: str = "even"
     """ddpm, ddim: even (both ends included), ddim (constant stride from 0), or counts such as 10,15,20."""
     clip_x0: float | None = None
@@ -49,8 +49,8 @@ class SamplerConfig:
             raise ValueError(f"steps={self.steps}: choose at least 1")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}: choose a number from 0 to 1")
-        if self.eta > 0 and self.kind not in ("auto", "ddim"):
-            raise ValueError(f"eta={self.eta} belongs to kind=ddim, not to kind={self.kind}; use eta=0")
+        if self.eta > 0 and self.kind not in ("auto", "ddim", "euler"):
+            raise ValueError(f"eta={self.eta} belongs to kind=ddim or euler, not to {self.kind}; use eta=0")
         if self.clip_x0 is not None and self.clip_x0 <= 0:
             raise ValueError(f"clip_x0={self.clip_x0}: choose a positive bound, or leave it out for none")
 
@@ -66,7 +66,7 @@ def sample(
 ) -> Tensor:
     """Run the sampler from `noise` (b ...), standard normal, to an estimate of x0 of equal shape and dtype.
 
-    generator: on the CPU, one or one per row; needed by ddpm and by ddim with eta > 0. In every step the model runs
+    generator: on the CPU, one or one per row; needed by ddpm, and with eta > 0. In every step the model runs
     before the sampler draws. The state is kept in float32 at least; the model sees the dtype of `noise`.
     Raises ValueError if the sampler does not fit the objective.
     """
@@ -79,7 +79,7 @@ def sample(
     x = noise.to(compute_dtype(noise))
     report = callback or (lambda step, x, x0: None)
     if isinstance(objective, FlowObjective):
-        x = _sample_flow(denoise, objective, config, kind, x, report)
+        x = _sample_flow(denoise, objective, config, kind, x, generator, report)
     else:
         assert isinstance(objective, DiscreteObjective)
         x = _sample_discrete(denoise, objective, config, kind, x, generator, report)
@@ -97,8 +97,6 @@ def resolve_kind(config: SamplerConfig, objective: Objective) -> Kind:
         )
     if flow and config.spacing != "even":
         raise ValueError(f"spacing={config.spacing!r} belongs to ddpm and ddim; a flow takes spacing='even'")
-    if flow and config.eta > 0:
-        raise ValueError(f"eta={config.eta} belongs to ddim; {kind} is deterministic, use eta=0")
     return kind  # type: ignore[return-value]
 
 
@@ -207,12 +205,14 @@ def _sample_flow(
     config: SamplerConfig,
     kind: Kind,
     x: Tensor,
+    generator: Generators | None,
     report: Callback,
 ) -> Tensor:
     times = objective.times(config.steps).tolist()
     for step, (t, s) in enumerate(pairwise(times)):
         x0 = denoise(x, _full(x, t))
-        after = euler_step(x0, x, t, s)
+        fresh = None if generator is None or config.eta == 0 or s == 0 else randn_like(x, generator)
+        after = euler_step(x0, x, t, s, config.eta, fresh)
         if kind == "heun" and s > 0:
             after = heun_step(x0, x, denoise(after, _full(x, s)), after, t, s)
         x = after
@@ -224,9 +224,19 @@ def _full(x: Tensor, t: float) -> Tensor:
     return torch.full((len(x),), t, device=x.device, dtype=x.dtype)
 
 
-def euler_step(x0: Tensor, x_t: Tensor, t: float, s: float) -> Tensor:
-    """x_t + (s - t) v with v = (x_t - x0) / t, written so that s = 0 gives exactly x0."""
-    return x0 + (s / t) * (x_t - x0)
+def euler_step(
+    x0: Tensor, x_t: Tensor, t: float, s: float, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """x_t + (s - t) v with v = (x_t - x0) / t, written so that s = 0 gives exactly x0.
+
+    Without noise that is (1 - s) x0 + s eps. With it, the share eta^2 (1 - ((1 - t) s / ((1 - s) t))^2) of the variance
+    of s eps is fresh (DDIM, Song et al., 2021, eqs. 12 and 16, with the flow's signal 1 - t and noise t).
+    """
+    if noise is None:
+        return x0 + (s / t) * (x_t - x0)
+    share = eta**2 * (1 - ((1 - t) * s / ((1 - s) * t)) ** 2)
+    eps = (x_t - (1 - t) * x0) / t
+    return (1 - s) * x0 + s * ((1 - share) ** 0.5 * eps + share**0.5 * noise)
 
 
 def heun_step(x0: Tensor, x_t: Tensor, x0_s: Tensor, x_s: Tensor, t: float, s: float) -> Tensor:
