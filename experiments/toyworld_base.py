@@ -1,12 +1,13 @@
-"""The stages `images` and `base` of a toy-world run in one CUDA graph a step: how the embedded bases are trained.
+"""The stages `images` and `base` of a toy-world run, without run.py's overhead: how the embedded bases are trained.
 
     python experiments/toyworld_base.py --config experiments/configs/toyworld_base.yaml --out runs/base-dit
     python experiments/embed_base.py runs/base-dit
 
 For a network of two million parameters a step of `run.py` is mostly Python, DeepSpeed and random numbers of the CPU.
-Here a pool of rendered videos lies on the device, the step draws from it, and the whole step (draw, noise, forward,
-backward, clipping, AdamW, average) is captured once and replayed. Objective, network, stages, schedules and averages
-are those of the same configuration in `run.py`; the random numbers are others. On the CPU there is no graph.
+Here a pool of rendered videos lies on the device, the step draws from it, and what leads to the gradients (draw, noise,
+forward, backward, clipping) is captured once in a CUDA graph and replayed. Objective, network, stages, schedules and
+averages are those of the same configuration in `run.py`; the random numbers are others, and Muon can have the matrices.
+On the CPU there is no graph, and `train.compile=true` takes a third of the step.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from dit_booth.training.build import Parts, build
 from dit_booth.training.ema import Ema
 from dit_booth.training.graph import captured
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
-from dit_booth.training.trainer import check_finite, learning_rate
+from dit_booth.training.trainer import check_finite, compile_backbone, learning_rate
 
 TIMES = 1 << 20
 """Training times drawn in advance: the objectives draw on the CPU."""
@@ -55,6 +56,11 @@ class Settings:
     """Processes that render."""
     seconds: float = 0.0
     """Most seconds of a stage: its steps are cut to as many as fit, and run.yaml has their number; 0: no limit."""
+    muon: float = 0.0
+    """Muon (Jordan et al., 2024) on the blocks' matrices, at so many times the stage's learning rate; AdamW has the
+    rest. 0: AdamW has all."""
+    bf16: bool = False
+    """Matrix products in bfloat16 (autocast)."""
     set: tuple[str, ...] = ()
     """Other settings of the run, such as stages.base.steps=100 train.batch-size=4."""
 
@@ -102,9 +108,9 @@ def _render(world: Toyworld, videos: Tensor, start: int) -> list[str]:
 
 
 class Trainer:
-    """One stage's step: every number that changes between steps lies in a tensor, so that a graph can be replayed."""
+    """One stage's step. `backward` reads nothing that changes between steps, so that it can be replayed as a graph."""
 
-    def __init__(self, parts: Parts, pool: Pool, name: StageName) -> None:
+    def __init__(self, parts: Parts, pool: Pool, name: StageName, settings: Settings) -> None:
         self.parts, self.pool, self.config = parts, pool, parts.config
         self.stage = stage_config(parts.config, name)
         self.trained = set_trainable(parts.root, trainable_globs(parts.config, parts.root, name, ()))
@@ -113,36 +119,52 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.train.seed)
         self.times = parts.objective.sample_t(TIMES, generator, device)
         self.null = parts.root.text.tokenize([NULL_PROMPT]).ids
-        self.lr, self.decay, self.loss = (torch.zeros((), device=device) for _ in range(3))
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.lr,
-            betas=self.config.train.betas,
-            weight_decay=self.config.train.weight_decay,
-            fused=True,
-            capturable=device.type == "cuda",
-        )
-        self.ema = Ema(self.trained, self.config.train.ema, self.config.train.ema_width)
+        self.loss, self.bf16 = torch.zeros((), device=device), settings.bf16
+        train = self.config.train
+        muon = settings.muon
+        matrices = [p for n, p in self.trained.items() if muon and ".blocks." in n and p.ndim == 2]
+        rest = [p for p in self.parameters if not any(p is matrix for matrix in matrices)]
+        adamw = torch.optim.AdamW(rest, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (adamw, 1.0)
+        ]  # with their learning rates' factors
+        if matrices:
+            # Updates with AdamW's usual root mean square (Liu et al., arXiv 2502.16982, section 2.2).
+            own = torch.optim.Muon(matrices, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append((own, muon))
+        self.ema = Ema(self.trained, train.ema, train.ema_width)
 
-    def step(self) -> None:
-        """Draw, noise, predict, and update weights and averages; adds the loss to `loss`."""
+    def backward(self) -> None:
+        """Draw, noise, predict: clipped gradients; adds the loss to `loss`."""
+        for optimizer, _ in self.optimizers:
+            optimizer.zero_grad(set_to_none=False)
         x0, ids = self.draw()
         rows, device = len(x0), x0.device
         t = self.times[torch.randint(TIMES, (rows,), device=device)]
         ids = torch.where(torch.rand(rows, 1, device=device) < self.stage.drop, self.null, ids)
         eps = torch.randn_like(x0)
         x_t = self.parts.objective.noise(x0, t, eps)
-        prediction = self.parts.root(x_t, self.parts.objective.timestep(t), Prompt.without_subject(ids))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            prediction = self.parts.root(x_t, self.parts.objective.timestep(t), Prompt.without_subject(ids))
         loss = self.parts.objective.loss(prediction.output, x0, eps, t).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
         with torch.no_grad():
             self.loss += loss
-            shadow, weights = list(self.ema.shadow.values()), [p.data for p in self.parameters]
-            torch._foreach_mul_(shadow, self.decay)
-            torch._foreach_add_(shadow, list(torch._foreach_mul(weights, 1 - self.decay)))
+
+    def update(self, step: int) -> None:
+        """Weights and averages after the gradients of step `step` (from 1)."""
+        for optimizer, factor in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * self.lr(step)
+            optimizer.step()
+        with torch.no_grad():
+            decay, shadow = self.ema.decay_at(step), list(self.ema.shadow.values())
+            torch._foreach_lerp_(shadow, [p.data for p in self.parameters], 1 - decay)
+
+    def lr(self, step: int) -> float:
+        """AdamW's at step `step` (from 1)."""
+        return self.stage.lr * learning_rate(step - 1, self.stage)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Latents (b f c h w) and captions (b l); with single frames, as many frames, of videos of their own."""
@@ -157,34 +179,34 @@ class Trainer:
             video = self.pool.videos[index]
         return self.parts.autoencoder.encode(video.float() / 127.5 - 1), self.pool.ids[index]
 
-    def prepare(self, step: int) -> None:
-        """Set what step `step` (from 1) reads: learning rate and the average's decay."""
-        self.lr.fill_(self.stage.lr * learning_rate(step - 1, self.stage))
-        self.decay.fill_(self.ema.decay_at(step))
-
     def run(self, name: str, seconds: float) -> Iterator[dict[str, float | str]]:
         """Train the stage; a line of log every `LOG_EVERY` steps. Its averages become its weights."""
-        replay = captured(self.step, self.lr.device)  # warms up at learning rate 0
+        backward = captured(self.backward, self.loss.device)
         self.loss.zero_()
         most = self.stage.steps
         step, last, begin = 0, 0, time.perf_counter()
         deadline = begin + seconds
         while step < self.stage.steps:
             step += 1
-            self.prepare(step)
-            replay()
+            backward()
+            self.update(step)
             if step % LOG_EVERY and step < self.stage.steps:
                 continue
             loss, now = self.loss.item() / (step - last), time.perf_counter()
             check_finite(loss, name, step, Path(name))
             self.loss.zero_()
             each = (now - begin) / (step - last)
-            yield {"stage": name, "step": step, "loss": loss, "lr": self.lr.item(), "seconds": each}
+            yield {"stage": name, "step": step, "loss": loss, "lr": self.lr(step), "seconds": each}
             if seconds:  # as many steps as fit at this pace; the learning rate's decay follows
                 left = max(int((deadline - now) / each), 0)
                 self.stage = replace(self.stage, steps=min(most, step + left))
             begin, last = now, step
         self.ema.copy_to_parameters()
+
+    def averages(self) -> dict[str, Tensor]:
+        """The network's state so far, trained weights averaged; without the strategy's."""
+        state = {k: v for k, v in self.parts.root.state_dict().items() if not k.startswith("strategy.")}
+        return state | self.ema.shadow
 
 
 def main(settings: Settings) -> None:
@@ -195,20 +217,23 @@ def main(settings: Settings) -> None:
     parts = build(config)
     begin = time.perf_counter()
     parts = parts.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if config.train.compile:
+        compile_backbone(parts.root.backbone, {})
     pool = Pool.render(config, parts, settings.pool, settings.processes)
     print(f"{len(pool.videos)} videos rendered in {time.perf_counter() - begin:.1f} s", flush=True)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.jsonl").open("w") as log:
         for name in config.schedule:
-            trainer = Trainer(parts, pool, name)
+            trainer = Trainer(parts, pool, name, settings)
             for row in trainer.run(name, settings.seconds):
                 log.write(json.dumps(row) + "\n")
                 log.flush()
+                if row["step"] % config.train.checkpoint_every == 0:
+                    write(out / "weights.safetensors", trainer.averages())
             print(json.dumps(row), flush=True)
             config = replace(config, stages=replace(config.stages, **{name: trainer.stage}))
-    state = {k: v for k, v in parts.root.state_dict().items() if not k.startswith("strategy.")}
-    write(out / "weights.safetensors", state)
+    write(out / "weights.safetensors", trainer.averages())
     (out / "run.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
     (out / "finished").write_text("")
     print(f"{out}: {time.perf_counter() - begin:.0f} s", flush=True)

@@ -65,7 +65,8 @@ class Rotary(NamedTuple):
             return x
         cos, sin = self.cos[:groups], self.sin[:groups]
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        turned = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
+        return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Names and shapes: DiT-XL/2's official files at full size are ours through the maps; our own base keeps its own."""
+"""Names and shapes: DiT-XL/2's official files at full size are ours through the maps; our default keeps its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_booth.cli import parse
 from dit_booth.models.clip import Text
 from dit_booth.models.dit import DiTConfig, VideoDiT
 from dit_booth.models.dit_weights import (
@@ -23,6 +24,7 @@ from dit_booth.models.dit_weights import (
 from dit_booth.models.weights import ASSETS, load_strictly, part, read
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
 EXPECTED = [0.207828, 0.265257, 0.328452, 0.239204, -0.221708, 0.095382]
 
 
@@ -94,6 +96,7 @@ def test_the_default_model_keeps_its_function() -> None:
 
 
 def test_the_embedded_base_loads() -> None:
+    config = parse(["--config", str(ROOT / "experiments/configs/toyworld.yaml")]).dit
     state = part(read(ASSETS / "dit.safetensors"), "backbone.")
     channels, pooled = state["x_embedder.proj.weight"].shape[1], state["text_embedder.weight"].shape[1]
-    load_strictly(VideoDiT(DiTConfig(), channels=channels, text_dim=8, text_embed_dim=pooled), state, "base")
+    load_strictly(VideoDiT(config, channels=channels, text_dim=8, text_embed_dim=pooled), state, "base")

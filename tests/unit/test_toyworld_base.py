@@ -30,32 +30,58 @@ def test_the_pool_is_the_data_set_for_any_number_of_processes() -> None:
 
 def test_a_run_trains_its_stages_and_leaves_a_folder(tmp_path: Path) -> None:
     flags = ("stages.images.steps=3", "stages.base.steps=2", "train.batch-size=2", "data.frames=3")
-    base.main(base.Settings(out=str(tmp_path), pool=8, processes=2, set=(*flags, "weights=embedded")))
+    base.main(base.Settings(out=str(tmp_path), pool=8, processes=2, muon=3, set=(*flags, "weights=embedded")))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [("images", 3), ("base", 2)]
     settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert settings["stages"]["images"]["steps"] == 3 and (tmp_path / "finished").is_file()
     trained, start = read(tmp_path / "weights.safetensors"), read(ASSETS / "dit.safetensors")
     moved = [name for name, value in start.items() if not torch.equal(trained[name], value.float())]
-    assert len(moved) > len(start) // 2  # of the backbone; the text tower learns along
-    clip = read(ASSETS / "clip.safetensors")
-    assert any(
-        not torch.equal(trained[f"text.{k}"], v.float()) for k, v in clip.items() if f"text.{k}" in trained
-    )
+    assert len(moved) > len(start) // 2
+    clip = {f"text.{name}": value.float() for name, value in read(ASSETS / "clip.safetensors").items()}
+    towers = [name for name in trained if name in clip]
+    assert towers and all(torch.equal(trained[name], clip[name]) for name in towers)  # frozen
 
 
 def test_the_learning_rate_and_the_average_follow_the_stage() -> None:
     config = parse(["--config", CONFIG, "--train.batch-size=2", "--stages.base.steps=10", "--data.frames=2"])
     parts = build(config)
-    trainer = base.Trainer(parts, base.Pool.render(config, parts, 4, 1), "base")
-    trainer.prepare(1)
-    first = trainer.lr.item()
-    trainer.prepare(10)
-    assert trainer.lr.item() != first and trainer.decay.item() == pytest.approx(trainer.ema.decay_at(10))
+    trainer = base.Trainer(parts, base.Pool.render(config, parts, 4, 1), "base", base.Settings())
+    assert trainer.lr(10) < trainer.lr(9) and trainer.lr(1) == trainer.stage.lr / trainer.stage.warmup
     before = {name: p.detach().clone() for name, p in trainer.trained.items()}
-    trainer.step()
+    trainer.backward()
+    trainer.update(1)
     changed = [name for name, p in trainer.trained.items() if not torch.equal(p, before[name])]
     assert changed and trainer.loss.item() > 0
+    decay = trainer.ema.decay_at(1)
+    for name in changed:
+        average = decay * before[name] + (1 - decay) * trainer.trained[name]
+        torch.testing.assert_close(trainer.averages()[name], average)
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    """With Muon a matrix moves by one root mean square in all its directions; what AdamW moves is as without it."""
+    config = parse(["--config", CONFIG, "--train.batch-size=2", "--stages.base.warmup=0", "--data.frames=2"])
+    moves = {}
+    for muon in (0.0, 2.0):
+        torch.manual_seed(0)
+        parts = build(config)
+        trainer = base.Trainer(parts, base.Pool.render(config, parts, 4, 1), "base", base.Settings(muon=muon))
+        before = {name: p.detach().clone() for name, p in trainer.trained.items()}
+        torch.manual_seed(1)
+        trainer.backward()
+        trainer.update(1)
+        moves[muon] = {name: p.detach() - before[name] for name, p in trainer.trained.items()}
+    matrices = {n for n, move in moves[2.0].items() if ".blocks." in n and move.ndim == 2}
+    assert 0 < len(matrices) < len(moves[2.0])
+    for name, move in moves[2.0].items():
+        if name not in matrices:
+            assert torch.equal(move, moves[0.0][name])
+        elif move.any():  # 0.2 of AdamW's unit step, twice its learning rate
+            spectrum = torch.linalg.svdvals(move)
+            assert spectrum.max() < 2 * spectrum.median()
+            size = 0.2 * max(move.shape) ** 0.5 * 2 * trainer.lr(1)
+            assert 0.5 * size < spectrum.median() < 1.5 * size
 
 
 def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,16 +91,18 @@ def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch:
     clock = 0.0
 
     class Slow(base.Trainer):
-        def step(self) -> None:
+        def backward(self) -> None:
             nonlocal clock
             clock += 1.0 if clock < 10 else 0.1  # seconds a step
             self.loss += 1
+
+        def update(self, step: int) -> None: ...
 
     monkeypatch.setattr(base, "LOG_EVERY", 10)
     monkeypatch.setattr(base.time, "perf_counter", lambda: clock)
     pool = base.Pool.render(config, parts, 2, 1)
     for seconds, steps in ((15.0, 40), (12.0, 30)):
-        clock, trainer = 0.0, Slow(parts, pool, "base")
+        clock, trainer = 0.0, Slow(parts, pool, "base", base.Settings())
         assert list(trainer.run("base", seconds))[-1]["step"] == steps == trainer.stage.steps
 
 

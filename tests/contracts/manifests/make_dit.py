@@ -1,9 +1,9 @@
-"""Writes the manifests of DiT's official files, by the paper's table 1 and the golden files' names, and of our base.
+"""Writes the manifests of DiT's official files, by the paper's table 1 and the golden files' names, and of our default.
 
     .venv/bin/python tests/contracts/manifests/make_dit.py
 
 DiT-XL/2 has 675 M parameters in the paper; the names are those of the golden files (`dit_sigma`), which the original
-code wrote. ``dit_nano`` is what the embedded base holds: the names and shapes that a default `VideoDiT` must keep.
+code wrote. ``dit_nano`` has the names and shapes that a default `VideoDiT` must keep.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from dit_booth.models.weights import ASSETS, part, read
+from dit_booth.models.dit import DiTConfig, VideoDiT
 
 HERE = Path(__file__).parent
 Shape = tuple[int, ...]
@@ -54,8 +54,8 @@ def write(name: str, shapes: Mapping[str, Shape]) -> None:
 def main() -> None:
     write("dit_xl2_256", official(28, 1152, 32, 2))
     write("dit_xl2_512", official(28, 1152, 64, 2))
-    base = part(read(ASSETS / "dit.safetensors"), "backbone.")
-    write("dit_nano", {name: tuple(tensor.shape) for name, tensor in base.items()})
+    dit = VideoDiT(DiTConfig(), channels=27, text_dim=8, text_embed_dim=128)
+    write("dit_nano", {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()})
 
 
 if __name__ == "__main__":
