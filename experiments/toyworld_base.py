@@ -7,7 +7,7 @@ For a network of two million parameters a step of `run.py` is mostly Python, Dee
 Here a pool of rendered videos lies on the device, the step draws from it, and what leads to the gradients (draw, noise,
 forward, backward, clipping) is captured once in a CUDA graph and replayed. Objective, network, stages, schedules and
 averages are those of the same configuration in `run.py`; the random numbers are others, and Muon can have the matrices.
-On the CPU there is no graph, and `train.compile=true` takes a third of the step.
+On the CPU there is no graph, and `train.compile=True` takes a third of the step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.cli import parse
-from dit_booth.config import RunConfig, StageName
+from dit_booth.config import RunConfig, StageName, TrainConfig
 from dit_booth.data.toyworld import Toyworld
 from dit_booth.models.clip import NULL_PROMPT, Prompt
 from dit_booth.models.weights import write
@@ -120,19 +120,8 @@ class Trainer:
         self.times = parts.objective.sample_t(TIMES, generator, device)
         self.null = parts.root.text.tokenize([NULL_PROMPT]).ids
         self.loss, self.bf16 = torch.zeros((), device=device), settings.bf16
-        train = self.config.train
-        muon = settings.muon
-        matrices = [p for n, p in self.trained.items() if muon and ".blocks." in n and p.ndim == 2]
-        rest = [p for p in self.parameters if not any(p is matrix for matrix in matrices)]
-        adamw = torch.optim.AdamW(rest, betas=train.betas, weight_decay=train.weight_decay, fused=True)
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (adamw, 1.0)
-        ]  # with their learning rates' factors
-        if matrices:
-            # Updates with AdamW's usual root mean square (Liu et al., arXiv 2502.16982, section 2.2).
-            own = torch.optim.Muon(matrices, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.optimizers.append((own, muon))
-        self.ema = Ema(self.trained, train.ema, train.ema_width)
+        self.optimizers = make_optimizers(self.trained, self.config.train, settings.muon)
+        self.ema = Ema(self.trained, self.config.train.ema, self.config.train.ema_width)
 
     def backward(self) -> None:
         """Draw, noise, predict: clipped gradients; adds the loss to `loss`."""
@@ -207,6 +196,27 @@ class Trainer:
         """The network's state so far, trained weights averaged; without the strategy's."""
         state = {k: v for k, v in self.parts.root.state_dict().items() if not k.startswith("strategy.")}
         return state | self.ema.shadow
+
+
+def make_optimizers(
+    trained: dict[str, nn.Parameter], train: TrainConfig, muon: float
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """AdamW, and Muon for the matrices of the DiT's blocks unless `muon` is 0; each with a factor of the learning rate.
+
+    ValueError: Muon without a matrix to train.
+    """
+    matrices = {n: p for n, p in trained.items() if muon and ".blocks." in n and p.ndim == 2}
+    rest = [p for n, p in trained.items() if n not in matrices]
+    adamw = torch.optim.AdamW(rest, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+    if not muon:
+        return [(adamw, 1.0)]
+    if not matrices:
+        raise ValueError(f"muon is {muon:g}, but no matrix of a DiT's blocks is trained; use 0")
+    # Updates with AdamW's usual root mean square (Liu et al., arXiv 2502.16982, section 2.2).
+    own = torch.optim.Muon(
+        list(matrices.values()), weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [(adamw, 1.0), (own, muon)]
 
 
 def main(settings: Settings) -> None:

@@ -84,6 +84,13 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
             assert 0.5 * size < spectrum.median() < 1.5 * size
 
 
+def test_muon_without_a_matrix_is_refused() -> None:
+    config = parse(["--config", CONFIG, "--backbone=unet", "--unet.channels", "16", "32"])
+    parts = build(config)
+    with pytest.raises(ValueError, match=r"muon is 3, but no matrix of a DiT's blocks is trained; use 0"):
+        base.Trainer(parts, base.Pool.render(config, parts, 2, 1), "base", base.Settings(muon=3))
+
+
 def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of steps follows the pace of the last ones, up to the stage's."""
     config = parse(["--config", CONFIG, "--train.batch-size=1", "--stages.base.steps=40", "--data.frames=2"])
