@@ -7,7 +7,7 @@ For a network of two million parameters a step of `run.py` is mostly Python, Dee
 Here a pool of rendered videos lies on the device, the step draws from it, and what leads to the gradients (draw, noise,
 forward, backward, clipping) is captured once in a CUDA graph and replayed. Objective, network, stages, schedules and
 averages are those of the same configuration in `run.py`; the random numbers are others, and Muon can have the matrices.
-On the CPU there is no graph, and `train.compile=True` takes a third of the step.
+On the CPU there is no graph, and `train.compile=True` makes a step about a third shorter.
 """
 
 from __future__ import annotations
