@@ -35,7 +35,7 @@ class SamplerConfig:
     steps: int = 50
     """Sampling steps. heun evaluates the network 2 * steps - 1 times."""
     eta: float = 0.0
-    """ddim, euler: fresh noise per step, 0 deterministic, 1 ancestral, which mends the errors of earlier steps."""
+    """ddim, euler: fresh noise per step, 0 deterministic, 1 ancestral."""
     spacing: str = "even"
     """ddpm, ddim: even (both ends included), ddim (constant stride from 0), or counts such as 10,15,20."""
     clip_x0: float | None = None
