@@ -167,12 +167,14 @@ def sample_heldout(parts: Parts, out: Path, ranks: Ranks) -> list[Row]:
 def measure(parts: Parts, rows: list[Row], out: Path) -> dict[str, dict[str, float]]:
     """Scores of videos against their own image prompts (not the given ones), as files in `out`; means over videos."""
     device = next(parts.image_encoder.parameters()).device
+    shapes = [row.example.identity["shape"] for row in rows if row.example.identity]  # the toy world's
     with torch.no_grad():
         scores = evaluate(
             [row.video for row in rows],
             [row.example.video for row in rows],
             [row.example.image for row in rows],
             [row.example.caption for row in rows],
+            shapes=shapes or None,
             image_features=lambda images: parts.image_encoder(images.to(device)).embedding,
             text_features=lambda captions: parts.root.text(parts.root.text.tokenize(list(captions))).pooled,
         )

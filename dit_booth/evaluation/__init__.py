@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_booth.evaluation.clip_score import ImageFeatures, TextFeatures, clip_scores
 from dit_booth.evaluation.palette import video_palette_distance
 from dit_booth.evaluation.pixels import motion, psnr
+from dit_booth.evaluation.shape import video_shape_overlap
 
 __all__ = ["Statistic", "evaluate", "summary"]
 
@@ -34,6 +35,7 @@ def evaluate(
     images: Sequence[Tensor],
     captions: Sequence[str],
     *,
+    shapes: Sequence[str] | None = None,
     image_features: ImageFeatures | None = None,
     text_features: TextFeatures | None = None,
 ) -> list[dict[str, float]]:
@@ -44,13 +46,14 @@ def evaluate(
         truths: the real videos of the same prompts, of the same shapes, where there are any.
         images: image prompts, each `3 s s` in [-1, 1], the subject on white.
         captions: text prompts.
+        shapes: the toy world's names of the subjects' shapes, where it is the toy world.
         image_features, text_features: CLIP; without them there are no `clip_*` scores.
 
     Returns:
         For each video: `palette` (Delta E 2000, lower is better), `subject_found` (share of frames), `motion`
-        (share of the range), `clip_i`, `clip_t`, `clip_consistency` (cosines), and with truths `psnr` (dB),
-        `truth_palette` (the floor that segmentation and sampling leave) and `truth_motion`. What needs two
-        frames is absent for a video of one.
+        (share of the range), with shapes `shape` (overlap with the best-fitting pose of that shape), `clip_i`,
+        `clip_t`, `clip_consistency` (cosines), and with truths `psnr` (dB), `truth_palette` (the floor that
+        segmentation and sampling leave) and `truth_motion`. What needs two frames is absent for a video of one.
 
     Raises:
         ValueError: the lists differ in length, a tensor has the wrong shape, or one feature function lacks.
@@ -58,6 +61,8 @@ def evaluate(
     lengths = {"videos": len(videos), "images": len(images), "captions": len(captions)}
     if truths is not None:
         lengths["truths"] = len(truths)
+    if shapes is not None:
+        lengths["shapes"] = len(shapes)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the lists differ in length: {lengths}; give one of each for every video")
     if (image_features is None) != (text_features is None):
@@ -67,6 +72,8 @@ def evaluate(
         row["psnr"] = psnr(video.cpu(), truth.cpu())
         scores = _pixel_scores(truth, image)
         row |= {f"truth_{name}": scores[name] for name in ("palette", "motion") if name in scores}
+    for row, video, shape in zip(rows, videos, () if shapes is None else shapes, strict=False):
+        row["shape"] = video_shape_overlap(video.cpu(), shape)
     if image_features is not None and text_features is not None:
         clip = clip_scores(videos, images, captions, image_features, text_features)
         for name, values in clip.items():

@@ -49,6 +49,7 @@ class Measure:
 
 _METRICS = [
     Measure(name="palette", label="Palette", unit="ΔE", better=-1, digits=2),
+    Measure(name="shape", label="Shape", unit="IoU", better=1),
     Measure(name="clip_i", label="CLIP-I", better=1),
     Measure(name="dino", label="DINO", better=1),
     Measure(name="clip_t", label="CLIP-T", better=1),

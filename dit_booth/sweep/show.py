@@ -10,7 +10,7 @@ from dit_booth.sweep.plan import Plan, StageRef
 from dit_booth.sweep.processes import ending
 from dit_booth.sweep.rows import FAILED, in_use, read_json, stage_finished, status_of, steps_done
 
-SCORES = ("palette", "clip_i", "clip_t", "psnr", "motion")
+SCORES = ("palette", "shape", "clip_i", "clip_t", "psnr", "motion")
 """Scores of the table on the terminal; the report has all."""
 
 

@@ -81,13 +81,18 @@ def test_evaluate_and_its_summary():
     truths, images, captions = zip(*((e.video, e.image, e.caption) for e in examples), strict=True)
     videos = [truth.clone() for truth in truths]
     videos[2] = repeat(truths[2][0], "c h w -> f c h w", f=3)  # frozen
-    rows = evaluate(videos, truths, images, captions, image_features=mean_colour, text_features=words)
+    shapes = ["circle" if examples[0].subject != "circle" else "star", *(e.subject for e in examples[1:])]
+    rows = evaluate(
+        videos, truths, images, captions, shapes=shapes, image_features=mean_colour, text_features=words
+    )
+    assert rows[0]["shape"] < 0.8 < rows[1]["shape"]
     assert rows[0]["palette"] == rows[0]["truth_palette"] < 6
     assert rows[0]["psnr"] == math.inf
     assert rows[2]["motion"] == 0 < rows[2]["truth_motion"]
     assert rows[2]["clip_consistency"] == pytest.approx(1)
     assert set(rows[0]) == {
         *("palette", "subject_found", "motion", "psnr", "truth_palette", "truth_motion"),
+        "shape",
         *("clip_i", "clip_t", "clip_consistency"),
     }
     table = summary(rows)
@@ -120,5 +125,7 @@ def test_evaluate_refuses_lists_that_do_not_match():
     example = Toyworld(ToyworldConfig(size=32, frames=1))[0]
     with pytest.raises(ValueError, match="'truths': 0"):
         evaluate([example.video], [], [example.image], ["red"])
+    with pytest.raises(ValueError, match="'shapes': 2"):
+        evaluate([example.video], None, [example.image], ["red"], shapes=["star", "star"])
     with pytest.raises(ValueError, match="come together"):
         evaluate([example.video], None, [example.image], ["red"], image_features=mean_colour)

@@ -1,11 +1,14 @@
-"""Does the subject go where the caption says? Text alone, on a base of the toy world.
+"""Does a base of the toy world do what the caption says: does the subject go there, and has it that shape? Text alone.
 
-    python -m experiments.bench.directions                          # the package's base
-    python -m experiments.bench.directions --weights runs/base-dit
+    python -m experiments.bench.captions                          # the package's base
+    python -m experiments.bench.captions --weights runs/base-dit
 
 Held-out captions that name a direction, in equal numbers; a video counts where the subject's centre (left, right, up,
 down) or its area (growing, shrinking) moves the caption's way from the first frame to the last. Of the toy world's own
 videos all do. A base that does not hear the direction gets half of them right, or fewer where it takes another axis.
+
+`shape` is the overlap of the segmented subject with the best-fitting pose of the caption's shape, `shapes_right` counts
+the videos in whose middle frame no other shape overlaps more. `truth` is the same of the toy world's own videos.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 from dit_booth.cli import parse
 from dit_booth.data.example import Example
 from dit_booth.evaluation.segment import subject_mask
+from dit_booth.evaluation.shape import best_shape, video_shape_overlap
 from dit_booth.sampling import generate
 from dit_booth.training.build import build
 
@@ -56,6 +60,7 @@ def main(settings: Settings) -> None:
             break
     asked = [(way, example) for way, examples in named.items() for example in examples]
     right = dict.fromkeys(WAYS, 0)
+    made, truth = list[Shape](), [shape_of(example.video, example.subject) for _, example in asked]
     for at in range(0, len(asked), settings.batch):
         rows = asked[at : at + settings.batch]
         videos = generate(
@@ -67,10 +72,32 @@ def main(settings: Settings) -> None:
             size=(frames, side, side),
             use_image=False,
         )
-        for (way, _), video in zip(rows, videos.float().cpu(), strict=True):
+        for (way, example), video in zip(rows, videos.float().cpu(), strict=True):
             right[way] += follows(way, video)
-    total = sum(right.values())
-    print(json.dumps({"weights": settings.weights, "videos": len(asked), "right": total, **right}))
+            made.append(shape_of(video, example.subject))
+    row = {"weights": settings.weights, "videos": len(asked), "right": sum(right.values()), **right}
+    print(json.dumps(row | summary_of(made) | {"truth": summary_of(truth)}))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A video's overlap with the shape that it should have, and whether no other one fits its middle frame better."""
+
+    overlap: float
+    right: bool
+
+
+def shape_of(video: Tensor, shape: str) -> Shape:
+    middle = subject_mask(video[len(video) // 2])
+    return Shape(video_shape_overlap(video, shape), bool(middle.any()) and best_shape(middle) == shape)
+
+
+def summary_of(shapes: list[Shape]) -> dict[str, float]:
+    """The mean overlap and the number of right shapes."""
+    return {
+        "shape": round(sum(shape.overlap for shape in shapes) / len(shapes), 3),
+        "shapes_right": sum(shape.right for shape in shapes),
+    }
 
 
 def follows(way: str, video: Tensor) -> bool:
