@@ -192,7 +192,7 @@ def test_a_folder_that_holds_another_run(in_process, tiny, trained: Path):
         ended,
         str(trained),
         "train.seed: 0 there, 5 here",
-        "stages.fine.lr: 0.0005 there, 0.001 here",
+        "stages.fine.lr: 0.005 there, 0.001 here",
         "--out",
     )
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before

@@ -61,7 +61,7 @@ def test_what_changes_no_stage(usual: dict[str, str], flags: str) -> None:
     "flags",
     [
         "--train.seed 1",
-        "--train.batch-size 8",
+        "--train.batch-size 16",
         "--train.accumulation 2",
         "--train.clip 0.5",
         "--train.ema 0",

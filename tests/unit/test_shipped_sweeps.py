@@ -177,4 +177,4 @@ def test_schedules_are_configurations(name: str, schedule: tuple[str, ...]) -> N
     config = parse(["--config", str(ROOT / f"experiments/configs/schedules/{name}.yaml")])
     assert schedule_of(config) == schedule
     steps = sum(stage.steps for stage in stages_of(config))
-    assert steps == (200 if name == "coarse_only" else 350)
+    assert steps == (400 if name == "coarse_only" else 700)
