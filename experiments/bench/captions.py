@@ -88,6 +88,7 @@ class Shape:
 
 
 def shape_of(video: Tensor, shape: str) -> Shape:
+    """How well a video (f 3 h w in [-1, 1]) keeps to a shape; where its middle frame is empty, no shape is right."""
     middle = subject_mask(video[len(video) // 2])
     return Shape(video_shape_overlap(video, shape), bool(middle.any()) and best_shape(middle) == shape)
 
