@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ from dit_booth.training.trainer import check_finite, compile_backbone, learning_
 TIMES = 1 << 20
 """Training times drawn in advance: the objectives draw on the CPU."""
 LOG_EVERY = 100
+IN_A_BLOCK = re.compile(r"blocks?\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class Settings:
     seconds: float = 0.0
     """Most seconds of a stage: its steps are cut to as many as fit, and run.yaml has their number; 0: no limit."""
     muon: float = 0.0
-    """Muon (Jordan et al., 2024) on the blocks' matrices, at so many times the stage's learning rate; AdamW has the
-    rest. 0: AdamW has all."""
+    """Muon (Jordan et al., 2024) on the blocks' matrices and convolutions, at so many times the stage's learning rate;
+    AdamW has the rest. 0: AdamW has all."""
     bf16: bool = False
     """Matrix products in bfloat16 (autocast)."""
     set: tuple[str, ...] = ()
@@ -201,22 +203,32 @@ class Trainer:
 def make_optimizers(
     trained: dict[str, nn.Parameter], train: TrainConfig, muon: float
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """AdamW, and Muon for the matrices of the DiT's blocks unless `muon` is 0; each with a factor of the learning rate.
+    """AdamW, and Muon for the blocks' matrices unless `muon` is 0; each with a factor of the learning rate.
 
     ValueError: Muon without a matrix to train.
     """
-    matrices = {n: p for n, p in trained.items() if muon and ".blocks." in n and p.ndim == 2}
+    matrices = {n: p for n, p in trained.items() if muon and IN_A_BLOCK.search(n) and p.ndim > 1}
     rest = [p for n, p in trained.items() if n not in matrices]
     adamw = torch.optim.AdamW(rest, betas=train.betas, weight_decay=train.weight_decay, fused=True)
     if not muon:
         return [(adamw, 1.0)]
     if not matrices:
-        raise ValueError(f"muon is {muon:g}, but no matrix of a DiT's blocks is trained; use 0")
+        raise ValueError(f"muon is {muon:g}, but no matrix of a block is trained; use 0")
     # Updates with AdamW's usual root mean square (Liu et al., arXiv 2502.16982, section 2.2).
     own = torch.optim.Muon(
-        list(matrices.values()), weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw"
+        [as_matrix(p) for p in matrices.values()],
+        weight_decay=train.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
     )
     return [(adamw, 1.0), (own, muon)]
+
+
+def as_matrix(parameter: nn.Parameter) -> nn.Parameter:
+    """The same memory, weights and gradient, as (out, the rest): a convolution's kernel to Muon."""
+    parameter.grad = torch.zeros_like(parameter)
+    matrix = nn.Parameter(parameter.detach().flatten(1))
+    matrix.grad = parameter.grad.flatten(1)
+    return matrix
 
 
 def main(settings: Settings) -> None:

@@ -7,7 +7,7 @@ frames (upstream norms a 3-D tensor), those of transformer blocks are per frame;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from dit_booth.attention import FramePlan, Frames
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Modulation, Role, Site
 from dit_booth.models.layers import Attention, timestep_embedding
+from dit_booth.models.positions import time_embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,9 @@ class UNetConfig:
     """Which levels have transformer blocks; the way up mirrors it."""
     plan: str = "first+previous"
     """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
+    time_positions: Literal["none", "sincos"] = "none"
+    """The frames' order in temporal attention: unknown (VideoBooth), or sin-cos added to its input (AnimateDiff,
+    arXiv 2307.04725, 4.2)."""
     linear_projection: bool = False
     """Linear layers, not 1x1 convolutions, around the transformers (use_linear_projection; SD 2.x)."""
     attention: str = "auto"
@@ -69,6 +73,10 @@ class UNetConfig:
                         f"unet.channels {self.channels}: {width} is not a multiple of unet.{field} {divisor};"
                         f" use multiples of it, or another unet.{field}"
                     )
+        if self.time_positions == "sincos" and any(width % 2 for width in self.channels):
+            raise ValueError(
+                f"unet.channels {self.channels}: unet.time_positions sincos needs even widths; use even ones, or none"
+            )
         if self.watermark and len(self.channels) < 2:
             raise ValueError(
                 f"unet.watermark needs two widths, unet.channels is {self.channels}; set it to false"
@@ -87,6 +95,7 @@ class Step(NamedTuple):
     inject: Injection
     context: int = 0  # leading frames that are no part of the video
     time_plan: Frames | None = None  # which frames of a place read which, where that is not all
+    times: range | None = None  # the frames' positions, where temporal attention hears of them
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -223,6 +232,8 @@ class TransformerBlock(nn.Module):
 
     def over_time(self, x: Tensor, step: Step) -> Tensor:
         """A pixel's frames are one group of keys, or one each where a plan cuts them: (b f n c)."""
+        if step.times is not None:
+            x = x + time_embedding(step.times, x.shape[-1], x.device).to(x.dtype)
         form, plan = (
             ("(b n) 1 f c", seen_by_all(1)) if step.time_plan is None else ("(b n) f 1 c", step.time_plan)
         )

@@ -1,4 +1,4 @@
-"""The DiT's options: layouts, conditioning, positions, norms; each against a plain computation or a property."""
+"""The DiT's options: layouts, conditioning, norms; each against a plain computation or a property."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from dit_booth.inject import Condition, Injection, Latents, Modulation
 from dit_booth.models.clip import Text
 from dit_booth.models.dit import DiTConfig, VideoDiT
 from dit_booth.models.dit_blocks import DiTBlock, Step, SwiGLU
-from dit_booth.models.positions import grid_embedding, rotary_3d, rotary_time
 
 torch.set_num_threads(1)
-CPU, F64 = torch.device("cpu"), torch.float64
+F64 = torch.float64
 SHAPE: dict[str, Any] = {"depth": 3, "hidden": 32, "heads": 4}
 BASE = DiTConfig(**SHAPE)
 CONFIGS = {
@@ -272,79 +271,6 @@ def test_in_context_equals_one_long_sequence() -> None:
     both = both + part("attn1", attention)
     both = both + part("mlp", block.mlp)
     assert worst(torch.cat([got_x, got_text], dim=2)[:, 0], both) < 1e-10
-
-
-# ---- positions ---------------------------------------------------------------------------------------------
-
-
-def test_longer_and_larger_grids_continue_the_smaller() -> None:
-    """Extrapolation: what a position is does not depend on the size around it."""
-    small, large = (grid_embedding(3, 4, 32, CPU, range(f)) for f in (2, 5))
-    assert torch.equal(large[:2], small)
-    tall = grid_embedding(6, 4, 32, CPU, range(2))
-    assert torch.equal(tall[:, : 3 * 4], small)
-    turned, longer = (rotary_3d(range(f), 3, 4, 12, CPU, F64) for f in (2, 5))
-    assert torch.equal(longer.cos[:2], turned.cos)
-    assert torch.equal(grid_embedding(3, 4, 32, CPU, range(-1, 2))[1:], small), (
-        "a context comes before frame 0"
-    )
-
-
-def test_rotary_angles_are_time_row_and_column() -> None:
-    """Pair i of an axis with p pairs turns by position / 10000 ** (i / p)."""
-    rotary = rotary_3d(range(-1, 2), 2, 3, 16, CPU, F64)
-    assert rotary.cos.shape == (3, 6, 1, 8)
-    expected = torch.tensor(
-        [
-            [
-                [t / 10_000 ** (i / 4) for i in range(4)]
-                + [r / 10_000 ** (i / 2) for i in range(2)]
-                + [c / 10_000 ** (i / 2) for i in range(2)]
-                for r in range(2)
-                for c in range(3)
-            ]
-            for t in (-1, 0, 1)
-        ],
-        dtype=F64,
-    )
-    assert worst(rotary.cos[:, :, 0], expected.cos()) < 1e-12
-    assert worst(rotary.sin[:, :, 0], expected.sin()) < 1e-12
-    x = torch.randn(2, 3, 6, 2, 16, dtype=F64)
-    complex_x = (
-        torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(()).double(), expected)[:, :, None]
-    )
-    assert worst(rotary.turn(x), torch.cat([complex_x.real, complex_x.imag], -1)) < 1e-12
-
-
-def test_rotary_scores_depend_on_distances_only() -> None:
-    q, k = torch.randn(1, 1, 1, 1, 12, dtype=F64), torch.randn(1, 1, 1, 1, 12, dtype=F64)
-    rotary = rotary_3d(range(4), 4, 4, 12, CPU, F64)
-
-    def score(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
-        at = [r[0] * 16 + r[1] * 4 + r[2] for r in (a, b)]
-        turned = [
-            rotary.turn(y.expand(1, 4, 16, 1, 12)).flatten(1, 2)[0, i, 0]
-            for y, i in zip((q, k), at, strict=True)
-        ]
-        return float(turned[0] @ turned[1])
-
-    assert abs(score((0, 0, 0), (1, 2, 1)) - score((2, 1, 2), (3, 3, 3))) < 1e-12
-    assert abs(score((0, 0, 0), (1, 2, 1)) - score((0, 0, 0), (1, 1, 2))) > 1e-3
-
-
-def test_what_has_no_place_in_the_grid_is_not_turned() -> None:
-    rotary = rotary_3d(range(3), 2, 2, 12, CPU, F64)
-    bank, reference = torch.randn(1, 1, 7, 2, 12, dtype=F64), torch.randn(1, 1, 4, 2, 12, dtype=F64)
-    assert rotary.turn(bank) is bank
-    frames = torch.cat([reference, torch.randn(1, 2, 4, 2, 12, dtype=F64)], dim=1)
-    assert torch.equal(rotary.turn(reference), rotary.turn(frames)[:, :1]), "a reference is turned as frame 0"
-    assert rotary.turn(reference.bfloat16()).dtype == torch.bfloat16
-
-
-def test_time_alone_is_the_same_in_one_group_and_apart() -> None:
-    whole, apart = (rotary_time(range(3), 8, CPU, F64, apart=flag) for flag in (False, True))
-    x = torch.randn(2, 1, 3, 2, 8, dtype=F64)
-    assert torch.equal(whole.turn(x), apart.turn(x.transpose(1, 2)).transpose(1, 2))
 
 
 # ---- a context of leading frames ---------------------------------------------------------------------------

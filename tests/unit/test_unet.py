@@ -128,6 +128,21 @@ def test_plan_self_leaves_frames_alone_without_temporal_attention() -> None:
         assert frames_that_feel(unet, 1) == feels
 
 
+@pytest.mark.parametrize(("positions", "knows"), [("none", False), ("sincos", True)])
+def test_the_frames_order_is_known_with_time_positions_only(positions: str, knows: bool) -> None:
+    config = replace(TINY, plan="self", time_positions=positions)  # type: ignore[arg-type]
+    unet, (x, t, text) = build(config), inputs()
+    apart = worst(unet(x.flip(1), t, text).flip(1), unet(x, t, text))
+    assert apart > 1e-3 if knows else apart < 1e-10
+
+
+def test_a_context_stands_before_the_video_in_time() -> None:
+    """The video's frames are where they are without it; the context's places are before 0."""
+    unet, (x, t, text) = build(replace(TINY, time_positions="sincos")), inputs(f=5)
+    times = [unet.step(t, text, Latents(x, context=context), no_injection).times for context in (0, 2)]
+    assert times == [range(5), range(-2, 3)]
+
+
 def test_residual_blocks_pool_their_norms_over_frames() -> None:
     unet, (x, t, text) = build(replace(TINY, plan="self", down_attention=(False, False))), inputs()
     nn.init.zeros_(unet.get_parameter("mid_block.attentions.0.proj_out.weight"))
@@ -253,6 +268,10 @@ def test_checkpointing_gives_equal_gradients() -> None:
         ({"down_attention": (True,)}, r"1 flags for the 2 levels"),
         ({"layers_per_block": 0}, r"unet.layers_per_block is 0"),
         ({"plan": "frist"}, r"frist"),
+        (
+            {"channels": (8, 17), "heads": 1, "norm_groups": 1, "time_positions": "sincos"},
+            r"sincos needs even",
+        ),
         ({"channels": (), "down_attention": ()}, r"unet.channels is empty"),
     ],
 )
