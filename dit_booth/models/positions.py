@@ -80,7 +80,7 @@ def rotary_3d(
     """
     if dim % 2 or dim < 6:
         raise ValueError(
-            f"rotary positions need heads of an even width of 6 or more, not {dim}; change dit.heads"
+            f"rotary positions need heads of an even width of 6 or more, not {dim}; change the number of heads"
         )
     each = dim // 6
     time = _angles(times, dim // 2 - 2 * each, device)

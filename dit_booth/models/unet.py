@@ -83,7 +83,7 @@ class VideoUNet(nn.Module):
             plan = with_context(plan, context, latents.one_way)
             if latents.one_way:
                 time_plan = with_context(seen_by_all(frames, frames), context, True)
-        times = range(-context, frames) if self.config.time_positions == "sincos" else None
+        times = range(-context, frames) if self.config.positions == "rotary" else None
         return Step(time, text.tokens, plan, inject, context, time_plan, times)
 
     def watermark(self, x: Tensor, step: Step) -> Tensor:

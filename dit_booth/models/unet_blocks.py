@@ -19,7 +19,7 @@ from dit_booth.attention import FramePlan, Frames
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Modulation, Role, Site
 from dit_booth.models.layers import Attention, timestep_embedding
-from dit_booth.models.positions import time_embedding
+from dit_booth.models.positions import Rotary, rotary_3d, rotary_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class UNetConfig:
     """Which levels have transformer blocks; the way up mirrors it."""
     plan: str = "first+previous"
     """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
-    time_positions: Literal["none", "sincos"] = "none"
-    """The frames' order in temporal attention: unknown (VideoBooth), or sin-cos added to its input (AnimateDiff,
-    arXiv 2307.04725, 4.2)."""
+    positions: Literal["none", "rotary"] = "none"
+    """What attention over frames and over time knows of its tokens' places: nothing (Stable Diffusion, VideoBooth), or
+    rotary time, row and column (time alone over time), as the DiT (RoFormer, 2104.09864)."""
     linear_projection: bool = False
     """Linear layers, not 1x1 convolutions, around the transformers (use_linear_projection; SD 2.x)."""
     attention: str = "auto"
@@ -73,10 +73,13 @@ class UNetConfig:
                         f"unet.channels {self.channels}: {width} is not a multiple of unet.{field} {divisor};"
                         f" use multiples of it, or another unet.{field}"
                     )
-        if self.time_positions == "sincos" and any(width % 2 for width in self.channels):
-            raise ValueError(
-                f"unet.channels {self.channels}: unet.time_positions sincos needs even widths; use even ones, or none"
-            )
+        attend = [w for w, attends in zip(self.channels, self.down_attention, strict=True) if attends]
+        for width in (w // self.heads for w in (*attend, self.channels[-1])):
+            if self.positions == "rotary" and (width % 2 or width < 6):
+                raise ValueError(
+                    f"unet.positions is rotary, but unet.channels {self.channels} and unet.heads {self.heads} make"
+                    f" heads of width {width}; use an even one of 6 or more, or unet.positions none"
+                )
         if self.watermark and len(self.channels) < 2:
             raise ValueError(
                 f"unet.watermark needs two widths, unet.channels is {self.channels}; set it to false"
@@ -95,7 +98,7 @@ class Step(NamedTuple):
     inject: Injection
     context: int = 0  # leading frames that are no part of the video
     time_plan: Frames | None = None  # which frames of a place read which, where that is not all
-    times: range | None = None  # the frames' positions, where temporal attention hears of them
+    times: range | None = None  # the frames' positions, where attention knows them
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -222,9 +225,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.attn_temp = UNetAttention(f"{name}.attn_temp", "temporal", dim, dim, config)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, step: Step, space: Rotary | None) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, y, step.plan, step.inject)
+        x = x + self.attn1(y, y, step.plan, step.inject, space)
         text = rearrange(step.text, "b l c -> b 1 l c")
         x = x + self.attn2(self.norm2(x), text, seen_by_all(x.shape[1]), step.inject)
         x = x + self.ff(self.norm3(x))
@@ -232,13 +235,14 @@ class TransformerBlock(nn.Module):
 
     def over_time(self, x: Tensor, step: Step) -> Tensor:
         """A pixel's frames are one group of keys, or one each where a plan cuts them: (b f n c)."""
-        if step.times is not None:
-            x = x + time_embedding(step.times, x.shape[-1], x.device).to(x.dtype)
         form, plan = (
             ("(b n) 1 f c", seen_by_all(1)) if step.time_plan is None else ("(b n) f 1 c", step.time_plan)
         )
-        y = rearrange(x, f"b f n c -> {form}")
-        return rearrange(self.attn_temp(y, y, plan, step.inject), f"{form} -> b f n c", b=x.shape[0])
+        y, rotary = rearrange(x, f"b f n c -> {form}"), None
+        if step.times is not None:
+            width, apart = x.shape[-1] // self.attn_temp.heads, step.time_plan is not None
+            rotary = rotary_time(step.times, width, x.device, x.dtype, apart=apart)
+        return rearrange(self.attn_temp(y, y, plan, step.inject, rotary), f"{form} -> b f n c", b=x.shape[0])
 
 
 class VideoTransformer(nn.Module):
@@ -249,16 +253,18 @@ class VideoTransformer(nn.Module):
         projection = nn.Linear if config.linear_projection else PointwiseConv
         self.norm = nn.GroupNorm(config.norm_groups, dim, eps=1e-6)
         self.proj_in = projection(dim, dim)
+        self.heads = config.heads
         block = TransformerBlock(f"{name}.transformer_blocks.0", dim, config)
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = projection(dim, dim)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        b, _, _, h, _ = x.shape
+        b, _, _, h, w = x.shape
         y = self.norm(rearrange(x, "b f c h w -> (b f) c h w"))
         y = self.proj_in(rearrange(y, "(b f) c h w -> b f (h w) c", b=b))
+        space = step.times and rotary_3d(step.times, h, w, y.shape[-1] // self.heads, x.device, x.dtype)
         for block in self.transformer_blocks:
-            y = block(y, step)
+            y = block(y, step, space)
         return x + rearrange(self.proj_out(y), "b f (h w) c -> b f c h w", h=h)
 
 

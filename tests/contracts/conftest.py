@@ -76,9 +76,8 @@ def _config(strategy: str, backbone: str, weights: str, seed: int, **more: Any) 
         clip=ClipConfig(pretrained="none"),
         autoencoder=AutoencoderConfig(patch=3),
         data=DataConfig(size=SIZE, frames=FRAMES),
-        unet=UNET,
         train=TrainConfig(seed=seed),
-        **more,
+        **({"unet": UNET} | more),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ torch.set_num_threads(1)
 TINY = UNetConfig(
     channels=(8, 16), layers_per_block=1, heads=2, norm_groups=4, text_dim=6, down_attention=(True, False)
 )
+
+WIDE = replace(TINY, channels=(12, 24), plan="all", positions="rotary")
 
 
 def build(config: UNetConfig = TINY) -> VideoUNet:
@@ -128,17 +131,35 @@ def test_plan_self_leaves_frames_alone_without_temporal_attention() -> None:
         assert frames_that_feel(unet, 1) == feels
 
 
-@pytest.mark.parametrize(("positions", "knows"), [("none", False), ("sincos", True)])
-def test_the_frames_order_is_known_with_time_positions_only(positions: str, knows: bool) -> None:
-    config = replace(TINY, plan="self", time_positions=positions)  # type: ignore[arg-type]
-    unet, (x, t, text) = build(config), inputs()
-    apart = worst(unet(x.flip(1), t, text).flip(1), unet(x, t, text))
-    assert apart > 1e-3 if knows else apart < 1e-10
+@pytest.mark.parametrize(("positions", "knows"), [("none", False), ("rotary", True)])
+def test_the_frames_order_is_known_with_positions_only(
+    positions: Literal["none", "rotary"], knows: bool
+) -> None:
+    for silent in ("attn1", "attn_temp"):  # either alone knows it
+        unet, (x, t, text) = build(replace(WIDE, positions=positions)), inputs()
+        for name, parameter in unet.named_parameters():
+            if f"{silent}.to_out" in name:
+                nn.init.zeros_(parameter)
+        apart = worst(unet(x.flip(1), t, text).flip(1), unet(x, t, text))
+        assert apart > 1e-3 if knows else apart < 1e-10
+
+
+def test_positions_in_space_are_relative() -> None:
+    """Attention over frames tells a token's neighbours apart, wherever it stands; without positions it does not."""
+    for positions, knows in (("none", False), ("rotary", True)):
+        unet = build(replace(WIDE, positions=positions))  # type: ignore[arg-type]
+        transformer, text = unet.get_submodule("down_blocks.0.attentions.0"), inputs()[2]
+        step = unet.step(torch.zeros(1, 32).double(), text, Latents(torch.zeros(1, 3, 4, 5, 7)), no_injection)
+        step = step._replace(text=text.tokens[:1])
+        x = torch.randn(1, 3, 12, 5, 7, dtype=torch.float64)
+        mirrored = transformer(x.flip(-1), step).flip(-1)
+        assert (worst(mirrored, transformer(x, step)) > 1e-3) == knows
 
 
 def test_a_context_stands_before_the_video_in_time() -> None:
     """The video's frames are where they are without it; the context's places are before 0."""
-    unet, (x, t, text) = build(replace(TINY, time_positions="sincos")), inputs(f=5)
+    unet, (_, t, text) = build(replace(WIDE, positions="rotary")), inputs()
+    x = torch.zeros(2, 5, 4, 5, 7)
     times = [unet.step(t, text, Latents(x, context=context), no_injection).times for context in (0, 2)]
     assert times == [range(5), range(-2, 3)]
 
@@ -268,10 +289,7 @@ def test_checkpointing_gives_equal_gradients() -> None:
         ({"down_attention": (True,)}, r"1 flags for the 2 levels"),
         ({"layers_per_block": 0}, r"unet.layers_per_block is 0"),
         ({"plan": "frist"}, r"frist"),
-        (
-            {"channels": (8, 17), "heads": 1, "norm_groups": 1, "time_positions": "sincos"},
-            r"sincos needs even",
-        ),
+        ({"positions": "rotary"}, r"channels \(8, 16\) and unet.heads 2 make heads of width 4"),
         ({"channels": (), "down_attention": ()}, r"unet.channels is empty"),
     ],
 )

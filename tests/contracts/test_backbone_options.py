@@ -1,22 +1,25 @@
-"""Every strategy on every layout, conditioning and kind of positions of the DiT."""
+"""Every strategy on every layout, conditioning and kind of positions of the DiT, and on a U-Net with positions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.models.unet import UNetConfig, VideoUNet
 from dit_booth.models.weights import write
 from dit_booth.strategy import registered
 
 Make = Callable[..., Any]
 SHAPE: dict[str, Any] = {"depth": 2, "hidden": 48, "heads": 4}
-CONFIGS = {
+CHANNELS = 27
+CONFIGS: dict[str, DiTConfig | UNetConfig] = {
     "interleaved": DiTConfig(**SHAPE, layout="interleaved"),
     "joint": DiTConfig(**SHAPE, layout="joint", plan="all"),
     "image": DiTConfig(**SHAPE, layout="image", plan="self"),
@@ -25,23 +28,42 @@ CONFIGS = {
     "cross_attention": DiTConfig(**SHAPE, conditioning="cross_attention", positions="rotary"),
     "rotary": DiTConfig(**SHAPE, positions="rotary", qk_norm=True, mlp="swiglu"),
     "rotary joint": DiTConfig(**SHAPE, layout="joint", plan="all", positions="rotary"),
+    "unet rotary": UNetConfig(
+        channels=(12, 24),
+        norm_groups=4,
+        heads=2,
+        layers_per_block=1,
+        down_attention=(True, True),
+        positions="rotary",
+    ),
 }
 STRATEGIES = sorted(registered())
 EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
+def kind(config: DiTConfig | UNetConfig) -> str:
+    return "dit" if isinstance(config, DiTConfig) else "unet"
+
+
 @pytest.fixture
-def files(config: DiTConfig, clip: Any, tmp_path: Path) -> dict[str, Path]:
+def files(config: DiTConfig | UNetConfig, clip: Any, tmp_path: Path) -> dict[str, Path]:
     """In place of conftest's: weights of this configuration, with nothing at zero."""
     text, _ = clip
-    dit = VideoDiT(config, channels=27, text_dim=text.width, text_embed_dim=text.embed_dim)
+    backbone: nn.Module
+    if isinstance(config, DiTConfig):
+        backbone = VideoDiT(config, channels=CHANNELS, text_dim=text.width, text_embed_dim=text.embed_dim)
+    else:
+        backbone = VideoUNet(
+            replace(config, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=text.width)
+        )
     generator = torch.Generator().manual_seed(5)
     state = {}
-    for name, p in dit.named_parameters():
+    for name, p in backbone.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         state[f"backbone.{name}"] = p.detach() if p.any() else 0.1 * noise
-    write(tmp_path / "dit.safetensors", state)
-    return {"dit": tmp_path / "dit.safetensors"}
+    file = tmp_path / "backbone.safetensors"
+    write(file, state)
+    return {kind(config): file}
 
 
 def worst(a: Tensor, b: Tensor) -> float:
@@ -51,9 +73,9 @@ def worst(a: Tensor, b: Tensor) -> float:
 @EVERY
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_new_strategy_changes_nothing_without_an_image_and_trains_with_one(
-    name: str, config: DiTConfig, make: Make
+    name: str, config: DiTConfig | UNetConfig, make: Make
 ) -> None:
-    run = make(name, "dit", dit=config)
+    run = make(name, kind(config), **{kind(config): config})
     with torch.no_grad():
         plain = run.plain()
         assert plain.abs().max() > 1e-3
