@@ -51,7 +51,7 @@ TINY_UNET = [
     "--unet.norm-groups",
     "4",
     "--unet.heads",
-    "2",
+    "1",
     "--unet.layers-per-block",
     "1",
     "--unet.down-attention",

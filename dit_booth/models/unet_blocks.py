@@ -225,7 +225,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.attn_temp = UNetAttention(f"{name}.attn_temp", "temporal", dim, dim, config)
 
-    def forward(self, x: Tensor, step: Step, space: Rotary | None) -> Tensor:
+    def forward(self, x: Tensor, step: Step, space: Rotary | None = None) -> Tensor:
         y = self.norm1(x)
         x = x + self.attn1(y, y, step.plan, step.inject, space)
         text = rearrange(step.text, "b l c -> b 1 l c")

@@ -153,7 +153,7 @@ def unlike(settings: Mapping[str, Any], same: Mapping[str, Any] = SAME) -> list[
 
 def unlike_diffusers(settings: Mapping[str, Any], config: UNetConfig) -> list[str]:
     """What of a diffusers U-Net's ``config.json`` is unlike `config`, each with its mending; some of it shows in no
-    tensor's shape (heads, groups, the order of the time embedding)."""
+    tensor's shape (heads, groups, positions, the order of the time embedding)."""
     down, up = settings.get("down_block_types", ()), settings.get("up_block_types", ())
     attends = tuple(kind.startswith("CrossAttn") for kind in down)
     heads = settings.get("num_attention_heads") or settings.get(
@@ -166,6 +166,7 @@ def unlike_diffusers(settings: Mapping[str, Any], config: UNetConfig) -> list[st
         "norm_groups": ("norm_num_groups", settings.get("norm_num_groups", 32)),
         "linear_projection": ("use_linear_projection", settings.get("use_linear_projection", False)),
         "down_attention": ("down_block_types", attends),
+        "positions": ("what its attention knows of positions", "none"),
         "in_channels": ("in_channels", settings.get("in_channels", 4)),
         "out_channels": ("out_channels", settings.get("out_channels", 4)),
         "text_dim": ("cross_attention_dim", settings.get("cross_attention_dim")),

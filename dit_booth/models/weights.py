@@ -121,7 +121,7 @@ def _load_dit(backbone: nn.Module, state: Mapping[str, Tensor], what: str) -> No
 
 
 def _check_branches(backbone: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """What the listing of missing and unexpected names would not say how to mend."""
+    """What the listing of missing and unexpected names would not say, or not how to mend."""
     config = getattr(backbone, "config", None)
     if not isinstance(config, UNetConfig):
         return
@@ -130,6 +130,10 @@ def _check_branches(backbone: nn.Module, state: Mapping[str, Tensor], what: str)
         raise ValueError(
             f"{what} has {'a' if there else 'no'} watermark branch, and unet.watermark is {config.watermark};"
             f" set --unet.watermark {there}"
+        )
+    if config.positions != "none":
+        raise ValueError(
+            f"{what} knows no positions, and unet.positions is {config.positions}; set --unet.positions none"
         )
     if "conv_in.weight" in state and not any(map(of_video_only, state)):
         raise ValueError(f"{what} is an image U-Net; give its folder, with config.json, and it is inflated")

@@ -305,7 +305,7 @@ def test_a_plugin_that_is_not_there_is_named():
         "--sampler.clip-x0 None --guidance.channels 3 --objective.beta-start 1e-05",
         "--schedule joint --stages.joint.train backbone.* text.* --stages.joint.strategies kv_concat",
         "--kv-concat.update direct --token-replacement.penalty 0 --out here/x",
-        "--strategy none --backbone unet --unet.channels 8 16 32 --unet.down-attention True False True",
+        "--backbone unet --unet.channels 8 16 32 --unet.heads 1 --unet.down-attention True False True",
         "--objective.logit-mean -0.25 --train.betas 0.9 0.95 --data.root=-odd-folder",
     ],
 )

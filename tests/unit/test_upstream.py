@@ -131,6 +131,8 @@ def test_a_configuration_that_shows_in_no_shape_is_compared(tmp_path: Path, text
         load_start(VideoUNet(config(heads=4)), text, str(tmp_path), "unet")
     with pytest.raises(ValueError, match=r"unet\.channels is \(8, 24\): set --unet\.channels 8 16"):
         load_start(VideoUNet(config(channels=(8, 24))), text, str(tmp_path), "unet")
+    with pytest.raises(ValueError, match=r"unet\.positions is rotary: set --unet\.positions none"):
+        load_start(VideoUNet(config(heads=1, positions="rotary")), text, str(tmp_path), "unet")
     settings = json.loads((tmp_path / "config.json").read_text())
     for change, says in (
         ({"norm_num_groups": 8}, "set --unet.norm-groups 8"),
@@ -281,7 +283,7 @@ def test_later_sources_of_strategies_win_and_ours_are_read_as_they_are(tmp_path:
 # ---- what is refused ----
 
 
-def test_a_watermark_branch_must_fit(tmp_path: Path, text: TextEncoder) -> None:
+def test_a_watermark_branch_and_positions_must_fit(tmp_path: Path, text: TextEncoder) -> None:
     unet_file, _ = official.write_videobooth(tmp_path)
     with pytest.raises(
         ValueError, match=r"has a watermark branch, and .* is False; set --unet\.watermark True"
@@ -293,6 +295,8 @@ def test_a_watermark_branch_must_fit(tmp_path: Path, text: TextEncoder) -> None:
         ValueError, match=r"has no watermark branch, and .* is True; set --unet\.watermark False"
     ):
         load_start(VideoUNet(config(watermark=True)), text, str(unet_file), "unet")
+    with pytest.raises(ValueError, match=r"knows no positions, and .* is rotary; set --unet\.positions none"):
+        load_start(VideoUNet(config(heads=1, positions="rotary")), text, str(unet_file), "unet")
     load_start(VideoUNet(config()), text, str(unet_file), "unet")
 
 
