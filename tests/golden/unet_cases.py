@@ -51,17 +51,13 @@ class Network(Protocol):
 
 
 def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:
-    """Every output that is a prediction or a guided one.
-
-    Guidance multiplies rounding errors by up to 2 * scale - 1: in float64 it gets no more tolerance for its size than
-    a prediction, in float32 the same rule as every output (a CPU without AVX-512 needs it).
-    """
+    """Every output that is a prediction or a guided one; guidance, which multiplies errors, gets no more tolerance."""
     weights = {k.removeprefix("weights."): x for k, x in tensors.items() if k.startswith("weights.")}
     dense, ours = dense_of(info, weights), Ours(info, weights)
     for name in sorted(filter(known, outputs(tensors))):
         stored = rearrange(tensors[f"outputs.{name}"], "b c f h w -> b f c h w")
+        limit = flat if name in GUIDED else tolerance
         for dtype in (torch.float32, torch.float64):
-            limit = flat if name in GUIDED and dtype == torch.float64 else tolerance
             made = produce(name, ours.to(dtype), cast(tensors, dtype))
             yield CaseResult(labelled(name, dtype), worst(made, stored), limit(dtype, stored))
         exact = produce(name, dense, cast(tensors, torch.float64))
