@@ -19,17 +19,18 @@ from dit_booth.models.layers import Attention
 from dit_booth.models.unet_blocks import (
     FrameConv,
     MidLevel,
+    PointwiseFrameConv,
     ResnetBlock,
     Step,
     TimeEmbedding,
     TransformerBlock,
-    UNetConfig,
     VideoNorm,
     VideoTransformer,
     build_levels,
     go_down,
     go_up,
 )
+from dit_booth.models.unet_config import UNetConfig
 
 __all__ = ["UNetConfig", "VideoUNet"]
 
@@ -54,7 +55,7 @@ class VideoUNet(nn.Module):
             widths = (width, config.channels[1], config.channels[1])
             down, up = build_levels("watermark_", widths, (False, False, False), config)
             self.watermark_down_blocks, self.watermark_up_blocks = down, up
-            self.watermark_zero_out = FrameConv(width, width, kernel_size=1)
+            self.watermark_zero_out = PointwiseFrameConv(width, width)
         self.conv_norm_out = VideoNorm(config.norm_groups, width, eps=1e-5)
         self.conv_out = FrameConv(width, config.out_channels, kernel_size=3, padding=1)
         self.entry = Site(name="latents.entry", port="latents", role="entry", dim=config.in_channels)

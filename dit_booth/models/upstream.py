@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dit_booth.models.unet_blocks import UNetConfig
+from dit_booth.models.unet_config import UNetConfig
 
 MAPPER = "token_replacement.mapper."
 TAPS = {  # a tap's own name: the strategy that owns it, its suffix in the mapper's file

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dit_booth.files import replacing
 from dit_booth.models.dit_config import DiTConfig
 from dit_booth.models.dit_weights import from_official, inflate, is_official
-from dit_booth.models.unet_blocks import UNetConfig
+from dit_booth.models.unet_config import UNetConfig
 from dit_booth.models.upstream import (
     MAPPER,
     from_diffusers_unet,

@@ -24,7 +24,7 @@ from dit_booth.inject import (
 )
 from dit_booth.models.clip import Text
 from dit_booth.models.unet import UNetConfig, VideoUNet
-from dit_booth.models.unet_blocks import Step
+from dit_booth.models.unet_blocks import PointwiseFrameConv, Step
 
 torch.set_num_threads(1)
 TINY = UNetConfig(
@@ -162,6 +162,13 @@ def test_a_context_stands_before_the_video_in_time() -> None:
     x = torch.zeros(2, 5, 4, 5, 7)
     times = [unet.step(t, text, Latents(x, context=context), no_injection).times for context in (0, 2)]
     assert times == [range(5), range(-2, 3)]
+
+
+def test_a_pointwise_convolution_of_frames_is_a_1x1_convolution() -> None:
+    torch.manual_seed(0)
+    layer, x = PointwiseFrameConv(4, 6).double(), inputs()[0]
+    expected = torch.stack([nn.functional.conv2d(video, layer.weight, layer.bias) for video in x])
+    assert worst(layer(x), expected) < 1e-12
 
 
 def test_residual_blocks_pool_their_norms_over_frames() -> None:
