@@ -39,6 +39,7 @@ from dit_booth.training.ema import Ema
 from dit_booth.training.graph import captured
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
 from dit_booth.training.trainer import check_finite, compile_backbone, learning_rate
+from experiments.muon import Muon
 
 TIMES = 1 << 20
 """Training times drawn in advance: the objectives draw on the CPU."""
@@ -62,7 +63,7 @@ class Settings:
     """Muon (Jordan et al., 2024) on the blocks' matrices and convolutions, at so many times the stage's learning rate;
     AdamW has the rest. 0: AdamW has all."""
     bf16: bool = False
-    """Matrix products in bfloat16 (autocast)."""
+    """Matrix products in bfloat16 (autocast; Muon's too); slow on a CPU without instructions for it."""
     set: tuple[str, ...] = ()
     """Other settings of the run, such as stages.base.steps=100 train.batch-size=4."""
 
@@ -122,7 +123,7 @@ class Trainer:
         self.times = parts.objective.sample_t(TIMES, generator, device)
         self.null = parts.root.text.tokenize([NULL_PROMPT]).ids
         self.loss, self.bf16 = torch.zeros((), device=device), settings.bf16
-        self.optimizers = make_optimizers(self.trained, self.config.train, settings.muon)
+        self.optimizers = make_optimizers(self.trained, self.config.train, settings.muon, self.bf16)
         self.ema = Ema(self.trained, self.config.train.ema, self.config.train.ema_width)
 
     def backward(self) -> None:
@@ -201,7 +202,7 @@ class Trainer:
 
 
 def make_optimizers(
-    trained: dict[str, nn.Parameter], train: TrainConfig, muon: float
+    trained: dict[str, nn.Parameter], train: TrainConfig, muon: float, bf16: bool
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """AdamW, and Muon for the blocks' matrices unless `muon` is 0; each with a factor of the learning rate.
 
@@ -214,21 +215,8 @@ def make_optimizers(
         return [(adamw, 1.0)]
     if not matrices:
         raise ValueError(f"muon is {muon:g}, but no matrix of a block is trained; use 0")
-    # Updates with AdamW's usual root mean square (Liu et al., arXiv 2502.16982, section 2.2).
-    own = torch.optim.Muon(
-        [as_matrix(p) for p in matrices.values()],
-        weight_decay=train.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return [(adamw, 1.0), (own, muon)]
-
-
-def as_matrix(parameter: nn.Parameter) -> nn.Parameter:
-    """The same memory, weights and gradient, as (out, the rest): a convolution's kernel to Muon."""
-    parameter.grad = torch.zeros_like(parameter)
-    matrix = nn.Parameter(parameter.detach().flatten(1))
-    matrix.grad = parameter.grad.flatten(1)
-    return matrix
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return [(adamw, 1.0), (Muon(matrices.values(), train.weight_decay, dtype=dtype), muon)]
 
 
 def main(settings: Settings) -> None:
