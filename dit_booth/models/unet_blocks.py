@@ -66,10 +66,7 @@ class PointwiseConv(nn.Conv2d):
 
 
 class PointwiseFrameConv(nn.Conv2d):
-    """A 1x1 convolution of every frame as a matrix product: (b f c h w).
-
-    It takes the convolution's time and less memory, and rounds less on a CPU without AVX-512 (docs/fidelity.md).
-    """
+    """A 1x1 convolution of every frame as a matrix product, in the convolution's time: (b f c h w)."""
 
     bias: nn.Parameter
 
