@@ -65,13 +65,10 @@ class PointwiseConv(nn.Conv2d):
         return F.linear(x, rearrange(self.weight, "o i 1 1 -> o i"), self.bias)
 
 
-class PointwiseFrameConv(nn.Conv2d):
-    """A 1x1 convolution of every frame as a matrix product, in the convolution's time: (b f c h w)."""
+class PointwiseFrameConv(PointwiseConv):
+    """The same of every frame where the channels lie: (b f c h w)."""
 
     bias: nn.Parameter
-
-    def __init__(self, dim: int, dim_out: int) -> None:
-        super().__init__(dim, dim_out, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.weight.flatten(1) @ x.flatten(-2) + rearrange(self.bias, "c -> c 1")

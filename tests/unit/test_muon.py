@@ -27,11 +27,12 @@ def test_it_moves_as_pytorchs(shape: tuple[int, int]) -> None:
     assert moved.norm() > 0.1
 
 
-def test_a_kernel_is_its_matrix_of_outputs_and_the_rest() -> None:
+@pytest.mark.parametrize("kernel", [(6, 4, 3, 3), (40, 1, 3, 3)])
+def test_a_kernel_is_its_matrix_of_outputs_and_the_rest(kernel: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    start, grad = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    start, grad = torch.randn(kernel), torch.randn(kernel)
     moved = []
-    for shape in ((6, 4, 3, 3), (6, 36)):
+    for shape in (kernel, (kernel[0], -1)):
         parameter = nn.Parameter(start.reshape(shape).clone())
         parameter.grad = grad.reshape(shape).clone()
         optimizer = Muon([parameter], weight_decay=0.0)
