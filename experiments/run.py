@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import time
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,8 +87,6 @@ def load_modules() -> None:
     import_deepspeed()
     for name in ("dit_booth.training.trainer", "dit_booth.training.journal", "experiments.sample"):
         import_module(name)
-    with suppress(ImportError):  # every ZeRO engine imports it, which takes Inductor along
-        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def run(parts: Parts, ranks: Ranks, begin: float) -> None:

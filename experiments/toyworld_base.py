@@ -13,14 +13,16 @@ On the CPU there is no graph, and `train.compile=True` makes a step about a thir
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -64,6 +66,8 @@ class Settings:
     AdamW has the rest. 0: AdamW has all."""
     bf16: bool = False
     """Matrix products in bfloat16 (autocast; Muon's too); slow on a CPU without instructions for it."""
+    favour: dict[str, float] = field(default_factory=dict)
+    """How many times as often a video is drawn whose caption has the word; `spinning 3 star 2`: six times with both."""
     set: tuple[str, ...] = ()
     """Other settings of the run, such as stages.base.steps=100 train.batch-size=4."""
 
@@ -77,10 +81,21 @@ class Pool:
 
     videos: Tensor  # n f 3 h w, uint8
     ids: Tensor  # n l
+    cumulative: Tensor  # n, rising to 1: the probabilities of being drawn, summed
 
     @classmethod
-    def render(cls, config: RunConfig, parts: Parts, count: int, processes: int) -> Pool:
-        """The first `count` videos of the training split; equal for any number of processes."""
+    def render(
+        cls,
+        config: RunConfig,
+        parts: Parts,
+        count: int,
+        processes: int,
+        favour: Mapping[str, float] = MappingProxyType({}),
+    ) -> Pool:
+        """The first `count` videos of the training split; equal for any number of processes.
+
+        ValueError: not the toy world, or `favour` has a word of no caption or a weight that is not positive.
+        """
         world = config.data.build(heldout=False)
         if not isinstance(world, Toyworld):
             raise ValueError(
@@ -94,7 +109,14 @@ class Pool:
         with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as workers:
             captions = [caption for told in workers.starmap(_render, jobs) for caption in told]
         device = next(parts.root.parameters()).device
-        return cls(videos.to(device), parts.root.text.tokenize(captions).ids)
+        cumulative = torch.tensor(odds(captions, favour), dtype=torch.float64).cumsum(0)
+        ids = parts.root.text.tokenize(captions).ids
+        return cls(videos.to(device), ids, (cumulative / cumulative[-1]).to(device))
+
+    def draw(self, rows: int) -> Tensor:
+        """Indices (rows,) of videos, with replacement."""
+        chance = torch.rand(rows, device=self.cumulative.device, dtype=self.cumulative.dtype)
+        return torch.searchsorted(self.cumulative, chance, right=True)
 
 
 def _render(world: Toyworld, videos: Tensor, start: int) -> list[str]:
@@ -105,6 +127,19 @@ def _render(world: Toyworld, videos: Tensor, start: int) -> list[str]:
         video.copy_((example.video * 127.5 + 127.5).round())
         captions.append(example.caption)
     return captions
+
+
+def odds(captions: list[str], favour: Mapping[str, float]) -> list[float]:
+    """How often each video is drawn, relative to one whose caption has none of the words."""
+    words = [set(caption.split()) for caption in captions]
+    for word, times in favour.items():
+        if times <= 0 or not any(word in among for among in words):
+            raise ValueError(
+                f"favour has {word!r} {times:g}; name a word of the captions and a number over 0"
+            )
+    return [
+        math.prod((times for word, times in favour.items() if word in among), start=1.0) for among in words
+    ]
 
 
 # ---- one step -----------------------------------------------------------------------------------------------
@@ -163,7 +198,7 @@ class Trainer:
         frames = self.pool.videos.shape[1]
         rows = self.config.train.batch_size * (frames if self.stage.single_frames else 1)
         device = self.pool.videos.device
-        index = torch.randint(len(self.pool.videos), (rows,), device=device)
+        index = self.pool.draw(rows)
         if self.stage.single_frames:
             at = torch.randint(frames, (rows,), device=device)
             video = rearrange(self.pool.videos[index, at], "b c h w -> b 1 c h w")
@@ -229,7 +264,7 @@ def main(settings: Settings) -> None:
     parts = parts.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.train.compile:
         compile_backbone(parts.root.backbone, {})
-    pool = Pool.render(config, parts, settings.pool, settings.processes)
+    pool = Pool.render(config, parts, settings.pool, settings.processes, settings.favour)
     print(f"{len(pool.videos)} videos rendered in {time.perf_counter() - begin:.1f} s", flush=True)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,15 @@ down) or its area (growing, shrinking) moves the caption's way from the first fr
 videos all do. A base that does not hear the direction gets half of them right, or fewer where it takes another axis.
 
 `shape` is the overlap of the segmented subject with the best-fitting pose of the caption's shape, `shapes_right` counts
-the videos in whose middle frame no other shape overlaps more. `truth` is the same of the toy world's own videos.
+the videos in whose middle frame no other shape overlaps more. `spinning` has both for spinning subjects, which are
+hardest: only there does a shape stand at every angle. `truth` is the same of the toy world's own videos.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -27,9 +29,10 @@ from dit_booth.data.example import Example
 from dit_booth.evaluation.segment import subject_mask
 from dit_booth.evaluation.shape import best_shape, video_shape_overlap
 from dit_booth.sampling import generate
-from dit_booth.training.build import build
+from dit_booth.training.build import Parts, build
 
 WAYS = ("moving left", "moving right", "moving up", "moving down", "growing", "shrinking")
+SPINNING = "spinning"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Settings:
     """The base's configuration."""
     each: int = 8
     """Videos of each of the six ways."""
+    spinning: int = 24
+    """Videos of spinning subjects."""
     batch: int = 12
     """Videos sampled at once."""
 
@@ -48,35 +53,52 @@ def main(settings: Settings) -> None:
     weights = f"--weights={settings.weights}"
     parts = build(parse(["--config", settings.config, "--data.describe=full", weights]))
     parts = parts.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    device = next(parts.root.parameters()).device
-    frames, side = parts.config.data.frames, parts.config.data.size
-    world, named = parts.dataset(heldout=True), {way: list[Example]() for way in WAYS}
+    asked = ask(parts, dict.fromkeys(WAYS, settings.each) | {SPINNING: settings.spinning})
+    right, made = dict.fromkeys(WAYS, 0), list[Shape]()
+    for video, (motion, example) in zip(sampled(parts, asked, settings.batch), asked, strict=True):
+        if motion in right:
+            right[motion] += follows(motion, video)
+        made.append(shape_of(video, example.subject))
+    truth = [shape_of(example.video, example.subject) for _, example in asked]
+    directed = len(asked) - settings.spinning
+    found, true = (
+        {**summary_of(shapes[:directed]), SPINNING: summary_of(shapes[directed:])} for shapes in (made, truth)
+    )
+    row = {"weights": settings.weights, "videos": directed, "right": sum(right.values()), **right}
+    print(json.dumps({**row, **found, "truth": true}))
+
+
+def ask(parts: Parts, wanted: dict[str, int]) -> list[tuple[str, Example]]:
+    """The first held-out examples whose captions name each motion, so many of each, in the order of the motions."""
+    world, named = parts.dataset(heldout=True), {motion: list[Example]() for motion in wanted}
     for i in count():
         example = world[i]
-        way = next((way for way in WAYS if f" {way} " in example.caption), None)
-        if way and len(named[way]) < settings.each:
-            named[way].append(example)
-        if all(len(examples) == settings.each for examples in named.values()):
-            break
-    asked = [(way, example) for way, examples in named.items() for example in examples]
-    right = dict.fromkeys(WAYS, 0)
-    made, truth = list[Shape](), [shape_of(example.video, example.subject) for _, example in asked]
-    for at in range(0, len(asked), settings.batch):
-        rows = asked[at : at + settings.batch]
-        videos = generate(
-            parts,
-            torch.stack([example.image for _, example in rows]).to(device),
-            [example.caption for _, example in rows],
-            [None] * len(rows),
-            range(at, at + len(rows)),
-            size=(frames, side, side),
-            use_image=False,
+        motion = next((motion for motion in wanted if f" {motion} " in example.caption), None)
+        if motion and len(named[motion]) < wanted[motion]:
+            named[motion].append(example)
+        if all(len(examples) == wanted[motion] for motion, examples in named.items()):
+            return [(motion, example) for motion, examples in named.items() for example in examples]
+    raise AssertionError("the counter has no end")
+
+
+def sampled(parts: Parts, asked: list[tuple[str, Example]], batch: int) -> Iterator[Tensor]:
+    """A video (f 3 h w in [-1, 1], on the CPU) for each caption, from the text alone."""
+    device, data = next(parts.root.parameters()).device, parts.config.data
+    for at in range(0, len(asked), batch):
+        rows = [example for _, example in asked[at : at + batch]]
+        yield from (
+            generate(
+                parts,
+                torch.stack([example.image for example in rows]).to(device),
+                [example.caption for example in rows],
+                [None] * len(rows),
+                range(at, at + len(rows)),
+                size=(data.frames, data.size, data.size),
+                use_image=False,
+            )
+            .float()
+            .cpu()
         )
-        for (way, example), video in zip(rows, videos.float().cpu(), strict=True):
-            right[way] += follows(way, video)
-            made.append(shape_of(video, example.subject))
-    row = {"weights": settings.weights, "videos": len(asked), "right": sum(right.values()), **right}
-    print(json.dumps(row | summary_of(made) | {"truth": summary_of(truth)}))
 
 
 @dataclass(frozen=True)

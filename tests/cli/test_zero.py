@@ -56,3 +56,11 @@ def test_ten_steps_do_move_the_parameters(trained: Path, backbone: str) -> None:
     own = name.removeprefix("strategy.kv_concat.taps.").replace("to_k_new", "to_k")
     moved = (ended[name] - start[f"backbone.{own}"].float()).abs()
     assert float(torch.median(moved)) > 10 * TOLERANCE
+
+
+def test_no_engine_loads_inductor(trained: Path) -> None:
+    """Seconds of every rank's start, if DeepSpeed's Muon were imported as it is."""
+    loaded = [set(file.read_text().split()) for file in trained.glob("modules-*")]
+    assert len(loaded) == 3
+    assert all("deepspeed.runtime.zero.muon.original_muon" in modules for modules in loaded)
+    assert not any("torch._inductor.compile_fx" in modules for modules in loaded)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def main() -> None:
             )
             (stage,) = stages_of(config)
             train_stage(build(config).to(ranks.device), stage, folder, ranks, None, 0.0)
+    (args.out / f"modules-{ranks.world}-{ranks.rank}").write_text("\n".join(sys.modules))
     stop()
 
 

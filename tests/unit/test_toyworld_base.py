@@ -28,6 +28,26 @@ def test_the_pool_is_the_data_set_for_any_number_of_processes() -> None:
         assert torch.equal(one.ids[i : i + 1], parts.root.text.tokenize([world[i].caption]).ids)
 
 
+def test_favoured_words_are_drawn_as_much_more_often() -> None:
+    captions = [
+        "a star is spinning on sand",
+        "a ring is spinning on sand",
+        "a star is resting on sand",
+        "a ring",
+    ]
+    odds = base.odds(captions, {"spinning": 3, "star": 2})
+    assert odds == [6, 3, 2, 1]
+    torch.manual_seed(0)
+    cumulative = torch.tensor(odds, dtype=torch.float64).cumsum(0) / 12
+    pool = base.Pool(torch.empty(4, 0), torch.empty(4, 0), cumulative)
+    shares = torch.bincount(pool.draw(60_000), minlength=4) / 60_000
+    torch.testing.assert_close(shares, torch.tensor(odds) / 12, atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="'spining' 3"):
+        base.odds(captions, {"spining": 3})
+    with pytest.raises(ValueError, match="over 0"):
+        base.odds(captions, {"star": 0})
+
+
 def test_a_run_trains_its_stages_and_leaves_a_folder(tmp_path: Path) -> None:
     flags = ("stages.images.steps=3", "stages.base.steps=2", "train.batch-size=2", "data.frames=3")
     base.main(base.Settings(out=str(tmp_path), pool=8, processes=2, muon=3, set=(*flags, "weights=embedded")))
