@@ -28,7 +28,7 @@ NAMES = {
     "query_projection": (4, 1),
     "token_bank": (5, 1),
     "strategies": (9, 0),
-    "anchoring": (8, 0),
+    "anchoring": (9, 0),
     "reference_noise": (4, 1),
     "backbones": (2, 0),
     "engine": (6, 0),
