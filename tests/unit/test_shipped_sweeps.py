@@ -151,7 +151,8 @@ def test_the_backbones_cost_the_same() -> None:
     for point in planned(FOLDER / "backbones.yaml").points:
         settings = point.settings
         flags = {"weights": "none", "schedule": ["base"], "backbone": settings["backbone"]}
-        flags |= {"dit.size": settings["dit"]["size"], "unet.channels": settings["unet"]["channels"]}
+        flags |= {f"dit.{name}": settings["dit"][name] for name in ("size", "plan")}
+        flags |= {"unet.channels": settings["unet"]["channels"]}
         base = str(ROOT / "experiments/configs/toyworld_base.yaml")
         config = parse(["--config", base, *to_argv(flags)])
         parts = build(config)
