@@ -1,4 +1,4 @@
-"""What the tests share: arguments of a tiny run, and the real program, in this process or launched."""
+"""What the tests share: arguments of a tiny run, and the real program, in this process, forked or launched."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import Forked, Warm
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -60,6 +61,7 @@ TINY_UNET = [
 ]
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 TIMEOUT = 600.0
+RUN = "experiments/run.py"
 
 
 @dataclass(frozen=True)
@@ -75,32 +77,34 @@ class Ended:
 
 
 class Program:
-    """``experiments/run.py`` in a process group of its own: by python, or with `ranks` by DeepSpeed's launcher."""
+    """``experiments/run.py`` in process groups of their own: forked from a warm process, or by DeepSpeed's launcher."""
 
-    def start(self, *arguments: str, ranks: int = 0) -> subprocess.Popen[str]:
-        env = {k: v for k, v in os.environ.items() if k not in RANKS} | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable]
-        if ranks:
-            env |= {"LOCAL_SIZE": str(ranks)}  # on the CPU the launcher starts so many ranks
-            launcher = Path(sys.executable).parent / "deepspeed"
-            command = [str(launcher), "--master_port", str(free_port())]
-            env["PATH"] = f"{launcher.parent}{os.pathsep}{env['PATH']}"
+    def __init__(self) -> None:
+        self.warm = Warm()
+
+    def start(self, *arguments: str, ranks: int = 0) -> Forked | subprocess.Popen[str]:
+        """One process, or with `ranks` as many as the launcher starts."""
+        if not ranks:
+            return self.warm.start(RUN, *arguments, env=environment())
+        launcher = Path(sys.executable).parent / "deepspeed"
+        env = environment(LOCAL_SIZE=str(ranks))  # on the CPU the launcher starts so many ranks
         return subprocess.Popen(
-            [*command, "experiments/run.py", *arguments],
+            [str(launcher), "--master_port", str(free_port()), RUN, *arguments],
             cwd=ROOT,
-            env=env,
+            env={**env, "PATH": f"{launcher.parent}{os.pathsep}{env['PATH']}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    def end(self, process: subprocess.Popen[str], number: int = 0) -> Ended:
+    def end(self, process: Forked | subprocess.Popen[str], number: int = 0) -> Ended:
         """Wait until it ends, after signal `number` to the whole group, as Ctrl-C sends it."""
         try:
             if number:
                 os.killpg(process.pid, number)
             output, _ = process.communicate(timeout=TIMEOUT)
+            assert process.returncode is not None
             return Ended(process.returncode, output)
         finally:
             if process.poll() is None:
@@ -116,6 +120,32 @@ class Program:
         while len(metrics(folder)) < steps and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.02)
         return self.end(process, number if process.poll() is None else 0)
+
+    def python(self, program: str, *arguments: str) -> Ended:
+        """A script, or a module by its name, as one process."""
+        return self.end(self.warm.start(program, *arguments, env=environment()))
+
+    def two_ranks(self, *arguments: str, program: str = RUN) -> tuple[Ended, Ended]:
+        """What a launcher would start, without one: how each rank ends by itself."""
+        port = str(free_port())
+        started = []
+        for rank in "01":
+            env = environment(
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE="2",
+                LOCAL_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
+            started.append(self.warm.start(program, *arguments, env=env))
+        first, second = map(self.end, started)
+        return first, second
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what a launcher sets, one thread."""
+    return {k: v for k, v in os.environ.items() if k not in RANKS} | {"OMP_NUM_THREADS": "1"} | more
 
 
 def free_port() -> int:
@@ -151,8 +181,10 @@ def tiny_unet() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def program() -> Program:
-    return Program()
+def program() -> Iterator[Program]:
+    program = Program()
+    yield program
+    program.warm.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from dit_booth.cli import parse
 from dit_booth.data.video import probe
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 LAUNCHED = ["--train.checkpoint-every", "1", "--sample.videos", "3"]  # two ranks share three videos
 EMBEDDED = ["--weights", "embedded", "--clip.pretrained", "embedded"]  # a new DiT's output would be zero
 FAST = ["--stages.coarse.lr", "0.01", "--stages.fine.lr", "0.01"]  # two steps must show in the videos
@@ -148,27 +145,25 @@ def test_the_same_command_again_does_nothing_and_says_so(launched: Run, program)
     assert {path: path.stat().st_mtime_ns for path in launched.folder.rglob("*")} == before
 
 
-def test_a_finished_run_samples_again_and_from_an_image_of_ones_own(launched: Run, tmp_path: Path):
+def test_a_finished_run_samples_again_and_from_an_image_of_ones_own(launched: Run, program, tmp_path: Path):
     picture = np.full((20, 16, 3), 255, np.uint8)
     picture[5:15, 4:12] = (200, 30, 30)
     Image.fromarray(picture).save(tmp_path / "mine.png")
-    command = [sys.executable, "experiments/sample.py", str(launched.folder)]
+    command = ["experiments/sample.py", str(launched.folder)]
     own = ["--image", str(tmp_path / "mine.png"), "--caption", "a star is spinning", "--subject", "star"]
-    again = subprocess.run([*command, "--reference", "own"], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    again = program.python(*command, "--reference", "own")
+    assert again.code == 0, again.output
     first = (launched.folder / "samples" / "metrics.jsonl").read_text().splitlines()
     second = (launched.folder / "samples-own-seed0" / "metrics.jsonl").read_text().splitlines()
     for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
         assert a["key"] == b["key"]
         assert abs(a["psnr"] - b["psnr"]) < 1e-4  # the saved weights are the run's
-    mine = subprocess.run([*command, *own], cwd=ROOT, capture_output=True, text=True)
-    assert mine.returncode == 0, mine.stderr
-    assert probe(mine.stdout.strip().splitlines()[-1]).frames == 3
-    wrong = subprocess.run(
-        [*command, *own[:4], "--subject", "moon"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert wrong.returncode == 1
-    assert "moon" in wrong.stderr.splitlines()[-1]
+    mine = program.python(*command, *own)
+    assert mine.code == 0, mine.output
+    assert probe(mine.output.strip().splitlines()[-1]).frames == 3
+    wrong = program.python(*command, *own[:4], "--subject", "moon")
+    assert wrong.code == 1
+    assert "moon" in wrong.output.splitlines()[-1]
 
 
 def test_the_unet_by_plain_python(program, tiny, tiny_unet, tmp_path: Path):
@@ -182,10 +177,9 @@ def test_the_unet_by_plain_python(program, tiny, tiny_unet, tmp_path: Path):
 
 def test_zero_stage_3_on_two_ranks(program, tiny, tiny_unet, zero3, tmp_path: Path):
     """Parameters are partitioned while training, and whole in what is written."""
-    ended = program.run(
-        *tiny, *tiny_unet, *zero3, "--train.checkpoint-every", "1", "--out", str(tmp_path), ranks=2
-    )
-    assert ended.code == 0, ended.output
+    flags = ["--train.checkpoint-every", "1", "--out", str(tmp_path)]
+    for ended in program.two_ranks(*tiny, *tiny_unet, *zero3, *flags):
+        assert ended.code == 0, ended.output
     assert json.loads((tmp_path / "checkpoints/1_fine/latest.json").read_text())["zero"] == 3
     width = 8  # of the first level
     trained = load_file(tmp_path / "strategy.safetensors")

@@ -84,10 +84,10 @@ def test_its_options_are_in_the_help(plugin: Path, tmp_path: Path) -> None:
     )
 
 
-def test_the_list_shows_it(plugin: Path) -> None:
-    said = python("-m", "dit_booth.strategies", "--plugin", str(plugin))
-    assert said.returncode == 0, said.stderr
-    entry = said.stdout[said.stdout.index("one_token:") :].split("\n    ")
+def test_the_list_shows_it(plugin: Path, program: Any) -> None:
+    said = program.python("dit_booth.strategies", "--plugin", str(plugin))
+    assert said.code == 0, said.output
+    entry = said.output[said.output.index("one_token:") :].split("\n    ")
     assert entry[0] == "one_token: Every frame also reads CLIP's image embedding, as one token."
     assert "ports: qkv" in entry and "stages: fine" in entry and "identity at initialisation: no" in entry
 
@@ -123,22 +123,22 @@ def test_an_installed_plug_in_is_there_and_a_broken_one_is_named(tmp_path: Path)
     assert other.returncode == 0, "a broken plug-in breaks nothing else"
 
 
-def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path, program: Any) -> None:
     (tmp_path / "mine.py").write_text("raise RuntimeError('half done')\n")
-    for command in (["experiments/run.py"], ["-m", "dit_booth.strategies"]):
-        said = python(*command, "--plugin", str(tmp_path / "mine.py"))
-        assert said.returncode == 1
+    for command in ("experiments/run.py", "dit_booth.strategies"):
+        said = program.python(command, "--plugin", str(tmp_path / "mine.py"))
+        assert said.code == 1
         expected = f"error: --plugin {tmp_path}/mine.py failed: RuntimeError: half done"
-        assert expected in said.stderr.splitlines()[-1]
+        assert expected in said.output.splitlines()[-1]
 
 
 # ---- the list ----------------------------------------------------------------------------------------------
 
 
-def test_the_list_has_every_strategy_with_the_papers_counts() -> None:
-    said = python("-m", "dit_booth.strategies")
-    assert said.returncode == 0, said.stderr
-    entries = {entry.split(":")[0]: entry for entry in re.split(r"\n(?=\S)", said.stdout)}
+def test_the_list_has_every_strategy_with_the_papers_counts(program: Any) -> None:
+    said = program.python("dit_booth.strategies")
+    assert said.code == 0, said.output
+    entries = {entry.split(":")[0]: entry for entry in re.split(r"\n(?=\S)", said.output)}
     assert set(registered()) | {"videobooth"} == set(entries)
     for name, cls in find("token_replacement+kv_concat").items():
         assert (cls.__doc__ or "").splitlines()[0] in entries[name]

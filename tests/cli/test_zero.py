@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from dit_booth.sweep.launch import deepspeed, free_port
-from dit_booth.sweep.slots import Slot, environment
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -21,17 +17,13 @@ TOLERANCE = 1e-5  # ten steps move a parameter by up to 1e-3
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten steps on a frozen base: one process without ZeRO, and in one launch two ranks at each stage."""
-    out = tmp_path_factory.mktemp("zero")
-    env = environment(Slot("cpu", env={"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}))
-    launcher = [deepspeed(), "--master_port", str(free_port())]
-    for command in ([sys.executable, SCRIPT, "--zero", "0"], [*launcher, SCRIPT, "--zero", *ZERO]):
-        ended = subprocess.run(
-            [*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-    return out
+def trained(program: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps on a frozen base: one process without ZeRO, and the same two ranks at each stage."""
+    out = ["--out", str(tmp_path_factory.mktemp("zero"))]
+    alone = program.python(SCRIPT, "--zero", "0", *out)
+    for ended in (alone, *program.two_ranks("--zero", *ZERO, *out, program=SCRIPT)):
+        assert ended.code == 0, ended.output
+    return Path(out[-1])
 
 
 @pytest.mark.parametrize("zero", ZERO)
