@@ -123,12 +123,15 @@ class StageConfig:
     """Further rows that lose the reference only, for guidance by text and image apart (InstructPix2Pix: 0.05 each)."""
     drop_text: float = 0.0
     """Further rows that lose the text only."""
+    frames: int = 0
+    """Train on at most so many frames of a video, in a row from a random one: more subjects in the time; 0: all."""
     single_frames: bool = False
     """Train on every frame as a video of its own: cheap pretraining on images."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}; use 0 or more")
+        for name in ("steps", "frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
         for name in ("drop", "drop_image", "drop_text"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the rows, 0 to 1")

@@ -18,14 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from dit_booth.cli import config_class
-from dit_booth.config import STAGES, DataConfig, StageName, TrainConfig
+from dit_booth.config import STAGES, DataConfig, RunConfig, StageName, TrainConfig
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.inject import Reference
 from dit_booth.injected import Injected, Prediction, gather_sites
@@ -41,7 +41,7 @@ from dit_booth.training.build import Parts, build_backbone
 from dit_booth.training.stage import set_trainable, trainable_globs
 
 FRAMES, SIZE = 3, 12
-_DIT: dict[str, Any] = {"depth": 3, "hidden": 32, "heads": 2}
+_DIT: dict[str, Any] = {"depth": 2, "hidden": 32, "heads": 2}
 BACKBONES: dict[str, dict[str, Any]] = {
     "dit-factorised": {"dit": DiTConfig(**_DIT)},
     "dit-interleaved": {"dit": DiTConfig(**_DIT, layout="interleaved")},
@@ -148,9 +148,7 @@ def trial(
         **{**BACKBONES[backbone], **settings, **(options or {})},
     )
     autoencoder = build_autoencoder(config.autoencoder)
-    torch.manual_seed(0)
-    body = build_backbone(config, autoencoder.channels, text.width, text.embed_dim)
-    _fill_zeros(body)
+    body = copy.deepcopy(_body(config.backbone, config.dit, config.unet, autoencoder.channels))
     sites = gather_sites(
         body,
         text,
@@ -173,6 +171,16 @@ def trial(
 def _clip() -> tuple[TextEncoder, ImageEncoder]:
     torch.manual_seed(0)
     return build_clip(ClipConfig(pretrained="none"))
+
+
+@cache
+def _body(kind: Literal["dit", "unet"], dit: DiTConfig, unet: UNetConfig, channels: int) -> nn.Module:
+    text, _ = _clip()
+    config = RunConfig(backbone=kind, dit=dit, unet=unet)
+    torch.manual_seed(0)
+    body: nn.Module = build_backbone(config, channels, text.width, text.embed_dim)
+    _fill_zeros(body)
+    return body
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from dit_booth.inject import Reference
 from dit_booth.models.clip import Prompt
 from dit_booth.strategy import registered
 from dit_booth.testing import Trial, trial, worst
-from dit_booth.training.distributed import Ranks, start, stop
+from dit_booth.training.distributed import Ranks, initialize, start, stop
 
 Arguments = tuple[Tensor, Tensor, Prompt, Reference]
 
@@ -80,9 +80,7 @@ def _mine(run: Trial, ranks: Ranks) -> Arguments:
 
 
 def _engine(run: Trial, trained: list[nn.Parameter], ranks: Ranks, zero: int) -> Any:
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(
+    return initialize(
         model=run.root,
         optimizer=torch.optim.SGD(trained, lr=1.0),
         config={
@@ -94,7 +92,6 @@ def _engine(run: Trial, trained: list[nn.Parameter], ranks: Ranks, zero: int) ->
             "steps_per_print": 10**9,
         },
     )
-    return engine
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -151,6 +151,8 @@ class Trainer:
     def __init__(self, parts: Parts, pool: Pool, name: StageName, settings: Settings) -> None:
         self.parts, self.pool, self.config = parts, pool, parts.config
         self.stage = stage_config(parts.config, name)
+        if self.stage.frames:
+            raise ValueError(f"stages.{name}.frames is {self.stage.frames}; here it must be 0, or use run.py")
         self.trained = set_trainable(parts.root, trainable_globs(parts.config, parts.root, name, ()))
         self.parameters: list[nn.Parameter] = list(self.trained.values())
         device = self.parameters[0].device

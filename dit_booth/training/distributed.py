@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._tensor_str import printoptions
 
 from dit_booth.files import Lock, remove_partials
 
@@ -103,6 +104,13 @@ def _import_muon() -> None:
         del os.environ[_NO_COMPILER]
         if asked is not None:
             os.environ[_NO_COMPILER] = asked
+
+
+def initialize(**arguments: Any) -> Any:
+    """The engine of ``deepspeed.initialize``, whose stage 3 formats every parameter for messages it does not print."""
+    with printoptions(threshold=0, edgeitems=1):  # a third of that stage's start, for small networks
+        engine, *_ = import_deepspeed().initialize(**arguments)
+    return engine
 
 
 def start() -> Ranks:

@@ -67,13 +67,14 @@ def make_inputs(
     (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). With a generator for each row, a row's draws do not depend on
     the batch around it, hence not on the number of ranks.
     """
+    video = _clip(batch.video, stage.frames, generator) if stage.frames else batch.video
     u = per_row(lambda n, g: torch.rand(n, generator=g), len(batch), generator)
     no_image = u < stage.drop + stage.drop_image
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
     captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
     subjects = [None if d else s for s, d in zip(batch.subjects, no_text, strict=True)]
     prompt = parts.tokenize(captions, subjects)
-    x0 = parts.autoencoder.encode(batch.video, generator)
+    x0 = parts.autoencoder.encode(video, generator)
     shape, reference = x0.shape, None
     t = per_row(parts.objective.sample_t, len(batch), generator).to(x0.device)
     if with_image:
@@ -86,6 +87,14 @@ def make_inputs(
     eps = randn(shape, generator, x0.device, x0.dtype).reshape(x0.shape)  # a row's frames are one draw
     x_t = parts.objective.noise(x0, t, eps).to(dtype)
     return Inputs(x_t, parts.objective.timestep(t), prompt, reference, x0, eps, t)
+
+
+def _clip(video: Tensor, frames: int, generator: Generators) -> Tensor:
+    """At most so many frames of each video (b f 3 h w), from a random one on."""
+    frames = min(frames, video.shape[1])
+    starts = video.shape[1] - frames + 1
+    first = per_row(lambda n, g: torch.randint(starts, (n,), generator=g), len(video), generator)
+    return torch.stack([v[start : start + frames] for v, start in zip(video, first.tolist(), strict=True)])
 
 
 def _single_frames(

@@ -23,7 +23,7 @@ from dit_booth.training import checkpoint
 from dit_booth.training.address import Stage
 from dit_booth.training.build import Parts, repository_file
 from dit_booth.training.cost import Cost, dtype_of
-from dit_booth.training.distributed import Ranks
+from dit_booth.training.distributed import Ranks, initialize
 from dit_booth.training.ema import Ema
 from dit_booth.training.inputs import generator_of, make_inputs
 from dit_booth.training.journal import Journal
@@ -147,17 +147,14 @@ def make_engine(
     parts: Parts, trained: dict[str, torch.nn.Parameter], stage: StageConfig, ranks: Ranks
 ) -> Any:
     """A DeepSpeed engine whose optimizer holds the trained parameters only."""
-    import deepspeed
-
     optimizer = make_optimizer(trained, parts.config.train, stage.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, stage))
-    engine, *_ = deepspeed.initialize(
+    return initialize(
         model=parts.root,
         optimizer=optimizer,
         lr_scheduler=schedule,
         config=engine_settings(parts.config, ranks),
     )
-    return engine
 
 
 def learning_rate(step: int, stage: StageConfig) -> float:

@@ -75,7 +75,7 @@ def first_previous(qkv: QKV, k: Tensor, v: Tensor, image: dict[int, tuple[Tensor
 def test_kv_concat_equals_a_dense_computation(options: KVConcatConfig, backbone: str) -> None:
     run = trial("kv_concat", backbone, options={"kv_concat": options}).loosen()
     part = run.root.strategy.part("kv_concat")
-    site = "blocks.2.attn1" if backbone != "unet" else "mid_block.attentions.0.transformer_blocks.0.attn1"
+    site = "blocks.1.attn1" if backbone != "unet" else "mid_block.attentions.0.transformer_blocks.0.attn1"
     assert site in part.attached
     hidden = run.root.record(run.t, run.reference().noisy, False, list(part.attached))
     watch = Watch(run.root.strategy.bind({"kv_concat": part(recorded(run, run.t))}), site)
@@ -143,7 +143,7 @@ def test_a_clean_reference_does_not_depend_on_the_time(noise: str, backbone: str
 @torch.no_grad()
 def test_frames_that_nothing_joins_to_the_image_do_not_change(backbone: str) -> None:
     """With `direct` and one chosen site, exactly the named frames of that attention read the image."""
-    glob = "blocks.2.attn1" if backbone != "unet" else "up_blocks.*"
+    glob = "blocks.1.attn1" if backbone != "unet" else "up_blocks.*"
     options = KVConcatConfig(update="direct", where=glob)
     part = trial("kv_concat", backbone, options={"kv_concat": options}).root.strategy.part("kv_concat")
     assert part.attached and all(name.startswith(glob.rstrip("*")) for name in part.attached)

@@ -266,7 +266,7 @@ def test_an_unknown_kernel_is_an_error_that_lists_the_known_ones() -> None:
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    q = torch.zeros(1, 3, 4, 2, 72)
+    q = torch.zeros(1, 3, 6, 2, 72)
     with caplog.at_level(logging.INFO, "dit_booth.attention.kernels"):
         for _ in range(2):
             attend(q, [one(((0,),) * 3, k=(1, 2, 4, 2, 72))])

@@ -102,6 +102,8 @@ def with_triton(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
         (CUDA, BF16, 136, 16, "torch_flash"),
         (CUDA, F32, 72, 16, "torch_efficient"),
         (CPU, BF16, 72, 16, "torch_flash"),
+        (CPU, F32, 72, 16, "math"),
+        (CPU, F32, 72, 17, "torch_flash"),
     ],
 )
 def test_auto_prefers_the_short_kernel_where_it_fits(

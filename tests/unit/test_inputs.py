@@ -47,6 +47,35 @@ def inputs(
     return make_inputs(parts_of(kind), batch(), stage, generator_of(seed), torch.float32, image)
 
 
+# ---- frames ------------------------------------------------------------------------------------------------
+
+
+def frames_at(stage: StageConfig, generator: Any) -> list[int]:
+    """Where each row's frames begin in its video; that they are its frames, in a row, is asserted."""
+    whole = parts_of().autoencoder.encode(batch().video)
+    x0 = make_inputs(parts_of(), batch(), stage, generator, torch.float32, True).x0
+    windows = whole.unfold(1, x0.shape[1], 1).movedim(-1, 2)  # b start f c h w
+    same = (windows == x0.unsqueeze(1)).flatten(2).all(-1)
+    assert bool(same.any(1).all())
+    return same.int().argmax(1).tolist()
+
+
+def test_a_stage_of_fewer_frames_takes_them_in_a_row_from_a_random_one() -> None:
+    found = [frames_at(StageConfig(frames=2), generator_of(seed)) for seed in range(8)]
+    assert {start for starts in found for start in starts} == {0, 1}
+    assert found[0] == frames_at(StageConfig(frames=2), generator_of(0))
+    assert frames_at(StageConfig(frames=FRAMES), generator_of(0)) == [0] * BATCH
+    own = frames_at(StageConfig(frames=2), [generator_of(row) for row in range(BATCH)])
+    other = frames_at(StageConfig(frames=2), [generator_of(row + 9 * (row > 2)) for row in range(BATCH)])
+    assert own[:3] == other[:3], "a row's frames depend on its own generator alone"
+
+
+def test_more_frames_than_there_are_are_all() -> None:
+    assert frames_at(StageConfig(frames=FRAMES + 1), generator_of(0)) == [0] * BATCH
+    with pytest.raises(ValueError, match="frames is -1; use 0 or more"):
+        StageConfig(frames=-1)
+
+
 # ---- randomness --------------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ def test_encoders_have_their_model_s_sizes() -> None:
 
 
 def planned(folder: Path, **changes: Any) -> Plan:
-    options = {"stages.coarse.steps": 40, "stages.fine.steps": 20}
+    options = {"stages.coarse.steps": 40, "stages.fine.steps": 20, "dit.depth": 1, "weights": "none"}
     description = {
         "base": DEMO,
         "options": options,
@@ -86,9 +86,10 @@ def test_a_new_sweep_is_estimated_from_its_flops_and_says_so(
     monkeypatch.setattr(estimate, "matmul_rate", lambda device: 1e10)  # a machine of known speed
     plan = planned(tmp_path, seeds=[0, 1])
     said = show_plan(plan)
-    config = parse(["--config", DEMO])
+    flags = ["--config", DEMO, "--dit.depth", "1", "--weights", "none"]
+    config = parse(flags)
     coarse, fine = (estimate.flops_of_step(config, of) for of in stages_of(config))
-    other = parse(["--config", DEMO, "--kv-concat.update", "direct"])
+    other = parse([*flags, "--kv-concat.update", "direct"])
     direct = estimate.flops_of_step(other, stages_of(other)[1])
     work = 2 * (40 * coarse + 20 * (fine + direct))
     assert seconds_of(said) == pytest.approx(work / (estimate.REACHED * 1e10), abs=1)

@@ -25,7 +25,7 @@ from dit_booth.sweep.show import show_plan, show_rows
 ROOT = Path(__file__).parents[2]
 STUDY = {
     "base": str(ROOT / "experiments/configs/demo.yaml"),
-    "options": {"stages.coarse.steps": 40, "stages.fine.steps": 20},
+    "options": {"stages.coarse.steps": 40, "stages.fine.steps": 20, "dit.depth": 1, "weights": "none"},
     "grid": {"kv_concat.update": ["first_frame_value", "direct"], "stages.fine.lr": [1e-4, 1e-3]},
     "seeds": [0, 1],
     "baseline": {"kv_concat.update": "first_frame_value", "stages.fine.lr": 1e-3},

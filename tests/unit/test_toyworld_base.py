@@ -79,6 +79,13 @@ def test_the_learning_rate_and_the_average_follow_the_stage() -> None:
         torch.testing.assert_close(trainer.averages()[name], average)
 
 
+def test_fewer_frames_are_for_run_py() -> None:
+    config = parse(["--config", CONFIG, "--stages.base.frames=2", "--data.frames=3"])
+    parts = build(config)
+    with pytest.raises(ValueError, match=r"stages\.base\.frames is 2; here it must be 0"):
+        base.Trainer(parts, base.Pool.render(config, parts, 2, 1), "base", base.Settings())
+
+
 @pytest.mark.parametrize("backbone", ["dit", "unet"])
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(backbone: str) -> None:
     """With Muon a matrix moves by one root mean square in all its directions; what AdamW moves is as without it."""
