@@ -34,7 +34,7 @@ from dit_booth.models.clip import NULL_PROMPT, ImageEncoder, Prompt, TextEncoder
 from dit_booth.models.dit import DiTConfig, VideoDiT
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.layers import keep_einops_whole
-from dit_booth.models.unet import UNetConfig
+from dit_booth.models.unet import UNetConfig, VideoUNet
 from dit_booth.models.weights import load_strategies, load_strictly, part, read, read_strategies, write
 from dit_booth.strategy import Strategy, StrategyConfig, create, find
 from dit_booth.training.build import Parts, build_backbone
@@ -174,11 +174,13 @@ def _clip() -> tuple[TextEncoder, ImageEncoder]:
 
 
 @cache
-def _body(kind: Literal["dit", "unet"], dit: DiTConfig, unet: UNetConfig, channels: int) -> nn.Module:
+def _body(
+    kind: Literal["dit", "unet"], dit: DiTConfig, unet: UNetConfig, channels: int
+) -> VideoDiT | VideoUNet:
     text, _ = _clip()
     config = RunConfig(backbone=kind, dit=dit, unet=unet)
     torch.manual_seed(0)
-    body: nn.Module = build_backbone(config, channels, text.width, text.embed_dim)
+    body = build_backbone(config, channels, text.width, text.embed_dim)
     _fill_zeros(body)
     return body
 
