@@ -15,7 +15,10 @@ pytestmark = pytest.mark.slow
 STEPS = 16
 LONGER = ["--stages.coarse.steps", str(STEPS), "--sample.videos", "1"]
 WORKER = ["--data.workers", "1"]  # a reader process gets the same signals; it changes no batch
-ALL_STEPS = [("coarse", step) for step in range(1, STEPS + 1)] + [("fine", 1), ("fine", 2)]
+
+
+def all_steps(coarse: int) -> list[tuple[str, int]]:
+    return [("coarse", step) for step in range(1, coarse + 1)] + [("fine", 1), ("fine", 2)]
 
 
 def latest(folder: Path) -> int:
@@ -74,7 +77,7 @@ def test_interrupted_then_killed_it_still_ends_with_the_same_weights(
     assert ended.code == 0, ended.output
     assert f"stage coarse goes on after step {kept}\n" in ended.output
     assert lines(folder)[:kept] == second[:kept]
-    assert steps_of(folder) == ALL_STEPS  # each once, in order
+    assert steps_of(folder) == all_steps(STEPS)  # each once, in order
     assert numbers(folder) == numbers(unbroken)
     for name in ("weights.safetensors", "strategy.safetensors", "checkpoints/0_coarse/weights.safetensors"):
         ours, theirs = load_file(folder / name), load_file(unbroken / name)
@@ -83,10 +86,10 @@ def test_interrupted_then_killed_it_still_ends_with_the_same_weights(
 
 
 def test_interrupted_under_the_launcher_with_two_ranks(program, tiny, steps_of, tmp_path: Path):
-    folder = tmp_path / "run"
+    folder, steps = tmp_path / "run", 9
     # More micro-batches than a reader keeps ready: the step that meets the signal still needs new ones.
     command = [*tiny, *LONGER, *WORKER, "--train.batch-size", "8", "--train.accumulation", "4"]
-    command += ["--out", str(folder)]
+    command += ["--stages.coarse.steps", str(steps), "--out", str(folder)]
 
     ended = program.cut(*command, folder=folder, steps=3, number=signal.SIGINT, ranks=2)
     assert ended.code != 0
@@ -94,7 +97,7 @@ def test_interrupted_under_the_launcher_with_two_ranks(program, tiny, steps_of, 
         ended.output
     )  # the launcher has one
     done = steps_of(folder)[-1][1]
-    assert latest(folder) == done < STEPS
+    assert latest(folder) == done < steps
     assert ended.output.count(f"stopped at step {done} of stage coarse") == 1
     first = lines(folder)
 
@@ -102,5 +105,5 @@ def test_interrupted_under_the_launcher_with_two_ranks(program, tiny, steps_of, 
         assert ended.code == 0, ended.output
         assert ended.output.count(f"stage coarse goes on after step {done}\n") == (rank == 0)
     assert lines(folder)[:done] == first
-    assert steps_of(folder) == ALL_STEPS
+    assert steps_of(folder) == all_steps(steps)
     assert (folder / "finished").is_file()

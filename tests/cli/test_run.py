@@ -177,7 +177,7 @@ def test_the_unet_by_plain_python(program, tiny, tiny_unet, tmp_path: Path):
 
 def test_zero_stage_3_on_two_ranks(program, tiny, tiny_unet, zero3, tmp_path: Path):
     """Parameters are partitioned while training, and whole in what is written."""
-    flags = ["--train.checkpoint-every", "1", "--out", str(tmp_path)]
+    flags = ["--stages.coarse.steps", "1", "--train.checkpoint-every", "1", "--out", str(tmp_path)]
     for ended in program.two_ranks(*tiny, *tiny_unet, *zero3, *flags):
         assert ended.code == 0, ended.output
     assert json.loads((tmp_path / "checkpoints/1_fine/latest.json").read_text())["zero"] == 3

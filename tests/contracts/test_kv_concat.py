@@ -179,7 +179,7 @@ def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match=r"kv_concat\.keyframe_every is 0; use 1 or more"):
         KVConcatConfig(keyframe_every=0)
     with pytest.raises(
-        ValueError, match=r"site glob 'blocks\.9\.attn1' matches none of the 3 sites.*nearest"
+        ValueError, match=r"site glob 'blocks\.9\.attn1' matches none of the 2 sites.*nearest"
     ):
         trial("kv_concat", options={"kv_concat": KVConcatConfig(where="blocks.9.attn1")})
 
