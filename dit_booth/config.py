@@ -143,6 +143,10 @@ class StageConfig:
         if self.lr <= 0:
             raise ValueError(f"lr is {self.lr}; use a positive learning rate")
 
+    def frames_of(self, video: int) -> int:
+        """How many frames of a video of so many the stage trains on."""
+        return min(self.frames or video, video)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StagesConfig:

@@ -177,6 +177,7 @@ def _clip() -> tuple[TextEncoder, ImageEncoder]:
 def _body(
     kind: Literal["dit", "unet"], dit: DiTConfig, unet: UNetConfig, channels: int
 ) -> VideoDiT | VideoUNet:
+    """A backbone with every parameter random, built once: trials copy it."""
     text, _ = _clip()
     config = RunConfig(backbone=kind, dit=dit, unet=unet)
     torch.manual_seed(0)

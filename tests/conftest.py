@@ -139,7 +139,12 @@ class Program:
                 MASTER_PORT=port,
             )
             started.append(self.warm.start(program, *arguments, env=env))
-        first, second = map(self.end, started)
+        try:
+            first, second = map(self.end, started)
+        finally:
+            for process in started:  # the other one, if the first did not end
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
         return first, second
 
 

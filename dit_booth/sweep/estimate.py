@@ -90,7 +90,7 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
     here = [glob for glob in globs if not glob.startswith("text.")]
     set_trainable(root, here, of.active)
     cast(describe.GivenText, root.text).trains = len(here) < len(globs)
-    frames = min(stage.frames or config.data.frames, config.data.frames)
+    frames = stage.frames_of(config.data.frames)
     rows, frames = (frames, 1) if stage.single_frames else (1, frames)
     shape = (rows, frames, *latents)
     image = None

@@ -108,7 +108,7 @@ def _import_muon() -> None:
 
 def initialize(**arguments: Any) -> Any:
     """The engine of ``deepspeed.initialize``, whose stage 3 formats every parameter for messages it does not print."""
-    with printoptions(threshold=0, edgeitems=1):  # a third of that stage's start, for small networks
+    with printoptions(threshold=0, edgeitems=1):  # half of its time in a profile of small networks
         engine, *_ = import_deepspeed().initialize(**arguments)
     return engine
 

@@ -67,7 +67,8 @@ def make_inputs(
     (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). With a generator for each row, a row's draws do not depend on
     the batch around it, hence not on the number of ranks.
     """
-    video = _clip(batch.video, stage.frames, generator) if stage.frames else batch.video
+    frames = stage.frames_of(batch.video.shape[1])
+    video = _clip(batch.video, frames, generator) if stage.frames else batch.video
     u = per_row(lambda n, g: torch.rand(n, generator=g), len(batch), generator)
     no_image = u < stage.drop + stage.drop_image
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
@@ -90,8 +91,7 @@ def make_inputs(
 
 
 def _clip(video: Tensor, frames: int, generator: Generators) -> Tensor:
-    """At most so many frames of each video (b f 3 h w), from a random one on."""
-    frames = min(frames, video.shape[1])
+    """So many frames of each video (b f 3 h w), in a row from a random one on."""
     starts = video.shape[1] - frames + 1
     first = per_row(lambda n, g: torch.randint(starts, (n,), generator=g), len(video), generator)
     return torch.stack([v[start : start + frames] for v, start in zip(video, first.tolist(), strict=True)])
