@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dit_booth.config import RunConfig
+from dit_booth.flops import Flops
 from dit_booth.inject import Injection, Reference, Site, Sites, no_injection
 from dit_booth.injected import Injected
 from dit_booth.models.clip import ClipConfig, Prompt, Text
@@ -145,9 +145,9 @@ def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
 
 def cost_of(module: nn.Module, forward: Callable[[], Any]) -> Cost:
     """Parameters of a module, and what `forward` costs."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), Flops() as counter:
         forward()
-    return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2)
+    return Cost(sum(p.numel() for p in module.parameters()), counter.total // 2)
 
 
 # ---- a run's network without its encoders ------------------------------------------------------------------

@@ -351,7 +351,9 @@ def checkpointing_gives_equal_gradients(make: Callable[..., Trial]) -> None:
 def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> None:
     """torch.compile changes neither output nor gradients: a DiT's blocks, without a graph break; a U-Net's middle."""
     run = make().loosen()
-    wanted, results = run.wanted(), []
+    run.x.requires_grad_()  # as the other blocks' inputs do: one graph serves the first one, too
+    wanted, reference, results = run.wanted(), run.reference(), []
+    reference.noisy.requires_grad_()
     for compiled in (False, True):
         if compiled:
             torch.compiler.reset()
@@ -362,8 +364,8 @@ def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> 
                 if isinstance(backbone, VideoDiT)
                 else backbone.get_submodule("mid_block").compile
             )
-            part(backend=backend)
-        prediction = run.root(run.x, run.t, run.prompt, run.reference())
+            part(backend=backend, dynamic=False)
+        prediction = run.root(run.x, run.t, run.prompt, reference)
         loss = prediction.output.square().mean() + prediction.penalty
         results.append((prediction.output.detach(), torch.autograd.grad(loss, wanted)))
     (plain, plain_grads), (output, grads) = results

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from dit_booth import describe
 from dit_booth.cli import parse, to_argv
 from dit_booth.config import RunConfig
+from dit_booth.flops import Flops
 from dit_booth.sweep.plan import Plan
 from dit_booth.sweep.rows import read_json
 from dit_booth.training.address import Stage, stages_of
@@ -97,10 +97,10 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
     if of.active:
         copies = root.strategy.reference_frames(of.active)
         image = describe.reference(shape, copies=copies, encoders=encoders)
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         prediction = root(*describe.inputs(shape, encoders=encoders), image)
         (prediction.output.square().mean() + prediction.penalty).backward()
-    return float(counter.get_total_flops() * config.train.batch_size)
+    return float(counter.total * config.train.batch_size)
 
 
 def latents_of(config: RunConfig) -> describe.Latents:

@@ -9,7 +9,7 @@ import math
 import re
 import resource
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from dit_booth.config import RunConfig, StageConfig
 from dit_booth.data.example import VideoDataset, collate
 from dit_booth.files import read_lines, write_text
+from dit_booth.flops import Flops
 from dit_booth.training.address import Stage
 from dit_booth.training.build import Parts
 from dit_booth.training.distributed import Ranks
@@ -77,35 +77,16 @@ def count_flops(
 ) -> float:
     """FLOPs of forward and backward for one video, with the parameters that are trainable now.
 
-    They are counted on a copy: counting breaks operations up, which may change a step's last digits. An attention
-    kernel that hides from PyTorch's dispatcher (flash, flash4) counts as nothing.
+    They are counted on a copy, which gets the gradients.
     """
     probe = replace(parts, root=copy.deepcopy(parts.root).to(device, dtype))
     batch = collate([dataset[0]]).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.root.active))
-        with FlopCounterMode(display=False, custom_mapping=_attention_flops()) as counter:
+        with Flops() as counter:
             prediction = probe.root(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
             (inputs.loss(probe.objective, prediction) + prediction.penalty).backward()
-    return float(counter.get_total_flops())
-
-
-def _attention_flops() -> dict[Any, Callable[..., int]]:
-    """FLOPs, by their tensors' shapes, of the attention kernels that PyTorch's own table lacks."""
-
-    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    def backward(dout: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(dout, q, k, v)
-
-    ops, ours = torch.ops.aten, torch.ops.dit_booth
-    return {
-        ops._scaled_dot_product_flash_attention_for_cpu: forward,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-        ours.short_attention: forward,
-        ours.short_attention_backward: backward,
-    }
+    return float(counter.total)
 
 
 def dtype_of(settings: Mapping[str, Any]) -> torch.dtype:

@@ -6,7 +6,7 @@
 
 A step is forward, backward, clipping and AdamW of all parameters, with float32 masters of bfloat16 weights (as
 DeepSpeed keeps them). Text and image encoder are left out: a step reads their outputs. The FLOPs are the model's, by
-`torch.utils.flop_counter` on the meta device: what checkpointing computes twice counts once. Utilisation is FLOP/s over
+PyTorch's formulas on the meta device: what checkpointing computes twice counts once. Utilisation is FLOP/s over
 those of the best of some large matrix products, measured in the same run around every case.
 """
 
@@ -25,11 +25,11 @@ import torch
 import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.flop_counter import FlopCounterMode
 
 from dit_booth.cli import config_class
 from dit_booth.config import DataConfig, RunConfig
 from dit_booth.describe import Latents, build, inputs, reference
+from dit_booth.flops import Flops
 from dit_booth.injected import Injected
 from dit_booth.models.dit import DiTConfig, VideoDiT
 from dit_booth.training.graph import captured
@@ -147,10 +147,10 @@ def model_flops(case: Case, options: Options) -> int:
     """FLOPs of forward and backward for one video; nothing is computed."""
     root = build(case.config(options), case.latents)
     batch = batch_of(root, case, 1, "meta", torch.float32)
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         prediction = root(*batch)
         (prediction.output.square().mean() + prediction.penalty).backward()
-    return int(counter.get_total_flops())
+    return int(counter.total)
 
 
 def batch_of(root: Injected, case: Case, videos: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ NAMES = {
 """Points of a seed, and how many stages several of them share."""
 
 
+@cache
 def planned(file: Path, override: Path | None = None) -> Plan:
     """The plan of the first seed."""
     d = read_description(file, override)

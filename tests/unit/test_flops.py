@@ -1,0 +1,79 @@
+"""FLOPs are those that PyTorch's own counter finds, and those of the kernels that it does not know."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from dit_booth.flops import Flops
+from dit_booth.testing import trial
+
+torch.set_num_threads(1)
+
+
+def counted(module: nn.Module, *inputs: Tensor) -> tuple[int, int]:
+    """FLOPs of forward and backward: ours and PyTorch's."""
+    with Flops() as ours:
+        module(*inputs).square().sum().backward()
+    with FlopCounterMode(display=False) as theirs:
+        module(*inputs).square().sum().backward()
+    return ours.total, theirs.get_total_flops()
+
+
+def test_layers_as_pytorch_counts_them() -> None:
+    images, tokens = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(2, 5, 8, requires_grad=True)
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    for module, x in ((convolutions, images), (nn.Linear(8, 3), tokens)):
+        ours, theirs = counted(module, x)
+        assert ours == theirs > 0
+
+
+@pytest.mark.parametrize("backbone", ["dit-joint", "unet"])
+def test_a_network_as_pytorch_counts_it(backbone: str) -> None:
+    """Once it is told of the kernel that the CPU's text tower uses."""
+    ops = torch.ops.aten
+    told = {
+        ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(dout, q, k, v)
+        ),
+    }
+    run = trial("token_replacement+kv_concat", backbone)
+    arguments = (run.x, run.t, run.prompt, run.reference())
+    with Flops() as ours:
+        run.root(*arguments).output.square().sum().backward()
+    with FlopCounterMode(display=False, custom_mapping=told) as theirs:
+        run.root(*arguments).output.square().sum().backward()
+    assert ours.total == theirs.get_total_flops() > 1e6
+
+
+def test_counting_changes_no_digit() -> None:
+    """PyTorch's counter breaks operations up."""
+    run = trial("kv_concat", "unet")
+    with torch.no_grad():
+        plain = run(run.reference())
+        with Flops() as counter:
+            assert torch.equal(run(run.reference()), plain)
+    assert counter.total > 1e6
+
+
+def test_the_cpu_s_flash_attention() -> None:
+    """Two products of (6 x 4) and (4 x 5) numbers for each of 2 x 3 heads; five for the backward pass."""
+    q, k = torch.randn(2, 3, 6, 4, requires_grad=True), torch.randn(2, 3, 5, 4, requires_grad=True)
+    with Flops() as counter:
+        out = scaled_dot_product_attention(q, k, k)
+        assert counter.total == 2 * 6 * (2 * 6 * 4 * 5)
+        out.sum().backward()
+    assert counter.total == (2 + 5) * 6 * (2 * 6 * 4 * 5)
+
+
+def test_our_own_kernel() -> None:
+    q, k = torch.zeros(2, 3, 6, 4, device="meta"), torch.zeros(2, 3, 5, 4, device="meta")
+    with Flops() as counter:
+        out, lse = torch.ops.dit_booth.short_attention(q, k, k, 1.0)
+        assert counter.total == 2 * 6 * (2 * 6 * 4 * 5)
+        torch.ops.dit_booth.short_attention_backward(out, q, k, k, out, lse, 1.0)
+    assert counter.total == (2 + 5) * 6 * (2 * 6 * 4 * 5)
