@@ -51,7 +51,11 @@ def parse(argv: Sequence[str], *, default_config: str = "", description: str = "
             config_class(strategy),
             args=[*flags, *rest],
             description=description,
-            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff),
+            config=(
+                tyro.conf.FlagConversionOff,
+                tyro.conf.AvoidSubcommands,
+                tyro.conf.HelptextFromCommentsOff,
+            ),
         )
     except SystemExit as stop:
         if stop.code and peeled.config:

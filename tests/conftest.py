@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import Forked, Warm
+from warm import RANKS, Forked, Warm, environment
 
+gc.disable()  # the collector would go over what the tests' imports make, again and again: a third of their time
 ROOT = Path(__file__).parents[1]
 TINY = [
     "--strategy",
@@ -59,7 +61,6 @@ TINY_UNET = [
     "True",
     "True",
 ]
-RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 TIMEOUT = 600.0
 RUN = "experiments/run.py"
 
@@ -148,11 +149,6 @@ class Program:
         return first, second
 
 
-def environment(**more: str) -> dict[str, str]:
-    """This process's, without what a launcher sets, one thread."""
-    return {k: v for k, v in os.environ.items() if k not in RANKS} | {"OMP_NUM_THREADS": "1"} | more
-
-
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -165,6 +161,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     file = folder / "metrics.jsonl"
     text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -257,3 +258,4 @@ def in_process(
 
     yield run
     torch.set_num_threads(threads)
+    gc.unfreeze()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from warm import environment
 
 from dit_booth.files import read_lines
 from dit_booth.sweep.rows import MEASURED
-from dit_booth.sweep.slots import RANK
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -59,11 +59,10 @@ class Sweep:
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         name, _, value = self.mark.partition("=")
-        env = {k: v for k, v in os.environ.items() if k not in RANK} | {"OMP_NUM_THREADS": "1", name: value}
         return subprocess.Popen(
             [sys.executable, "experiments/sweep.py", str(self.file), "--out", str(self.out), *more],
             cwd=ROOT,
-            env=env,
+            env=environment(**{name: value}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

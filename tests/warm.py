@@ -7,7 +7,6 @@ and of what is imported when take new interpreters.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import runpy
@@ -20,6 +19,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+AS_INSTALLED = str(Path(__file__).parent / "as_installed")
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a program: this process's without what a launcher sets, one thread, a user's packages."""
+    own = {name: value for name, value in os.environ.items() if name not in RANKS}
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": AS_INSTALLED} | more
 
 
 class Forked:
@@ -53,7 +60,7 @@ class Warm:
         self.server = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -85,14 +92,13 @@ class Warm:
 
 def serve() -> None:
     """Answer requests, a line each, until the input ends; in a fork: become the program that was asked for."""
-    import open_clip  # noqa: F401
+    from experiments.run import collector_at_rest, load_modules
 
-    import dit_booth.cli
-    import dit_booth.training.build  # noqa: F401
-    from experiments.run import load_modules
+    with collector_at_rest():  # its forks share these pages
+        import dit_booth.cli
+        import dit_booth.training.build  # noqa: F401
 
-    load_modules()
-    gc.freeze()  # the forks share these pages
+        load_modules()
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
