@@ -12,7 +12,6 @@ DeepSpeed is `check_under_zero`, called in every process of a launch.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from dit_booth.models.layers import keep_einops_whole
 from dit_booth.models.unet import UNetConfig, VideoUNet
 from dit_booth.models.weights import load_strategies, load_strictly, part, read, read_strategies, write
 from dit_booth.strategy import Strategy, StrategyConfig, create, find
+from dit_booth.template import Template
 from dit_booth.training.build import Parts, build_backbone
 from dit_booth.training.stage import set_trainable, trainable_globs
 
@@ -136,8 +136,7 @@ def trial(
     **settings: Any,
 ) -> Trial:
     """A strategy on one of `BACKBONES`; `settings` are fields of `RunConfig` that replace that backbone's."""
-    text, image_encoder = _clip()
-    text = copy.deepcopy(text)
+    text, image_encoder = _text().copy(), _clip()[1]
     config = config_class(strategy)(
         strategy=strategy,
         weights="none",
@@ -148,7 +147,7 @@ def trial(
         **{**BACKBONES[backbone], **settings, **(options or {})},
     )
     autoencoder = build_autoencoder(config.autoencoder)
-    body = copy.deepcopy(_body(config.backbone, config.dit, config.unet, autoencoder.channels))
+    body = _body(config.backbone, config.dit, config.unet, autoencoder.channels).copy()
     sites = gather_sites(
         body,
         text,
@@ -174,16 +173,21 @@ def _clip() -> tuple[TextEncoder, ImageEncoder]:
 
 
 @cache
+def _text() -> Template[TextEncoder]:
+    return Template(_clip()[0])
+
+
+@cache
 def _body(
     kind: Literal["dit", "unet"], dit: DiTConfig, unet: UNetConfig, channels: int
-) -> VideoDiT | VideoUNet:
+) -> Template[VideoDiT | VideoUNet]:
     """A backbone with every parameter random, built once: trials copy it."""
     text, _ = _clip()
     config = RunConfig(backbone=kind, dit=dit, unet=unet)
     torch.manual_seed(0)
     body = build_backbone(config, channels, text.width, text.embed_dim)
     _fill_zeros(body)
-    return body
+    return Template(body)
 
 
 @torch.no_grad()
