@@ -50,9 +50,10 @@ def launched(program, tiny, tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def zero3(tmp_path_factory) -> list[str]:
-    """Arguments for ZeRO stage 3, with partitions as small as the model is."""
+    """Arguments for ZeRO stage 3, with partitions as small as the model is; none is kept for its next use."""
     file = tmp_path_factory.mktemp("zero3") / "zero3.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    settings = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    file.write_text(json.dumps({"zero_optimization": settings}))
     return ["--ds-config", str(file)]
 
 

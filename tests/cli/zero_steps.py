@@ -29,6 +29,8 @@ SETTINGS = (
     " --train.batch-size 8 --train.clip 1.0 --train.ema 0"
 )
 BACKBONES = ("dit", "unet")
+# As small as the networks are, DeepSpeed would keep every parameter whole, and take seconds to find that out.
+GATHER_ALWAYS = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
             folder = args.out / f"{backbone}-{ranks.world}-zero{zero}"
             folder.mkdir(parents=True, exist_ok=True)
             engine = folder / "ds.json"
-            settings: dict[str, Any] = {"stage": int(zero[0]), "stage3_param_persistence_threshold": 0}
+            settings: dict[str, Any] = {"stage": int(zero[0]), **GATHER_ALWAYS}
             if zero.endswith("o"):
                 settings["offload_optimizer"] = {"device": "cpu"}
             engine.write_text(json.dumps({"zero_optimization": settings}))
