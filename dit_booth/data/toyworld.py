@@ -219,7 +219,8 @@ def sample_identity(rng: np.random.Generator, split: Split) -> Identity:
     unmoved = texture == "plain" and shape in ("circle", "ring")
     motion = _choose(rng, [name for name in MOTIONS if not (unmoved and name == "spinning")])
     radius, start, end = _path(rng, motion)
-    turn = math.radians(rng.uniform(150, 270)) * float(rng.choice((-1.0, 1.0)))
+    # 6 to 13 degrees from one of eight frames to the next: further, and a star's arms are not told apart.
+    turn = math.radians(rng.uniform(45, 90)) * float(rng.choice((-1.0, 1.0)))
     return Identity(
         shape=shape,
         texture=texture,
