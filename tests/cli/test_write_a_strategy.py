@@ -53,7 +53,9 @@ def test_the_document_names_every_declaration() -> None:
 
 def test_with_an_option_it_keeps_all_promises(plugin: Path) -> None:
     load_plugin(str(plugin))
-    check_strategy("one_token_at", promises=[promise for promise in PROMISES if promise is not compiled_is_the_same])
+    check_strategy(
+        "one_token_at", promises=[promise for promise in PROMISES if promise is not compiled_is_the_same]
+    )
 
 
 @pytest.mark.slow
