@@ -54,7 +54,7 @@ def parse(argv: Sequence[str], *, default_config: str = "", description: str = "
             config=(
                 tyro.conf.FlagConversionOff,
                 tyro.conf.AvoidSubcommands,
-                tyro.conf.HelptextFromCommentsOff,
+                tyro.conf.HelptextFromCommentsOff,  # or every parse reads the classes' sources anew
             ),
         )
     except SystemExit as stop:

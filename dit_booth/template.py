@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 class Template(Generic[M]):
     """What `copy` makes equals the module as it was, tensor by tensor, and shares none with it.
 
-    A parameter that has two names has them in the copy, too.
+    A parameter that has two names has them in the copy, too. All but its tensors must be picklable.
     """
 
     def __init__(self, module: M) -> None:

@@ -20,18 +20,11 @@ from torch import Tensor, nn
 from dit_booth.cli import load_plugin
 from dit_booth.inject import Reference
 from dit_booth.models.clip import Prompt
-from dit_booth.models.unet import UNetConfig
 from dit_booth.strategy import registered
 from dit_booth.testing import Trial, trial, worst
 from dit_booth.training.distributed import Ranks, initialize, start, stop
 
 Arguments = tuple[Tensor, Tensor, Prompt, Reference]
-SMALLER: dict[str, dict[str, Any]] = {
-    "unet": {
-        "unet": UNetConfig(channels=(8,), norm_groups=4, heads=2, layers_per_block=1, down_attention=(True,))
-    }
-}
-"""By backbone: one level of the U-Net, as partitioning knows modules and no resolutions; each costs collectives."""
 
 
 def check_under_zero(
@@ -42,7 +35,7 @@ def check_under_zero(
     Call it in all ranks of a launch, of which there may be one or two: the tiny batch has two videos.
     """
     plain = plain or stepped(strategy, backbone, ranks)
-    run = trial(strategy, backbone, **SMALLER.get(backbone, {})).loosen()
+    run = trial(strategy, backbone).loosen()
     run.parts.to(ranks.device)
     parameters = run.train_in(run.stages[-1])
     engine = _engine(run, list(parameters.values()), ranks, zero)
@@ -64,7 +57,7 @@ def check_under_zero(
 
 def stepped(strategy: str, backbone: str, ranks: Ranks) -> Trial:
     """The same step in one process, on the videos of all ranks."""
-    run = trial(strategy, backbone, **SMALLER.get(backbone, {})).loosen()
+    run = trial(strategy, backbone).loosen()
     run.parts.to(ranks.device)
     optimizer = torch.optim.SGD(run.train_in(run.stages[-1]).values(), lr=1.0)
     before = {name: p.detach().clone() for name, p in run.root.named_parameters()}
