@@ -40,6 +40,8 @@ class Kernel:
 
     forward: Forward
     backward: Backward
+    traceable: bool = True
+    """By torch.compile; one that is not breaks the graph."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _flex_attend(
 
 F16, F32, F64 = (torch.float16, torch.bfloat16), (torch.float32,), (torch.float64,)
 FLASH = Kernel(package_kernels.flash_forward, package_kernels.flash_backward)
-FLASH4 = Kernel(package_kernels.flash4_forward, package_kernels.flash4_backward)
+FLASH4 = Kernel(package_kernels.flash4_forward, package_kernels.flash4_backward, traceable=False)
 SHORT = Kernel(short_kernel.short_forward, short_kernel.short_backward)
 CUDNN = Kernel(torch_kernels.cudnn_forward, torch_kernels.cudnn_backward)
 CUDA_FLASH = Kernel(torch_kernels.cuda_flash_forward, torch_kernels.cuda_flash_backward)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import cache, reduce
+from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -90,7 +91,10 @@ def attend(
             return chosen.attend(tensors, positions, frames, scales)
         # By branches: torch.compile, which may have symbols for lengths, guards those and has constants here.
         few = tuple(True if _keys(s) < JOIN_BELOW else False for s in segments)  # noqa: SIM210
-        out: Tensor = _Joint.apply(_plan(frames, positions, scales, few, _most(q)), chosen, *tensors)
+        number = _number((frames, positions, scales, few, _most(q)), chosen)
+        if chosen.traceable:
+            return _joint_softmax(number, *tensors)
+        out: Tensor = _Joint.apply(*_KEPT[number], *tensors)
         return out
 
 
@@ -149,33 +153,50 @@ class Step:
 class Plan:
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
+    at_once: bool
+    """Of a compiled graph, which may not know the sizes: the whole batch, and all frames of a read."""
+
+
+Planned = tuple[tuple[Frames, ...], Positions, tuple[float, ...], tuple[bool, ...], tuple[int, int] | None]
+"""What a plan is made from, in `_compile`'s order."""
 
 
 @constant
-def _plan(
-    frames: tuple[Frames, ...],
-    positions: Positions,
-    scales: tuple[float, ...],
-    few: tuple[bool, ...],
-    most: tuple[int, int],
-) -> Plan:
-    return _compile(frames, positions, scales, few, most)
+def _number(planned: Planned, kernel: Kernel) -> int:
+    """What a compiled graph can hold of a plan and kernel: their number in `_KEPT`.
+
+    torch.compile is told to take the softmax as it is: to trace it takes as long as all the rest of a block.
+    """
+    if planned[-1] is None and kernel.traceable:
+        torch.compiler.allow_in_graph(_joint_softmax)
+    return _keep(planned, kernel)
 
 
-@lru_cache(maxsize=512)
+_KEPT: dict[int, tuple[Plan, Kernel]] = {}
+_COUNT = count()
+
+
+@cache
+def _keep(planned: Planned, kernel: Kernel) -> int:
+    number = next(_COUNT)
+    _KEPT[number] = _compile(*planned), kernel
+    return number
+
+
 def _compile(
     frames: tuple[Frames, ...],
     positions: Positions,
     scales: tuple[float, ...],
     few: tuple[bool, ...],
-    most: tuple[int, int],
+    most: tuple[int, int] | None,
 ) -> Plan:
     """Every plain attention to run, those of most query frames first: into the first one's result go the others.
 
-    A call of a kernel takes `most` query frames, forward and backward, unless its result is the first and whole;
-    a backward takes no group twice. `few` are segments of few keys. They are joined to others, and so are two groups
-    that one frame alone reads: both are little beside a video.
+    A call of a kernel takes `most` query frames, forward and backward, unless its result is the first and whole (None:
+    it takes all); a backward takes no group twice. `few` are segments of few keys. They are joined to others, and so
+    are two groups that one frame alone reads: both are little beside a video.
     """
+    forward_most, backward_most = most or (ALL, ALL)
     forward: list[Step] = []
     for f, at, scale, small in sorted(zip(frames, positions, scales, few, strict=True), key=itemgetter(-1)):
         for read in reads(f):
@@ -189,13 +210,15 @@ def _compile(
         replace(step, read=piece)
         for step in forward
         for read in step.read.apart()
-        for piece in read.pieces(most[1])
+        for piece in read.pieces(backward_most)
     ]
     first = forward[:1] if is_whole(forward[0].read.queries, len(frames[0])) else []
     rest = [
-        replace(step, read=piece) for step in forward[len(first) :] for piece in step.read.pieces(most[0])
+        replace(step, read=piece)
+        for step in forward[len(first) :]
+        for piece in step.read.pieces(forward_most)
     ]
-    return Plan(_marked([*first, *rest]), tuple(backward))
+    return Plan(_marked([*first, *rest]), tuple(backward), most is None)
 
 
 def _marked(steps: list[Step]) -> tuple[Step, ...]:
@@ -228,11 +251,10 @@ def _positions(own: tuple[bool, ...]) -> Positions:
     )
 
 
-def _most(q: Tensor) -> tuple[int, int]:
-    """How many frames of queries PIECE is, forward and backward; a compiled graph, which may not know the sizes, takes
-    all at once."""
+def _most(q: Tensor) -> tuple[int, int] | None:
+    """How many frames of queries PIECE is, forward and backward; None in a compiled graph."""
     if torch.compiler.is_compiling():
-        return ALL, ALL
+        return None
     piece = PIECE.get(q.device.type, PIECE["cuda"]) // max(1, q[0, 0].numel())
     on_cpu = q.device.type == "cpu"
     least = -(-torch.get_num_threads() // q.shape[3]) if on_cpu else -(-q.shape[1] // MOST_PIECES)
@@ -243,8 +265,14 @@ def _most(q: Tensor) -> tuple[int, int]:
 # ---- the joint softmax -------------------------------------------------------------------------------------
 
 
+def _joint_softmax(number: int, *tensors: Tensor) -> Tensor:
+    """`tensors` are q, the own queries in order, then k, v of every segment."""
+    out: Tensor = _Joint.apply(*_KEPT[number], *tensors)
+    return out
+
+
 class _Joint(torch.autograd.Function):
-    """The joint softmax. `tensors` are q, the own queries in order, then k, v of every segment."""
+    """The joint softmax of a plan."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, kernel: Kernel, *tensors: Tensor) -> Tensor:
@@ -266,7 +294,7 @@ class _Joint(torch.autograd.Function):
 def _samples(plan: Plan, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     """The batch as one, or sample by sample where blocks of it would have to be copied and are large."""
     q = tensors[0]
-    if torch.compiler.is_compiling() or len(q) == 1 or q[0].numel() < COPY_BELOW:
+    if plan.at_once or len(q) == 1 or q[0].numel() < COPY_BELOW:
         return [tensors]
     if all(
         len(step.read.queries) == 1

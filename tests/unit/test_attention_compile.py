@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.attention import FramePlan, Segment, attend, segments
+from dit_booth.attention.kernels import CPU_FLASH
 
 torch.set_num_threads(1)
 PLAN = FramePlan("first+previous")
@@ -50,3 +53,38 @@ def test_inductor() -> None:
     ours, theirs = (torch.autograd.grad(run("torch_flash", *x), x) for run in (compiled, loss))
     for mine, eager in zip(ours, theirs, strict=True):
         assert (mine - eager).abs().max() < 1e-5
+
+
+def test_the_softmax_is_not_traced() -> None:
+    torch._dynamo.reset()
+    names: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    x = tensors(2, 4, 12, 5)
+    assert torch.equal(compiled("torch_flash", *x), loss("torch_flash", *x))
+    assert sum("_joint_softmax" in name for name in names) == 1
+    assert not any("attention" in name.replace("_joint_softmax", "") for name in names)
+
+
+def test_a_kernel_that_cannot_be_traced_breaks_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flash4 does, beside one that can be traced."""
+    torch._dynamo.reset()
+    hidden = replace(
+        CPU_FLASH,
+        forward=torch.compiler.disable(CPU_FLASH.forward),
+        backward=torch.compiler.disable(CPU_FLASH.backward),
+        traceable=False,
+    )
+    x = tensors(2, 4, 12, 5)
+    ours = [torch.autograd.grad(torch.compile(loss, backend="aot_eager")("torch_flash", *x), x)]
+    monkeypatch.setattr(segments, "choose", lambda *_: hidden)
+    torch._dynamo.reset()
+    ours += [torch.autograd.grad(torch.compile(loss, backend="aot_eager")("flash4", *x), x)]
+    theirs = torch.autograd.grad(loss("flash4", *x), x)
+    for a, b, eager in zip(*ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert (a - eager).abs().max() < 1e-5
