@@ -77,3 +77,38 @@ def test_our_own_kernel() -> None:
         assert counter.total == 2 * 6 * (2 * 6 * 4 * 5)
         torch.ops.dit_booth.short_attention_backward(out, q, k, k, out, lse, 1.0)
     assert counter.total == (2 + 5) * 6 * (2 * 6 * 4 * 5)
+
+
+def test_operations_on_the_meta_device_run_once_for_a_shape() -> None:
+    """And return the same layouts: two blocks alike, then on other strides, another dtype and with a frozen input."""
+
+    def gradients(x: Tensor, norm: nn.Module, conv: nn.Module, trained: bool) -> list[Tensor]:
+        out = conv(norm(x))
+        out = out.softmax(1) + out.logsumexp(1, keepdim=True) + conv(norm(x)).sum(1, keepdim=True)
+        wanted = [x] * trained + list(norm.parameters())
+        return [out, *torch.autograd.grad(out, wanted, out)]
+
+    for dtype in (torch.float32, torch.float64):
+        x = torch.empty(2, 4, 6, 6, device="meta", dtype=dtype)
+        with torch.device("meta"):
+            norm, conv = nn.GroupNorm(2, 4, dtype=dtype), nn.Conv2d(4, 5, 3, padding=1, dtype=dtype)
+        counter = Flops()
+        for given in (x, x.to(memory_format=torch.channels_last)):
+            for trained in (False, True):
+                leaf = given.detach().requires_grad_(trained)
+                theirs = gradients(leaf, norm, conv, trained)
+                with counter:
+                    ours = gradients(leaf, norm, conv, trained)
+                for a, b in zip(ours, theirs, strict=True):
+                    assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        called = [key[0] for key in counter.known]
+        assert (
+            called.count(torch.ops.aten.native_group_norm.default) == 2
+        )  # of two memory formats, in eight calls
+
+
+def test_values_are_never_taken_for_known() -> None:
+    linear, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with torch.no_grad(), Flops() as counter:
+        assert torch.equal(linear(x), linear(x)) and not torch.equal(linear(x), linear(-x))
+    assert not counter.known
