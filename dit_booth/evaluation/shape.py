@@ -77,10 +77,17 @@ def _poses(seen: Mask, shape: str) -> Array:
 def _overlaps(seen: Mask, shape: str, poses: Array) -> Array:
     """Intersection over union of a mask and the shape in each of the poses."""
     x, y, radius, angle = (column[:, None, None] for column in poses.T)
-    right, up = (np.arange(seen.shape[1]) - x) / radius, (y - np.arange(seen.shape[0])[:, None]) / radius
+    columns, rows = (_reach(at, radius, size) for at, size in ((x, seen.shape[1]), (y, seen.shape[0])))
+    right, up = (columns - x) / radius, (y - rows[:, None]) / radius
     cos, sin = np.cos(angle), np.sin(angle)
     posed = SHAPES[shape](cos * right + sin * up, cos * up - sin * right) < 0
-    return np.asarray((posed & seen).sum((1, 2)) / (posed | seen).sum((1, 2)))
+    both = (posed & seen[rows[:, None], columns]).sum((1, 2))
+    return np.asarray(both / (posed.sum((1, 2)) + seen.sum() - both))
+
+
+def _reach(at: Array, radius: Array, size: int) -> NDArray[np.int64]:
+    """The pixels of an axis that a shape in any of the poses may cover: it fits the unit circle."""
+    return np.arange(max(0, math.floor((at - radius).min())), min(size, math.ceil((at + radius).max()) + 1))
 
 
 @cache
