@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm import AS_INSTALLED, environment
 
 from dit_booth import strategy as registry
 from dit_booth.cli import load_plugin
@@ -35,9 +36,11 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def python(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {})
+    more = {"PYTHONPATH": os.pathsep.join([AS_INSTALLED, str(path)])} if path else {}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300
+    )
 
 
 def test_the_strategy_takes_fewer_than_thirty_lines() -> None:
