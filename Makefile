@@ -9,9 +9,11 @@ demo: install
 	$(BIN)/deepspeed experiments/run.py \
 		--strategy token_replacement+kv_concat --config experiments/configs/demo.yaml
 
-# Two processes with a thread each: most tests are Python, and a file's shared runs stay with one of them.
+# Two processes with a thread each: most tests are Python, and a file's shared runs stay with one of them. They keep
+# bytecode, or each of the programs that they start would compile ours anew.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= \
+		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m kills tests/faults

@@ -62,6 +62,25 @@ TINY_UNET = [
     "True",
 ]
 TIMEOUT = 600.0
+# Tests of two ranks, which need both cores, first and beside those that mostly wait; then long files, so that short
+# ones even out the end.
+FIRST = (
+    "contracts/test_zero_contracts.py",
+    "unit/test_sweep_launch.py",
+    "cli/test_zero.py",
+    "unit/test_sweep_slots.py",
+    "cli/test_sweep.py",
+    "contracts/test_strategies.py",
+    "cli/test_resume.py",
+    "cli/test_run.py",
+    "golden/test_videobooth_unet.py",
+    "golden/test_golden_files.py",
+    "cli/test_write_a_strategy.py",
+    "unit/test_attention_compile.py",
+    "unit/test_shipped_sweeps.py",
+    "golden/test_check.py",
+    "faults/test_run_faults.py",
+)
 RUN = "experiments/run.py"
 
 
@@ -161,6 +180,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     file = folder / "metrics.jsonl"
     text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    place = {tests / name: i for i, name in enumerate(FIRST)}
+    assert all(file.is_file() for file in place)
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish() -> None:
