@@ -67,8 +67,7 @@ class VideoDiT(nn.Module):
         self.final_layer = FinalLayer(hidden, out_channels, config.patch)
         self.entry = Site(name="latents.entry", port="latents", role="entry", dim=channels)
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=out_channels)
-        if not self.x_embedder.proj.weight.is_meta:  # there PyTorch would import its compiler, to set nothing
-            self.initialise()
+        self.initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Text | Tensor, inject: Injection = no_injection) -> Tensor:
         latents = inject(self.entry, Latents(x))
