@@ -266,7 +266,7 @@ def _most(q: Tensor) -> tuple[int, int] | None:
 
 
 def _joint_softmax(number: int, *tensors: Tensor) -> Tensor:
-    """`tensors` are q, the own queries in order, then k, v of every segment."""
+    """`_KEPT[number]` over `tensors`: q, the own queries in order, then k, v of every segment. Returns (b f n k d)."""
     out: Tensor = _Joint.apply(*_KEPT[number], *tensors)
     return out
 

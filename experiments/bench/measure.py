@@ -129,7 +129,7 @@ def matmul_peak(
 ) -> float:
     """FLOP/s of the best of some square matrix products."""
     best = 0.0
-    for n in (512, 1024) if device.type == "cpu" else (4096, 8192):
+    for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
         times = interleaved({"matmul": lambda a=a, b=b: a @ b}, rounds, device, clock=clock)  # type: ignore[misc]
         best = max(best, 2 * n**3 / times["matmul"].best)
