@@ -27,6 +27,25 @@ log = logging.getLogger(__name__)
 PLUGIN_MODULE = "dit_booth_plugin_"
 """How the names of modules begin that are loaded from the files of ``--plugin``."""
 
+TRUTH = tyro.constructors.ConstructorRegistry()
+"""tyro's rules, with ``true`` and ``false`` as YAML has them beside Python's ``True`` and ``False``."""
+
+
+@TRUTH.primitive_rule
+def _truth(
+    kind: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
+    if kind.type is not bool:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        choices=("true", "false", "True", "False"),
+        instance_from_str=lambda words: words[0].lower() == "true",
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+    )
+
 
 def parse(argv: Sequence[str], *, default_config: str = "", description: str = "") -> RunConfig:
     """The run that a command line describes. Exits with a message on a bad flag; ValueError on a bad value."""
@@ -51,6 +70,7 @@ def parse(argv: Sequence[str], *, default_config: str = "", description: str = "
             config_class(strategy),
             args=[*flags, *rest],
             description=description,
+            registry=TRUTH,
             config=(
                 tyro.conf.FlagConversionOff,
                 tyro.conf.AvoidSubcommands,

@@ -26,7 +26,7 @@ import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from dit_booth.cli import config_class
+from dit_booth.cli import TRUTH, config_class
 from dit_booth.config import DataConfig, RunConfig
 from dit_booth.describe import Latents, build, inputs, reference
 from dit_booth.flops import Flops
@@ -349,6 +349,9 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     main(
         tyro.cli(
-            Options, description=__doc__, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+            Options,
+            description=__doc__,
+            registry=TRUTH,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         )
     )

@@ -172,6 +172,15 @@ def test_an_unknown_key_of_the_file_likewise(capsys, caplog, tmp_path: Path):
     assert file in caplog.text  # where the key came from
 
 
+@pytest.mark.parametrize("word", ["true", "false", "True", "False"])
+def test_truth_is_spelt_as_in_yaml_or_as_in_python(capsys, word: str):
+    assert parse(["--train.compile", word]).train.compile is parse([f"--train.compile={word}"]).train.compile
+    assert parse(["--train.compile", word]).train.compile is (word in ("true", "True"))
+    with pytest.raises(SystemExit):
+        parse(["--train.compile", "yes"])
+    assert "true" in capsys.readouterr().err
+
+
 def test_a_value_of_the_wrong_type_and_a_wrong_choice(capsys):
     assert "--train.seed" in refused(capsys, "--train.seed", "many")
     said = refused(capsys, "--backbone", "vit")
