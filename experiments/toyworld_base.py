@@ -243,9 +243,11 @@ def make_optimizers(
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """AdamW, and Muon for the blocks' matrices unless `muon` is 0; each with a factor of the learning rate.
 
+    A depth-wise kernel, with a single channel of input, is no matrix.
+
     ValueError: Muon without a matrix to train.
     """
-    matrices = {n: p for n, p in trained.items() if muon and IN_A_BLOCK.search(n) and p.ndim > 1}
+    matrices = {n: p for n, p in trained.items() if muon and IN_A_BLOCK.search(n) and p.ndim > 1 < p.shape[1]}
     rest = [p for n, p in trained.items() if n not in matrices]
     adamw = torch.optim.AdamW(rest, betas=train.betas, weight_decay=train.weight_decay, fused=True)
     if not muon:

@@ -14,7 +14,7 @@ from dit_booth.attention import FramePlan
 from dit_booth.attention.plans import seen_by_all, with_context
 from dit_booth.inject import Injection, Latents, Modulation, Site, no_injection
 from dit_booth.models.clip import Text
-from dit_booth.models.dit_blocks import BlockModulation, DiTBlock, Modulate, Step
+from dit_booth.models.dit_blocks import BlockModulation, DiTBlock, Modulate, Step, TokenConv
 from dit_booth.models.dit_config import SIZES, DiTConfig
 from dit_booth.models.layers import keep_einops_whole, timestep_embedding
 from dit_booth.models.positions import grid_embedding, rotary_3d, rotary_time, time_embedding
@@ -113,15 +113,14 @@ class VideoDiT(nn.Module):
                 time_plan = with_context(
                     seen_by_all(len(times) - context, len(times) - context), context, True
                 )
-        if self.config.positions == "sincos":
-            return Step(c, plan, time_plan, closed=closed)
-        dim = self.config.shape.hidden // self.config.shape.heads
         height, width = (n // self.config.patch for n in x.shape[-2:])
+        step = Step(c, plan, time_plan, grid=(height, width), closed=closed)
+        if self.config.positions == "sincos":
+            return step
+        dim = self.config.shape.hidden // self.config.shape.heads
         space = rotary_3d(times, height, width, dim, x.device, x.dtype)
-        apart = time_plan is not None
-        return Step(
-            c, plan, time_plan, space, rotary_time(times, dim, x.device, x.dtype, apart=apart), closed
-        )
+        time = rotary_time(times, dim, x.device, x.dtype, apart=time_plan is not None)
+        return step._replace(space=space, time=time)
 
     def run(
         self, i: int, block: nn.Module, x: Tensor, tokens: Tensor | None, step: Step, inject: Injection
@@ -171,6 +170,8 @@ class VideoDiT(nn.Module):
                 zeroed = module.linear
             elif isinstance(module, DiTBlock):  # it has no gate to start it at zero
                 zeroed = module.attn2 and module.attn2.to_out
+            elif isinstance(module, TokenConv):
+                zeroed = module
             elif isinstance(module, FinalLayer):
                 zeroed = nn.ModuleList([module.linear, module.adaLN_modulation])
             for parameter in zeroed.parameters() if zeroed is not None else ():

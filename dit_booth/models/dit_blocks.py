@@ -25,6 +25,7 @@ class Step(NamedTuple):
     time_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
     space: Rotary | None = None  # of every token
     time: Rotary | None = None  # of the frames of one place
+    grid: tuple[int, int] = (0, 0)  # rows and columns of a frame's tokens
     closed: int = 0  # leading frames that must not see the video, hence no text that does
 
 
@@ -73,6 +74,20 @@ class BlockModulation(nn.Module):
         return {part: Modulate(*value.unbind(0)) for part, value in zip(self.parts, values, strict=True)}
 
 
+# ---- neighbours --------------------------------------------------------------------------------------------
+
+
+class TokenConv(nn.Conv2d):
+    """``x + conv(x)``, depth-wise over the grid of a frame's tokens (CPVT, arXiv 2102.10882). x: (b f n d)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        frames = rearrange(x, "b f (h w) d -> (b f) d h w", h=grid[0], w=grid[1])
+        return x + rearrange(super().forward(frames), "(b f) d h w -> b f (h w) d", b=len(x))
+
+
 # ---- MLPs --------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +114,7 @@ def make_mlp(kind: str, hidden: int) -> nn.Module:
 
 
 class DiTBlock(nn.Module):
-    """Attention over frames by plan, to the text, and along time, as far as it has them; then an MLP.
+    """Attention over frames by plan, to the text and along time, and a convolution, as far as it has them; an MLP.
 
     x: (b f n d). text: None, or (b 1 l c): tokens for `attn2` to read, or (in context) tokens that take part in
     `attn1` and come out transformed.
@@ -127,6 +142,7 @@ class DiTBlock(nn.Module):
         self.attn1 = attention("attn1", "cross_frame") if "attn1" in parts else None
         self.attn2 = attention("attn2", "text", text_dim) if reads_text else None
         self.attn_temp = attention("attn_temp", "temporal") if "attn_temp" in parts else None
+        self.conv = TokenConv(hidden) if config.conv else None
         self.mlp = make_mlp(config.mlp, hidden)
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
 
@@ -140,6 +156,8 @@ class DiTBlock(nn.Module):
             x = x + self.attn2(self.norm(x), text, seen_by_all(x.shape[1]), inject)
         if self.attn_temp is not None:
             x = self.over_time(self.attn_temp, mod["attn_temp"], x, step, inject)
+        if self.conv is not None:
+            x = self.conv(x, step.grid)
         x = mod["mlp"].add(x, self.mlp(mod["mlp"].of(self.norm(x))))
         if self.in_context and text is not None:
             text = mod["mlp"].add(text, self.mlp(mod["mlp"].of(self.norm(text))))

@@ -57,6 +57,9 @@ class DiTConfig:
     """RMS-normalise queries and keys of every head: stable in low precision (ViT-22B, 2302.05442; SD3, 2403.03206)."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
     """The MLP's unit; swiglu (Shazeer, 2002.05202) has three layers of two thirds the width."""
+    conv: bool = False
+    """Before its MLP, every block adds to each token a depth-wise 3 x 3 convolution of its frame's tokens. It starts at
+    zero (the position encoding generator of CPVT, 2102.10882)."""
     init: Literal["dit", "depth_scaled"] = "dit"
     """depth_scaled: layers that add to the residual stream start 1 / sqrt(their number) smaller (GPT-2, 2.3)."""
     attention: str = "auto"

@@ -168,6 +168,7 @@ def inflate(image: Mapping[str, Tensor], own: Mapping[str, Tensor], config: DiTC
     own: the video model's state dict; what DiT lacks keeps this initialisation. Before any training, frame 0 of a video
     is what DiT predicts for the null class, whatever the text, if it reads no other frame (plans self, first, ...):
 
+    * what stands at zero at first stays (attention to the text, the convolution of tokens);
     * temporal attention is behind a gate of zero (every frame by itself, at first);
     * the text projection starts at zero, and the null class's vector goes into the bias of the time embedding;
     * the position of frame 0, a constant, is taken off the bias of the patch embedding;
@@ -176,7 +177,9 @@ def inflate(image: Mapping[str, Tensor], own: Mapping[str, Tensor], config: DiTC
     ValueError: options that DiT's weights do not fit.
     """
     _check_options(image, config)
-    out = {name: tensor for name, tensor in own.items() if {"attn_temp", "attn2"} & set(name.split("."))}
+    out = {
+        name: tensor for name, tensor in own.items() if {"attn_temp", "attn2", "conv"} & set(name.split("."))
+    }
     out |= {name: tensor for name, tensor in image.items() if name != _TABLE}
     hidden = config.shape.hidden
     for name in [n for n in image if ".modulation.linear." in n]:

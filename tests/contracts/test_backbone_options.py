@@ -26,7 +26,7 @@ CONFIGS: dict[str, DiTConfig | UNetConfig] = {
     "adaln": DiTConfig(**SHAPE, conditioning="adaln"),
     "in_context": DiTConfig(**SHAPE, conditioning="in_context"),
     "cross_attention": DiTConfig(**SHAPE, conditioning="cross_attention", positions="rotary"),
-    "rotary": DiTConfig(**SHAPE, positions="rotary", qk_norm=True, mlp="swiglu"),
+    "rotary": DiTConfig(**SHAPE, positions="rotary", qk_norm=True, mlp="swiglu", conv=True),
     "rotary joint": DiTConfig(**SHAPE, layout="joint", plan="all", positions="rotary"),
     "unet rotary": UNetConfig(
         channels=(12, 24),

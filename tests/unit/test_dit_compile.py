@@ -96,7 +96,16 @@ def test_blocks_share_one_graph_with_and_without_a_strategy() -> None:
     ("options", "count"),
     [
         ({"layout": "interleaved", "conditioning": "in_context"}, 2),  # blocks of two kinds
-        ({"positions": "rotary", "qk_norm": True, "mlp": "swiglu", "conditioning": "cross_attention"}, 1),
+        (
+            {
+                "positions": "rotary",
+                "qk_norm": True,
+                "mlp": "swiglu",
+                "conv": True,
+                "conditioning": "cross_attention",
+            },
+            1,
+        ),
         ({"checkpointing": True}, 1),
     ],
     ids=["interleaved", "rotary", "checkpointing"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from dit_booth.attention.plans import with_context
 from dit_booth.inject import Condition, Injection, Latents, Modulation
 from dit_booth.models.clip import Text
 from dit_booth.models.dit import DiTConfig, VideoDiT
-from dit_booth.models.dit_blocks import DiTBlock, Step, SwiGLU
+from dit_booth.models.dit_blocks import DiTBlock, Step, SwiGLU, TokenConv
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -36,12 +37,14 @@ CONFIGS = {
     "rotary joint": replace(BASE, positions="rotary", layout="joint", plan="all"),
     "qk_norm": replace(BASE, qk_norm=True),
     "swiglu": replace(BASE, mlp="swiglu"),
+    "conv": replace(BASE, conv=True),
     "head by time": replace(BASE, head_text=False),
     "everything": replace(
         BASE,
         positions="rotary",
         qk_norm=True,
         mlp="swiglu",
+        conv=True,
         conditioning="cross_attention",
         init="depth_scaled",
     ),
@@ -335,6 +338,31 @@ def test_qk_norm_takes_the_size_out_of_queries_and_keys() -> None:
                 layer.bias.mul_(30)
         outs[normed] = worst(dit(*args), plain)
     assert outs[True] < 1e-3 < outs[False]
+
+
+@torch.no_grad()
+def test_the_convolution_sums_a_tokens_neighbours_in_its_frame() -> None:
+    conv, x = TokenConv(5).double(), torch.randn(2, 3, 4 * 6, 5, dtype=F64)
+    grid = x.unflatten(2, (4, 6))
+    expected = grid + conv.bias
+    for row in range(4):
+        for column in range(6):
+            for i, j in product(range(3), repeat=2):
+                r, s = row + i - 1, column + j - 1
+                if 0 <= r < 4 and 0 <= s < 6:
+                    expected[:, :, row, column] += conv.weight[:, 0, i, j] * grid[:, :, r, s]
+    assert worst(conv(x, (4, 6)), expected.flatten(2, 3)) < 1e-12
+
+
+@torch.no_grad()
+def test_the_convolution_starts_as_the_identity() -> None:
+    """Weights without one go on as they were; inputs of another shape tell that the grid is the tokens' own."""
+    plain, dit = build(BASE), build(CONFIGS["conv"], random=False)
+    missing = dit.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing and all(".conv." in name for name in missing)
+    for h, w in ((4, 6), (6, 4), (2, 8)):
+        x, t, text = inputs(BASE, h=h, w=w)
+        assert torch.equal(dit(x, t, text), plain(x, t, text))
 
 
 def test_swiglu_has_as_many_parameters_as_the_plain_unit() -> None:

@@ -93,6 +93,7 @@ VIDEO = {
     "first": DiTConfig(**SHAPE, plan="first"),
     "first+previous": DiTConfig(**SHAPE),
     "cross_attention": DiTConfig(**SHAPE, conditioning="cross_attention"),
+    "conv": DiTConfig(**SHAPE, conv=True),
     "image": DiTConfig(**SHAPE, layout="image", plan="self"),
 }
 
