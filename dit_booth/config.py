@@ -282,7 +282,7 @@ LATER = {
             "positions",
             "qk_norm",
         ),
-        *("mlp", "init", "checkpoint_every"),
+        *("mlp", "conv", "init", "checkpoint_every"),
     ),
     "train": ("decay_of", "ema_width", "compile"),
     "objective": ("min_snr",),

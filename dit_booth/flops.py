@@ -1,4 +1,4 @@
-"""FLOPs of what PyTorch's dispatcher sees, by PyTorch's own formulas and two for the attention kernels they lack."""
+"""FLOPs of what PyTorch's dispatcher sees, by PyTorch's own formulas and some that it lacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    conv_flop_count,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 import dit_booth.attention.short_kernel  # noqa: F401 (registers its operators)
 
@@ -99,9 +104,17 @@ def formulas() -> Mapping[Any, Callable[..., int]]:
         **flop_registry,
         ops._scaled_dot_product_flash_attention_for_cpu: _forward,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+        ops.convolution_backward: _of_convolution,
         ours.short_attention: _forward,
         ours.short_attention_backward: _backward,
     }
+
+
+def _of_convolution(dout: Tensor, x: Tensor, weight: Tensor, *more: Any, **_: Any) -> int:
+    """A convolution's backward: as many FLOPs as forward for each gradient. PyTorch's formula forgets the groups."""
+    transposed, mask = more[4], more[-1]
+    forward = conv_flop_count(list(x.shape), list(weight.shape), list(dout.shape), transposed=transposed)
+    return int(forward * sum(mask[:2]))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:

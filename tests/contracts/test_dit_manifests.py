@@ -25,7 +25,7 @@ from dit_booth.models.weights import ASSETS, load_strictly, part, read
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
-EXPECTED = [0.207828, 0.265257, 0.328452, 0.239204, -0.221708, 0.095382]
+EXPECTED = [0.207828, 0.265257, 0.328451, 0.887705, 0.222209, 0.379597]
 
 
 def manifest(name: str) -> dict[str, Tensor]:
@@ -83,16 +83,19 @@ def test_the_default_model_keeps_its_names_and_shapes() -> None:
 
 @torch.no_grad()
 def test_the_default_model_keeps_its_function() -> None:
-    """With seeded weights, what the first version of this model computed; the base in the package may be retrained."""
+    """With seeded weights, what the first version of this model computed; the base in the package may be retrained.
+
+    At small timesteps: the phases of large ones, in float32, differ from one processor's exponential to another's.
+    """
     dit = VideoDiT(DiTConfig(), channels=3, text_dim=8, text_embed_dim=6)
     generator = torch.Generator().manual_seed(0)
     for _, p in sorted(dit.named_parameters()):
         p.copy_(0.1 * torch.randn(p.shape, generator=generator))
     x = torch.randn(2, 3, 3, 4, 6, generator=generator)
     text = Text(torch.zeros(2, 1, 8), torch.randn(2, 6, generator=generator))
-    out = dit(x, torch.tensor([40.0, 700.0]), text)
+    out = dit(x, torch.tensor([40.0, 7.0]), text)
     expected = torch.tensor(EXPECTED)
-    assert (out[:, :, 0, 0, 0].flatten() - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (out[:, :, 0, 0, 0].flatten() - expected).abs().max() < 3e-6
 
 
 def test_the_embedded_base_loads() -> None:

@@ -31,6 +31,19 @@ def test_layers_as_pytorch_counts_them() -> None:
         assert ours == theirs > 0
 
 
+def test_a_convolution_in_groups() -> None:
+    """Forward, and for each gradient: 8 x 8 places, nine weights for each channel that a group reads."""
+    for conv, each in (
+        (nn.Conv2d(6, 6, 3, padding=1, groups=6), 1),
+        (nn.Conv2d(6, 12, 3, padding=1, groups=2), 6),
+    ):
+        for learns, gradients in ((True, 2), (False, 1)):
+            conv.weight.requires_grad_(learns)
+            with Flops() as counter:
+                conv(torch.randn(2, 6, 8, 8, requires_grad=True)).sum().backward()
+            assert counter.total == (1 + gradients) * 2 * (2 * 8 * 8 * 9 * 6 * each)
+
+
 @pytest.mark.parametrize("backbone", ["dit-joint", "unet"])
 def test_a_network_as_pytorch_counts_it(backbone: str) -> None:
     """Once it is told of the kernel that the CPU's text tower uses."""

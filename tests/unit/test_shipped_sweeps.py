@@ -157,7 +157,7 @@ def test_the_backbones_cost_the_same() -> None:
     for point in planned(FOLDER / "backbones.yaml").points:
         settings = point.settings
         flags = {"weights": "none", "schedule": ["base"], "backbone": settings["backbone"]}
-        flags |= {f"dit.{name}": settings["dit"][name] for name in ("size", "plan")}
+        flags |= {f"dit.{name}": settings["dit"][name] for name in ("size", "plan", "conv")}
         flags |= {"unet.channels": settings["unet"]["channels"]}
         base = str(ROOT / "experiments/configs/toyworld_base.yaml")
         config = parse(["--config", base, *to_argv(flags)])
