@@ -4,6 +4,10 @@ A *read* is a batch of equal blocks; in block j the frames ``queries[j]`` read a
 shapes matter. One block of many frames is a *fold*: the frames' queries are laid end to end against one copy of the
 keys, so frame 0 is never repeated. One frame and one group per block is a *pairing*: frames go to the batch. One
 frame and several consecutive groups per block is a *window*: blocks overlap in memory instead of being copied.
+
+Of a batch of videos, a block of every frame but the first few is no view of (batch x frames). But where a frame's
+groups are at one distance from it, they are so in all videos laid end to end: a *shift*. The rows whose frame is in one
+video and whose group in another are computed, too, and never looked at.
 """
 
 from __future__ import annotations
@@ -44,6 +48,13 @@ class Read:
         for queries, groups in zip(self.queries, self.groups, strict=True):
             yield from ((i, g) for i in queries for g in groups)
 
+    def is_shift(self, frames: int) -> bool:
+        """Whether most of `frames` have a block of their own, one after the other, each with the groups beside it."""
+        queries, groups = _stretch(self.queries), _stretch(self.groups)
+        if len(self.queries) == 1 or queries is None or groups is None:
+            return False
+        return queries[2:] == (1, 1) and groups[3] == 1 and 2 * len(self.queries) > frames
+
     def apart(self) -> tuple[Read, ...]:
         """The same pairs in reads whose blocks share no group: a window falls into pairings.
 
@@ -60,13 +71,19 @@ class Read:
         return Read(self.queries[start:stop], self.groups[start:stop])
 
     def pieces(self, most: int) -> list[Read]:
-        """The same pairs in reads of at most `most` query frames each (or one block of one frame)."""
+        """The same pairs in as few reads of at most `most` query frames each (or one block of one frame) as may be."""
         length = len(self.queries[0])
         if len(self.queries) == 1:
             queries = self.queries[0]
-            return [Read((queries[i : i + most],), self.groups) for i in range(0, length, most)]
-        step = max(1, most // length)
+            step = _even(length, most)
+            return [Read((queries[i : i + step],), self.groups) for i in range(0, length, step)]
+        step = _even(len(self.queries), max(1, most // length))
         return [self.blocks(i, i + step) for i in range(0, len(self.queries), step)]
+
+
+def _even(count: int, most: int) -> int:
+    """The largest part where `count` is cut into as few parts of at most `most` as may be, about equal ones."""
+    return -(-count // -(-count // most))
 
 
 # ---- covers ------------------------------------------------------------------------------------------------
@@ -268,8 +285,19 @@ def add(x: Tensor, index: Index, y: Tensor) -> None:
         x.index_add_(1, where, (y if _is_flat(index) else y.flatten(1, 2)).to(x.dtype))
 
 
-def lay_out(x: Tensor, index: Index) -> Tensor:
-    """Operand of a plain attention ((b j) k (f n) d) from (b f n k d): the tokens of a block's frames end to end."""
+def lay_out(x: Tensor, index: Index, shift: bool = False) -> Tensor:
+    """Operand of a plain attention ((b j) k (f n) d) from (b f n k d): the tokens of a block's frames end to end.
+
+    Of a shift, the batch has a row for every place from the first video's first block to the last one's last.
+    """
+    if shift:
+        stretch = _stretch(index)
+        assert stretch is not None
+        start, _, length, _ = stretch
+        rows = len(x) * x.shape[1] - (x.shape[1] - len(index))
+        x = x.flatten(0, 1)[start : start + rows + length - 1]
+        x = x if length == 1 else x.unfold(0, length, 1).movedim(-1, 1).flatten(1, 2)  # (b j) (f n) k d
+        return x.transpose(1, 2)
     x = take(x, index)
     if len(index) == 1:
         x = x.flatten(1, 2)  # b (f n) k d
@@ -280,11 +308,16 @@ def lay_out(x: Tensor, index: Index) -> Tensor:
     return x.transpose(1, 2)
 
 
-def lay_back(x: Tensor, index: Index) -> Tensor:
-    """Result of a plain attention ((b j) k (f n) d) in the shape that `take` returns."""
+def lay_back(x: Tensor, index: Index, shift: int = 0) -> Tensor:
+    """Result of a plain attention ((b j) k (f n) d) in the shape that `take` returns; a view.
+
+    shift: where the read is one, of how many frames the videos are.
+    """
     blocks, length = len(index), len(index[0])
     x = x.transpose(1, 2)
-    if blocks == 1:
+    if shift:
+        x = x.unfold(0, blocks, shift).movedim(-1, 1)  # b j n k d
+    elif blocks == 1:
         x = x.unflatten(1, (length, -1))  # b f n k d
     elif length == 1:
         x = x.unflatten(0, (-1, blocks))  # b j n k d

@@ -1,19 +1,19 @@
 """`attend`: one exact joint softmax over segments, from flash kernels and log-sum-exp merging.
 
 The visibility of a segment (which query frame reads which group) is cut into few *reads* (`reads.py`), each a plain
-batched attention on views. The partial results are merged by their log-sum-exp. Backward runs each kernel's backward
-against the merged output and merged log-sum-exp (the identity behind ring attention, Liu et al. 2023), so neither
-scores nor concatenated keys are ever stored. docs/attention.md has the mathematics.
+batched attention on views; `steps.py` says which calls of a kernel that makes. The partial results are merged by their
+log-sum-exp. Backward runs each kernel's backward against the merged output and merged log-sum-exp (the identity behind
+ring attention, Liu et al. 2023), so neither scores nor concatenated keys are ever stored. docs/attention.md has the
+mathematics.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, reduce
 from itertools import count
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dit_booth.attention.kernels import Kernel, Positions, Whole, choose
 from dit_booth.attention.plans import Frames, constant
-from dit_booth.attention.reads import Index, Read, add, is_view, is_whole, lay_back, lay_out, put, reads, take
+from dit_booth.attention.reads import Index, Read, add, is_view, is_whole, lay_back, lay_out, put, take
+from dit_booth.attention.steps import ALL, Plan, Step, Weight, plan_of
 
 COPY_BELOW = 2**18
 """Numbers in a sample below which slices of a batch are copied; above, its samples are attended one by one."""
@@ -34,12 +35,17 @@ JOIN_BELOW = 96
 """Keys of a segment below which they are copied behind those of another segment that the same frames read in one block:
 a token bank is cheaper to copy than to call a kernel for."""
 
+LIGHT = 4
+"""A group that every frame reads is light where all frames have so many times as many queries as it has keys. Two light
+ones are copied behind each other and read in one call: two calls would merge results as large as the queries."""
+
 MOST_PIECES = 3
 """On CUDA a read is cut into so many calls at most, backward only: launches cost, and a third of a gradient is little
 memory."""
 
-ALL = 1 << 30
-"""More frames than any video has."""
+SHIFTS = ["cuda"]
+"""Devices on which a read that is a shift of the whole batch is taken as one: it computes a few rows that nobody wants,
+where other devices copy those that are wanted. CPUs copy as fast as they compute."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,8 @@ def attend(
             return take(tensors[-1], frames[0]).expand_as(q)
         if isinstance(chosen, Whole):
             return chosen.attend(tensors, positions, frames, scales)
-        # By branches: torch.compile, which may have symbols for lengths, guards those and has constants here.
-        few = tuple(True if _keys(s) < JOIN_BELOW else False for s in segments)  # noqa: SIM210
-        number = _number((frames, positions, scales, few, _most(q)), chosen)
+        weights = tuple(_weight(q, s) for s in segments)
+        number = _number((frames, positions, scales, weights, _most(q)), chosen)
         if chosen.traceable:
             return _joint_softmax(number, *tensors)
         out: Tensor = _Joint.apply(*_KEPT[number], *tensors)
@@ -128,6 +133,13 @@ def _keys(segment: Segment) -> int:
     return segment.k.shape[1] * segment.k.shape[2]
 
 
+def _weight(q: Tensor, segment: Segment) -> Weight:
+    """By branches: torch.compile, which may have symbols for lengths, guards those and has constants here."""
+    if _keys(segment) < JOIN_BELOW:
+        return Weight.FEW
+    return Weight.LIGHT if LIGHT * segment.k.shape[2] <= q.shape[1] * q.shape[2] else Weight.HEAVY
+
+
 def _longest(q: Tensor, segments: Sequence[Segment]) -> int:
     """No read has more queries than a sample's, nor more keys than all segments', which may be joined."""
     return max(q.shape[1] * q.shape[2], sum(_keys(s) for s in segments))
@@ -136,29 +148,8 @@ def _longest(q: Tensor, segments: Sequence[Segment]) -> int:
 # ---- what is to be run: constants of a compiled graph -------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Step:
-    """A read of one segment; `at` says where its query, k and v stand among the tensors."""
-
-    read: Read
-    at: tuple[int, int, int]
-    scale: float
-    joined: tuple[tuple[Index, int, int], ...] = ()
-    """Few keys that the same block of frames reads too: their groups, and where k and v stand."""
-    fresh: bool = False
-    """No step before it has any of its frames: there is no result to merge its own with."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
-    at_once: bool
-    """Of a compiled graph, which may not know the sizes: the whole batch, and all frames of a read."""
-
-
-Planned = tuple[tuple[Frames, ...], Positions, tuple[float, ...], tuple[bool, ...], tuple[int, int] | None]
-"""What a plan is made from, in `_compile`'s order."""
+Planned = tuple[tuple[Frames, ...], Positions, tuple[float, ...], tuple[Weight, ...], tuple[int, int] | None]
+"""What a plan is made from, in `plan_of`'s order."""
 
 
 @constant
@@ -179,68 +170,8 @@ _COUNT = count()
 @cache
 def _keep(planned: Planned, kernel: Kernel) -> int:
     number = next(_COUNT)
-    _KEPT[number] = _compile(*planned), kernel
+    _KEPT[number] = plan_of(*planned), kernel
     return number
-
-
-def _compile(
-    frames: tuple[Frames, ...],
-    positions: Positions,
-    scales: tuple[float, ...],
-    few: tuple[bool, ...],
-    most: tuple[int, int] | None,
-) -> Plan:
-    """Every plain attention to run, those of most query frames first: into the first one's result go the others.
-
-    A call of a kernel takes `most` query frames, forward and backward, unless its result is the first and whole (None:
-    it takes all); a backward takes no group twice. `few` are segments of few keys. They are joined to others, and so
-    are two groups that one frame alone reads: both are little beside a video.
-    """
-    forward_most, backward_most = most or (ALL, ALL)
-    forward: list[Step] = []
-    for f, at, scale, small in sorted(zip(frames, positions, scales, few, strict=True), key=itemgetter(-1)):
-        for read in reads(f):
-            step = Step(read, at, scale)
-            if small or read.area == 1:
-                _join(forward, step)
-            else:
-                forward.append(step)
-    forward.sort(key=lambda step: -step.read.frames)
-    backward = [
-        replace(step, read=piece)
-        for step in forward
-        for read in step.read.apart()
-        for piece in read.pieces(backward_most)
-    ]
-    first = forward[:1] if is_whole(forward[0].read.queries, len(frames[0])) else []
-    rest = [
-        replace(step, read=piece)
-        for step in forward[len(first) :]
-        for piece in step.read.pieces(forward_most)
-    ]
-    return Plan(_marked([*first, *rest]), tuple(backward), most is None)
-
-
-def _marked(steps: list[Step]) -> tuple[Step, ...]:
-    """The steps in order, with what is fresh told."""
-    marked, seen = [], set[int]()
-    for step in steps:
-        its = {frame for row in step.read.queries for frame in row}
-        marked.append(replace(step, fresh=seen.isdisjoint(its)))
-        seen |= its
-    return tuple(marked)
-
-
-def _join(steps: list[Step], small: Step) -> None:
-    """Add a read of few keys: to a step of the same block of frames with the same queries, or as one of its own."""
-    if len(small.read.queries) == 1:
-        for i, step in enumerate(steps):
-            same = (step.read.queries, step.at[0], step.scale)
-            if same == (small.read.queries, small.at[0], small.scale):
-                more = (small.read.groups, *small.at[1:])
-                steps[i] = replace(step, joined=(*step.joined, more))
-                return
-    steps.append(small)
 
 
 def _positions(own: tuple[bool, ...]) -> Positions:
@@ -252,9 +183,14 @@ def _positions(own: tuple[bool, ...]) -> Positions:
 
 
 def _most(q: Tensor) -> tuple[int, int] | None:
-    """How many frames of queries PIECE is, forward and backward; None in a compiled graph."""
+    """How many frames of queries PIECE is, forward and backward; None in a compiled graph.
+
+    Of a batch of videos where shifts are taken no call is cut: a part of a shift has as many rows, nearly.
+    """
     if torch.compiler.is_compiling():
         return None
+    if len(q) > 1 and q.device.type in SHIFTS:
+        return ALL, ALL
     piece = PIECE.get(q.device.type, PIECE["cuda"]) // max(1, q[0, 0].numel())
     on_cpu = q.device.type == "cpu"
     least = -(-torch.get_num_threads() // q.shape[3]) if on_cpu else -(-q.shape[1] // MOST_PIECES)
@@ -291,6 +227,14 @@ class _Joint(torch.autograd.Function):
         return (None, None, *(_together(part) for part in zip(*parts, strict=True)))
 
 
+def _shift(step: Step, tensors: Sequence[Tensor]) -> int:
+    """How many frames a video has where the step's read is taken as a shift of the whole batch, else 0."""
+    q, k = (tensors[i] for i in step.at[:2])
+    if q.device.type not in SHIFTS or q.shape[1] != k.shape[1]:
+        return 0
+    return q.shape[1] if step.read.is_shift(q.shape[1]) else 0
+
+
 def _samples(plan: Plan, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     """The batch as one, or sample by sample where blocks of it would have to be copied and are large."""
     q = tensors[0]
@@ -298,6 +242,7 @@ def _samples(plan: Plan, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         return [tensors]
     if all(
         len(step.read.queries) == 1
+        or _shift(step, tensors)
         or (
             is_whole(step.read.queries, q.shape[1])
             and is_whole(step.read.groups, tensors[step.at[1]].shape[1])
@@ -341,15 +286,17 @@ def _sources(step: Step) -> list[tuple[Index, int, int]]:
 
 def _keys_of(step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """k and v as the kernel takes them; views, unless others are joined."""
-    ks = [lay_out(tensors[i], groups) for groups, i, _ in _sources(step)]
-    vs = [lay_out(tensors[i], groups) for groups, _, i in _sources(step)]
+    shift = bool(_shift(step, tensors))
+    ks = [lay_out(tensors[i], groups, shift) for groups, i, _ in _sources(step)]
+    vs = [lay_out(tensors[i], groups, shift) for groups, _, i in _sources(step)]
     return (ks[0], vs[0]) if len(ks) == 1 else (torch.cat(ks, dim=2), torch.cat(vs, dim=2))
 
 
 def _partial(step: Step, kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    queries = step.read.queries
-    out, lse = kernel.forward(lay_out(tensors[step.at[0]], queries), *_keys_of(step, tensors), step.scale)
-    return lay_back(out, queries), lay_back(lse.unsqueeze(-1), queries)
+    queries, shift = step.read.queries, _shift(step, tensors)
+    q = lay_out(tensors[step.at[0]], queries, bool(shift))
+    out, lse = kernel.forward(q, *_keys_of(step, tensors), step.scale)
+    return lay_back(out, queries, shift), lay_back(lse.unsqueeze(-1), queries, shift)
 
 
 def _merge(out: Tensor, lse: Tensor, read: Read, o: Tensor, log: Tensor) -> None:
@@ -364,17 +311,11 @@ def _merge(out: Tensor, lse: Tensor, read: Read, o: Tensor, log: Tensor) -> None
 def _backward(plan: Plan, kernel: Kernel, needed: Sequence[bool], *saved: Tensor) -> list[Tensor | None]:
     """Gradients of the tensors; `saved` are they, the merged output and log-sum-exp, and the output's gradient."""
     *tensors, out, lse, dout = saved
-    grads: list[Tensor | None] = [None] * len(tensors)
+    sums = [_Sum(t) for t in tensors]
     for step in plan.backward:
-        queries = step.read.queries
-        dq, dk, dv = kernel.backward(
-            lay_out(dout, queries),
-            lay_out(tensors[step.at[0]], queries),
-            *_keys_of(step, tensors),
-            lay_out(out, queries),
-            lay_out(lse, queries).squeeze(-1),
-            step.scale,
-        )
+        queries, shift = step.read.queries, _shift(step, tensors)
+        g, q, o, log = (lay_out(t, queries, bool(shift)) for t in (dout, tensors[step.at[0]], out, lse))
+        dq, dk, dv = kernel.backward(g, q, *_keys_of(step, tensors), o, log.squeeze(-1), step.scale)
         parts = [(step.at[0], queries, dq)]
         sources = _sources(step)
         sizes = [len(groups[0]) * tensors[i].shape[2] for groups, i, _ in sources]
@@ -382,20 +323,40 @@ def _backward(plan: Plan, kernel: Kernel, needed: Sequence[bool], *saved: Tensor
             parts += [(i, groups, k), (j, groups, v)]
         for i, index, part in parts:
             if needed[i]:
-                grads[i] = _accumulate(grads[i], tensors[i], index, lay_back(part, index))
+                sums[i].add(index, lay_back(part, index, shift))
         del dq, dk, dv, parts, part, k, v  # before the next kernel runs
-    return [
-        torch.zeros_like(t) if grad is None and need else grad
-        for t, grad, need in zip(tensors, grads, needed, strict=True)
-    ]
+    return [total.end() if need else None for total, need in zip(sums, needed, strict=True)]
 
 
-def _accumulate(total: Tensor | None, like: Tensor, index: Index, part: Tensor) -> Tensor:
-    if total is not None:
-        add(total, index, part)
-        return total
-    if is_whole(index, like.shape[1]):
-        return part.reshape(like.shape)
-    total = torch.zeros_like(like)
-    put(total, index, part)
-    return total
+class _Sum:
+    """The gradient of a tensor (b f n k d), from parts of its frames: the first part of a frame is written."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.total: Tensor | None = None
+        self.left = set(range(like.shape[1]))  # frames that have none yet
+
+    def add(self, index: Index, part: Tensor) -> None:
+        frames = {i for row in index for i in row}
+        if self.total is None and is_whole(index, self.like.shape[1]):
+            self.total = part.reshape(self.like.shape)
+        elif frames <= self.left:
+            put(self._written(), index, part)
+        else:
+            self._clear(frames & self.left)
+            add(self._written(), index, part)
+        self.left -= frames
+
+    def end(self) -> Tensor:
+        """The sum; a frame that nothing reads has a gradient of zero."""
+        self._clear(self.left)
+        return self._written()
+
+    def _written(self) -> Tensor:
+        if self.total is None:
+            self.total = torch.empty_like(self.like)
+        return self.total
+
+    def _clear(self, frames: set[int]) -> None:
+        for i in sorted(frames):
+            self._written()[:, i].zero_()

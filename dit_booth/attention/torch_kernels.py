@@ -124,10 +124,10 @@ def _processors(device: torch.device) -> int:
 
 
 def cuda_chunks(q: Tensor, k: Tensor) -> int:
-    """The flash kernels' backward has a thread block for each 128 keys of a head: two per processor are wanted."""
+    """The flash kernels' backward has a thread block for each 128 keys of a head: about two a processor are wanted."""
     if not torch.cuda.is_available():  # tensors without storage: FLOPs are counted, or shapes
         return 1
-    return -(-2 * _processors(q.device) // (q.shape[0] * q.shape[1] * -(-k.shape[2] // 128)))
+    return 2 * _processors(q.device) // (q.shape[0] * q.shape[1] * -(-k.shape[2] // 128))
 
 
 @in_launches

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dit_booth.attention import FramePlan, Frames, Segment, attend
+from dit_booth.attention import FramePlan, Frames, Segment, attend, kernels
 from dit_booth.attention import segments as joint
 from dit_booth.attention.kernels import check
 from dit_booth.attention.plans import seen_by_all, with_context
+from dit_booth.attention.steps import ALL, Weight, plan_of
 
 torch.set_num_threads(1)
+HEAVY = (Weight.HEAVY,)
 KERNEL = pytest.mark.parametrize("kernel", ["math", "torch_flash"])
 PLANS = (
     "self",
@@ -39,17 +43,21 @@ PLANS = (
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**9))
 def test_attend_and_its_gradients_equal_the_dense_oracle(seed: int, kernel: str) -> None:
-    out, gradient = errors(lambda q, s: attend(q, s, kernel), random_case(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint, "SHIFTS", ["cpu"] if seed % 2 else [])
+        out, gradient = errors(lambda q, s: attend(q, s, kernel), random_case(seed))
     assert max(out, gradient) < 1e-10
 
 
 @KERNEL
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "shifts"), [(1, False), (2, False), (3, True)])
 def test_named_plans_with_a_reference_for_some_frames(
-    plan: str, batch: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+    plan: str, batch: int, shifts: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joint, "COPY_BELOW", 0)  # a batch is attended sample by sample, as a large one is
+    """A batch is attended sample by sample, as a large one is on the CPU, or in shifts, as on CUDA."""
+    monkeypatch.setattr(joint, "COPY_BELOW", 0)
+    monkeypatch.setattr(joint, "SHIFTS", ["cpu"] if shifts else [])
     generator = torch.Generator().manual_seed(0)
     leaves = [
         torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
@@ -293,20 +301,23 @@ def test_a_bank_is_read_exactly_joined_or_not(
     wanted = tensors if own_query else tensors[:5]
     exact = dense(q, segments)
     grads = torch.autograd.grad(exact.square().sum(), wanted)
-    calls = {}
-    for join_below in (0, joint.JOIN_BELOW):
+    calls = []
+    for join_below, light in ((0, 10**9), (0, joint.LIGHT), (joint.JOIN_BELOW, 10**9)):
         monkeypatch.setattr(joint, "JOIN_BELOW", join_below)
-        few = tuple(joint._keys(s) < join_below for s in segments)
+        monkeypatch.setattr(joint, "LIGHT", light)
+        weights = tuple(joint._weight(q, s) for s in segments)
         positions = joint._positions((False, own_query))
-        calls[join_below] = len(
-            joint._compile(tuple(s.frames for s in segments), positions, (1.0, 1.0), few, (9, 9)).forward
+        calls.append(
+            len(plan_of(tuple(s.frames for s in segments), positions, (1.0, 1.0), weights, (9, 9)).forward)
         )
         out = attend(q, segments)
         assert (out - exact).abs().max() < 1e-12
         for mine, theirs in zip(torch.autograd.grad(out.square().sum(), wanted), grads, strict=True):
             assert (mine - theirs).abs().max() < 1e-11
     joins = plan != "self" and not own_query
-    assert calls[0] - calls[joint.JOIN_BELOW] == int(joins)
+    assert calls[0] - calls[2] == int(joins)
+    light = plan == "first+previous" and not own_query  # all read frame 0; of sink(2) that is two groups
+    assert calls[0] - calls[1] == int(light)
 
 
 @pytest.mark.parametrize("own_query", [False, True])
@@ -319,9 +330,7 @@ def test_two_groups_that_one_frame_reads_are_one_call(own_query: bool) -> None:
     image = Segment(image_k, image_v, ((0,),), query=other if own_query else None)
     segments = [image, Segment(k, v, ((0,),))]
     assert all(joint._keys(s) >= joint.JOIN_BELOW for s in segments)
-    plan = joint._compile(
-        (((0,),),) * 2, joint._positions((own_query, False)), (1.0,) * 2, (False,) * 2, (9, 9)
-    )
+    plan = plan_of((((0,),),) * 2, joint._positions((own_query, False)), (1.0,) * 2, HEAVY * 2, (9, 9))
     assert len(plan.forward) == 1 + own_query
     ours, theirs = attend(q, segments), dense(q, segments)
     assert (ours - theirs).abs().max() < 1e-12
@@ -335,22 +344,56 @@ def test_two_groups_that_one_frame_reads_are_one_call(own_query: bool) -> None:
 def test_results_are_merged_only_where_a_frame_has_several() -> None:
     """A frame before the video that reads itself alone (in context, along time) shares no result with the others."""
     frames = with_context(seen_by_all(4, 4), 1, True)
-    plan = joint._compile((frames,), joint._positions((False,)), (1.0,), (False,), (9, 9))
+    plan = plan_of((frames,), joint._positions((False,)), (1.0,), HEAVY, (9, 9))
     assert [step.fresh for step in plan.forward] == [True, True]
-    plan = joint._compile((FramePlan("first+previous").frames(4),), ((0, 1, 2),), (1.0,), (False,), (9, 9))
+    plan = plan_of((FramePlan("first+previous").frames(4),), ((0, 1, 2),), (1.0,), HEAVY, (9, 9))
     assert [step.fresh for step in plan.forward] == [True, False]
 
 
 def test_on_the_cpu_calls_are_cut_forward_too_but_for_a_first_whole_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is merged is small beside the output, however long the video; CUDA has the fewest launches."""
+    """What is merged is small beside the output, however long the video; CUDA has the fewest launches.
+
+    Backward so is what is added to the gradients, of which the first result is the beginning.
+    """
     q = torch.empty(1, 12, 5, 2, 8)
     monkeypatch.setitem(joint.PIECE, "cpu", 4 * q[0, 0].numel())
     monkeypatch.setitem(joint.PIECE, "cuda", 4 * q[0, 0].numel())
-    assert joint._most(q) == (4, 4) and joint._most(q.to("meta")) == (joint.ALL, 4)
+    assert joint._most(q) == (4, 4) and joint._most(q.to("meta")) == (ALL, 4)
     frames = (FramePlan("first+previous").frames(12),)
-    for most, sizes in ((4, [12, 4, 4, 2]), (joint.ALL, [12, 10])):
-        plan = joint._compile(frames, ((0, 1, 2),), (1.0,), (False,), (most, 4))
+    for most, sizes in ((4, [12, 4, 4, 2]), (ALL, [12, 10])):
+        plan = plan_of(frames, ((0, 1, 2),), (1.0,), HEAVY, (most, 4))
         assert [step.read.frames for step in plan.forward] == sizes
-        assert [step.read.frames for step in plan.backward] == [4, 4, 4, 4, 4, 2]
+        assert [step.read.frames for step in plan.backward] == [12, 4, 4, 2]
+
+
+def test_a_batch_whose_reads_are_shifts_takes_a_call_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither sample by sample nor in pieces, and no frame of the queries, keys and values is copied."""
+    monkeypatch.setattr(joint, "SHIFTS", ["cpu"])
+    monkeypatch.setattr(joint, "COPY_BELOW", 0)
+    monkeypatch.setitem(joint.PIECE, "cpu", 1)
+    tensors = [torch.randn(3, 8, 70, 2, 8, requires_grad=True) for _ in range(3)]
+    memory = {t.untyped_storage().data_ptr() for t in tensors}
+    calls = {"forward": 0, "backward": 0}
+
+    def counted(name: str, at: int) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            calls[name] += 1
+            assert {t.untyped_storage().data_ptr() for t in arguments[at : at + 3]} <= memory
+            return getattr(kernels.CPU_FLASH, name)(*arguments)
+
+        return run
+
+    spy = kernels.Kernel(counted("forward", 0), counted("backward", 1))
+    monkeypatch.setattr(joint, "choose", lambda *_: spy)
+    for plan, forward, backward in (("first+previous", 2, 2), ("self+first", 2, 2), ("window(3)", 3, 5)):
+        frames = FramePlan(plan).frames(8)
+        calls.update(forward=0, backward=0)
+        out = attend(tensors[0], [Segment(*tensors[1:], frames)])
+        grads = torch.autograd.grad(out.sum(), tensors)
+        assert calls == {"forward": forward, "backward": backward}, plan
+        exact = dense(tensors[0], [Segment(*tensors[1:], frames)])
+        assert (out - exact).abs().max() < 1e-5
+        for mine, theirs in zip(grads, torch.autograd.grad(exact.sum(), tensors), strict=True):
+            assert (mine - theirs).abs().max() < 1e-4

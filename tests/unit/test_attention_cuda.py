@@ -93,7 +93,11 @@ def test_odd_lengths(kernel: str, dtype: torch.dtype, lengths: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_batches_sample_by_sample_and_in_pieces(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shifts", [[], ["cuda"]])
+def test_batches_sample_by_sample_in_pieces_and_in_shifts(
+    kernel: str, shifts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "SHIFTS", shifts)
     dtype = F32 if kernel == "torch_efficient" else BF16
     skip_unless(kernel, dtype, 64)
     n, m = (12, 10) if kernel == "short" else (40, 24)

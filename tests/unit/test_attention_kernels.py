@@ -18,6 +18,7 @@ from dit_booth.attention import FramePlan, Segment, attend, flex, kernels, packa
 from dit_booth.attention import segments as joint
 from dit_booth.attention.kernels import TABLE, choose
 from dit_booth.attention.plans import seen_by_all
+from dit_booth.attention.steps import ALL, Weight, plan_of
 
 torch.set_num_threads(1)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -218,28 +219,30 @@ def test_cpu_backward_gives_every_thread_a_part_of_a_fold(shape: tuple[int, int,
         ("short", BF16),
     ],
 )
-@pytest.mark.parametrize("plan", ["first+previous", "window(2)", "all"])
+@pytest.mark.parametrize(
+    ("plan", "batch"), [("first+previous", 2), ("window(2)", 1), ("window(2)", 2), ("all", 1)]
+)
 def test_cuda_operators_take_our_arguments(
-    name: str, dtype: torch.dtype, plan: str, hopper: None, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, plan: str, batch: int, hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_triton(monkeypatch, True)
     with FakeTensorMode():
-        q, k, v, dout = (torch.empty(1, 6, 5, 2, 16, dtype=dtype, device=CUDA) for _ in range(4))
-        image = [torch.empty(1, 1, 7, 2, 16, dtype=dtype, device=CUDA) for _ in range(2)]
+        q, k, v, dout = (torch.empty(batch, 6, 5, 2, 16, dtype=dtype, device=CUDA) for _ in range(4))
+        image = [torch.empty(batch, 1, 7, 2, 16, dtype=dtype, device=CUDA) for _ in range(2)]
         tensors = [q, k, v, *image]
-        steps = joint._compile(
+        steps = plan_of(
             (FramePlan(plan).frames(6), seen_by_all(6)),
             ((0, 1, 2), (0, 3, 4)),
             (0.2, 0.3),
-            (False, False),
-            (3, 3),
+            (Weight.HEAVY, Weight.LIGHT),
+            (3, 3) if batch == 1 else (ALL, ALL),
         )
         kernel = choose(name, CUDA, dtype, 16, True, 30)
         assert isinstance(kernel, kernels.Kernel)
         out, lse = joint._forward(steps, kernel, tensors)
         assert out.shape == q.shape
         assert out.dtype == dtype
-        assert lse.shape == (1, 6, 5, 2, 1)
+        assert lse.shape == (batch, 6, 5, 2, 1)
         assert lse.dtype == F32
         grads = joint._backward(steps, kernel, [True] * 5, *tensors, out, lse, dout)
         for grad, tensor in zip(grads, tensors, strict=True):

@@ -224,6 +224,26 @@ def test_taking_and_laying_out(index: tuple[tuple[int, ...], ...], view: bool) -
         assert torch.equal(added, expected)
 
 
+@pytest.mark.parametrize("videos", [1, 3])
+def test_a_shift_of_a_batch_is_laid_out_in_place(videos: int) -> None:
+    """Rows in which a frame meets another video's are computed, and none of them comes back."""
+    x = torch.arange(1.0 * videos * 9 * 3 * 2 * 4).reshape(videos, 9, 3, 2, 4)
+    frames = tuple((i,) for i in range(2, 9))
+    for groups in (tuple((i - 1,) for i in range(2, 9)), tuple((i - 2, i - 1, i) for i in range(2, 9))):
+        read = Read(frames, groups)
+        assert read.is_shift(9) and read.is_shift(13) and not read.is_shift(14)
+        q, k = lay_out(x, frames, shift=True), lay_out(x, groups, shift=True)
+        assert len(q) == len(k) == 9 * videos - 2
+        assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == x.data_ptr()
+        assert torch.equal(lay_back(q, frames, shift=9), take(x, frames))
+        for b in range(videos):
+            for j, row in enumerate(groups):
+                assert torch.equal(k[9 * b + j], x[b, list(row)].flatten(0, 1).transpose(0, 1))
+    assert not Read(((0, 1, 2),), ((0,),)).is_shift(3)  # a fold
+    assert not Read(((0,), (2,), (4,)), ((0,), (2,), (4,))).is_shift(5)
+    assert not Read(((0,), (1,), (2,)), ((0,), (2,), (4,))).is_shift(3)
+
+
 def test_no_keys_are_copied_for_a_video() -> None:
     x = torch.zeros(1, 16, 5, 2, 8)
     for plan in PLANS:
