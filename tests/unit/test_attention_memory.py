@@ -46,7 +46,7 @@ def test_beside_the_result_and_the_gradients_little_is_held(
 ) -> None:
     """16 frames of 1024 tokens and an image of a frame's size: 67 MiB are the result and the gradients.
 
-    Concatenated keys, values and their gradients come to 257 MiB for first+previous, for self and all to 193 and 1153 (on
+    With concatenated keys, values and their gradients it is 257 MiB for first+previous, 193 for self, 1153 for all (on
     an H100, docs/results/attention_gpu.md).
     """
     ran: list[tuple[Plan, Kernel, tuple[Tensor, ...]]] = []
