@@ -77,12 +77,13 @@ def _bars(rows: Sequence[Row]) -> str:
     at = {(row["pass"], row["what"]): row for row in rows}
     lines = []
     for name in ("forward", "forward+backward"):
-        ours, theirs = at[name, "segments"], at.get((name, "cat+repeat"))
-        if theirs is not None:
-            lines.append(
-                f"- {name}: {theirs['segments_over_it']:.2f}x the time of cat+repeat,"
-                f" {ours['peak_mib'] / theirs['peak_mib']:.2f}x its memory"
-            )
+        ours = at[name, "segments"]
+        for other in ("cat+repeat", "cat+repeat by flash"):
+            if (theirs := at.get((name, other))) is not None:
+                lines.append(
+                    f"- {name}: {theirs['segments_over_it']:.2f}x the time of {other},"
+                    f" {ours['peak_mib'] / theirs['peak_mib']:.2f}x its memory"
+                )
         if (alone := at.get((name, "plain"))) is not None:
             lines.append(
                 f"- {name}: {ours['gflops'] / alone['gflops']:.0%} of the FLOP/s that the same kernel reaches where a"
