@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The benches on a GPU that is lent for minutes, most wanted first; pages and rows go to $OUT. About six minutes on an H100.
+# The attention's tests and the benches on a GPU that is lent for minutes, most wanted first; what they say goes to $OUT.
+# About eight minutes on an H100.
 #
 #   OUT=/tmp/out experiments/bench/lease.sh
 #
@@ -14,6 +15,10 @@ bench() { # name, seconds at most, module, options
     shift 3
     timeout "$seconds" "$PYTHON" -m "experiments.bench.$module" --device cuda --table "$OUT/$name.md" "$@" || echo "$name: failed or cut"
 }
+# All kernels against float64, batches in shifts and in pieces: times of wrong results would be worth nothing.
+timeout 150 "$PYTHON" -m pytest -q --noconftest -o addopts= tests/unit/test_attention_cuda.py >"$OUT/cuda_tests.txt" 2>&1 ||
+    echo "attention's tests: failed or cut, see cuda_tests.txt"
+tail -n 3 "$OUT/cuda_tests.txt"
 bench train_step_xl 150 train_step --strategies none kv_concat
 bench attention 120 attention --plans first+previous "window(3)" all --frames 16 64 --tokens 1024 --images 0 N --budget 60
 bench train_step_b 150 train_step --sizes B --batch 8 --compile false \
