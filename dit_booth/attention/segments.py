@@ -147,7 +147,6 @@ def _longest(q: Tensor, segments: Sequence[Segment]) -> int:
 
 # ---- what is to be run: constants of a compiled graph -------------------------------------------------------
 
-
 Planned = tuple[tuple[Frames, ...], Positions, tuple[float, ...], tuple[Weight, ...], tuple[int, int] | None]
 """What a plan is made from, in `plan_of`'s order."""
 
@@ -284,9 +283,8 @@ def _sources(step: Step) -> list[tuple[Index, int, int]]:
     return [(step.read.groups, k, v), *step.joined]
 
 
-def _keys_of(step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _keys_of(step: Step, tensors: Sequence[Tensor], shift: bool) -> tuple[Tensor, Tensor]:
     """k and v as the kernel takes them; views, unless others are joined."""
-    shift = bool(_shift(step, tensors))
     ks = [lay_out(tensors[i], groups, shift) for groups, i, _ in _sources(step)]
     vs = [lay_out(tensors[i], groups, shift) for groups, _, i in _sources(step)]
     return (ks[0], vs[0]) if len(ks) == 1 else (torch.cat(ks, dim=2), torch.cat(vs, dim=2))
@@ -295,7 +293,7 @@ def _keys_of(step: Step, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _partial(step: Step, kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     queries, shift = step.read.queries, _shift(step, tensors)
     q = lay_out(tensors[step.at[0]], queries, bool(shift))
-    out, lse = kernel.forward(q, *_keys_of(step, tensors), step.scale)
+    out, lse = kernel.forward(q, *_keys_of(step, tensors, bool(shift)), step.scale)
     return lay_back(out, queries, shift), lay_back(lse.unsqueeze(-1), queries, shift)
 
 
@@ -315,7 +313,8 @@ def _backward(plan: Plan, kernel: Kernel, needed: Sequence[bool], *saved: Tensor
     for step in plan.backward:
         queries, shift = step.read.queries, _shift(step, tensors)
         g, q, o, log = (lay_out(t, queries, bool(shift)) for t in (dout, tensors[step.at[0]], out, lse))
-        dq, dk, dv = kernel.backward(g, q, *_keys_of(step, tensors), o, log.squeeze(-1), step.scale)
+        keys = _keys_of(step, tensors, bool(shift))
+        dq, dk, dv = kernel.backward(g, q, *keys, o, log.squeeze(-1), step.scale)
         parts = [(step.at[0], queries, dq)]
         sources = _sources(step)
         sizes = [len(groups[0]) * tensors[i].shape[2] for groups, i, _ in sources]
@@ -324,7 +323,7 @@ def _backward(plan: Plan, kernel: Kernel, needed: Sequence[bool], *saved: Tensor
         for i, index, part in parts:
             if needed[i]:
                 sums[i].add(index, lay_back(part, index, shift))
-        del dq, dk, dv, parts, part, k, v  # before the next kernel runs
+        del keys, dq, dk, dv, parts, part, k, v  # before the next kernel runs
     return [total.end() if need else None for total, need in zip(sums, needed, strict=True)]
 
 
@@ -358,5 +357,6 @@ class _Sum:
         return self.total
 
     def _clear(self, frames: set[int]) -> None:
-        for i in sorted(frames):
-            self._written()[:, i].zero_()
+        for i in frames:
+            if i - 1 not in frames:  # a run begins
+                self._written()[:, i : next(j for j in count(i) if j not in frames)].zero_()
