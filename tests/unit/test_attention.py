@@ -40,7 +40,7 @@ PLANS = (
 
 
 @KERNEL
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=120)
 @given(seed=st.integers(0, 10**9))
 def test_attend_and_its_gradients_equal_the_dense_oracle(seed: int, kernel: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -220,7 +220,8 @@ def test_cpu_backward_gives_every_thread_a_part_of_a_fold(shape: tuple[int, int,
     ],
 )
 @pytest.mark.parametrize(
-    ("plan", "batch"), [("first+previous", 2), ("window(2)", 1), ("window(2)", 2), ("all", 1)]
+    ("plan", "batch"),
+    [("first+previous", 1), ("first+previous", 2), ("window(2)", 1), ("window(2)", 2), ("all", 1)],
 )
 def test_cuda_operators_take_our_arguments(
     name: str, dtype: torch.dtype, plan: str, batch: int, hopper: None, monkeypatch: pytest.MonkeyPatch
