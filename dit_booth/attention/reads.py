@@ -285,16 +285,17 @@ def add(x: Tensor, index: Index, y: Tensor) -> None:
         x.index_add_(1, where, (y if _is_flat(index) else y.flatten(1, 2)).to(x.dtype))
 
 
-def lay_out(x: Tensor, index: Index, shift: bool = False) -> Tensor:
+def lay_out(x: Tensor, index: Index, shift: int = 0) -> Tensor:
     """Operand of a plain attention ((b j) k (f n) d) from (b f n k d): the tokens of a block's frames end to end.
 
-    Of a shift, the batch has a row for every place from the first video's first block to the last one's last.
+    shift: where the read is one, of how many frames the videos are. The batch then has a row for every frame from the
+    first video's first block to the last one's last.
     """
     if shift:
         stretch = _stretch(index)
         assert stretch is not None
         start, _, length, _ = stretch
-        rows = len(x) * x.shape[1] - (x.shape[1] - len(index))
+        rows = len(x) * shift - (shift - len(index))
         x = x.flatten(0, 1)[start : start + rows + length - 1]
         x = x if length == 1 else x.unfold(0, length, 1).movedim(-1, 1).flatten(1, 2)  # (b j) (f n) k d
         return x.transpose(1, 2)
@@ -309,10 +310,7 @@ def lay_out(x: Tensor, index: Index, shift: bool = False) -> Tensor:
 
 
 def lay_back(x: Tensor, index: Index, shift: int = 0) -> Tensor:
-    """Result of a plain attention ((b j) k (f n) d) in the shape that `take` returns; a view.
-
-    shift: where the read is one, of how many frames the videos are.
-    """
+    """Result of a plain attention ((b j) k (f n) d) in the shape that `take` returns; a view. shift: as `lay_out`."""
     blocks, length = len(index), len(index[0])
     x = x.transpose(1, 2)
     if shift:

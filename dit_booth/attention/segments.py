@@ -283,7 +283,7 @@ def _sources(step: Step) -> list[tuple[Index, int, int]]:
     return [(step.read.groups, k, v), *step.joined]
 
 
-def _keys_of(step: Step, tensors: Sequence[Tensor], shift: bool) -> tuple[Tensor, Tensor]:
+def _keys_of(step: Step, tensors: Sequence[Tensor], shift: int) -> tuple[Tensor, Tensor]:
     """k and v as the kernel takes them; views, unless others are joined."""
     ks = [lay_out(tensors[i], groups, shift) for groups, i, _ in _sources(step)]
     vs = [lay_out(tensors[i], groups, shift) for groups, _, i in _sources(step)]
@@ -292,8 +292,8 @@ def _keys_of(step: Step, tensors: Sequence[Tensor], shift: bool) -> tuple[Tensor
 
 def _partial(step: Step, kernel: Kernel, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     queries, shift = step.read.queries, _shift(step, tensors)
-    q = lay_out(tensors[step.at[0]], queries, bool(shift))
-    out, lse = kernel.forward(q, *_keys_of(step, tensors, bool(shift)), step.scale)
+    q = lay_out(tensors[step.at[0]], queries, shift)
+    out, lse = kernel.forward(q, *_keys_of(step, tensors, shift), step.scale)
     return lay_back(out, queries, shift), lay_back(lse.unsqueeze(-1), queries, shift)
 
 
@@ -312,8 +312,8 @@ def _backward(plan: Plan, kernel: Kernel, needed: Sequence[bool], *saved: Tensor
     sums = [_Sum(t) for t in tensors]
     for step in plan.backward:
         queries, shift = step.read.queries, _shift(step, tensors)
-        g, q, o, log = (lay_out(t, queries, bool(shift)) for t in (dout, tensors[step.at[0]], out, lse))
-        keys = _keys_of(step, tensors, bool(shift))
+        g, q, o, log = (lay_out(t, queries, shift) for t in (dout, tensors[step.at[0]], out, lse))
+        keys = _keys_of(step, tensors, shift)
         dq, dk, dv = kernel.backward(g, q, *keys, o, log.squeeze(-1), step.scale)
         parts = [(step.at[0], queries, dq)]
         sources = _sources(step)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The attention's tests and the benches on a GPU that is lent for minutes, most wanted first; what they say goes to $OUT.
-# About eight minutes on an H100.
+# Its limits come to nine and a half minutes.
 #
 #   OUT=/tmp/out experiments/bench/lease.sh
 #

@@ -232,7 +232,7 @@ def test_a_shift_of_a_batch_is_laid_out_in_place(videos: int) -> None:
     for groups in (tuple((i - 1,) for i in range(2, 9)), tuple((i - 2, i - 1, i) for i in range(2, 9))):
         read = Read(frames, groups)
         assert read.is_shift(9) and read.is_shift(13) and not read.is_shift(14)
-        q, k = lay_out(x, frames, shift=True), lay_out(x, groups, shift=True)
+        q, k = lay_out(x, frames, shift=9), lay_out(x, groups, shift=9)
         assert len(q) == len(k) == 9 * videos - 2
         assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == x.data_ptr()
         assert torch.equal(lay_back(q, frames, shift=9), take(x, frames))
