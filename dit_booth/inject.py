@@ -143,7 +143,7 @@ class Finish(Protocol):
 class QKV:
     """Port ``qkv``: queries, the segments they read, and what both were projected from.
 
-    The attention that follows is one exact joint softmax over all segments (`dit_booth.attention.attend`).
+    The attention that follows is one exact joint softmax over all segments (`dit_booth.attention.joint_softmax`).
     """
 
     q: Tensor  # b f n k d

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # imported late: --help and a wrong flag answer before DeepSpeed and diffusers load
     from torch import Tensor
 
+    from dit_booth.components import Parts
     from dit_booth.config import RunConfig
     from dit_booth.training.address import Stage
-    from dit_booth.training.build import Parts
     from dit_booth.training.distributed import Ranks
-    from dit_booth.training.journal import Journal
+    from dit_booth.training.metrics_logger import Journal
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "demo.yaml")
 log = logging.getLogger("dit_booth")
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 def start_run(argv: list[str], begin: float) -> int:
     """Read the settings; if there is anything left to do, join the other ranks and do it."""
     with collector_at_rest():
-        from dit_booth.cli import parse
+        from dit_booth.config.parse import parse
 
         config = parse(argv, default_config=DEFAULT_CONFIG, description=__doc__ or "")
     folder = Path(config.folder())
@@ -62,8 +62,8 @@ def start_run(argv: list[str], begin: float) -> int:
     if (folder / "finished").is_file():
         log.info("this run is finished, nothing to do; --out FOLDER makes another one\n%s", describe(folder))
         return 0
+    from dit_booth.study.turns import await_turn
     from dit_booth.training.distributed import free_memory, owning, start, stop
-    from dit_booth.turns import await_turn
 
     with collector_at_rest():
         load_modules()
@@ -91,8 +91,8 @@ def load_modules() -> None:
 
     import_deepspeed()
     for name in (
-        "dit_booth.training.trainer",
-        "dit_booth.training.journal",
+        "dit_booth.training.loop",
+        "dit_booth.training.metrics_logger",
         "experiments.sample",
         "open_clip",
     ):
@@ -114,9 +114,9 @@ def run(parts: Parts, ranks: Ranks, begin: float) -> None:
     """The main job: train every stage, sample, measure, and say where everything is."""
     from dit_booth.files import write_text
     from dit_booth.training.address import stages_of
-    from dit_booth.training.cost import write_run_cost
-    from dit_booth.training.journal import Journal
+    from dit_booth.training.metrics_logger import Journal
     from dit_booth.training.stage import check_starts
+    from dit_booth.training.stage_cost import write_run_cost
     from experiments.sample import measure, sample_heldout
 
     config = parts.config
@@ -168,7 +168,7 @@ def until(stages: list[Stage], last: str) -> list[Stage]:
 
 
 def fresh_parts(config: RunConfig) -> Parts:
-    from dit_booth.training.build import build
+    from dit_booth.components import build
 
     return build(config)
 
@@ -215,7 +215,7 @@ def train(
     parts: Parts, stages: list[Stage], folder: Path, ranks: Ranks, journal: Journal | None, begin: float
 ) -> Parts:
     """Train the stages that are not finished yet, each from the weights of those before it."""
-    from dit_booth.fingerprint import metadata
+    from dit_booth.models.fingerprint import metadata
     from dit_booth.models.weights import load_strictly, part, read, write
 
     config = parts.config
@@ -243,7 +243,7 @@ def train(
 def train_if_needed(parts: Parts, stage: Stage, ranks: Ranks, journal: Journal | None, begin: float) -> bool:
     """Train a stage unless it is finished, or another run finishes it meanwhile; whether it was trained here."""
     from dit_booth.training.distributed import owning
-    from dit_booth.training.trainer import train_stage
+    from dit_booth.training.loop import train_stage
 
     folder = stage.folder(parts.config)
     marker = folder / "weights.safetensors"  # written last and whole

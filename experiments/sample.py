@@ -21,17 +21,17 @@ import tyro
 from torch import Tensor
 from torchvision.utils import save_image
 
-from dit_booth.cli import parse
-from dit_booth.contact_sheet import SheetRow, contact_sheet
+from dit_booth.components import Parts, build
+from dit_booth.config.parse import parse
 from dit_booth.data.example import Example
 from dit_booth.data.image_prompt import load_image_prompt
 from dit_booth.data.video import write_video
 from dit_booth.evaluation import evaluate, summary
 from dit_booth.files import replacing, write_text
-from dit_booth.fingerprint import warn_of_another_base
+from dit_booth.models.fingerprint import warn_of_another_base
 from dit_booth.models.weights import load_strictly, read
-from dit_booth.sampling import generate
-from dit_booth.training.build import Parts, build
+from dit_booth.sampling.contact_sheet import SheetRow, contact_sheet
+from dit_booth.sampling.generate import generate
 from dit_booth.training.distributed import Ranks, start, stop
 from dit_booth.training.stage import active_strategies, schedule_of
 

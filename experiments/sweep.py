@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from dit_booth.files import write_text
-from dit_booth.sweep.board import write_hparams
-from dit_booth.sweep.description import Description, read_description
-from dit_booth.sweep.folder import check_name, running
-from dit_booth.sweep.launch import run_points
-from dit_booth.sweep.plan import Plan, plan_sweep
-from dit_booth.sweep.rows import is_finished, row_of, write_rows
-from dit_booth.sweep.show import show_plan, show_rows
-from dit_booth.sweep.slots import hostfile_slots, local_slots
+from dit_booth.study.board import write_hparams
+from dit_booth.study.description import Description, read_description
+from dit_booth.study.folder import check_name, running
+from dit_booth.study.launch import run_points
+from dit_booth.study.plan import Plan, plan_sweep
+from dit_booth.study.rows import is_finished, row_of, write_rows
+from dit_booth.study.show import show_plan, show_rows
+from dit_booth.study.slots import hostfile_slots, local_slots
 
 
 def main(argv: Sequence[str]) -> int:
     """0: all points are finished (or nothing was to be run); 1: some failed; 2: a wrong description; 130: cut short."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("dit_booth.sweep").setLevel(logging.INFO)
+    logging.getLogger("dit_booth.study").setLevel(logging.INFO)
     given = arguments(argv)
     try:
         plan, description = plan_of(given)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         with running(plan):
             record(plan.folder / "sweep.yaml", description, given)
             if given.emit:
-                from dit_booth.sweep.emit import emit
+                from dit_booth.study.emit import emit
 
                 print(emit(plan, given.emit), end="")
                 return 0

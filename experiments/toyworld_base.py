@@ -31,16 +31,16 @@ import yaml
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.cli import parse
+from dit_booth.components import Parts, build
 from dit_booth.config import RunConfig, StageName, TrainConfig
-from dit_booth.data.toyworld import Toyworld
-from dit_booth.models.clip import NULL_PROMPT, Prompt
+from dit_booth.config.parse import parse
+from dit_booth.data.toyworld.world import Toyworld
+from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 from dit_booth.models.weights import write
-from dit_booth.training.build import Parts, build
 from dit_booth.training.ema import Ema
 from dit_booth.training.graph import captured
+from dit_booth.training.loop import check_finite, compile_backbone, learning_rate
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
-from dit_booth.training.trainer import check_finite, compile_backbone, learning_rate
 from experiments.muon import Muon
 
 TIMES = 1 << 20

@@ -7,8 +7,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dit_booth.inject import KV, QKV, Condition, Reference, Site, Sites
-from dit_booth.resampler import Perceiver, Pool
 from dit_booth.strategy import Strategy, StrategyConfig, register
+
+from .parts.resampler import Perceiver, Pool
 
 
 @dataclass(frozen=True, kw_only=True)

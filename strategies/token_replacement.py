@@ -11,9 +11,10 @@ from torch import nn
 
 from dit_booth.attention import Segment
 from dit_booth.inject import QKV, Condition, Modulation, PromptTokens, Reference, Site, Sites
-from dit_booth.mapper import Mapper
 from dit_booth.strategy import Strategy, StrategyConfig, register
-from dit_booth.subject import released_sources, sources
+
+from .parts.mapper import Mapper
+from .parts.subject import released_sources, sources
 
 
 @dataclass(frozen=True, kw_only=True)

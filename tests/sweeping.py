@@ -18,7 +18,7 @@ import yaml
 from warm import environment
 
 from dit_booth.files import read_lines
-from dit_booth.sweep.rows import MEASURED
+from dit_booth.study.rows import MEASURED
 
 ROOT = Path(__file__).parents[1]
 TINY = {

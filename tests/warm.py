@@ -95,9 +95,6 @@ def serve() -> None:
     from experiments.run import collector_at_rest, load_modules
 
     with collector_at_rest():  # its forks share these pages
-        import dit_booth.cli
-        import dit_booth.training.build  # noqa: F401
-
         load_modules()
     for line in sys.stdin:
         request = json.loads(line)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_booth.data.toyshapes import SHAPES
+from dit_booth.data.toyworld.shapes import SHAPES
 from dit_booth.evaluation.segment import subject_mask
 
 Array = NDArray[np.float64]

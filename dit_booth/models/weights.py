@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_booth.files import replacing
-from dit_booth.models.dit_config import DiTConfig
-from dit_booth.models.dit_weights import from_official, inflate, is_official
-from dit_booth.models.unet_config import UNetConfig
-from dit_booth.models.upstream import (
+from dit_booth.models.dit.config import DiTConfig
+from dit_booth.models.unet.config import UNetConfig
+from dit_booth.models.upstream.clip import from_transformers, unlike_transformers
+from dit_booth.models.upstream.dit import from_official, inflate, is_official
+from dit_booth.models.upstream.unet import (
     MAPPER,
     from_diffusers_unet,
     from_videobooth,
     of_video_only,
     unlike_diffusers,
 )
-from dit_booth.models.upstream_clip import from_transformers, unlike_transformers
 
 log = logging.getLogger(__name__)
 

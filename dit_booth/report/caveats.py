@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from dit_booth.report.statistics import t_quantile
 from dit_booth.report.study import Study
 from dit_booth.report.table import Table
+from dit_booth.study.statistics import t_quantile
 
 _FEW_SEEDS = 3
 _FEW_PROMPTS = 30

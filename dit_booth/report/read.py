@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dit_booth.costs import training_costs
+from dit_booth.cost.totals import training_costs
 from dit_booth.report.study import COSTS, PLACES, Group, Point, Prompt, Score, Stage, Study
 
 

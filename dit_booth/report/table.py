@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dit_booth.report.statistics import Difference, Estimate, from_stderr, paired_difference, t_interval
 from dit_booth.report.study import COSTS, Group, Point, Score, Study
 from dit_booth.report.svg import DASH, MINUS, si_prefix, with_prefix
+from dit_booth.study.statistics import Difference, Estimate, from_stderr, paired_difference, t_interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_booth.cli import is_plugin
+from dit_booth.components import repository_file
 from dit_booth.config import RunConfig, StageName, decisive
+from dit_booth.config.parse import is_plugin
 from dit_booth.data.listing import files_of
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
-from dit_booth.training.build import repository_file
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
 
 SCHEMA = 2

@@ -9,14 +9,14 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from dit_booth.components import Parts
 from dit_booth.config import StageConfig
 from dit_booth.data.example import Batch
 from dit_booth.diffusion.noise import Generators, per_row, randn, randn_like
 from dit_booth.diffusion.objectives import Objective
 from dit_booth.inject import Reference
-from dit_booth.injected import Prediction
-from dit_booth.models.clip import NULL_PROMPT, Prompt
-from dit_booth.training.build import Parts
+from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
+from dit_booth.models.injected import Prediction
 
 
 @dataclass(frozen=True)

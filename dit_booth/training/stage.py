@@ -11,7 +11,7 @@ from torch import nn
 
 from dit_booth.config import STAGES, RunConfig, StageConfig, StageName
 from dit_booth.inject import suggest
-from dit_booth.injected import Injected
+from dit_booth.models.injected import Injected
 from dit_booth.strategy import Strategy, find
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_booth.attention import FramePlan, Frames, Segment, attend
-from dit_booth.attention.kernels import choose
+from dit_booth.attention.kernels.choice import choose
 from dit_booth.training.graph import captured
 from experiments.bench import attention_report as report
 from experiments.bench.measure import conditions, interleaved, matmul_peak, peak_memory, write_lines

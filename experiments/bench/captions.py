@@ -24,12 +24,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from dit_booth.cli import parse
+from dit_booth.components import Parts, build
+from dit_booth.config.parse import parse
 from dit_booth.data.example import Example
 from dit_booth.evaluation.segment import subject_mask
 from dit_booth.evaluation.shape import best_shape, video_shape_overlap
-from dit_booth.sampling import generate
-from dit_booth.training.build import Parts, build
+from dit_booth.sampling.generate import generate
 
 WAYS = ("moving left", "moving right", "moving up", "moving down", "growing", "shrinking")
 SPINNING = "spinning"

@@ -17,8 +17,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from dit_booth.models.clip import Text
-from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from experiments.bench.side_by_side import Options, Row, about, run
 
 MODULE = "experiments.bench.dit"

@@ -32,7 +32,7 @@ import tyro
 import yaml
 
 from dit_booth.files import read_lines
-from dit_booth.sweep.rows import ROWS
+from dit_booth.study.rows import ROWS
 from experiments.bench.measure import conditions, write_lines
 
 ROOT = Path(__file__).parents[2]

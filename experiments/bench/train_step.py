@@ -26,12 +26,12 @@ import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from dit_booth.cli import TRUTH, config_class
 from dit_booth.config import DataConfig, RunConfig
-from dit_booth.describe import Latents, build, inputs, reference
-from dit_booth.flops import Flops
-from dit_booth.injected import Injected
-from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.config.parse import TRUTH, config_class
+from dit_booth.cost.describe import Latents, build, inputs, reference
+from dit_booth.cost.flops import Flops
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
+from dit_booth.models.injected import Injected
 from dit_booth.training.graph import captured
 from experiments.bench.measure import (
     conditions,

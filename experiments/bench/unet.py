@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 import tyro
+from dit_booth.strategies.kv_concat import KVConcat, KVConcatConfig
 from torch import Tensor
 
 from dit_booth.inject import Condition, Recorder, Reference, Site, Sites
-from dit_booth.models.clip import Text
-from dit_booth.models.unet import UNetConfig, VideoUNet
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.strategy import Strategies
 from experiments.bench.side_by_side import Options, Row, about, run
-from strategies.kv_concat import KVConcat, KVConcatConfig
 
 MODULE = "experiments.bench.unet"
 CONFIG = UNetConfig(channels=(64, 128, 256, 256), text_dim=256)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dit_booth.strategies.token_replacement import ReplaceSubject
 from PIL import Image
 
 from dit_booth.inject import PromptTokens
-from dit_booth.models.tokenizer import Tokenizer
+from dit_booth.models.clip.tokenizer import Tokenizer
 from experiments.sample import Settings, load_run, sample_own
-from strategies.token_replacement import ReplaceSubject
 
 pytestmark = pytest.mark.slow
 COMPAT = ["--token-replacement.compat", "videobooth"]

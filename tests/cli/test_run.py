@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dit_booth.cli import parse
+from dit_booth.config.parse import parse
 from dit_booth.data.video import probe
 
 pytestmark = pytest.mark.slow

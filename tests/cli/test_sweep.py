@@ -18,10 +18,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dit_booth.files import read_lines
 from dit_booth.report.read import read_study
-from dit_booth.sweep.description import read_description
-from dit_booth.sweep.plan import plan_sweep
-from dit_booth.sweep.rows import ALL_COSTS
-from dit_booth.sweep.show import show_plan
+from dit_booth.study.description import read_description
+from dit_booth.study.plan import plan_sweep
+from dit_booth.study.rows import ALL_COSTS
+from dit_booth.study.show import show_plan
 from experiments.bench import sweep_cost
 
 pytestmark = pytest.mark.slow

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_booth.cli import parse
+from dit_booth.config.parse import parse
 from dit_booth.data.video import probe
-from dit_booth.models.upstream import export_diffusers_unet, export_videobooth
+from dit_booth.models.upstream.unet import export_diffusers_unet, export_videobooth
 from dit_booth.models.weights import part
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from warm import AS_INSTALLED, environment
 
 from dit_booth import strategy as registry
-from dit_booth.cli import load_plugin
+from dit_booth.config.parse import load_plugin
 from dit_booth.strategy import find, registered
 from dit_booth.testing import PROMISES, check_strategy, compiled_is_the_same
 
@@ -89,7 +89,7 @@ def test_its_options_are_in_the_help(plugin: Path, tmp_path: Path) -> None:
 
 
 def test_the_list_shows_it(plugin: Path, program: Any) -> None:
-    said = program.python("dit_booth.strategies", "--plugin", str(plugin))
+    said = program.python("dit_booth.cost.catalogue", "--plugin", str(plugin))
     assert said.code == 0, said.output
     entry = said.output[said.output.index("one_token:") :].split("\n    ")
     assert entry[0] == "one_token: Every frame also reads CLIP's image embedding, as one token."
@@ -119,7 +119,7 @@ def test_an_installed_plug_in_is_there_and_a_broken_one_is_named(tmp_path: Path)
         "plug-in bad_lab_entry (bad_lab) failed to import: ModuleNotFoundError: No module named"
         " 'nowhere_to_be_found'"
     )
-    listed = python("-m", "dit_booth.strategies", path=tmp_path)
+    listed = python("-m", "dit_booth.cost.catalogue", path=tmp_path)
     assert listed.returncode == 0
     assert "one_token: Every frame" in listed.stdout
     assert "plug-in bad_lab_entry failed to import" in listed.stdout.replace(" (bad_lab)", "")
@@ -129,7 +129,7 @@ def test_an_installed_plug_in_is_there_and_a_broken_one_is_named(tmp_path: Path)
 
 def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path, program: Any) -> None:
     (tmp_path / "mine.py").write_text("raise RuntimeError('half done')\n")
-    for command in ("experiments/run.py", "dit_booth.strategies"):
+    for command in ("experiments/run.py", "dit_booth.cost.catalogue"):
         said = program.python(command, "--plugin", str(tmp_path / "mine.py"))
         assert said.code == 1
         expected = f"error: --plugin {tmp_path}/mine.py failed: RuntimeError: half done"
@@ -140,7 +140,7 @@ def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path, program: Any) -
 
 
 def test_the_list_has_every_strategy_with_the_papers_counts(program: Any) -> None:
-    said = program.python("dit_booth.strategies")
+    said = program.python("dit_booth.cost.catalogue")
     assert said.code == 0, said.output
     entries = {entry.split(":")[0]: entry for entry in re.split(r"\n(?=\S)", said.output)}
     assert set(registered()) | {"videobooth"} == set(entries)

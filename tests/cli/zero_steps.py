@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dit_booth.cli import parse
+from dit_booth.components import build
+from dit_booth.config.parse import parse
 from dit_booth.training.address import stages_of
-from dit_booth.training.build import build
 from dit_booth.training.distributed import start, stop
-from dit_booth.training.trainer import train_stage
+from dit_booth.training.loop import train_stage
 
 SETTINGS = (
     "--config experiments/configs/demo.yaml --strategy kv_concat --schedule fine --stages.fine.steps 10"

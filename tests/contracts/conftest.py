@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_booth.cli import config_class
+from dit_booth import components as building
+from dit_booth.components import Parts, build
 from dit_booth.config import DataConfig, RunConfig, TrainConfig
+from dit_booth.config.parse import config_class
 from dit_booth.inject import Reference
-from dit_booth.models.clip import Prompt
+from dit_booth.models.clip.encoders import Prompt
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
-from dit_booth.models.unet import UNetConfig
+from dit_booth.models.unet.model import UNetConfig
 from dit_booth.models.weights import write
 from dit_booth.strategy import StrategyConfig
-from dit_booth.training import build as building
-from dit_booth.training.build import Parts, build
 
 torch.set_num_threads(1)
 FRAMES, SIZE = 3, 12

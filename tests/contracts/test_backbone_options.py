@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit_booth.models.dit import DiTConfig, VideoDiT
-from dit_booth.models.unet import UNetConfig, VideoUNet
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.models.weights import write
 from dit_booth.strategy import registered
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_booth.cli import parse
-from dit_booth.models.clip import Text
-from dit_booth.models.dit import DiTConfig, VideoDiT
-from dit_booth.models.dit_weights import (
+from dit_booth.config.parse import parse
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
+from dit_booth.models.upstream.dit import (
     channels_of,
     config_of,
     from_official,

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from dit_booth.strategies.kv_concat import KVConcatConfig
+from dit_booth.strategies.token_replacement import TokenReplacementConfig
 from torch import Tensor
 
 from dit_booth.config import StageConfig
@@ -17,11 +19,9 @@ from dit_booth.data.example import collate
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.inject import PromptTokens
-from dit_booth.models.tokenizer import bpe
-from dit_booth.sampling import generate
+from dit_booth.models.clip.tokenizer import bpe
+from dit_booth.sampling.generate import generate
 from dit_booth.training.inputs import generator_of, make_inputs
-from strategies.kv_concat import KVConcatConfig
-from strategies.token_replacement import TokenReplacementConfig
 
 BACKBONES = pytest.mark.parametrize("backbone", ["dit", "unet"])
 Make = Callable[..., Any]

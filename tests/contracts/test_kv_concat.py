@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from dit_booth.strategies.kv_concat import KVConcatConfig
+from dit_booth.strategies.query_projection import QueryProjectionConfig
 from torch import Tensor
 
 from dit_booth.attention import attend
 from dit_booth.inject import QKV, Injection
-from dit_booth.models.dit import DiTConfig
+from dit_booth.models.dit.model import DiTConfig
 from dit_booth.testing import Trial, trial, worst
-from strategies.kv_concat import KVConcatConfig
-from strategies.query_projection import QueryProjectionConfig
 
 BACKBONES = pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 

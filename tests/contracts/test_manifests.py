@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit_booth.strategies.kv_concat import KVConcat, KVConcatConfig
+from dit_booth.strategies.token_replacement import TokenReplacement, TokenReplacementConfig
 from torch import Tensor, nn
 
 from dit_booth.inject import Site, Sites
-from dit_booth.models.clip import TextEncoder
-from dit_booth.models.unet import UNetConfig, VideoUNet
-from dit_booth.models.upstream import (
+from dit_booth.models.clip.encoders import TextEncoder
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
+from dit_booth.models.upstream.clip import from_transformers, to_transformers
+from dit_booth.models.upstream.unet import (
     export_diffusers_unet,
     export_videobooth,
     from_diffusers_unet,
     from_videobooth,
     unlike_diffusers,
 )
-from dit_booth.models.upstream_clip import from_transformers, to_transformers
 from dit_booth.strategy import Strategies
-from strategies.kv_concat import KVConcat, KVConcatConfig
-from strategies.token_replacement import TokenReplacement, TokenReplacementConfig
 
 Shapes = dict[str, tuple[int, ...]]
 PARAMETERS = {

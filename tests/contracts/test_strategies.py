@@ -6,19 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dit_booth.strategies as strategies
 import pytest
 import torch
+from dit_booth.strategies.in_context import InContextConfig
+from dit_booth.strategies.kv_concat import KVConcatConfig
+from dit_booth.strategies.query_projection import QueryProjectionConfig
+from dit_booth.strategies.spatial_concat import SpatialConcatConfig
+from dit_booth.strategies.token_bank import TokenBankConfig
 
-import strategies
 from dit_booth import testing
 from dit_booth.models.weights import load_strictly
 from dit_booth.strategy import StrategyConfig, registered
 from dit_booth.testing import BACKBONES, PROMISES, check_strategy, compiled_is_the_same, trial, worst
-from strategies.in_context import InContextConfig
-from strategies.kv_concat import KVConcatConfig
-from strategies.query_projection import QueryProjectionConfig
-from strategies.spatial_concat import SpatialConcatConfig
-from strategies.token_bank import TokenBankConfig
 
 torch.set_num_threads(1)
 QUICK = [promise for promise in PROMISES if promise is not compiled_is_the_same]

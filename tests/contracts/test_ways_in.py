@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from dit_booth.strategies.adaln import AdaLNConfig
+from dit_booth.strategies.decoupled_attention import DecoupledAttentionConfig
+from dit_booth.strategies.in_context import InContextConfig
+from dit_booth.strategies.parts.resampler import Pool
+from dit_booth.strategies.spatial_concat import SpatialConcatConfig
+from dit_booth.strategies.token_bank import TokenBankConfig
 from torch import Tensor
 
 from dit_booth.attention import attend
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.inject import QKV, Injection, Latents, Reference
-from dit_booth.models.dit import DiTConfig
-from dit_booth.resampler import Pool
+from dit_booth.models.dit.model import DiTConfig
 from dit_booth.testing import BACKBONES, Trial, trial, worst
 from dit_booth.training.inputs import Inputs
-from strategies.adaln import AdaLNConfig
-from strategies.decoupled_attention import DecoupledAttentionConfig
-from strategies.in_context import InContextConfig
-from strategies.spatial_concat import SpatialConcatConfig
-from strategies.token_bank import TokenBankConfig
 
 torch.set_num_threads(1)
 BOTH = pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])

@@ -11,7 +11,7 @@ from dit_booth.strategy import registered
 
 @pytest.mark.slow
 def test_partitioned_over_two_ranks_every_strategy_trains_as_in_one_piece(program: Any) -> None:
-    first, second = program.two_ranks(program="dit_booth.zero_testing")
+    first, second = program.two_ranks(program="dit_booth.testing.zero")
     assert (first.code, second.code) == (0, 0), first.output[-4000:] + second.output[-4000:]
     for name, cls in registered().items():
         for backbone in ("dit-factorised", "unet"):

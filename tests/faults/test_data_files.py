@@ -16,7 +16,7 @@ from dit_booth.data.image_prompt import (
     read_mask,
     read_rgb,
 )
-from dit_booth.data.triplets import Triplets, TripletsConfig
+from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 from dit_booth.data.video import probe, read_video, write_video
 
 torch.set_num_threads(1)

@@ -21,8 +21,8 @@ from dit_booth.attention import FramePlan, Segment
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import QKV, Condition, Injection, Role, no_injection
 from dit_booth.models.layers import Attention
-from dit_booth.models.unet import UNetConfig
-from dit_booth.models.unet_blocks import Step, TransformerBlock
+from dit_booth.models.unet.blocks import Step, TransformerBlock
+from dit_booth.models.unet.model import UNetConfig
 
 
 def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:

@@ -11,19 +11,19 @@ from collections.abc import Iterator
 
 import torch
 from cases import CaseResult, Info, Tensors, cast, labelled, outputs, tolerance, worst
+from dit_booth.strategies.spatial_concat import SpatialConcat, SpatialConcatConfig
 from einops import rearrange
 from torch import Tensor
 
 from dit_booth.attention import FramePlan
 from dit_booth.diffusion import DiscreteSchedule, guide, scaled_linear_betas
 from dit_booth.inject import Condition, Injection, Latents, Reference, Sites
-from dit_booth.models.clip import Text
-from dit_booth.models.unet import UNetConfig, VideoUNet
-from dit_booth.models.unet_blocks import Step
-from dit_booth.models.upstream import from_diffusers_unet
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.unet.blocks import Step
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
+from dit_booth.models.upstream.unet import from_diffusers_unet
 from dit_booth.models.weights import load_strictly
 from dit_booth.strategy import Strategies
-from strategies.spatial_concat import SpatialConcat, SpatialConcatConfig
 
 SCALE = 0.18215  # the latents are divided by it for the decoder
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from dit_booth.diffusion import guide
-from dit_booth.models.clip import Text
-from dit_booth.models.dit import VideoDiT
-from dit_booth.models.dit_weights import channels_of, config_of, from_official
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.dit.model import VideoDiT
+from dit_booth.models.upstream.dit import channels_of, config_of, from_official
 from dit_booth.models.weights import load_strictly
 
 DIT_GUIDED = 3  # channels that DiT's released code guides; Latte's guides all

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from unet_cases import dense_of, produce
 
-from dit_booth.models.unet import UNetConfig, VideoUNet
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
 
 File = tuple[dict[str, Any], dict[str, Tensor]]
 UNET_OUTPUTS = (

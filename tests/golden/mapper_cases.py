@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from cases import FLOAT64, CaseResult, Info, Tensors, cast, labelled, outputs, tolerance, worst
 from dense import mapper as dense_mapper
+from dit_booth.strategies.parts.mapper import Mapper
+from dit_booth.strategies.token_replacement import ReplaceSubject
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dit_booth.inject import Condition, PromptTokens
-from dit_booth.mapper import Mapper
-from dit_booth.models.tokenizer import mark
-from strategies.token_replacement import ReplaceSubject
+from dit_booth.models.clip.tokenizer import mark
 
 
 def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:

@@ -19,7 +19,7 @@ from files import HERE, read
 from make_files import attention_file, diffusion_file, mapper_file, unet_file, write
 from safetensors.torch import save_file
 
-from dit_booth.models.unet import UNetConfig
+from dit_booth.models.unet.model import UNetConfig
 
 torch.set_num_threads(1)
 UNET = UNetConfig(

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dit_booth.strategies.token_replacement import ReplaceSubject
 from files import load
 from mapper_cases import built_mapper, prompt_of, released_is_right, states_of, tokens_of
 from torch import Tensor
 
 from dit_booth.inject import Condition, PromptTokens
-from strategies.token_replacement import ReplaceSubject
 
 torch.set_num_threads(1)
 INFO, TENSORS = load("videobooth_mapper")

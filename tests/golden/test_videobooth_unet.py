@@ -13,7 +13,7 @@ from make_files import unet_file
 from torch import Tensor
 from unet_cases import RECIPES, Ours, cases, conditioning, dense_of, heads_of, produce, video
 
-from dit_booth.models.unet import UNetConfig
+from dit_booth.models.unet.model import UNetConfig
 
 torch.set_num_threads(1)
 TINY = UNetConfig(

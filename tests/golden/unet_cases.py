@@ -15,18 +15,18 @@ from typing import Any, Protocol
 import torch
 from cases import FLOAT64, CaseResult, Info, Tensors, cast, flat, labelled, outputs, tolerance, worst
 from dense import DenseUNet
+from dit_booth.strategies.kv_concat import KVConcat, KVConcatConfig
+from dit_booth.strategies.token_replacement import TokenReplacement, TokenReplacementConfig
 from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.inject import Injection, Reference, Site, Sites
-from dit_booth.injected import Injected
-from dit_booth.models.clip import Prompt, Text
-from dit_booth.models.unet import UNetConfig, VideoUNet
-from dit_booth.models.upstream import SAME, unlike
+from dit_booth.models.clip.encoders import Prompt, Text
+from dit_booth.models.injected import Injected
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
+from dit_booth.models.upstream.unet import SAME, unlike
 from dit_booth.strategy import Strategies, Strategy
-from strategies.kv_concat import KVConcat, KVConcatConfig
-from strategies.token_replacement import TokenReplacement, TokenReplacementConfig
 
 INJECTED = ("to_k_new", "to_v_new", "to_k_exemplar", "to_v_exemplar", "to_k_global", "to_v_global")
 STAGES = {"plain": (), "coarse": ("token_replacement",), "fine": ("token_replacement", "kv_concat")}

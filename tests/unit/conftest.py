@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launch_stub import STUB
 
-from dit_booth.sweep import launch
+from dit_booth.study import launch
 
 
 @pytest.fixture

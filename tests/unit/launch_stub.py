@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from dit_booth.files import read_lines
-from dit_booth.sweep import launch
-from dit_booth.sweep.plan import Plan, Point, StageRef
-from dit_booth.sweep.rows import ROWS
-from dit_booth.sweep.slots import Slot
+from dit_booth.study import launch
+from dit_booth.study.plan import Plan, Point, StageRef
+from dit_booth.study.rows import ROWS
+from dit_booth.study.slots import Slot
 
 STUB = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import yaml
 from dit_booth.files import Lock, write_text
-from dit_booth.turns import await_turn
+from dit_booth.study.turns import await_turn
 settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
 out, store, act = Path(settings["out"]), Path(settings["store"]), settings["act"]
 with (out.parent / "launched").open("a") as launched:
@@ -129,7 +129,7 @@ def another_sweep(plan: Plan) -> subprocess.Popen[bytes]:
     """A process that runs the same plan, on a device of its own."""
     other = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pickle; from pathlib import Path;"
-        "from dit_booth.sweep import launch; launch.PROGRAM = Path(sys.argv[2]);"
+        "from dit_booth.study import launch; launch.PROGRAM = Path(sys.argv[2]);"
         "plan = pickle.loads(Path(sys.argv[3]).read_bytes());"
         "print(launch.run_points(plan, [launch.Slot('theirs')], grace=0.2))"
     )

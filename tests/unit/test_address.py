@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from dit_booth import strategy as strategies
-from dit_booth.cli import parse
+from dit_booth.components import build
+from dit_booth.config.parse import parse
 from dit_booth.data import listing
 from dit_booth.training import address
 from dit_booth.training.address import SCHEMA, content_of, stages_of
-from dit_booth.training.build import build
 from dit_booth.training.stage import set_trainable
 
 ROOT = Path(__file__).parents[2]

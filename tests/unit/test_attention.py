@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dit_booth.attention import FramePlan, Frames, Segment, attend, kernels
-from dit_booth.attention import segments as joint
-from dit_booth.attention.kernels import check
+from dit_booth.attention import joint_softmax as joint
+from dit_booth.attention.calls import ALL, Weight, plan_of
+from dit_booth.attention.kernels.choice import check
 from dit_booth.attention.plans import seen_by_all, with_context
-from dit_booth.attention.steps import ALL, Weight, plan_of
 
 torch.set_num_threads(1)
 HEAVY = (Weight.HEAVY,)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_booth.attention import FramePlan, Segment, attend, segments
-from dit_booth.attention.kernels import CPU_FLASH
+from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.attention import joint_softmax as segments
+from dit_booth.attention.kernels.choice import CPU_FLASH
 
 torch.set_num_threads(1)
 PLAN = FramePlan("first+previous")

@@ -13,9 +13,10 @@ import torch
 from attention_oracle import LENGTHS, Case, errors, random_case
 from torch import Tensor
 
-from dit_booth.attention import FramePlan, Segment, attend, torch_kernels
-from dit_booth.attention import segments as joint
-from dit_booth.attention.kernels import TABLE, choose
+from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.attention import joint_softmax as joint
+from dit_booth.attention.kernels import torch_ops
+from dit_booth.attention.kernels.choice import TABLE, choose
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -113,7 +114,7 @@ def test_batches_larger_than_a_launch(kernel: str, monkeypatch: pytest.MonkeyPat
     """Temporal attention: a row per place, a group of a few frames."""
     dtype = F32 if kernel == "torch_efficient" else BF16
     skip_unless(kernel, dtype, 16)
-    rows = torch_kernels.MOST_BATCH + 9
+    rows = torch_ops.MOST_BATCH + 9
     q, k, v = (
         torch.randn(rows, 1, 4, 1, 16, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)
     )
@@ -160,9 +161,9 @@ def test_the_short_kernel_takes_unaligned_rows() -> None:
     q, k, v = torch.randn(3, 4, 3, 18, 27, device="cuda").bfloat16()[..., 1:, 1:25].unbind(0)
     dout = torch.ones((), device="cuda", dtype=BF16).expand(q.shape)
     wide = [t.double() for t in (dout, q, k, v)]
-    out, lse = torch_kernels.math_forward(*wide[1:], 0.2)
+    out, lse = torch_ops.math_forward(*wide[1:], 0.2)
     ours = (*kernel.forward(q, k, v, 0.2), *kernel.backward(dout, q, k, v, out.to(BF16), lse.float(), 0.2))
-    exact = (out, lse, *torch_kernels.math_backward(*wide, out, lse, 0.2))
+    exact = (out, lse, *torch_ops.math_backward(*wide, out, lse, 0.2))
     for mine, theirs in zip(ours, exact, strict=True):
         assert (mine - theirs).abs().max() < LIMITS[BF16] * theirs.square().mean().sqrt()
 
@@ -177,7 +178,7 @@ def test_the_short_kernel_takes_more_than_two_billion_numbers() -> None:
     out, lse = kernel.forward(x, x, x, 0.1)
     assert torch.equal(out[:16], out[-16:])
     assert torch.equal(lse[:16], lse[-16:])
-    exact, _ = torch_kernels.math_forward(x[-16:], x[-16:], x[-16:], 0.1)
+    exact, _ = torch_ops.math_forward(x[-16:], x[-16:], x[-16:], 0.1)
     assert (out[-16:] - exact).abs().max() < 0.05
 
 

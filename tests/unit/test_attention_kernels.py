@@ -14,11 +14,13 @@ from attention_oracle import dense, errors, random_case
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dit_booth.attention import FramePlan, Segment, attend, flex, kernels, package_kernels, torch_kernels
-from dit_booth.attention import segments as joint
-from dit_booth.attention.kernels import TABLE, choose
+from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.attention import joint_softmax as joint
+from dit_booth.attention.calls import ALL, Weight, plan_of
+from dit_booth.attention.kernels import choice as kernels
+from dit_booth.attention.kernels import flex, packages, torch_ops
+from dit_booth.attention.kernels.choice import TABLE, choose
 from dit_booth.attention.plans import seen_by_all
-from dit_booth.attention.steps import ALL, Weight, plan_of
 
 torch.set_num_threads(1)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -194,15 +196,15 @@ def test_cpu_backward_gives_every_thread_a_part_of_a_fold(shape: tuple[int, int,
     g = torch.Generator().manual_seed(0)
     q, dout = (torch.randn(b, heads, n, 16, generator=g, dtype=F64) for _ in range(2))
     k, v = (torch.randn(b, heads, 9, 16, generator=g, dtype=F64) for _ in range(2))
-    out, lse = torch_kernels.cpu_flash_forward(q, k, v, 0.25)
-    exact = torch_kernels.math_backward(dout, q, k, v, out, lse, 0.25)
+    out, lse = torch_ops.cpu_flash_forward(q, k, v, 0.25)
+    exact = torch_ops.math_backward(dout, q, k, v, out, lse, 0.25)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         expected = 2 if n % 2 == 0 and n >= 128 and b * heads < 2 else 1
-        assert torch_kernels._chunks(n, torch_kernels._cpu_chunks(q, k), 64) == expected
+        assert torch_ops._chunks(n, torch_ops._cpu_chunks(q, k), 64) == expected
         for mine, theirs in zip(
-            torch_kernels.cpu_flash_backward(dout, q, k, v, out, lse, 0.25), exact, strict=True
+            torch_ops.cpu_flash_backward(dout, q, k, v, out, lse, 0.25), exact, strict=True
         ):
             assert (mine - theirs).abs().max() < 1e-11
     finally:
@@ -252,16 +254,16 @@ def test_cuda_operators_take_our_arguments(
 
 
 def test_batches_larger_than_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_kernels, "MOST_BATCH", 3)
+    monkeypatch.setattr(torch_ops, "MOST_BATCH", 3)
     seen: list[int] = []
 
-    @torch_kernels.in_launches
+    @torch_ops.in_launches
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         seen.append(len(q))
-        return torch_kernels.math_forward(q, k, v, scale)
+        return torch_ops.math_forward(q, k, v, scale)
 
     q, k, v = torch.randn(3, 8, 2, 5, 4, generator=torch.Generator().manual_seed(0))
-    for mine, whole in zip(forward(q, k, v, 0.5), torch_kernels.math_forward(q, k, v, 0.5), strict=True):
+    for mine, whole in zip(forward(q, k, v, 0.5), torch_ops.math_forward(q, k, v, 0.5), strict=True):
         assert torch.allclose(mine, whole, atol=1e-6)
     assert seen == [3, 3, 2]
 
@@ -289,7 +291,7 @@ def flash_attn_forward(  # type: ignore[no-untyped-def]
     """Signature of flash-attn 2.8.3, mathematics for tensors (b n k d)."""
     assert (dropout_p, causal, window_size_left, window_size_right) == (0.0, False, -1, -1)
     assert (softcap, alibi_slopes, return_softmax) == (0.0, None, False)
-    out, lse = torch_kernels.math_forward(*tokens_first(q, k, v), softmax_scale)
+    out, lse = torch_ops.math_forward(*tokens_first(q, k, v), softmax_scale)
     return *tokens_first(out), lse, torch.empty(0), torch.empty(2)
 
 
@@ -301,7 +303,7 @@ def flash_attn_backward(  # type: ignore[no-untyped-def]
     assert (softcap, alibi_slopes, deterministic) == (0.0, None, False)
     assert softmax_lse.is_contiguous()
     assert softmax_lse.shape == (q.shape[0], q.shape[2], q.shape[1])
-    parts = torch_kernels.math_backward(*tokens_first(dout, q, k, v, out), softmax_lse, softmax_scale)
+    parts = torch_ops.math_backward(*tokens_first(dout, q, k, v, out), softmax_lse, softmax_scale)
     for given, part in zip((dq, dk, dv), tokens_first(*parts), strict=True):
         given.copy_(part)
     return torch.empty(0)
@@ -310,14 +312,14 @@ def flash_attn_backward(  # type: ignore[no-untyped-def]
 def flash4_fwd(q, k, v, qv=None, *, softmax_scale=None, return_lse=False):  # type: ignore[no-untyped-def]
     """The arguments of flash-attn-4 4.0.0b36 that are used."""
     assert return_lse
-    out, lse = torch_kernels.math_forward(*tokens_first(q, k, v), softmax_scale)
+    out, lse = torch_ops.math_forward(*tokens_first(q, k, v), softmax_scale)
     return *tokens_first(out), lse, None, None, None
 
 
 def flash4_bwd(q, k, v, out, dout, lse, softmax_scale=None, *, deterministic=False):  # type: ignore[no-untyped-def]
     assert lse.is_contiguous()
     return tuple(
-        tokens_first(*torch_kernels.math_backward(*tokens_first(dout, q, k, v, out), lse, softmax_scale))
+        tokens_first(*torch_ops.math_backward(*tokens_first(dout, q, k, v, out), lse, softmax_scale))
     )
 
 
@@ -328,8 +330,8 @@ def test_the_packages_adapters(name: str, seed: int, monkeypatch: pytest.MonkeyP
         _wrapped_flash_attn_forward=flash_attn_forward, _wrapped_flash_attn_backward=flash_attn_backward
     )
     four = (flash4_fwd, flash4_bwd)
-    monkeypatch.setattr(package_kernels, "_flash", lambda: two)
-    monkeypatch.setattr(package_kernels, "_flash4", lambda: four)
+    monkeypatch.setattr(packages, "_flash", lambda: two)
+    monkeypatch.setattr(packages, "_flash4", lambda: four)
     kernel = kernels.FLASH if name == "flash" else kernels.FLASH4
     monkeypatch.setattr(joint, "choose", lambda *_: kernel)
     assert max(errors(lambda q, s: attend(q, s), random_case(seed))) < 1e-10

@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dit_booth.attention import FramePlan, Segment, attend, torch_kernels
-from dit_booth.attention import segments as joint
-from dit_booth.attention.kernels import Kernel
-from dit_booth.attention.steps import Plan
+from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.attention import joint_softmax as joint
+from dit_booth.attention.calls import Plan
+from dit_booth.attention.kernels import torch_ops
+from dit_booth.attention.kernels.choice import Kernel
 
 FRAME = 1024 * 8 * 64 * 2  # bytes (a MiB): tokens, heads, head size, bfloat16
 
@@ -58,12 +59,10 @@ def test_beside_the_result_and_the_gradients_little_is_held(
             return tensors[0]
 
     monkeypatch.setattr(joint, "_Joint", Joint)
-    monkeypatch.setattr(
-        joint, "choose", lambda *_: Kernel(torch_kernels.cudnn_forward, torch_kernels.cudnn_backward)
-    )
+    monkeypatch.setattr(joint, "choose", lambda *_: Kernel(torch_ops.cudnn_forward, torch_ops.cudnn_backward))
     with FakeTensorMode():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch_kernels, "_processors", lambda _: 132)
+        monkeypatch.setattr(torch_ops, "_processors", lambda _: 132)
         q, k, v, dout = (
             torch.empty(1, 16, 1024, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(4)
         )

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_booth.attention import FramePlan, Frames
+from dit_booth.attention.cover import Read, add, is_view, lay_back, lay_out, put, reads, take
 from dit_booth.attention.plans import seen_by_all, with_context
-from dit_booth.attention.reads import Read, add, is_view, lay_back, lay_out, put, reads, take
 
 torch.set_num_threads(1)
 

@@ -18,9 +18,11 @@ import torch
 from attention_oracle import errors, random_case
 from torch import Tensor
 
-from dit_booth.attention import FramePlan, Segment, attend, kernels, torch_kernels
-from dit_booth.attention import segments as joint
-from dit_booth.attention.short_kernel import short_attention, short_attention_backward
+from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.attention import joint_softmax as joint
+from dit_booth.attention.kernels import choice as kernels
+from dit_booth.attention.kernels import torch_ops
+from dit_booth.attention.kernels.short import short_attention, short_attention_backward
 
 torch.set_num_threads(1)
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
@@ -78,17 +80,17 @@ def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
 def worst(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float = 0.3) -> float:
     """Largest error of the output, its log-sum-exp and the gradients, as shares of the largest numbers."""
     wide = [t.to(F64) for t in (dout, q, k, v)]
-    out, lse = torch_kernels.math_forward(*wide[1:], scale)
+    out, lse = torch_ops.math_forward(*wide[1:], scale)
     ours = list(short_attention(q, k, v, scale))
     exact = [out, lse]
     # The same queries also read other keys, elsewhere: what backward gets is merged.
     others = [random(*k.shape, dtype=F64, seed=s) for s in (7, 8)]
-    more, more_lse = torch_kernels.math_forward(wide[1], *others, scale)
+    more, more_lse = torch_ops.math_forward(wide[1], *others, scale)
     out = out.lerp(more, torch.sigmoid(more_lse - lse).unsqueeze(-1)).to(q.dtype)
     lse = torch.logaddexp(lse, more_lse)
     strided = lse.float().transpose(1, 2).contiguous().transpose(1, 2)  # as `segments` has it
     ours += short_attention_backward(dout, q, k, v, out, strided, scale)
-    exact += torch_kernels.math_backward(*wide, out.to(F64), lse, scale)
+    exact += torch_ops.math_backward(*wide, out.to(F64), lse, scale)
     pairs = zip(ours, exact, strict=True)
     return max(((a.to(F64) - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in pairs)
 
@@ -132,7 +134,7 @@ def quiet() -> float:
     q, k = 1 + q / 100, -50 + k / 100
     out, lse = short_attention(q, k, v, 0.3)
     gradients = short_attention_backward(dout, q, k, v, out, lse, 0.3)
-    exact = torch_kernels.math_backward(*(t.to(F64) for t in (dout, q, k, v, out)), lse.to(F64), 0.3)
+    exact = torch_ops.math_backward(*(t.to(F64) for t in (dout, q, k, v, out)), lse.to(F64), 0.3)
     assert lse.max() < -100  # exp(100) is no float32
     return max((a - b).abs().max().item() / 50 for a, b in zip(gradients, exact, strict=True))
 

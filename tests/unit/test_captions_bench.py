@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from dit_booth.cli import parse
+from dit_booth.components import build
+from dit_booth.config.parse import parse
 from dit_booth.data.example import Example
-from dit_booth.training.build import build
 from experiments.bench import captions
 
 

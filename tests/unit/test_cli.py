@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from dit_booth import strategy as strategies
-from dit_booth.cli import parse, to_argv
 from dit_booth.config import RunConfig
+from dit_booth.config.parse import parse, to_argv
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "experiments" / "configs" / "demo.yaml")
@@ -275,7 +275,8 @@ def test_plugins_of_the_file_and_of_several_flags_add_up_once_each(tmp_path: Pat
 def test_a_plugin_that_comes_first_does_not_hide_the_installed_strategies(tmp_path: Path, monkeypatch):
     """In a fresh program the plug-in is loaded before anything asked for the registered strategies."""
     plugin = write(tmp_path, "mine.py", PLUGIN)
-    code = f"from dit_booth.cli import parse; print(parse(['--plugin', {plugin!r}, '--strategy', 'mine+kv_concat']))"
+    arguments = ["--plugin", plugin, "--strategy", "mine+kv_concat"]
+    code = f"from dit_booth.config.parse import parse; print(parse({arguments!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "MineConfig" in done.stdout

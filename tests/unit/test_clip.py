@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.inject import NO_IMAGE, Injection, PromptTokens
-from dit_booth.models.clip import (
+from dit_booth.models.clip.encoders import (
     NULL_PROMPT,
     ClipConfig,
     ImageEncoder,
@@ -255,7 +255,8 @@ def test_help_stays_fast():
         import sys
         from dit_booth.models import encoder_config
         assert "torch" not in sys.modules
-        from dit_booth.models import autoencoder, clip
+        from dit_booth.models import autoencoder
+        from dit_booth.models.clip import encoders
         assert not {"open_clip", "diffusers", "transformers"} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", script], check=True)

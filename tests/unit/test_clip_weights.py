@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dit_booth.models import clip_weights
-from dit_booth.models.clip import ImageEncoder, TextEncoder, build_clip
-from dit_booth.models.clip_weights import build_clip_model, clip_state_dict
+from dit_booth.models.clip import weights as clip_weights
+from dit_booth.models.clip.encoders import ImageEncoder, TextEncoder, build_clip
+from dit_booth.models.clip.weights import build_clip_model, clip_state_dict
 from dit_booth.models.encoder_config import ClipConfig
 
 RANDOM = ClipConfig(pretrained="none")

@@ -15,7 +15,7 @@ from dit_booth.config import (
     TrainConfig,
     decisive,
 )
-from dit_booth.data.toyworld import Toyworld
+from dit_booth.data.toyworld.world import Toyworld
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from einops import repeat
 from PIL import Image
 
-from dit_booth.contact_sheet import SheetRow, contact_sheet
+from dit_booth.sampling.contact_sheet import SheetRow, contact_sheet
 
 torch.set_num_threads(1)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_booth.cli import parse
-from dit_booth.training.build import build
-from dit_booth.training.cost import count_flops, peak_memory_mib, reset_peak_memory
+from dit_booth.components import build
+from dit_booth.config.parse import parse
 from dit_booth.training.stage import set_trainable
+from dit_booth.training.stage_cost import count_flops, peak_memory_mib, reset_peak_memory
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_booth.data.toyshapes import SHAPES, TEXTURES
-from dit_booth.data.toyworld import (
+from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
+from dit_booth.data.toyworld.world import (
     BACKGROUND_CONTRAST,
     BACKGROUNDS,
     COLOUR_CONTRAST,

@@ -17,9 +17,9 @@ from PIL import Image
 from dit_booth.config import DataConfig
 from dit_booth.data.example import Loader
 from dit_booth.data.image_prompt import Augment
-from dit_booth.data.triplets import Triplets, TripletsConfig, check_caption, fit
+from dit_booth.data.readers.triplets import Triplets, TripletsConfig, check_caption, fit
 from dit_booth.data.video import write_video
-from dit_booth.models.tokenizer import check_subject
+from dit_booth.models.clip.tokenizer import check_subject
 
 torch.set_num_threads(1)
 

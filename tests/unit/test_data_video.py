@@ -8,7 +8,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from dit_booth.data.toyworld import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
 from dit_booth.data.video import probe, read_video, write_video
 
 torch.set_num_threads(1)

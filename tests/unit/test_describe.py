@@ -1,4 +1,4 @@
-"""What `python -m dit_booth.describe` counts: the paper's figures, and those of a run."""
+"""What `python -m dit_booth.cost.describe` counts: the paper's figures, and those of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 
-from dit_booth.cli import parse
-from dit_booth.describe import Cost, image_cost, main, table_of_run
+from dit_booth.config.parse import parse
+from dit_booth.cost.describe import Cost, image_cost, main, table_of_run
 from dit_booth.strategy import registered
 
 torch.set_num_threads(1)
@@ -26,7 +26,7 @@ PAPER = {  # DiT, table 1 and section 4: million parameters, and "Gflops", which
 
 @pytest.fixture(scope="module")
 def table() -> dict[tuple[str, int], Cost]:
-    """What ``python -m dit_booth.describe`` prints of DiT's sizes."""
+    """What ``python -m dit_booth.cost.describe`` prints of DiT's sizes."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert main([]) == 0
     line = r"DiT-(\w+)/(\d) +([\d.]+) M parameters +([\d.]+) G multiply-adds +([\d.]+) GFLOPs"

@@ -13,8 +13,8 @@ from spies import Spy, tapped, worst
 from torch import Tensor, nn
 
 from dit_booth.inject import QKV, Condition, Injection, Latents, Modulation
-from dit_booth.models.clip import Text
-from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.layers import Attention, timestep_embedding
 from dit_booth.models.positions import sincos_2d
 

@@ -11,8 +11,8 @@ from spies import worst
 from torch import Tensor
 
 from dit_booth.inject import Condition, Injection, Recorder, Sites, no_injection
-from dit_booth.models.clip import Text
-from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.strategy import create, find
 
 torch.set_num_threads(1)

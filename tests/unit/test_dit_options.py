@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dit_booth.attention.plans import with_context
 from dit_booth.inject import Condition, Injection, Latents, Modulation
-from dit_booth.models.clip import Text
-from dit_booth.models.dit import DiTConfig, VideoDiT
-from dit_booth.models.dit_blocks import DiTBlock, Step, SwiGLU, TokenConv
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.dit.blocks import DiTBlock, Step, SwiGLU, TokenConv
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
 
 torch.set_num_threads(1)
 F64 = torch.float64

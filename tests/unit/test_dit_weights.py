@@ -11,9 +11,9 @@ import torch
 from spies import worst
 from torch import Tensor, nn
 
-from dit_booth.models.clip import Text
-from dit_booth.models.dit import DiTConfig, VideoDiT
-from dit_booth.models.dit_weights import channels_of, config_of, from_official, inflate, to_official
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
+from dit_booth.models.upstream.dit import channels_of, config_of, from_official, inflate, to_official
 from dit_booth.models.weights import load_start, load_strictly
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
-from dit_booth.data.toyworld import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
 from dit_booth.evaluation import evaluate, summary
 from dit_booth.evaluation.clip_score import clip_scores
 from dit_booth.evaluation.pixels import motion, psnr

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dit_booth.data.toyshapes import SHAPES
-from dit_booth.data.toyworld import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld.shapes import SHAPES
+from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
 from dit_booth.evaluation.shape import best_shape, shape_overlap, video_shape_overlap
 
 torch.set_num_threads(1)

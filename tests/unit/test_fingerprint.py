@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from dit_booth.strategies.kv_concat import KVConcatConfig
 from safetensors import safe_open
 
-from dit_booth.fingerprint import differences, fingerprint, metadata, short, warn_of_another_base
+from dit_booth.models.fingerprint import differences, fingerprint, metadata, short, warn_of_another_base
 from dit_booth.models.weights import part, write
 from dit_booth.testing import Trial, trial
-from strategies.kv_concat import KVConcatConfig
 
 torch.set_num_threads(1)
 

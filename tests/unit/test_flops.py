@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from dit_booth.flops import Flops
+from dit_booth.cost.flops import Flops
 from dit_booth.testing import trial
 
 torch.set_num_threads(1)

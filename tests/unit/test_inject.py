@@ -22,10 +22,10 @@ from dit_booth.inject import (
     no_injection,
     suggest,
 )
-from dit_booth.models.clip import Text
-from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.layers import Attention
-from dit_booth.models.unet import UNetConfig, VideoUNet
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.strategy import Strategies, Strategy, StrategyConfig
 
 torch.set_num_threads(1)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from einops import rearrange
 
+from dit_booth.components import Parts, build
 from dit_booth.config import DataConfig, RunConfig, StageConfig
 from dit_booth.data.example import Batch, collate
 from dit_booth.diffusion.objective_config import ObjectiveConfig
-from dit_booth.models.clip import NULL_PROMPT
+from dit_booth.models.clip.encoders import NULL_PROMPT
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
-from dit_booth.training.build import Parts, build
 from dit_booth.training.inputs import Inputs, generator_of, make_inputs
 
 torch.set_num_threads(1)

@@ -122,7 +122,7 @@ def test_losses_that_are_not_numbers_are_left_out(tmp_path: Path):
 def test_a_run_saves_what_its_videos_are_compared_with(tmp_path: Path):
     from PIL import Image
 
-    from dit_booth.data.toyworld import Toyworld, ToyworldConfig
+    from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
     from dit_booth.data.video import probe
     from experiments.sample import Row, write_given
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dit_booth.report.statistics import (
+from dit_booth.study.statistics import (
     Difference,
     Estimate,
     from_stderr,

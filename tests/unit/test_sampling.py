@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from dit_booth.strategies.kv_concat import KVConcatConfig
+from dit_booth.strategies.token_bank import TokenBankConfig
 from torch import Tensor
 
+from dit_booth.components import Parts, build
 from dit_booth.config import DataConfig, RunConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.diffusion.samplers import SamplerConfig
-from dit_booth.models.clip import NULL_PROMPT
+from dit_booth.models.clip.encoders import NULL_PROMPT
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
-from dit_booth.sampling import generate
+from dit_booth.sampling.generate import generate
 from dit_booth.testing import trial
-from dit_booth.training.build import Parts, build
-from strategies.kv_concat import KVConcatConfig
-from strategies.token_bank import TokenBankConfig
 
 torch.set_num_threads(1)
 CAPTIONS, SUBJECTS = ["a dog runs", "a red cat", "the cup of tea"], ["dog", "cat", "cup"]

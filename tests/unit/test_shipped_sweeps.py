@@ -10,16 +10,16 @@ import pytest
 import torch
 import yaml
 
-from dit_booth import describe
-from dit_booth.cli import parse, to_argv
+from dit_booth.components import build
+from dit_booth.config.parse import parse, to_argv
+from dit_booth.cost import describe
 from dit_booth.strategy import names_in
-from dit_booth.sweep.description import read_description
-from dit_booth.sweep.estimate import config_of, flops_of_step, latents_of
-from dit_booth.sweep.plan import Plan, expand
+from dit_booth.study.description import read_description
+from dit_booth.study.estimate import config_of, flops_of_step, latents_of
+from dit_booth.study.plan import Plan, expand
 from dit_booth.training.address import stages_of
-from dit_booth.training.build import build
-from dit_booth.training.cost import count_flops
 from dit_booth.training.stage import schedule_of, set_trainable, stage_config, trainable_globs
+from dit_booth.training.stage_cost import count_flops
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from dit_booth.components import build
 from dit_booth.config import DataConfig, RunConfig, StageConfig, StagesConfig
 from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
-from dit_booth.models.unet import UNetConfig
+from dit_booth.models.unet.model import UNetConfig
 from dit_booth.models.weights import write
-from dit_booth.training.build import build
 from dit_booth.training.ema import Ema
 from dit_booth.training.stage import (
     active_strategies,

@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from dit_booth import strategy as module
-from dit_booth.cli import config_class
 from dit_booth.config import RunConfig
+from dit_booth.config.parse import config_class
 from dit_booth.inject import Condition, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, create, find, load_plugins, register, registered
 from dit_booth.training.stage import active_strategies, schedule_of

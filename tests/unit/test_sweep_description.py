@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dit_booth.sweep.description import Description, read_description, variants
+from dit_booth.study.description import Description, read_description, variants
 from experiments.sweep import arguments, record
 
 

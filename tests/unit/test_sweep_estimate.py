@@ -12,17 +12,17 @@ import pytest
 import torch
 import yaml
 
-from dit_booth.cli import parse
-from dit_booth.describe import Encoders
+from dit_booth.components import build
+from dit_booth.config.parse import parse
+from dit_booth.cost.describe import Encoders
 from dit_booth.models.encoder_config import ClipConfig
-from dit_booth.sweep import estimate
-from dit_booth.sweep.description import read_description
-from dit_booth.sweep.plan import Plan, plan_sweep
-from dit_booth.sweep.show import show_plan
+from dit_booth.study import estimate
+from dit_booth.study.description import read_description
+from dit_booth.study.plan import Plan, plan_sweep
+from dit_booth.study.show import show_plan
 from dit_booth.training.address import stages_of
-from dit_booth.training.build import build
-from dit_booth.training.cost import count_flops
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
+from dit_booth.training.stage_cost import count_flops
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from dit_booth.sweep.folder import running
-from dit_booth.sweep.plan import Plan, Point
+from dit_booth.study.folder import running
+from dit_booth.study.plan import Plan, Point
 from experiments.sweep import main
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import pickle, sys
 from pathlib import Path
-from dit_booth.sweep.folder import running
+from dit_booth.study.folder import running
 with running(pickle.loads(bytes.fromhex(sys.argv[1]))):
     print("in", flush=True)
     sys.stdin.read()

@@ -15,13 +15,13 @@ import pytest
 from launch_stub import SLOT, alive, another_sweep, plan_of, started, statuses, stop_when
 
 from dit_booth.files import Lock, read_lines
-from dit_booth.sweep import launch
-from dit_booth.sweep.board import write_hparams
-from dit_booth.sweep.launch import run_points
-from dit_booth.sweep.plan import Point
-from dit_booth.sweep.processes import end_groups, ending, last_words
-from dit_booth.sweep.rows import ALL_COSTS, FAILED, LAUNCH, ROWS
-from dit_booth.sweep.slots import Slot
+from dit_booth.study import launch
+from dit_booth.study.board import write_hparams
+from dit_booth.study.launch import run_points
+from dit_booth.study.plan import Point
+from dit_booth.study.processes import end_groups, ending, last_words
+from dit_booth.study.rows import ALL_COSTS, FAILED, LAUNCH, ROWS
+from dit_booth.study.slots import Slot
 
 pytestmark = pytest.mark.usefixtures("stub")
 

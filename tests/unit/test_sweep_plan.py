@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from dit_booth.data import listing
-from dit_booth.sweep import plan as planning
-from dit_booth.sweep.description import Description, read_description
-from dit_booth.sweep.emit import emit, jobs_of
-from dit_booth.sweep.plan import Plan, expand, plan_sweep
-from dit_booth.sweep.rows import FAILED, row_of, status_of, write_rows
-from dit_booth.sweep.show import show_plan, show_rows
+from dit_booth.study import plan as planning
+from dit_booth.study.description import Description, read_description
+from dit_booth.study.emit import emit, jobs_of
+from dit_booth.study.plan import Plan, expand, plan_sweep
+from dit_booth.study.rows import FAILED, row_of, status_of, write_rows
+from dit_booth.study.show import show_plan, show_rows
 
 ROOT = Path(__file__).parents[2]
 STUDY = {
@@ -182,8 +182,8 @@ def test_a_kept_plan_sees_a_replaced_video(tmp_path: Path) -> None:
 
 def test_a_kept_plan_needs_no_pytorch(study: Plan) -> None:
     code = (
-        "import sys; from pathlib import Path; from dit_booth.sweep.description import read_description;"
-        "from dit_booth.sweep.plan import plan_sweep; from dit_booth.sweep.rows import write_rows;"
+        "import sys; from pathlib import Path; from dit_booth.study.description import read_description;"
+        "from dit_booth.study.plan import plan_sweep; from dit_booth.study.rows import write_rows;"
         "folder = Path(sys.argv[1]); plan = plan_sweep(read_description(folder / 'study.yaml'), folder / 'sweep',"
         "folder / 'sweep' / 'stages'); write_rows(plan); print(len(plan.points), 'torch' in sys.modules)"
     )

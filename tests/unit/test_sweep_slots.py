@@ -13,10 +13,10 @@ import pytest
 from launch_stub import SLOT, another_sweep, launched, plan_of, started, statuses
 
 from dit_booth.files import Lock, read_lines
-from dit_booth.sweep import launch
-from dit_booth.sweep.launch import RESERVED, is_taken, places_taken, run_points
-from dit_booth.sweep.plan import Plan
-from dit_booth.sweep.slots import Slot, hostfile_slots, local_slots, places
+from dit_booth.study import launch
+from dit_booth.study.launch import RESERVED, is_taken, places_taken, run_points
+from dit_booth.study.plan import Plan
+from dit_booth.study.slots import Slot, hostfile_slots, local_slots, places
 
 pytestmark = pytest.mark.usefixtures("stub")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dit_booth.template import Template
 from dit_booth.testing import trial, worst
+from dit_booth.testing.template import Template
 
 
 def test_a_copy_has_its_own_tensors_and_all_that_is_shared() -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dit_booth.data import toyworld
-from dit_booth.data.toyshapes import SHAPES, TEXTURES
-from dit_booth.models.tokenizer import NULL_PROMPT, Tokenizer, bpe
+from dit_booth.data.toyworld import world as toyworld
+from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
+from dit_booth.models.clip.tokenizer import NULL_PROMPT, Tokenizer, bpe
 
 
 def test_full_vocabulary_equals_transformers_padding():

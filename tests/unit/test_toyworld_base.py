@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from dit_booth.cli import parse
+from dit_booth.components import build
+from dit_booth.config.parse import parse
 from dit_booth.models.weights import ASSETS, read
-from dit_booth.training.build import build
 from experiments import toyworld_base as base
 
 CONFIG = "experiments/configs/toyworld_base.yaml"

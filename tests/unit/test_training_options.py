@@ -11,7 +11,7 @@ from torch import nn
 
 from dit_booth.config import RunConfig, TrainConfig, decisive
 from dit_booth.diffusion import ObjectiveConfig, make_objective
-from dit_booth.models.dit import DiTConfig
+from dit_booth.models.dit.model import DiTConfig
 from dit_booth.training.ema import Ema, power_of
 from dit_booth.training.optimizer import decay_groups, make_optimizer
 

@@ -22,9 +22,9 @@ from dit_booth.inject import (
     Site,
     no_injection,
 )
-from dit_booth.models.clip import Text
-from dit_booth.models.unet import UNetConfig, VideoUNet
-from dit_booth.models.unet_blocks import PointwiseFrameConv, Step
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.unet.blocks import PointwiseFrameConv, Step
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
 
 torch.set_num_threads(1)
 TINY = UNetConfig(

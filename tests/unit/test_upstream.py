@@ -10,15 +10,17 @@ from typing import Any
 import official
 import pytest
 import torch
+from dit_booth.strategies.kv_concat import KVConcat, KVConcatConfig
+from dit_booth.strategies.token_replacement import TokenReplacement, TokenReplacementConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_booth.inject import Site, Sites
 from dit_booth.models import weights
-from dit_booth.models.clip import Text, TextEncoder, build_clip
+from dit_booth.models.clip.encoders import Text, TextEncoder, build_clip
 from dit_booth.models.encoder_config import ClipConfig
-from dit_booth.models.unet import UNetConfig, VideoUNet
-from dit_booth.models.upstream import (
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
+from dit_booth.models.upstream.unet import (
     export_diffusers_unet,
     export_videobooth,
     from_videobooth,
@@ -26,8 +28,6 @@ from dit_booth.models.upstream import (
 )
 from dit_booth.models.weights import load_start, load_strategies, read_pickle, read_strategies
 from dit_booth.strategy import Strategies
-from strategies.kv_concat import KVConcat, KVConcatConfig
-from strategies.token_replacement import TokenReplacement, TokenReplacementConfig
 
 torch.set_num_threads(1)
 GOLDEN = [

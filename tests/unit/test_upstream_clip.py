@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_booth.models.clip import ImageEncoder, TextEncoder, build_clip
-from dit_booth.models.clip_weights import build_clip_model
+from dit_booth.models.clip.encoders import ImageEncoder, TextEncoder, build_clip
+from dit_booth.models.clip.weights import build_clip_model
 from dit_booth.models.encoder_config import ClipConfig
-from dit_booth.models.upstream_clip import from_transformers, to_transformers
+from dit_booth.models.upstream.clip import from_transformers, to_transformers
 
 torch.set_num_threads(1)
 PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 2e-5)]

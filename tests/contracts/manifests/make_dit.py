@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from dit_booth.models.dit import DiTConfig, VideoDiT
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
 
 HERE = Path(__file__).parent
 Shape = tuple[int, ...]

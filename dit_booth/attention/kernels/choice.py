@@ -1,0 +1,226 @@
+"""Which kernel runs where: `TABLE` says it, `choose` reads it.
+
+A kernel is plain attention (b k n d) that returns its log-sum-exp, with a backward that accepts the output and
+log-sum-exp of a larger softmax. `flex` is the exception: it does the whole joint softmax at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from dit_booth.attention.kernels import packages, short, torch_ops
+from dit_booth.attention.kernels.short import LONGEST, has_triton
+from dit_booth.attention.plans import Frames, constant
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+Positions = tuple[tuple[int, int, int], ...]
+"""Where query, k and v of every segment stand among an attention's tensors."""
+WholeAttention = Callable[[Sequence[Tensor], Positions, tuple[Frames, ...], tuple[float, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """``forward(q, k, v, scale) -> (out, lse)``; ``backward(dout, q, k, v, out, lse, scale) -> (dq, dk, dv)``.
+
+    q: (b k n d); k, v: (b k m d); out: (b k n d); lse: (b k n), natural logarithm, float32 at least. Operands may be
+    views of any strides whose last axis is contiguous, keys of the batch's rows may overlap in memory.
+    """
+
+    forward: Forward
+    backward: Backward
+    traceable: bool = True
+    """By torch.compile; one that is not breaks the graph."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """``attend(tensors, positions, frames, scales) -> out`` (b f n k d): the whole joint softmax, differentiable.
+
+    frames and scales: of every segment.
+    """
+
+    attend: WholeAttention
+
+
+UNLIMITED = 1 << 62
+"""The length of sequences that a kernel without a limit takes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel and the tensors that it takes."""
+
+    name: str
+    kernel: Kernel | Whole
+    device: str  # a device type, or any
+    dtypes: tuple[torch.dtype, ...]
+    multiple: int = 1  # of head sizes
+    least: int = 1
+    most: int = 1 << 16
+    capability: tuple[int, int] = (0, 0)  # of a CUDA device, at least
+    longest: int = UNLIMITED  # of queries or keys, in one sequence
+    trains: bool = True
+    auto: bool = True
+    installed: Callable[[], bool] = lambda: True
+    install: str = ""
+
+
+def _has_flash() -> bool:
+    """``import flash_attn`` would prove nothing: flash-attn-4 installs a package of that name too."""
+    return find_spec("flash_attn_2_cuda") is not None
+
+
+def _has_flash4() -> bool:
+    try:
+        return bool(distribution("flash-attn-4"))
+    except PackageNotFoundError:
+        return False
+
+
+def _flex_attend(
+    tensors: Sequence[Tensor], positions: Positions, frames: tuple[Frames, ...], scales: tuple[float, ...]
+) -> Tensor:
+    from dit_booth.attention.kernels.flex import (
+        flex_attend,
+    )  # with it comes PyTorch's compiler: seconds of every start
+
+    out: Tensor = flex_attend(tensors, positions, frames, scales)
+    return out
+
+
+F16, F32, F64 = (torch.float16, torch.bfloat16), (torch.float32,), (torch.float64,)
+FLASH = Kernel(packages.flash_forward, packages.flash_backward)
+FLASH4 = Kernel(packages.flash4_forward, packages.flash4_backward, traceable=False)
+SHORT = Kernel(short.short_forward, short.short_backward)
+CUDNN = Kernel(torch_ops.cudnn_forward, torch_ops.cudnn_backward)
+CUDA_FLASH = Kernel(torch_ops.cuda_flash_forward, torch_ops.cuda_flash_backward)
+CPU_FLASH = Kernel(torch_ops.cpu_flash_forward, torch_ops.cpu_flash_backward)
+EFFICIENT = Kernel(torch_ops.cuda_efficient_forward, torch_ops.cuda_efficient_backward)
+MATH = Kernel(torch_ops.math_forward, torch_ops.math_backward)
+FLEX = Whole(_flex_attend)
+PIP = "pip install -e .[flash] --no-build-isolation"
+PIP4 = "pip install --pre flash-attn-4"
+TRITON = "pip install triton; apt install gcc python3-dev"
+
+SHORT_ON_CPU = 16
+"""Up to here batched products are faster than the CPU's flash kernel: attention over a few frames in half the time."""
+
+# The one table, in order of preference: `auto` takes the first row that takes the tensors.
+TABLE = (
+    Row("short", SHORT, "cuda", F16, 8, 8, 128, (8, 0), LONGEST, installed=has_triton, install=TRITON),
+    Row("flash4", FLASH4, "cuda", F16, 8, 8, 128, (9, 0), installed=_has_flash4, install=PIP4),
+    Row("cudnn", CUDNN, "cuda", F16, 8, 8, 128, (9, 0)),
+    Row("flash", FLASH, "cuda", F16, 8, 8, 256, (8, 0), installed=_has_flash, install=PIP),
+    Row("torch_flash", CUDA_FLASH, "cuda", F16, 8, 8, 256, (8, 0)),
+    Row("math", MATH, "cpu", F32 + F64, longest=SHORT_ON_CPU),
+    Row("torch_flash", CPU_FLASH, "cpu", F16 + F32 + F64),
+    Row("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(8, 0)),
+    Row("torch_efficient", EFFICIENT, "cuda", (torch.float16,), 8, capability=(7, 0)),
+    Row("torch_efficient", EFFICIENT, "cuda", F32, 4, capability=(5, 0)),
+    Row("math", MATH, "any", F16 + F32 + F64),
+    Row("flex", FLEX, "cuda", F16 + F32, least=16, most=256, capability=(8, 0), auto=False),
+    Row("flex", FLEX, "cpu", F16 + F32, least=16, most=256, trains=False, auto=False),
+)
+NAMES = tuple(sorted({row.name for row in TABLE}))
+LIMITS = tuple(sorted({row.longest for row in TABLE}))
+LIMITED = set(NAMES) - {row.name for row in TABLE if row.longest == UNLIMITED}
+
+
+def check(name: str) -> None:
+    """Raises ValueError unless `name` is ``auto`` or a kernel's."""
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"attention kernel {name!r} is unknown; use auto or one of {', '.join(NAMES)}")
+
+
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int = UNLIMITED
+) -> Kernel | Whole:
+    """The kernel for tensors of a head size on a device, with gradients or not.
+
+    longest: how long the sequences of queries or keys in one plain attention may be.
+    Raises ValueError, with the reason and what to do, where the kernel asked for cannot take them.
+    """
+    return TABLE[_row(name, device, dtype, head, grad, _length(name, longest))].kernel
+
+
+def _length(name: str, longest: int) -> int:
+    """A constant for `longest`, which torch.compile may know as a symbol.
+
+    It is the lowest limit that holds it, so that a compiled graph serves all lengths between two limits; itself where a
+    kernel is asked for whose error would tell it.
+    """
+    if name in LIMITED:
+        return operator.index(longest)
+    for limit in LIMITS:
+        if longest <= limit:
+            return limit
+    return UNLIMITED
+
+
+@constant
+def _row(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int) -> int:
+    return _find(name, device, dtype, head, grad, longest)
+
+
+@lru_cache(maxsize=256)
+def _find(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int) -> int:
+    check(name)
+    asked = [i for i, row in enumerate(TABLE) if row.name == name or (name == "auto" and row.auto)]
+    lacks = {i: _lacks(TABLE[i], device, dtype, head, grad, longest) for i in asked}
+    fits = [i for i in asked if not lacks[i]]
+    if not fits:
+        nearest = min(asked, key=lambda i: (TABLE[i].device not in ("any", device.type), len(lacks[i])))
+        hint = "" if name == "auto" else "; or use auto"
+        raise ValueError(f"attention kernel {name!r} {' and '.join(lacks[nearest])}{hint}")
+    if name == "auto":
+        _announce(TABLE[fits[0]].name, device.type, dtype, head)
+    return fits[0]
+
+
+@lru_cache(maxsize=64)
+def _announce(name: str, device: str, dtype: torch.dtype, head: int) -> None:
+    log.info(
+        "attention kernel on %s, %s, head size %d: %s", device, str(dtype).removeprefix("torch."), head, name
+    )
+
+
+def _lacks(
+    row: Row, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int
+) -> list[str]:
+    """Why a kernel cannot take the tensors; empty where it can."""
+    reasons = []
+    if not row.installed():
+        reasons.append(f"is not installed (on a machine with a CUDA GPU: `{row.install}`)")
+    if row.device not in ("any", device.type):
+        reasons.append(f"runs on {row.device}, not on {device.type}")
+    elif row.capability > (has := _capability(device)):
+        reasons.append(
+            "needs a GPU of compute capability {}.{}, this one has {}.{}".format(*row.capability, *has)
+        )
+    if dtype not in row.dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in row.dtypes)
+        reasons.append(f"takes {names}, not {str(dtype).removeprefix('torch.')}")
+    if head % row.multiple or not row.least <= head <= row.most:
+        multiples = f"multiples of {row.multiple} " if row.multiple > 1 else ""
+        reasons.append(f"takes head sizes {multiples}from {row.least} to {row.most}, not {head}")
+    if longest > row.longest:
+        reasons.append(f"takes sequences up to {row.longest}, not {longest}")
+    if grad and not row.trains:
+        reasons.append(f"has no backward on {row.device}")
+    return reasons
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -1,0 +1,236 @@
+"""Print what a network is: its parameters, and the multiply-adds and FLOPs of one forward pass.
+
+python -m dit_booth.cost.describe                                          # DiT's sizes as the paper counts them
+python -m dit_booth.cost.describe --backbone dit --dit.size XL --data.frames 16 --strategy kv_concat
+python -m dit_booth.cost.describe --backbone unet --strategy token_replacement+kv_concat --latents 4 32 32
+
+A multiply-add is two FLOPs; the DiT paper's "Gflops" are multiply-adds. Counted are matrix products, convolutions and
+attention, one video at a time, on the meta device: nothing is computed, no weights are loaded. Text and image encoder
+are not counted; their widths are those of CLIP ViT-L/14. All options of a run are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dit_booth.config import RunConfig
+from dit_booth.cost.flops import Flops
+from dit_booth.inject import Injection, Reference, Site, Sites, no_injection
+from dit_booth.models.clip.encoders import ClipConfig, Prompt, Text
+from dit_booth.models.clip.weights import model_settings
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
+from dit_booth.models.injected import Injected
+from dit_booth.models.unet.model import VideoUNet
+from dit_booth.strategy import create, find
+
+Latents = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """Sizes of CLIP's towers; these are ViT-L/14's."""
+
+    text: int = 768
+    tokens: int = 77
+    image: int = 1024
+    patches: int = 257
+    """Of the image tower, with its class token."""
+    common: int = 768
+    """Width of the space that both towers end in."""
+
+    @classmethod
+    def of(cls, clip: ClipConfig) -> Encoders:
+        """Those of a configuration's model, as far as its name tells (of a folder it does not: ViT-L/14's)."""
+        settings = model_settings(clip.model)
+        if clip.pretrained.startswith("local-dir:") or settings is None:
+            return cls()
+        text, vision = settings["text_cfg"], settings["vision_cfg"]
+        return cls(
+            text=text["width"],
+            tokens=text.get("context_length", cls.tokens),
+            image=vision["width"],
+            patches=(vision["image_size"] // vision["patch_size"]) ** 2 + 1,
+            common=settings["embed_dim"],
+        )
+
+
+VIT_L_14 = Encoders()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and multiply-adds of one forward pass."""
+
+    parameters: int
+    multiply_adds: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.multiply_adds
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters / 1e6:9.2f} M parameters {self.multiply_adds / 1e9:10.2f} G multiply-adds"
+            f" {self.flops / 1e9:10.2f} GFLOPs"
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """0: printed; 1: settings that cannot work, said in one line."""
+    from dit_booth.config.parse import parse
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--latents", type=int, nargs=3, default=(4, 32, 32), metavar=("C", "H", "W"))
+    given, rest = first.parse_known_args(list(argv))
+    try:
+        config = parse(rest, description=__doc__ or "") if rest else None
+        lines = table_of_run(config, given.latents) if config else table_of_sizes(given.latents)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def table_of_sizes(latents: Latents) -> list[str]:
+    """DiT's sizes for one image: class labels, and a predicted variance."""
+    lines = [
+        "{} x {} x {} latents, one image with a class label (DiT, table 1 and figure 2)".format(*latents)
+    ]
+    for size in ("nano", "S", "B", "L", "XL"):
+        for patch in (2, 4, 8):
+            if not (latents[1] % patch or latents[2] % patch):
+                lines.append(f"DiT-{f'{size}/{patch}':7} {image_cost(size, patch, latents)}")
+    return lines
+
+
+def image_cost(
+    size: Literal["nano", "S", "B", "L", "XL"], patch: Literal[1, 2, 4, 8], latents: Latents = (4, 32, 32)
+) -> Cost:
+    """DiT as published: one image, a class label, a predicted variance."""
+    config = DiTConfig(size=size, patch=patch, layout="image", plan="self", conditioning="class_label")
+    with torch.device("meta"):
+        dit = VideoDiT(config, channels=latents[0], out_channels=2 * latents[0], text_dim=1, text_embed_dim=1)
+        x, label = torch.empty(1, 1, *latents), torch.zeros(1, dtype=torch.long)
+        return cost_of(dit, lambda: dit(x, torch.zeros(1), label))
+
+
+def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
+    """The backbone alone, and with the strategies and an image, in which the reference's own pass is counted."""
+    frames, names = config.data.frames, find(config.strategy)
+    root, shape = build(config, latents).requires_grad_(False), (1, frames, *latents)
+
+    def alone() -> Tensor:
+        x, t, words = inputs(shape)
+        out: Tensor = root.backbone(x, t, root.text(words, no_injection))
+        return out
+
+    lines = [
+        f"{config.backbone}, {frames} frames of {{}} x {{}} x {{}} latents, one video".format(*latents),
+        f"{'backbone':40} {cost_of(root.backbone, alone)}",
+    ]
+    if list(root.strategy.parameters()) or any(root.strategy.part(name).reads_image for name in names):
+        image = reference(shape, copies=root.strategy.reference_frames(tuple(names)))
+        both = cost_of(root, lambda: root(*inputs(shape), image))
+        lines.append(f"{'with ' + config.strategy:40} {both}")
+    return lines
+
+
+def cost_of(module: nn.Module, forward: Callable[[], Any]) -> Cost:
+    """Parameters of a module, and what `forward` costs."""
+    with torch.no_grad(), Flops() as counter:
+        forward()
+    return Cost(sum(p.numel() for p in module.parameters()), counter.total // 2)
+
+
+# ---- a run's network without its encoders ------------------------------------------------------------------
+
+Device = torch.device | str
+
+
+class GivenText(nn.Module):
+    """In place of the text tower: random outputs, on the device and of the type of its site's buffer."""
+
+    like: Tensor
+
+    def __init__(self, encoders: Encoders) -> None:
+        super().__init__()
+        self.encoders = encoders
+        self.trains = False
+        """Whether the tower trains, so that its outputs' gradients are wanted."""
+        self.site = Site(name="text.prompt", port="prompt", role="words", dim=encoders.text)
+        self.register_buffer("like", torch.zeros(()))
+
+    def forward(self, prompt: Prompt, inject: Injection) -> Text:
+        rows, e = len(prompt.ids), self.encoders
+        out = Text(*(self.like.new_empty(rows, *n).normal_() for n in ((e.tokens, e.text), (e.common,))))
+        if (self.trains or self.site.name in inject.taps) and torch.is_grad_enabled():
+            for x in out:
+                x.requires_grad_()  # a strategy that changes words has its gradient through the whole backbone
+        return out
+
+
+def build(
+    config: RunConfig, latents: Latents, device: Device = "meta", encoders: Encoders = VIT_L_14
+) -> Injected:
+    """The run's backbone and strategies with random weights; a stub for the text tower."""
+    with torch.device(device):
+        backbone: VideoDiT | VideoUNet
+        if config.backbone == "dit":
+            backbone = VideoDiT(
+                config.dit, channels=latents[0], text_dim=encoders.text, text_embed_dim=encoders.common
+            )
+        else:
+            c = latents[0]
+            backbone = VideoUNet(replace(config.unet, in_channels=c, out_channels=c, text_dim=encoders.text))
+        text: Any = GivenText(encoders)
+        ours = (text.site, *backbone.sites())
+        sites = Sites(ours, encoders.image, encoders.common, latents[0], config.data.frames)
+        strategies = create(find(config.strategy), config.options(), sites)
+        return Injected(backbone, text, strategies, prompt(1, device, encoders.tokens))
+
+
+def prompt(batch: int, device: Device, tokens: int = VIT_L_14.tokens) -> Prompt:
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
+    return Prompt.without_subject(ids)
+
+
+def inputs(
+    shape: Sequence[int],
+    device: Device = "meta",
+    dtype: torch.dtype = torch.float32,
+    encoders: Encoders = VIT_L_14,
+) -> tuple[Tensor, Tensor, Prompt]:
+    """Noisy latents of `shape` (b f c h w), timesteps, prompts."""
+    x = torch.randn(*shape, device=device, dtype=dtype)
+    return x, torch.full((shape[0],), 500.0, device=device), prompt(shape[0], device, encoders.tokens)
+
+
+def reference(
+    shape: Sequence[int],
+    device: Device = "meta",
+    dtype: torch.dtype = torch.float32,
+    copies: int = 1,
+    encoders: Encoders = VIT_L_14,
+) -> Reference:
+    """An image prompt for each video of `shape` (b f c h w), of the video's size."""
+    b, _, c, h, w = shape
+    options: Any = {"device": device, "dtype": dtype}
+    return Reference(
+        image=torch.ones(b, 3, 8 * h, 8 * w, **options),
+        states=tuple(torch.randn(b, encoders.patches, encoders.image, **options) for _ in range(5)),
+        embedding=torch.randn(b, encoders.common, **options),
+        latent=torch.randn(b, 1, c, h, w, **options),
+        noisy=torch.randn(b, copies, c, h, w, **options),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

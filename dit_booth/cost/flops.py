@@ -1,0 +1,125 @@
+"""FLOPs of what PyTorch's dispatcher sees, by PyTorch's own formulas and some that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    conv_flop_count,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+import dit_booth.attention.kernels.short  # noqa: F401 (registers its operators)
+
+
+class Flops(TorchDispatchMode):
+    """Counts while it is entered, on any device, the meta device included.
+
+    The same sum as `torch.utils.flop_counter.FlopCounterMode` makes, which follows modules, breaks
+    operations up (and so changes last digits), and takes nearly twice as long.
+    An attention kernel that hides from the dispatcher (flash, flash4) counts as nothing.
+    On the meta device an operation runs once for every shape: many are Python and take milliseconds.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.formulas = formulas()
+        self.known: dict[Hashable, list[Layout | None]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        out = self._run(func, args, given)
+        if formula := self.formulas.get(getattr(func, "_overloadpacket", func)):
+            self.total += formula(*args, **given, out_val=out)
+        return out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        key = (func, *_told(args), *_told(kwargs.items())) if _makes_tensors(func) else ()
+        if None in key or not any(isinstance(part, Layout) for part in key):
+            return func(*args, **kwargs)
+        if key not in self.known:
+            out = func(*args, **kwargs)
+            self.known[key] = [Layout.of(t) for t in ([out] if isinstance(out, Tensor) else out)]
+            return out
+        first, *more = (layout and layout.tensor() for layout in self.known[key])
+        return (first, *more) if more else first
+
+
+class Layout(NamedTuple):
+    """Of a tensor on the meta device, which has no more to it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, t: Tensor | None) -> Layout | None:
+        return None if t is None else cls(tuple(t.shape), t.stride(), t.dtype)
+
+    def tensor(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+def _told(values: Iterable[Any]) -> Iterator[Hashable]:
+    """What arguments tell an operation; None: the values of a tensor."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield Layout.of(value) if value.is_meta else None
+        elif isinstance(value, (list, tuple)):
+            yield len(value)
+            yield from _told(value)
+        else:
+            yield type(value), value  # 1 is not 1.0
+
+
+@cache
+def _makes_tensors(func: Any) -> bool:
+    """New ones only, and changes none that it is given."""
+    schema = getattr(func, "_schema", None)
+    return bool(
+        schema
+        and schema.returns
+        and not schema.is_mutable
+        and all(str(r.type) == "Tensor" and r.alias_info is None for r in schema.returns)
+    )
+
+
+@cache
+def formulas() -> Mapping[Any, Callable[..., int]]:
+    """By operator: its FLOPs from its arguments and its result (`out_val`)."""
+    ops, ours = torch.ops.aten, torch.ops.dit_booth
+    return {
+        **flop_registry,
+        ops._scaled_dot_product_flash_attention_for_cpu: _forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+        ops.convolution_backward: _of_convolution,
+        ours.short_attention: _forward,
+        ours.short_attention_backward: _backward,
+    }
+
+
+def _of_convolution(dout: Tensor, x: Tensor, weight: Tensor, *more: Any, **_: Any) -> int:
+    """A convolution's backward: as many FLOPs as forward for each gradient. PyTorch's formula forgets the groups."""
+    transposed, mask = more[4], more[-1]
+    forward = conv_flop_count(list(x.shape), list(weight.shape), list(dout.shape), transposed=transposed)
+    return int(forward * sum(mask[:2]))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+
+
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(dout.shape, q.shape, k.shape, v.shape))

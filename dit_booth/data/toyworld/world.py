@@ -1,0 +1,380 @@
+"""A procedural world of moving subjects: endless data with known truth, and no files.
+
+A subject is a shape, a texture, and two exact colours. The caption can name a subject's looks or leave them
+to the image; the exact colours, the texture's scale and its direction are never in the words, so that an
+image prompt always carries more than any caption. Every example is a pure function of `(seed, split, index)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dit_booth.data.example import Example
+from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES, Plane, coverage
+
+Rgb = tuple[float, float, float]
+Split = Literal["train", "heldout"]
+Describe = Literal["none", "full", "mixed"]
+
+COLOURS: dict[str, Rgb] = {
+    "red": (0.87, 0.13, 0.14),
+    "orange": (0.97, 0.53, 0.09),
+    "yellow": (0.97, 0.86, 0.16),
+    "green": (0.14, 0.60, 0.20),
+    "teal": (0.10, 0.72, 0.70),
+    "blue": (0.14, 0.30, 0.86),
+    "purple": (0.53, 0.16, 0.70),
+    "pink": (0.96, 0.52, 0.72),
+    "brown": (0.47, 0.27, 0.13),
+    "black": (0.09, 0.09, 0.10),
+}
+# Half of the smallest gap between two names is 0.16; a jitter of 0.08 a channel moves a colour by at most
+# 0.14, so the nearest name is always the right one.
+COLOUR_JITTER = 0.08
+# Smallest distances in RGB: between the two colours of a subject, and between a subject and its background.
+COLOUR_CONTRAST = 0.45
+BACKGROUND_CONTRAST = 0.5
+
+BACKGROUNDS: dict[str, tuple[Rgb, str]] = {
+    "sand": ((0.91, 0.82, 0.63), "on sand"),
+    "snow": ((0.94, 0.95, 0.98), "on snow"),
+    "grass": ((0.62, 0.80, 0.49), "on grass"),
+    "sky": ((0.66, 0.85, 0.97), "in the sky"),
+    "stone": ((0.68, 0.68, 0.70), "on stone"),
+    "night": ((0.10, 0.11, 0.24), "at night"),
+}
+
+MOTIONS: dict[str, str] = {
+    "left": "is moving left",
+    "right": "is moving right",
+    "up": "is moving up",
+    "down": "is moving down",
+    "spinning": "is spinning",
+    "growing": "is growing",
+    "shrinking": "is shrinking",
+    "bouncing": "is bouncing",
+    "still": "is resting",
+}
+
+HELDOUT_SHARE = 10  # one combination of shape, texture and colour names in so many is never trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Everything that an example is rendered from.
+
+    Lengths are shares of the frame's side, angles are radians counter-clockwise, colours are RGB in [0, 1].
+
+    Attributes:
+        shape, texture: keys of `SHAPES` and `TEXTURES`.
+        colours: the names of the two colours; a plain subject has the same name twice.
+        rgb: the two exact colours.
+        scale, direction: the texture's size relative to its usual one, and its angle to the subject.
+        motion, background: keys of `MOTIONS` and `BACKGROUNDS`.
+        radius, angle: the subject's usual radius (of the circle around it) and rotation in the video.
+        start, end: the subject's centre at the first and the last frame (x right, y down, from the top left).
+        turn: how far it rotates over the video.
+        ripples: three plane waves of the background's soft texture: (cycles in x, cycles in y, phase).
+        prompt_angle, prompt_flip: the subject's pose in the image prompt.
+    """
+
+    shape: str
+    texture: str
+    colours: tuple[str, str]
+    rgb: tuple[Rgb, Rgb]
+    scale: float
+    direction: float
+    motion: str
+    background: str
+    radius: float
+    angle: float
+    start: tuple[float, float]
+    end: tuple[float, float]
+    turn: float
+    ripples: tuple[Rgb, ...]
+    prompt_angle: float
+    prompt_flip: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyworldConfig:
+    """The toy world's options.
+
+    Attributes:
+        frames: frames per video.
+        size: side of the square video in pixels.
+        image_size: side of the image prompt in pixels; the video's side where it is None.
+        seed: of the whole world.
+        split: `train`, or `heldout`: the combinations of shape, texture and colours that `train` never shows.
+        length: number of examples; index `i` is the same example at every length.
+        describe: what the caption says of the subject's looks: `none`, `full`, or `mixed` (colours and
+            texture are each named with probability `describe_probability`).
+        describe_probability: see `describe`.
+    """
+
+    frames: int = 8
+    size: int = 32
+    image_size: int | None = None
+    seed: int = 0
+    split: Split = "train"
+    length: int = 1_000_000
+    describe: Describe = "none"
+    describe_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        image_size = self.size if self.image_size is None else self.image_size
+        bounds = (("frames", self.frames, 1), ("size", self.size, 8), ("image_size", image_size, 8))
+        for name, value, low in (*bounds, ("seed", self.seed, 0), ("length", self.length, 1)):
+            if value < low:
+                raise ValueError(f"data.{name} is {value}; it must be at least {low}")
+        for name, word, choices in (("split", self.split, Split), ("describe", self.describe, Describe)):
+            if word not in get_args(choices):
+                raise ValueError(f"data.{name} is {word!r}; choose one of {', '.join(get_args(choices))}")
+        if not 0 <= self.describe_probability <= 1:
+            raise ValueError(
+                f"data.describe_probability is {self.describe_probability}; it must be in [0, 1]"
+            )
+
+
+class Toyworld:
+    """The toy world as a data set of `Example`s; `config` says which part of it."""
+
+    def __init__(self, config: ToyworldConfig) -> None:
+        self.config = config
+
+    def __len__(self) -> int:
+        return self.config.length
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index`, a pure function of `(seed, split, index)` and the sizes.
+
+        Raises:
+            IndexError: `index` is not in [0, length).
+        """
+        config = self.config
+        if not 0 <= index < config.length:
+            raise IndexError(f"index is {index}; the toy world holds 0 to {config.length - 1} (data.length)")
+        rng = np.random.default_rng((config.seed, get_args(Split).index(config.split), index))
+        # Drawn first and always: what a caption says then never changes the scene.
+        named = (
+            rng.random(2) < {"none": 0.0, "full": 1.0, "mixed": config.describe_probability}[config.describe]
+        )
+        identity = sample_identity(rng, config.split)
+        video, mask = render_video(identity, frames=config.frames, size=config.size)
+        return Example(
+            key=f"toyworld/{config.seed}/{config.split}/{index}",
+            video=video,
+            caption=caption(identity, colours=bool(named[0]), texture=bool(named[1])),
+            subject=identity.shape,
+            image=render_prompt(identity, size=config.image_size or config.size),
+            mask=mask,
+            mask_frames=config.frames,
+            identity=asdict(identity),
+        )
+
+
+def is_heldout(shape: str, texture: str, colours: tuple[str, str]) -> bool:
+    """Whether a combination of looks belongs to the held-out split; the same everywhere, for every seed."""
+    digest = hashlib.blake2b("/".join((shape, texture, *colours)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
+
+
+def caption(identity: Identity | Mapping[str, Any], *, colours: bool, texture: bool) -> str:
+    """The sentence for a scene, naming the subject's colours and its texture or not.
+
+    A single colour already says "plain", so the word is left out beside it.
+    """
+    it = _identity(identity)
+    looks: list[str] = []
+    if colours:
+        looks.append(it.colours[0] if it.texture == "plain" else f"{it.colours[0]} and {it.colours[1]}")
+    if texture and not (it.texture == "plain" and colours):
+        looks.append(it.texture)
+    noun = " ".join((*looks, it.shape))
+    article = "an" if noun[0] in "aeiou" else "a"
+    return f"{article} {noun} {MOTIONS[it.motion]} {BACKGROUNDS[it.background][1]}"
+
+
+def sample_identity(rng: np.random.Generator, split: Split) -> Identity:
+    """Draw a subject of `split`, a scene for it, and its pose in the image prompt."""
+    shape, texture, colours = _sample_looks(rng, split)
+    rgb = (_jitter(rng, colours[0]), _jitter(rng, colours[1]))
+    if texture == "plain":
+        rgb = (rgb[0], rgb[0])
+    visible = [
+        name
+        for name, (pale, _) in BACKGROUNDS.items()
+        if min(math.dist(pale, COLOURS[colour]) for colour in colours) >= BACKGROUND_CONTRAST
+    ]
+    # A plain disc or ring that spins looks like one that rests, and the caption would be a riddle.
+    unmoved = texture == "plain" and shape in ("circle", "ring")
+    motion = _choose(rng, [name for name in MOTIONS if not (unmoved and name == "spinning")])
+    radius, start, end = _path(rng, motion)
+    # 6 to 13 degrees from one of eight frames to the next: further, and a star's arms are not told apart.
+    turn = math.radians(rng.uniform(45, 90)) * float(rng.choice((-1.0, 1.0)))
+    return Identity(
+        shape=shape,
+        texture=texture,
+        colours=colours,
+        rgb=rgb,
+        scale=float(rng.uniform(0.85, 1.25)),
+        direction=math.radians(float(rng.choice((0.0, 45.0, 90.0)))),
+        motion=motion,
+        background=_choose(rng, visible),
+        radius=radius,
+        angle=math.radians(rng.uniform(-12, 12)),
+        start=start,
+        end=end,
+        turn=turn if motion == "spinning" else 0.0,
+        ripples=tuple(
+            (float(rng.uniform(-2.5, 2.5)), float(rng.uniform(-2.5, 2.5)), float(rng.uniform(0, 2 * math.pi)))
+            for _ in range(3)
+        ),
+        prompt_angle=math.radians(rng.uniform(-30, 30)),
+        prompt_flip=bool(rng.random() < 0.5),
+    )
+
+
+def render_video(identity: Identity | Mapping[str, Any], *, frames: int, size: int) -> tuple[Tensor, Tensor]:
+    """The scene in motion.
+
+    Returns:
+        The video, `f 3 h w` float32 in [-1, 1], and the subject's mask, `f h w` bool.
+    """
+    it = _identity(identity)
+    time = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
+    centre_x, centre_y, radius, angle = (_column(values) for values in _poses(it, time))
+    grid = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
+    # Rows run down and the subject's y runs up.
+    x, y = (grid[None, None, :] - centre_x) / radius, (centre_y - grid[None, :, None]) / radius
+    cos, sin = np.cos(angle), np.sin(angle)
+    alpha, colour = _paint(it, cos * x + sin * y, cos * y - sin * x, pixels=radius * np.float32(size))
+    ground = _ground(it, size)
+    video = ground + (colour - ground) * rearrange(alpha, "f h w -> f 1 h w")
+    return torch.from_numpy(video * np.float32(2) - np.float32(1)), torch.from_numpy(alpha > 0.5)
+
+
+def render_prompt(identity: Identity | Mapping[str, Any], *, size: int) -> Tensor:
+    """The subject alone on white, in the pose of the image prompt, cropped to its box and padded to a square.
+
+    Returns:
+        `3 s s` float32 in [-1, 1].
+    """
+    it = _identity(identity)
+    coarse = np.linspace(-1.05, 1.05, 64, dtype=np.float32)
+    inside = SHAPES[it.shape](*_prompt_pose(it, coarse[None, None, :], -coarse[None, :, None]))[0] < 0
+    columns, rows = coarse[inside.any(axis=0)], coarse[inside.any(axis=1)]
+    half = np.float32(max(columns[-1] - columns[0], rows[-1] - rows[0]) / 2 + (coarse[1] - coarse[0]) / 2)
+    grid = half * (
+        (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / size) - np.float32(1)
+    )
+    x = grid[None, None, :] + (columns[-1] + columns[0]) / np.float32(2)
+    y = -grid[None, :, None] - (rows[-1] + rows[0]) / np.float32(2)
+    alpha, colour = _paint(it, *_prompt_pose(it, x, y), pixels=_column(np.array([size / (2 * half)])))
+    image = 1 + (colour - 1) * rearrange(alpha, "f h w -> f 1 h w")
+    return torch.from_numpy(image[0] * np.float32(2) - np.float32(1))
+
+
+def _identity(identity: Identity | Mapping[str, Any]) -> Identity:
+    return identity if isinstance(identity, Identity) else Identity(**identity)
+
+
+def _column(values: np.ndarray) -> Plane:
+    return rearrange(np.asarray(values, dtype=np.float32), "f -> f 1 1")
+
+
+def _choose(rng: np.random.Generator, names: list[str]) -> str:
+    return names[int(rng.integers(len(names)))]
+
+
+def _jitter(rng: np.random.Generator, name: str) -> Rgb:
+    red, green, blue = np.clip(np.add(COLOURS[name], rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3)), 0, 1)
+    return float(red), float(green), float(blue)
+
+
+def _sample_looks(rng: np.random.Generator, split: Split) -> tuple[str, str, tuple[str, str]]:
+    while True:
+        shape, texture = _choose(rng, list(SHAPES)), _choose(rng, list(TEXTURES))
+        first, second = _choose(rng, list(COLOURS)), _choose(rng, list(COLOURS))
+        if texture == "plain":
+            second = first
+        elif math.dist(COLOURS[first], COLOURS[second]) < COLOUR_CONTRAST:
+            continue
+        if is_heldout(shape, texture, (first, second)) == (split == "heldout"):
+            return shape, texture, (first, second)
+
+
+def _path(rng: np.random.Generator, motion: str) -> tuple[float, tuple[float, float], tuple[float, float]]:
+    """Radius, first centre and last centre; the subject stays (almost) inside the frame all along."""
+    moving = motion in ("left", "right", "up", "down", "bouncing")
+    radius = float(rng.uniform(0.3, 0.36) if moving else rng.uniform(0.34, 0.42))
+    near, slack = 0.9 * radius, 0.5 - radius
+    across = 0.5 + float(rng.uniform(-slack, slack)) * 0.8
+    other = 0.5 + float(rng.uniform(-slack, slack)) * 0.8
+    travel = (1 - 2 * near) * float(rng.uniform(0.85, 1.0))
+    low, high = 0.5 - travel / 2, 0.5 + travel / 2
+    match motion:
+        case "right":
+            return radius, (low, across), (high, across)
+        case "left":
+            return radius, (high, across), (low, across)
+        case "down":
+            return radius, (across, low), (across, high)
+        case "up":
+            return radius, (across, high), (across, low)
+        case "bouncing":
+            return radius, (across, high), (across, low)
+        case "growing" | "shrinking":
+            return radius, (0.5, 0.5), (0.5, 0.5)
+        case _:
+            return radius, (across, other), (across, other)
+
+
+def _poses(it: Identity, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Centre x, centre y, radius and angle at each `time` in [0, 1]; each of shape `f`."""
+    progress, size = time, np.ones_like(time)
+    match it.motion:
+        case "bouncing":  # from the floor (`start`) to the top (`end`) and back, twice
+            progress = np.abs(np.sin(2 * math.pi * time))
+        case "growing":
+            size = 0.65 + 0.55 * time
+        case "shrinking":
+            size = 1.2 - 0.55 * time
+    centre_x = it.start[0] + (it.end[0] - it.start[0]) * progress
+    centre_y = it.start[1] + (it.end[1] - it.start[1]) * progress
+    return centre_x, centre_y, it.radius * size, it.angle + it.turn * time
+
+
+def _prompt_pose(it: Identity, x: Plane, y: Plane) -> tuple[Plane, Plane]:
+    cos, sin = np.float32(math.cos(it.prompt_angle)), np.float32(math.sin(it.prompt_angle))
+    px, py = cos * x + sin * y, cos * y - sin * x
+    return (-px if it.prompt_flip else px), py
+
+
+def _paint(it: Identity, x: Plane, y: Plane, *, pixels: Plane) -> tuple[Plane, Plane]:
+    """Coverage `f h w` and colour `f 3 h w` of the subject at its own coordinates `x`, `y` (`f h w`)."""
+    alpha = coverage(SHAPES[it.shape](x, y), pixels)
+    first, second = (rearrange(np.asarray(rgb, dtype=np.float32), "c -> 1 c 1 1") for rgb in it.rgb)
+    cos, sin = np.float32(math.cos(it.direction)), np.float32(math.sin(it.direction))
+    share = TEXTURES[it.texture](cos * x + sin * y, cos * y - sin * x, it.scale, pixels)
+    return alpha, first + (second - first) * rearrange(share, "f h w -> f 1 h w")
+
+
+def _ground(it: Identity, size: int) -> Plane:
+    """The background, `3 h w`: its colour, lighter at the top, with a texture that the eye barely sees."""
+    grid = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
+    light = np.broadcast_to(np.float32(0.04) - np.float32(0.08) * grid[:, None], (size, size)).copy()
+    for cycles_x, cycles_y, phase in it.ripples:
+        wave = np.float32(cycles_x) * grid[None, :] + np.float32(cycles_y) * grid[:, None]
+        light += np.float32(0.012) * np.sin(np.float32(2 * math.pi) * wave + np.float32(phase))
+    pale = rearrange(np.asarray(BACKGROUNDS[it.background][0], dtype=np.float32), "c -> c 1 1")
+    return np.clip(pale + light, 0, 1)

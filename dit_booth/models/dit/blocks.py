@@ -1,0 +1,199 @@
+"""A block of the video DiT: attention over frames, over the text, over time, and an MLP, each modulated by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dit_booth.attention import Frames
+from dit_booth.attention.plans import seen_by_all
+from dit_booth.inject import Injection, Modulation, Role, Site
+from dit_booth.models.dit.config import DiTConfig
+from dit_booth.models.layers import Attention
+from dit_booth.models.positions import Rotary
+
+
+class Step(NamedTuple):
+    """What every block of one forward pass reads."""
+
+    c: Tensor  # b d, what modulates
+    plan: Frames  # of attn1
+    time_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
+    space: Rotary | None = None  # of every token
+    time: Rotary | None = None  # of the frames of one place
+    grid: tuple[int, int] = (0, 0)  # rows and columns of a frame's tokens
+    closed: int = 0  # leading frames that must not see the video, hence no text that does
+
+
+# ---- modulation --------------------------------------------------------------------------------------------
+
+
+class Modulate(NamedTuple):
+    """One sub-layer's part of the adaLN vector: ``x + gate * layer(norm(x) * (1 + scale) + shift)``."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None  # none: one (adaLN without the zero)
+
+    def of(self, normed: Tensor) -> Tensor:
+        """The sub-layer's input. Overwrites a norm's output where no gradient needs it."""
+        if torch.is_grad_enabled():
+            return normed * (1 + self.scale) + self.shift
+        return normed.mul_(1 + self.scale).add_(self.shift)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual stream x with the sub-layer's output y. Overwrites y where no gradient needs it."""
+        if self.gate is None:
+            return x + y
+        return x + (self.gate * y if torch.is_grad_enabled() else y.mul_(self.gate))
+
+
+class BlockModulation(nn.Module):
+    """The adaLN vector of a block, behind the `modulation` port, cut into named parts for the sub-layers.
+
+    Each part is a shift, a scale and, unless `gated` is false, a gate: DiT's adaLN-Zero and adaLN (section 3.2).
+    """
+
+    def __init__(self, name: str, hidden: int, parts: tuple[str, ...], gated: bool = True) -> None:
+        super().__init__()
+        self.parts, self.each = parts, 3 if gated else 2
+        width = len(parts) * self.each * hidden
+        self.linear = nn.Linear(hidden, width)
+        self.site = Site(
+            name=name, port="modulation", role="block", dim=width, projections={"linear": self.linear}
+        )
+
+    def forward(self, c: Tensor, inject: Injection) -> dict[str, Modulate]:
+        c = nn.functional.silu(c)
+        vector = inject(self.site, Modulation(self.linear(c), c)).vector
+        values = rearrange(vector, "b (p e d) -> p e b 1 1 d", p=len(self.parts), e=self.each).unbind(0)
+        return {part: Modulate(*value.unbind(0)) for part, value in zip(self.parts, values, strict=True)}
+
+
+# ---- neighbours --------------------------------------------------------------------------------------------
+
+
+class TokenConv(nn.Conv2d):
+    """``x + conv(x)``, depth-wise over the grid of a frame's tokens (CPVT, arXiv 2102.10882). x: (b f n d)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        frames = rearrange(x, "b f (h w) d -> (b f) d h w", h=grid[0], w=grid[1])
+        return x + rearrange(super().forward(frames), "(b f) d h w -> b f (h w) d", b=len(x))
+
+
+# ---- MLPs --------------------------------------------------------------------------------------------------
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``: as many parameters as the two layers of 4 d (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        inner = (8 * hidden // 3 + 7) // 8 * 8
+        self.gate, self.up = nn.Linear(hidden, inner), nn.Linear(hidden, inner)
+        self.down = nn.Linear(inner, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def make_mlp(kind: str, hidden: int) -> nn.Module:
+    if kind == "swiglu":
+        return SwiGLU(hidden)
+    return nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU("tanh"), nn.Linear(4 * hidden, hidden))
+
+
+# ---- the block ---------------------------------------------------------------------------------------------
+
+
+class DiTBlock(nn.Module):
+    """Attention over frames by plan, to the text and along time, and a convolution, as far as it has them; an MLP.
+
+    x: (b f n d). text: None, or (b 1 l c): tokens for `attn2` to read, or (in context) tokens that take part in
+    `attn1` and come out transformed.
+    """
+
+    def __init__(self, name: str, config: DiTConfig, parts: tuple[str, ...], text_dim: int) -> None:
+        super().__init__()
+        hidden, kind = config.shape.hidden, config.conditioning
+
+        def attention(leaf: str, role: Role, source_dim: int = hidden) -> Attention:
+            return Attention(
+                f"{name}.{leaf}",
+                role,
+                hidden,
+                config.shape.heads,
+                source_dim,
+                bias=True,
+                kernel=config.attention,
+                qk_norm=config.qk_norm,
+            )
+
+        reads_text = kind == "cross_attention" and "attn1" in parts
+        self.in_context = kind == "in_context" and "attn1" in parts
+        self.modulation = BlockModulation(f"{name}.modulation", hidden, parts, gated=kind != "adaln")
+        self.attn1 = attention("attn1", "cross_frame") if "attn1" in parts else None
+        self.attn2 = attention("attn2", "text", text_dim) if reads_text else None
+        self.attn_temp = attention("attn_temp", "temporal") if "attn_temp" in parts else None
+        self.conv = TokenConv(hidden) if config.conv else None
+        self.mlp = make_mlp(config.mlp, hidden)
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self, x: Tensor, text: Tensor | None, step: Step, inject: Injection
+    ) -> tuple[Tensor, Tensor | None]:
+        mod = self.modulation(step.c, inject)
+        if self.attn1 is not None:
+            x, text = self.over_frames(self.attn1, mod["attn1"], x, text, step, inject)
+        if self.attn2 is not None and text is not None:
+            x = x + self.attn2(self.norm(x), text, seen_by_all(x.shape[1]), inject)
+        if self.attn_temp is not None:
+            x = self.over_time(self.attn_temp, mod["attn_temp"], x, step, inject)
+        if self.conv is not None:
+            x = self.conv(x, step.grid)
+        x = mod["mlp"].add(x, self.mlp(mod["mlp"].of(self.norm(x))))
+        if self.in_context and text is not None:
+            text = mod["mlp"].add(text, self.mlp(mod["mlp"].of(self.norm(text))))
+        return x, text
+
+    def over_frames(
+        self,
+        attention: Attention,
+        mod: Modulate,
+        x: Tensor,
+        text: Tensor | None,
+        step: Step,
+        inject: Injection,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross-frame attention. In context every frame reads the text, and the text reads itself and all frames."""
+        h = mod.of(self.norm(x))
+        if not self.in_context or text is None:
+            return mod.add(x, attention(h, h, step.plan, inject, step.space)), text
+        g, frames = mod.of(self.norm(text)), x.shape[1]
+        words = attention.project(g, g, seen_by_all(1))
+        qkv = attention.project(h, h, step.plan, step.space)
+        readers = ((),) * step.closed + seen_by_all(frames - step.closed)
+        qkv = inject(attention.site, qkv.reading(replace(words.segments[0], frames=readers)))
+        words = words.reading(replace(qkv.segments[0], frames=seen_by_all(1, frames)))
+        return mod.add(x, attention.read(qkv)), mod.add(text, attention.read(words))
+
+    def over_time(
+        self, attention: Attention, mod: Modulate, x: Tensor, step: Step, inject: Injection
+    ) -> Tensor:
+        """Attention of every place along its frames, which are one group of keys; under a plan, each is its own."""
+        form = "b f n d -> (b n) 1 f d" if step.time_plan is None else "b f n d -> (b n) f 1 d"
+        h = rearrange(mod.of(self.norm(x)), form).contiguous()  # one copy for the three projections
+        h = attention(h, h, step.time_plan or seen_by_all(1), inject, step.time)
+        return mod.add(x, rearrange(h, "(b n) g f d -> b (g f) n d", b=len(x)))
+
+    def sites(self) -> list[Site]:
+        """The block's sites, in the order of the forward pass."""
+        attentions = (a for a in (self.attn1, self.attn2, self.attn_temp) if a is not None)
+        return [self.modulation.site, *(a.site for a in attentions)]

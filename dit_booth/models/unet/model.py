@@ -1,0 +1,131 @@
+"""The video U-Net: Stable Diffusion 1.x's, inflated as VideoBooth's base model is (arXiv 2312.00777, 3.1).
+
+Parameter names are upstream's, so that Stable Diffusion's and VideoBooth's weights load as they are; what a
+strategy injects (``to_k_new``, ``to_k_global``, ...) belongs to the strategy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_booth.attention import FramePlan
+from dit_booth.attention.plans import seen_by_all, with_context
+from dit_booth.inject import Injection, Latents, Site, no_injection
+from dit_booth.models.clip.encoders import Text
+from dit_booth.models.layers import Attention
+from dit_booth.models.unet.blocks import (
+    FrameConv,
+    MidLevel,
+    PointwiseFrameConv,
+    ResnetBlock,
+    Step,
+    TimeEmbedding,
+    TransformerBlock,
+    VideoNorm,
+    VideoTransformer,
+    build_levels,
+    go_down,
+    go_up,
+)
+from dit_booth.models.unet.config import UNetConfig
+
+__all__ = ["UNetConfig", "VideoUNet"]
+
+
+class VideoUNet(nn.Module):
+    """x (b f c h w) at timestep t (b,) in [0, 1000) with text -> prediction (b f c h w).
+
+    Any number of frames, any height and width; t may be a float. ValueError where a shape does not fit.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config, self.plan = config, FramePlan(config.plan)
+        width = config.channels[0]
+        down, up = build_levels("", config.channels, config.down_attention, config)
+        self.conv_in = FrameConv(config.in_channels, width, kernel_size=3, padding=1)
+        self.time_embedding = TimeEmbedding("time_embedding", width, 4 * width)
+        self.down_blocks = down
+        self.mid_block = MidLevel("mid_block", config.channels[-1], config)
+        self.up_blocks = up
+        if config.watermark:
+            widths = (width, config.channels[1], config.channels[1])
+            down, up = build_levels("watermark_", widths, (False, False, False), config)
+            self.watermark_down_blocks, self.watermark_up_blocks = down, up
+            self.watermark_zero_out = PointwiseFrameConv(width, width)
+        self.conv_norm_out = VideoNorm(config.norm_groups, width, eps=1e-5)
+        self.conv_out = FrameConv(width, config.out_channels, kernel_size=3, padding=1)
+        self.entry = Site(name="latents.entry", port="latents", role="entry", dim=config.in_channels)
+        self.exit = Site(name="latents.exit", port="latents", role="exit", dim=config.out_channels)
+        self.initialise()
+
+    def forward(self, x: Tensor, t: Tensor, text: Text, inject: Injection = no_injection) -> Tensor:
+        latents = inject(self.entry, Latents(x))
+        x = latents.x
+        self.validate(x, t, text.tokens)
+        time = self.time_embedding(t, x.dtype, inject)  # b c
+        step = self.step(time, text, latents, inject)
+        skips = go_down(self.down_blocks, self.conv_in(x), step)  # b f c h w, at falling resolution
+        x = self.mid_block(skips[-1], step)
+        x = go_up(self.up_blocks, x, skips, step)
+        if self.config.watermark:
+            x = x + self.watermark(x, step)
+        x = self.conv_out(F.silu(self.conv_norm_out(x, latents.context)))
+        return inject(self.exit, replace(latents, x=x)).x
+
+    def step(self, time: Tensor, text: Text, latents: Latents, inject: Injection) -> Step:
+        """What every block reads in one pass."""
+        context, frames = latents.context, latents.x.shape[1] - latents.context
+        plan, time_plan = self.plan.frames(frames), None
+        if context:
+            plan = with_context(plan, context, latents.one_way)
+            if latents.one_way:
+                time_plan = with_context(seen_by_all(frames, frames), context, True)
+        times = range(-context, frames) if self.config.positions == "rotary" else None
+        return Step(time, text.tokens, plan, inject, context, time_plan, times)
+
+    def watermark(self, x: Tensor, step: Step) -> Tensor:
+        """A residual that VideoBooth adds before the head: a small U-Net without attention (golden)."""
+        skips = go_down(self.watermark_down_blocks, x, step)
+        return self.watermark_zero_out(go_up(self.watermark_up_blocks, skips[-1], skips, step))
+
+    def sites(self) -> list[Site]:
+        """Every site of the backbone, in the order of the forward pass."""
+        attentions = [module.site for module in self.modules() if isinstance(module, Attention)]
+        return [self.entry, self.time_embedding.site, *attentions, self.exit]
+
+    def initialise(self) -> None:
+        """Every residual branch starts at zero, and so does the output (latent diffusion's initialisation).
+
+        Zero temporal attention makes the inflated image model its own start (Tune-A-Video).
+        """
+        zeroed: list[nn.Module] = [self.conv_out]
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                zeroed.append(module.conv2)
+            elif isinstance(module, VideoTransformer):
+                zeroed.append(module.proj_out)
+            elif isinstance(module, TransformerBlock):
+                zeroed.append(module.attn_temp.to_out)
+        if self.config.watermark:
+            zeroed.append(self.watermark_zero_out)
+        for parameter in (p for layer in zeroed for p in layer.parameters()):
+            nn.init.zeros_(parameter)
+
+    def validate(self, x: Tensor, t: Tensor, tokens: Tensor) -> None:
+        """ValueError where a shape does not fit the config or the batch."""
+        channels, width = self.config.in_channels, self.config.text_dim
+        if x.ndim != 5 or x.shape[2] != channels:
+            raise ValueError(
+                f"x is {tuple(x.shape)}; give (b f c h w) with c = {channels} (unet.in_channels)"
+            )
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t is {tuple(t.shape)}; give one timestep per video: ({x.shape[0]},)")
+        if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[-1] != width:
+            raise ValueError(
+                f"text.tokens is {tuple(tokens.shape)}; give (b l d) with b = {x.shape[0]}, the videos,"
+                f" and d = {width} (unet.text_dim)"
+            )

@@ -1,0 +1,125 @@
+"""What training stages will cost that nobody has measured yet: their FLOPs, and the rate at which they may be done.
+
+FLOPs are counted on the meta device with the encoders' sizes (`dit_booth.cost.describe`); nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from dit_booth.config import RunConfig
+from dit_booth.config.parse import parse, to_argv
+from dit_booth.cost import describe
+from dit_booth.cost.flops import Flops
+from dit_booth.study.plan import Plan
+from dit_booth.study.rows import read_json
+from dit_booth.training.address import Stage, stages_of
+from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
+
+REACHED = 0.4
+"""Share of a device's matrix products per second that training steps are assumed to reach. Measured were 55 to 80% on
+two CPU cores and, on an H100, 36 to 45% for a DiT-XL/2 and 8 to 24% for a DiT-B/2 (docs/results/train_step_*.md)."""
+FACTOR, CHANNELS = 8, 4  # of Stable Diffusion's autoencoder: that of a file is known once it is loaded
+
+
+@dataclass(frozen=True)
+class Rate:
+    """FLOP/s of one point's training, and what says so."""
+
+    flops: float
+    basis: str
+
+
+def rate_of(plan: Plan) -> Rate:
+    """That of the plan's finished stages (median), or what this machine's device may reach."""
+    folders = {plan.stage_folder(stage) for point in plan.points for stage in point.stages}
+    costs = [read_json(folder / "cost.json") for folder in sorted(folders)]
+    known = [cost["flops_per_step"] / cost["step_seconds"] for cost in costs if cost.get("step_seconds")]
+    if known:
+        return Rate(statistics.median(known), f"the median rate of the finished stages ({len(known)})")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    one = matmul_rate(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Rate(
+        REACHED * one * (plan.ranks if device.type == "cuda" else 1),  # ranks on a CPU share it
+        f"assumed: {REACHED:.0%} of the {one / 1e12:.3g} TFLOP/s of matrix products on this machine's {name}",
+    )
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of the best of a few large matrix products, in the type in which the device trains."""
+    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the result
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
+
+
+def flops_of_steps(plan: Plan, keys: Sequence[str]) -> dict[str, float]:
+    """FLOPs of an optimizer step of stages, by their keys. Points that differ in the seed only count once."""
+    counted: dict[tuple[str, str], float] = {}
+    out: dict[str, float] = {}
+    for point in plan.points:
+        for index, stage in enumerate(point.stages):
+            if stage.key not in keys or stage.key in out:
+                continue
+            alike = (point.group, stage.name)
+            if alike not in counted:
+                config = config_of(point.settings)
+                counted[alike] = flops_of_step(config, stages_of(config)[index])
+            out[stage.key] = counted[alike]
+    return out
+
+
+def flops_of_step(config: RunConfig, of: Stage) -> float:
+    """FLOPs of forward and backward of a stage's optimizer step; encoders and autoencoder are not counted."""
+    stage, encoders = stage_config(config, of.name), describe.Encoders.of(config.clip)
+    latents = latents_of(config)
+    root = describe.build(config, latents, encoders=encoders)
+    root.active = of.active
+    globs = trainable_globs(config, root, of.name, of.active)
+    here = [glob for glob in globs if not glob.startswith("text.")]
+    set_trainable(root, here, of.active)
+    cast(describe.GivenText, root.text).trains = len(here) < len(globs)
+    frames = stage.frames_of(config.data.frames)
+    rows, frames = (frames, 1) if stage.single_frames else (1, frames)
+    shape = (rows, frames, *latents)
+    image = None
+    if of.active:
+        copies = root.strategy.reference_frames(of.active)
+        image = describe.reference(shape, copies=copies, encoders=encoders)
+    with Flops() as counter:
+        prediction = root(*describe.inputs(shape, encoders=encoders), image)
+        (prediction.output.square().mean() + prediction.penalty).backward()
+    return float(counter.total * config.train.batch_size)
+
+
+def latents_of(config: RunConfig) -> describe.Latents:
+    """Channels, height and width of a frame's latents."""
+    if config.autoencoder.kind == "pixel":
+        patch = config.autoencoder.patch
+        return 3 * patch**2, config.data.size // patch, config.data.size // patch
+    return CHANNELS, config.data.size // FACTOR, config.data.size // FACTOR
+
+
+def config_of(settings: Mapping[str, Any]) -> RunConfig:
+    """The run of a point, from all its settings."""
+    return parse(to_argv(_given(settings)))
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a command line has them: what is empty is left out."""
+    return {
+        name: _given(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value not in ([], (), None)
+    }

@@ -1,0 +1,156 @@
+"""What a stage costs: parameters, FLOPs, seconds, memory. Written beside its weights, before them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import re
+import resource
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from dit_booth.components import Parts
+from dit_booth.config import RunConfig, StageConfig
+from dit_booth.cost.flops import Flops
+from dit_booth.data.example import VideoDataset, collate
+from dit_booth.files import read_lines, write_text
+from dit_booth.training.address import Stage
+from dit_booth.training.distributed import Ranks
+from dit_booth.training.inputs import generator_of, make_inputs
+from dit_booth.training.metrics_logger import METRICS
+
+COST = "cost.json"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is known of a stage's cost before its first step."""
+
+    trained_parameters: int
+    flops_per_step: float
+    ranks: Ranks
+
+    @classmethod
+    def of(
+        cls,
+        parts: Parts,
+        stage: StageConfig,
+        dataset: VideoDataset,
+        trained: Mapping[str, nn.Parameter],
+        ranks: Ranks,
+        dtype: torch.dtype,
+    ) -> Cost:
+        """Count parameters and FLOPs (on the first rank only), before DeepSpeed has the network."""
+        count = sum(p.numel() for p in trained.values())
+        flops = count_flops(parts, stage, dataset, dtype, ranks.device) if ranks.first else 0.0
+        reset_peak_memory(ranks.device)
+        return cls(count, flops * parts.config.train.batch_size, ranks)
+
+    def write(self, folder: Path) -> None:
+        """``cost.json`` of a stage whose steps are all in its ``metrics.jsonl``."""
+        device = self.ranks.device
+        seconds = [line["seconds"] for line in read_lines(folder / METRICS)]
+        cost = {
+            "steps": len(seconds),
+            "trained_parameters": self.trained_parameters,
+            "flops_per_step": self.flops_per_step,
+            "seconds": sum(seconds),
+            "step_seconds": statistics.median(seconds) if seconds else 0.0,
+            "peak_memory_mib": peak_memory_mib(device),
+            "ranks": self.ranks.world,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
+        write_text(folder / COST, json.dumps(cost, indent=1) + "\n")
+
+
+def count_flops(
+    parts: Parts, stage: StageConfig, dataset: VideoDataset, dtype: torch.dtype, device: torch.device
+) -> float:
+    """FLOPs of forward and backward for one video, with the parameters that are trainable now.
+
+    They are counted on a copy, which gets the gradients.
+    """
+    probe = replace(parts, root=copy.deepcopy(parts.root).to(device, dtype))
+    batch = collate([dataset[0]]).to(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.root.active))
+        with Flops() as counter:
+            prediction = probe.root(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
+            (inputs.loss(probe.objective, prediction) + prediction.penalty).backward()
+    return float(counter.total)
+
+
+def dtype_of(settings: Mapping[str, Any]) -> torch.dtype:
+    """What DeepSpeed makes of the network's weights."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return next((t for name, t in types.items() if settings.get(name, {}).get("enabled")), torch.float32)
+
+
+def write_run_cost(
+    folder: Path, config: RunConfig, stages: Sequence[Stage], seconds: Mapping[str, float]
+) -> None:
+    """``cost.json`` of a run: that of its stages, wherever they were trained, and `seconds` of its own.
+
+    FLOPs and seconds of a step are those of the last stage, the memory is the largest of any stage, and a parameter
+    that several stages train counts once.
+    """
+    done = [stage for stage in stages if stage.steps]
+    costs = [
+        {"name": stage.name, "address": stage.address, **_read_cost(stage.folder(config))} for stage in done
+    ]
+    last = costs[-1] if costs else {}
+    trained = {name: n for stage in done for name, n in _sizes(stage.folder(config)).items()}
+    whole = {
+        "trained_parameters": sum(trained.values()),
+        "flops_per_step": last.get("flops_per_step", 0.0),
+        "step_seconds": last.get("step_seconds", 0.0),
+        "peak_memory_mib": max((cost.get("peak_memory_mib", 0.0) for cost in costs), default=0.0),
+        **seconds,
+        "stages": costs,
+    }
+    write_text(folder / COST, json.dumps(whole, indent=1) + "\n")
+
+
+def _read_cost(folder: Path) -> dict[str, Any]:
+    file = folder / COST
+    cost: dict[str, Any] = (
+        json.loads(file.read_text()) if file.is_file() else {}
+    )  # a stage of an older version
+    return cost
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The parameters that a stage has trained, by name."""
+    with safe_open(folder / "weights.safetensors", "pt") as file:
+        names: list[str] = file.keys()
+        return {name: math.prod(file.get_slice(name).get_shape()) for name in names}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak begin anew: earlier stages and the copy that FLOPs are counted on are no part of a stage's."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # not everywhere is it permitted: then the peak is the process's
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held since `reset_peak_memory`: by PyTorch on a GPU, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
