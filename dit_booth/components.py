@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,30 +28,30 @@ from dit_booth.strategy import create, find
 
 
 @dataclass
-class Parts:
-    """What a run is made of. Only `root` trains; the others are frozen and hold no state."""
+class Components:
+    """What a run is made of. Only `model` trains; the others are frozen and hold no state."""
 
     config: RunConfig
-    root: Injected
+    model: Injected
     autoencoder: Autoencoder
     image_encoder: ImageEncoder
     objective: Objective
     sourced: frozenset[str] = frozenset()
     """The strategies' parameters that `weights` or `strategy_weights` had; the others are at their start."""
 
-    def to(self, device: torch.device) -> Parts:
-        for module in (self.root, self.autoencoder, self.image_encoder):
+    def to(self, device: torch.device) -> Components:
+        for module in (self.model, self.autoencoder, self.image_encoder):
             module.to(device)
         return self
 
     @property
     def first_token_suffices(self) -> bool:
         """Whether a caption needs no more of its subject than the first token, as the active strategies find it."""
-        return self.root.strategy.first_token_suffices(self.root.active)
+        return self.model.strategy.first_token_suffices(self.model.active)
 
     def tokenize(self, captions: Sequence[str], subjects: Sequence[str | None]) -> Prompt:
         """Captions and their subjects for the network. ValueError: a caption without its subject (`Tokenizer`)."""
-        return self.root.text.tokenize(captions, subjects, first_token_suffices=self.first_token_suffices)
+        return self.model.text.tokenize(captions, subjects, first_token_suffices=self.first_token_suffices)
 
     def dataset(self, *, heldout: bool) -> VideoDataset:
         """The run's data set, whose captions have what `tokenize` asks for. ValueError: a broken example."""
@@ -68,7 +67,7 @@ class Parts:
         """
         seen = self.image_encoder(images)
         latent = self.autoencoder.encode(images.unsqueeze(1), generator).to(dtype)
-        copies = self.root.strategy.reference_frames(self.root.active)
+        copies = self.model.strategy.reference_frames(self.model.active)
         return Reference(
             image=images,
             states=tuple(state.to(dtype) for state in seen.states),
@@ -78,7 +77,7 @@ class Parts:
         )
 
 
-def build(config: RunConfig) -> Parts:
+def build(config: RunConfig) -> Components:
     """All parts on the CPU, seeded; the backbone from `config.weights`, strategies warm-started from it.
 
     Then the strategies take what `config.weights` has for them, and what `config.strategy_weights` have, in order.
@@ -101,8 +100,8 @@ def build(config: RunConfig) -> Parts:
     for source in config.strategy_weights:
         warn_of_another_base(source, backbone, strategy)
         sourced |= load_strategies(strategy, read_strategies(source), f"strategy_weights {source}")
-    root = Injected(backbone, text, strategy, text.tokenize([NULL_PROMPT]))
-    return Parts(config, root, autoencoder, image_encoder, make_objective(config.objective), sourced)
+    model = Injected(backbone, text, strategy, text.tokenize([NULL_PROMPT]))
+    return Components(config, model, autoencoder, image_encoder, make_objective(config.objective), sourced)
 
 
 def build_backbone(
@@ -114,9 +113,3 @@ def build_backbone(
     return VideoUNet(
         dataclasses.replace(config.unet, in_channels=channels, out_channels=channels, text_dim=text_dim)
     )
-
-
-def repository_file(path: str) -> Path:
-    """A path as given, or relative to the folder that holds the package (a clone of the repository)."""
-    given = Path(path)
-    return given if given.exists() else Path(__file__).parents[2] / path

@@ -21,6 +21,23 @@ SLOT = "DIT_BOOTH_SLOT"
 WRITER = re.compile(r"\.(\d+)@(.+)\.part$")
 """The end of a partial file's name: number and machine of the process that writes it."""
 
+PACKAGE = Path(__file__).parent
+
+
+def packaged(name: str) -> Path:
+    """Path of a file that the package brings: ``configs/demo.yaml``, ``sweeps/schedule.yaml``.
+
+    In a checkout ``configs`` and ``sweeps`` lie in ``experiments/``.
+    """
+    installed = PACKAGE / name
+    return installed if installed.exists() else PACKAGE.parent / "experiments" / name
+
+
+def given_or_packaged(path: str, folder: str) -> Path:
+    """`path` if there is such a file, else the file of that name in a folder that the package brings."""
+    given = Path(path).expanduser()
+    return given if given.exists() else packaged(f"{folder}/{path}")
+
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:

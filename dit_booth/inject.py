@@ -8,7 +8,6 @@ argument. A port is narrow: a payload, never the layer itself.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.attention import Frames, Segment
+from dit_booth.errors import suggest
 
 Port = Literal["prompt", "latents", "modulation", "qkv"]
 Role = Literal["cross_frame", "text", "temporal", "time", "block", "entry", "exit", "words"]
@@ -86,13 +86,6 @@ class Sites(Sequence[Site]):
         return [s for s in self.items if port in (None, s.port) and role in (None, s.role)]
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """``; nearest: a, b`` for an error message; the whole list where nothing is near and it is short."""
-    names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:6]
-    return f"; nearest: {', '.join(near)}" if near else ""
-
-
 # ---- payloads: one type per port ------------------------------------------------------------------------------------
 
 
@@ -113,10 +106,12 @@ class Latents:
     x: Tensor  # b f c h w
     context: int = 0  # leading frames outside the video, at times before 0, that every frame reads
     one_way: bool = True  # whether those read only themselves, or everything
-    aside: Aside | None = None  # at the exit: what is cut off the output, yet belongs to the loss
+    aux_prediction: AuxPrediction | None = (
+        None  # at the exit: what is cut off the output, yet belongs to the loss
+    )
 
 
-class Aside(NamedTuple):
+class AuxPrediction(NamedTuple):
     """A prediction outside the video, and the noise-free latents that entered there (b f c h w each)."""
 
     prediction: Tensor
@@ -251,7 +246,7 @@ class Condition:
     kv: Mapping[str, KV] = field(default_factory=dict)  # site name -> the image's keys and values
     here_kv: KV | None = None  # what `kv` holds for the tap's own site
     latent: Tensor | None = None  # b 1 c h w
-    penalty: Tensor | None = None  # scalar, added to the training loss
+    aux_loss: Tensor | None = None  # scalar, added to the training loss
 
     def at(self, site: str) -> Condition:
         """The condition as the tap at a site gets it."""
@@ -273,13 +268,15 @@ class Injection:
         self, taps: Mapping[str, Sequence[tuple[nn.Module, Condition]]], *, local: bool = False
     ) -> None:
         self.taps, self.local = taps, local
-        self.aside: Aside | None = None  # what a tap at the exit cut off the output, for the loss
+        self.aux_prediction: AuxPrediction | None = (
+            None  # what a tap at the exit cut off the output, for the loss
+        )
 
     def __call__(self, site: Site, payload: Payload) -> Payload:
         for tap, condition in self.taps.get(site.leaf if self.local else site.name, ()):
             payload = tap(payload, condition)
-        if isinstance(payload, Latents) and payload.aside is not None:
-            self.aside = payload.aside
+        if isinstance(payload, Latents) and payload.aux_prediction is not None:
+            self.aux_prediction = payload.aux_prediction
         return payload
 
     def inside(self, path: str) -> Injection:

@@ -31,7 +31,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import nn
 
-from dit_booth.inject import Condition, Injection, Reference, Site, Sites, suggest
+from dit_booth.errors import suggest
+from dit_booth.inject import Condition, Injection, Reference, Site, Sites
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)

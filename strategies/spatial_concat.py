@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from dit_booth.inject import QKV, Aside, Condition, Latents, Reference, Sites
+from dit_booth.inject import QKV, AuxPrediction, Condition, Latents, Reference, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 
@@ -62,7 +62,7 @@ class CutBelow(nn.Module):
         if condition.latent is None:
             return latents
         frames, rest = latents.x.chunk(2, dim=-2)
-        return replace(latents, x=frames, aside=Aside(rest, below(condition.latent, frames)))
+        return replace(latents, x=frames, aux_prediction=AuxPrediction(rest, below(condition.latent, frames)))
 
 
 class SkipText(nn.Module):

@@ -21,7 +21,7 @@ from .parts.subject import released_sources, sources
 class TokenReplacementConfig(StrategyConfig):
     width: int = 0
     """Hidden width of the mapper's MLPs; 0: the image tower's own (1024 for ViT-L/14, as in ELITE)."""
-    penalty: float = 0.01
+    l1_weight: float = 0.01
     """Weight of mean |embedding| in the loss."""
     train_text_kv: bool = True
     """Train copies of what reads the text: K/V of every text attention, or the DiT's text projection."""
@@ -39,7 +39,7 @@ class TokenReplacement(Strategy):
 
     def __init__(self, config: TokenReplacementConfig, sites: Sites) -> None:
         super().__init__(config, sites)
-        self.penalty, self.first_token_suffices = config.penalty, config.compat == "videobooth"
+        self.l1_weight, self.first_token_suffices = config.l1_weight, config.compat == "videobooth"
         (words,) = sites.match("*", port="prompt")
         self.mapper = Mapper(sites.image_dim, config.width or sites.image_dim, words.dim)
         self.attach(words, ReplaceSubject(config.compat))
@@ -51,7 +51,7 @@ class TokenReplacement(Strategy):
 
     def forward(self, reference: Reference) -> Condition:
         words = self.mapper(reference.states)
-        return Condition(tokens=words, penalty=self.penalty * words.abs().mean())
+        return Condition(tokens=words, aux_loss=self.l1_weight * words.abs().mean())
 
 
 class ReplaceSubject(nn.Module):

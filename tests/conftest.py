@@ -264,7 +264,7 @@ def in_process(
     """The program's ``main`` in this process, which saves the seconds of a launch."""
     import torch
 
-    from experiments.run import main
+    from dit_booth.run import main
 
     threads = torch.get_num_threads()
     for name in RANKS:  # what `start` sets is undone after the test

@@ -92,7 +92,7 @@ class Warm:
 
 def serve() -> None:
     """Answer requests, a line each, until the input ends; in a fork: become the program that was asked for."""
-    from experiments.run import collector_at_rest, load_modules
+    from dit_booth.run import collector_at_rest, load_modules
 
     with collector_at_rest():  # its forks share these pages
         load_modules()

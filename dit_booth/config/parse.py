@@ -20,7 +20,7 @@ import tyro
 import yaml
 
 from dit_booth.config import RunConfig
-from dit_booth.inject import suggest
+from dit_booth.errors import suggest
 from dit_booth.strategy import StrategyConfig, find, names_in, registered
 
 log = logging.getLogger(__name__)

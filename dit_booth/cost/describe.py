@@ -125,20 +125,20 @@ def image_cost(
 def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
     """The backbone alone, and with the strategies and an image, in which the reference's own pass is counted."""
     frames, names = config.data.frames, find(config.strategy)
-    root, shape = build(config, latents).requires_grad_(False), (1, frames, *latents)
+    model, shape = build(config, latents).requires_grad_(False), (1, frames, *latents)
 
     def alone() -> Tensor:
         x, t, words = inputs(shape)
-        out: Tensor = root.backbone(x, t, root.text(words, no_injection))
+        out: Tensor = model.backbone(x, t, model.text(words, no_injection))
         return out
 
     lines = [
         f"{config.backbone}, {frames} frames of {{}} x {{}} x {{}} latents, one video".format(*latents),
-        f"{'backbone':40} {cost_of(root.backbone, alone)}",
+        f"{'backbone':40} {cost_of(model.backbone, alone)}",
     ]
-    if list(root.strategy.parameters()) or any(root.strategy.part(name).reads_image for name in names):
-        image = reference(shape, copies=root.strategy.reference_frames(tuple(names)))
-        both = cost_of(root, lambda: root(*inputs(shape), image))
+    if list(model.strategy.parameters()) or any(model.strategy.part(name).reads_image for name in names):
+        image = reference(shape, copies=model.strategy.reference_frames(tuple(names)))
+        both = cost_of(model, lambda: model(*inputs(shape), image))
         lines.append(f"{'with ' + config.strategy:40} {both}")
     return lines
 

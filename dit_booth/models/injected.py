@@ -1,4 +1,4 @@
-"""`Injected`: backbone, text encoder and strategies under one root, the only module that DeepSpeed sees."""
+"""`Injected`: backbone, text encoder and strategies as one module, the only one that DeepSpeed sees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.inject import Aside, Condition, Recorder, Reference, Sites
+from dit_booth.inject import AuxPrediction, Condition, Recorder, Reference, Sites
 from dit_booth.models.clip.encoders import Prompt, TextEncoder
 from dit_booth.models.dit.model import VideoDiT
 from dit_booth.models.unet.model import VideoUNet
@@ -18,11 +18,11 @@ from dit_booth.strategy import Strategies
 
 
 class Prediction(NamedTuple):
-    """What the network predicts (b f c h w), the strategies' penalty (a scalar), what is predicted beside the video."""
+    """What the network predicts (b f c h w), the auxiliary loss (a scalar), a prediction beside the video."""
 
     output: Tensor
-    penalty: Tensor
-    aside: Aside | None = None
+    aux_loss: Tensor
+    aux_prediction: AuxPrediction | None = None
 
 
 class Injected(nn.Module):
@@ -55,9 +55,9 @@ class Injected(nn.Module):
             conditions = {**made, **known}
         inject = self.strategy.bind(conditions)
         output = self.backbone(x, t, self.text(prompt, inject), inject)
-        penalties = [c.penalty for c in conditions.values() if c.penalty is not None]
-        penalty = torch.stack(penalties).sum() if penalties else output.new_zeros(())
-        return Prediction(output, penalty, inject.aside)
+        aux_losses = [c.aux_loss for c in conditions.values() if c.aux_loss is not None]
+        aux_loss = torch.stack(aux_losses).sum() if aux_losses else output.new_zeros(())
+        return Prediction(output, aux_loss, inject.aux_prediction)
 
     def conditions(self, t: Tensor, reference: Reference, names: Sequence[str]) -> dict[str, Condition]:
         """What the named strategies make of the reference at timestep t (b,)."""

@@ -40,11 +40,11 @@ class HeadFinish(NamedTuple):
 
     def queries(self, q: Tensor) -> Tensor:
         q = self.norm_q(q)
-        return q if self.rotary is None else self.rotary.turn(q)
+        return q if self.rotary is None else self.rotary.apply(q)
 
     def keys(self, k: Tensor) -> Tensor:
         k = self.norm_k(k)
-        return k if self.rotary is None else self.rotary.turn(k)
+        return k if self.rotary is None else self.rotary.apply(k)
 
 
 class Projected(Segment):

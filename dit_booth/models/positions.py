@@ -54,7 +54,7 @@ class Rotary(NamedTuple):
     cos: Tensor  # f n 1 d/2
     sin: Tensor  # f n 1 d/2
 
-    def turn(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         """Rotate x (b g m k d): group i as frame i, its tokens as the grid's.
 
         What has no place in the grid (another number of tokens: a token bank) stays as it is; one group alone, a

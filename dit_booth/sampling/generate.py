@@ -9,7 +9,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from dit_booth.components import Parts
+from dit_booth.components import Components
 from dit_booth.diffusion.guidance import Branch
 from dit_booth.diffusion.noise import randn
 from dit_booth.diffusion.samplers import sample
@@ -19,7 +19,7 @@ from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 
 @torch.no_grad()
 def generate(
-    parts: Parts,
+    components: Components,
     images: Tensor,
     captions: Sequence[str],
     subjects: Sequence[str | None],
@@ -35,26 +35,28 @@ def generate(
     alone, so a video is the same in every batch. What strategies make of the image whatever the timestep serves all
     steps; with `reuse` false it is made at every step, which gives the same videos.
     """
-    device, dtype = images.device, next(parts.root.parameters()).dtype
-    parts.root.eval()
+    device, dtype = images.device, next(components.model.parameters()).dtype
+    components.model.eval()
     frames, height, width = size
-    factor, channels = parts.autoencoder.factor, parts.autoencoder.channels
+    factor, channels = components.autoencoder.factor, components.autoencoder.channels
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    batch, guidance = len(images), parts.config.guidance
-    passes = _passes(parts, images, captions, subjects, dtype, use_image and bool(parts.root.active))
+    batch, guidance = len(images), components.config.guidance
+    passes = _passes(
+        components, images, captions, subjects, dtype, use_image and bool(components.model.active)
+    )
     if reuse:
-        passes = [one.with_lasting(parts) for one in passes]
+        passes = [one.with_lasting(components) for one in passes]
 
     def model(x: Tensor, timestep: Tensor) -> Tensor:
         eps = None
         if (first := passes[0].reference) is not None:
             eps = randn((batch, *first.noisy.shape[1:]), draws, device, dtype)
-        output = torch.cat([one.predict(parts, x, timestep, eps) for one in passes])
+        output = torch.cat([one.predict(components, x, timestep, eps) for one in passes])
         return guidance.combine(output.chunk(len(output) // batch))
 
     start = randn((batch, frames, channels, height // factor, width // factor), draws, device, dtype)
-    latents = sample(model, parts.objective, parts.config.sampler, start, draws)
-    return parts.autoencoder.decode(latents).clamp(-1, 1)
+    latents = sample(model, components.objective, components.config.sampler, start, draws)
+    return components.autoencoder.decode(latents).clamp(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,27 @@ class Pass:
     reference: Reference | None
     known: Mapping[str, Condition] = field(default_factory=dict)
 
-    def with_lasting(self, parts: Parts) -> Pass:
+    def with_lasting(self, components: Components) -> Pass:
         """The same with the conditions that serve all steps."""
-        return self if self.reference is None else replace(self, known=parts.root.lasting(self.reference))
+        return (
+            self if self.reference is None else replace(self, known=components.model.lasting(self.reference))
+        )
 
-    def predict(self, parts: Parts, x: Tensor, timestep: Tensor, eps: Tensor | None) -> Tensor:
+    def predict(self, components: Components, x: Tensor, timestep: Tensor, eps: Tensor | None) -> Tensor:
         """The network's prediction for its rows: those of x (b f c h w), once for each branch."""
         rows, reference = len(self.prompt.ids) // len(x), self.reference
         x, timestep = (repeat(y, "b ... -> (r b) ...", r=rows) for y in (x, timestep))
         if reference is not None:
             assert eps is not None
             eps = repeat(eps, "b ... -> (r b) ...", r=rows)
-            noisy = parts.objective.noise(reference.noisy, parts.objective.time(timestep), eps)
+            noisy = components.objective.noise(reference.noisy, components.objective.time(timestep), eps)
             reference = replace(reference, noisy=noisy)
-        output: Tensor = parts.root(x, timestep, self.prompt, reference, self.known).output
+        output: Tensor = components.model(x, timestep, self.prompt, reference, self.known).output
         return output
 
 
 def _passes(
-    parts: Parts,
+    components: Components,
     images: Tensor,
     captions: Sequence[str],
     subjects: Sequence[str | None],
@@ -95,13 +99,15 @@ def _passes(
     Without its text a branch has the null prompt, without its image the zero image, as rows that training drops have;
     with ``guidance.unconditional=omit`` it has no image at all, hence a pass of its own.
     """
-    guidance = parts.config.guidance
+    guidance = components.config.guidance
 
     def one(branches: Sequence[Branch], with_image: bool) -> Pass:
         words = [word for b in branches for word in (captions if b.text else [NULL_PROMPT] * len(images))]
         named = [name for b in branches for name in (subjects if b.text else [None] * len(images))]
         pictures = torch.cat([images if b.image else torch.zeros_like(images) for b in branches])
-        return Pass(parts.tokenize(words, named), parts.reference(pictures, dtype) if with_image else None)
+        return Pass(
+            components.tokenize(words, named), components.reference(pictures, dtype) if with_image else None
+        )
 
     branches = guidance.branches()
     if guidance.unconditional == "zero_image":

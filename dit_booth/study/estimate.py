@@ -99,7 +99,7 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
         image = describe.reference(shape, copies=copies, encoders=encoders)
     with Flops() as counter:
         prediction = root(*describe.inputs(shape, encoders=encoders), image)
-        (prediction.output.square().mean() + prediction.penalty).backward()
+        (prediction.output.square().mean() + prediction.aux_loss).backward()
     return float(counter.total * config.train.batch_size)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_booth.data.listing import files_of
-from dit_booth.files import write_text
+from dit_booth.files import given_or_packaged, write_text
 from dit_booth.study.description import SEEDS, Description, Variant, variants
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _unknown(description: Description, options: Mapping[str, Any]) -> str:
     """The first option that no run with these strategies has, and the nearest that it has."""
     from dit_booth.config import RunConfig
     from dit_booth.config.parse import config_class, read_yaml
-    from dit_booth.inject import suggest
+    from dit_booth.errors import suggest
 
     base = read_yaml(description.base)
     strategy = str(options.get("strategy") or base.get("strategy") or RunConfig.strategy)
@@ -265,12 +265,11 @@ def _kept(file: Path, description: Description) -> list[Point] | None:
 
 def _inputs(points: list[Point], description: Description) -> list[str]:
     """The files and folders that a plan depends on: settings, weights, lists of data, and the code that reads them."""
-    from dit_booth.components import repository_file
 
     files = {*_chain(Path(description.base))}
     for point in points:
         settings = point.settings
-        files |= {repository_file(settings["ds_config"]), *map(Path, settings["plugin"])}
+        files |= {given_or_packaged(settings["ds_config"], "configs"), *map(Path, settings["plugin"])}
         named = [settings["weights"], *settings["strategy_weights"], settings["clip"]["pretrained"]]
         named += [settings["autoencoder"]["path"], settings["data"]["root"]]
         for name in named:

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dit_booth.components import Parts, build_backbone
+from dit_booth.components import Components, build_backbone
 from dit_booth.config import STAGES, DataConfig, RunConfig, StageName, TrainConfig
 from dit_booth.config.parse import config_class
 from dit_booth.diffusion.objectives import make_objective
@@ -61,39 +61,39 @@ BACKBONES: dict[str, dict[str, Any]] = {
 class Trial:
     """A tiny model with a strategy, and the arguments of one step: two videos with captions that name their subject."""
 
-    parts: Parts
+    components: Components
     x: Tensor
     t: Tensor
     prompt: Prompt
 
     @property
-    def root(self) -> Injected:
-        return self.parts.root
+    def model(self) -> Injected:
+        return self.components.model
 
     @property
     def classes(self) -> Mapping[str, type[Strategy]]:
-        return find(self.parts.config.strategy)
+        return find(self.components.config.strategy)
 
     @property
     def stages(self) -> list[StageName]:
         """The stages in which a strategy of the sum trains anything."""
-        return [s for s in STAGES if any(s in self.root.strategy.part(n).stages() for n in self.classes)]
+        return [s for s in STAGES if any(s in self.model.strategy.part(n).stages() for n in self.classes)]
 
     def reference(self, seed: int = 0, batch: int = 2) -> Reference:
         """Random images; one seed, one reference."""
         generator = torch.Generator().manual_seed(100 + seed)
         images = torch.rand(batch, 3, SIZE, SIZE, generator=generator) * 2 - 1
-        reference = self.parts.reference(images, torch.float32)
+        reference = self.components.reference(images, torch.float32)
         noise = torch.randn(reference.noisy.shape, generator=generator)
         return replace(reference, noisy=0.6 * reference.noisy + 0.8 * noise)
 
     def __call__(self, reference: Reference | None) -> Tensor:
-        prediction: Prediction = self.root(self.x, self.t, self.prompt, reference)
+        prediction: Prediction = self.model(self.x, self.t, self.prompt, reference)
         return prediction.output
 
     def plain(self) -> Tensor:
         """The backbone without any strategy."""
-        output: Tensor = self.root.backbone(self.x, self.t, self.root.text(self.prompt))
+        output: Tensor = self.model.backbone(self.x, self.t, self.model.text(self.prompt))
         return output
 
     def row(self, i: int) -> tuple[Tensor, Tensor, Prompt, Reference]:
@@ -111,19 +111,19 @@ class Trial:
 
     def train_in(self, stage: StageName) -> dict[str, nn.Parameter]:
         """Make trainable what a stage trains, with all strategies active."""
-        globs = trainable_globs(self.parts.config, self.root, stage, tuple(self.classes))
-        return set_trainable(self.root, globs)
+        globs = trainable_globs(self.components.config, self.model, stage, tuple(self.classes))
+        return set_trainable(self.model, globs)
 
     def wanted(self) -> list[Tensor]:
         """What to ask gradients of: the parameters of the last stage, or else x."""
         parameters: list[Tensor] = [p for stage in self.stages[-1:] for p in self.train_in(stage).values()]
         return parameters or [self.x.requires_grad_()]
 
-    def loosen(self) -> Trial:
+    def perturb(self) -> Trial:
         """Move every parameter of the strategies a little: a zero-initialised layer would stop gradients."""
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
-            for p in self.root.strategy.parameters():
+            for p in self.model.strategy.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
         return self
 
@@ -157,13 +157,15 @@ def trial(
         frames=FRAMES,
     )
     torch.manual_seed(seed)
-    root = Injected(body, text, create(find(strategy), config.options(), sites), text.tokenize([NULL_PROMPT]))
-    parts = Parts(config, root, autoencoder, image_encoder, make_objective(config.objective))
+    model = Injected(
+        body, text, create(find(strategy), config.options(), sites), text.tokenize([NULL_PROMPT])
+    )
+    components = Components(config, model, autoencoder, image_encoder, make_objective(config.objective))
     x = torch.randn(
         2, FRAMES, autoencoder.channels, SIZE // 3, SIZE // 3, generator=torch.Generator().manual_seed(9)
     )
     prompt = text.tokenize(["a dog runs", "the red cat and a cat"], ["dog", "cat"])
-    return Trial(parts, x, torch.tensor([40.0, 700.0]), prompt)
+    return Trial(components, x, torch.tensor([40.0, 700.0]), prompt)
 
 
 @cache
@@ -210,7 +212,7 @@ def worst(a: Tensor, b: Tensor) -> float:
 
 def backbone_is_untouched(make: Callable[..., Trial]) -> None:
     """The backbone's and the text encoder's parameters keep their names and values, and no parameter has two owners."""
-    run, control = make().root, make(strategy="none", options={}).root
+    run, control = make().model, make(strategy="none", options={}).model
     for name in ("backbone", "text"):
         ours, theirs = (r.get_submodule(name).state_dict() for r in (run, control))
         assert list(ours) == list(theirs), f"the {name}'s parameter names changed: {set(ours) ^ set(theirs)}"
@@ -238,57 +240,57 @@ def identity_is_as_declared(make: Callable[..., Trial]) -> None:
 
 @torch.no_grad()
 def no_image_is_no_change(make: Callable[..., Trial]) -> None:
-    """Without a reference a new strategy leaves the output as it is, and asks for no penalty."""
+    """Without a reference a new strategy leaves the output as it is, and adds no auxiliary loss."""
     run = make()
     assert torch.equal(run(None), run.plain()), "a tap changes its payload though its Condition is empty"
-    assert run.root(run.x, run.t, run.prompt, None).penalty == 0
+    assert run.model(run.x, run.t, run.prompt, None).aux_loss == 0
 
 
 def gradients_reach_what_is_trained(make: Callable[..., Trial]) -> None:
     """In each stage every trainable parameter gets a gradient, no other does, and some stage trains each parameter."""
-    run, trained = make().loosen(), set()
+    run, trained = make().perturb(), set()
     for stage in run.stages:
         chosen = run.train_in(stage)
-        run.root.zero_grad(set_to_none=True)
-        prediction = run.root(run.x, run.t, run.prompt, run.reference())
-        (prediction.output.square().sum() + prediction.penalty).backward()
-        for key, p in run.root.named_parameters():
+        run.model.zero_grad(set_to_none=True)
+        prediction = run.model(run.x, run.t, run.prompt, run.reference())
+        (prediction.output.square().sum() + prediction.aux_loss).backward()
+        for key, p in run.model.named_parameters():
             if key in chosen:
                 assert p.grad is not None and p.grad.abs().max() > 1e-9, f"{stage}: no gradient at {key}"
             else:
                 assert p.grad is None, f"{stage}: {key} is frozen, but has a gradient"
         trained |= {key for key in chosen if key.startswith("strategy.")}
-    own = {f"strategy.{key}" for key, _ in run.root.strategy.named_parameters()}
+    own = {f"strategy.{key}" for key, _ in run.model.strategy.named_parameters()}
     assert trained == own, f"no stage trains {', '.join(sorted(own - trained))}"
 
 
 @torch.no_grad()
 def saved_and_loaded_is_the_same(make: Callable[..., Trial]) -> None:
     """Saved and loaded into another run it computes the same; its file holds the strategy's own keys only."""
-    run, other = make().loosen(), make(seed=1)
+    run, other = make().perturb(), make(seed=1)
     expected = run(run.reference())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "strategy.safetensors"
-        write(file, part(run.root.state_dict(), "strategy."), {"strategy": run.parts.config.strategy})
+        write(file, part(run.model.state_dict(), "strategy."), {"strategy": run.components.config.strategy})
         with safe_open(file, "pt") as saved:
             keys = set(saved.keys())
         names = tuple(run.classes)
         assert all(key.partition(".")[0] in names for key in keys), f"keys of no strategy: {sorted(keys)[:4]}"
-        assert keys == set(run.root.strategy.state_dict())
+        assert keys == set(run.model.strategy.state_dict())
         if keys:
             assert worst(other(other.reference()), expected) > 1e-6, "loading must be what makes them equal"
-            load_strategies(other.root.strategy, read_strategies(str(file)), "saved")
-            load_strictly(other.root.strategy, read(file), "saved")
+            load_strategies(other.model.strategy, read_strategies(str(file)), "saved")
+            load_strictly(other.model.strategy, read(file), "saved")
     assert torch.equal(other(other.reference()), expected), "loaded, it computes something else"
 
 
 @torch.no_grad()
 def rows_are_independent(make: Callable[..., Trial]) -> None:
     """A video depends on its own row of the batch only."""
-    run = make().loosen()
+    run = make().perturb()
     together = run(run.reference())
     for i in range(2):
-        alone = run.root(*run.row(i)).output
+        alone = run.model(*run.row(i)).output
         difference = worst(alone, together[i : i + 1])
         assert difference < 1e-5 * max(1, together.abs().max().item()), (
             f"row {i} changes by {difference:.1e} alone"
@@ -314,11 +316,11 @@ def image_matters_as_declared(make: Callable[..., Trial]) -> None:
 @torch.no_grad()
 def time_matters_as_declared(make: Callable[..., Trial]) -> None:
     """A strategy that does not `depends_on_time` makes equal conditions at every timestep and noise."""
-    run = make().loosen()
+    run = make().perturb()
     reference, noise = run.reference(), run.reference(7).noisy
-    names = [name for name in run.classes if not run.root.strategy.part(name).depends_on_time]
+    names = [name for name in run.classes if not run.model.strategy.part(name).depends_on_time]
     made = [
-        run.root.conditions(t, replace(reference, noisy=noisy), names)
+        run.model.conditions(t, replace(reference, noisy=noisy), names)
         for t, noisy in ((run.t, reference.noisy), (run.t + 200, noise))
     ]
     for name in names:
@@ -339,12 +341,12 @@ def _tensors(value: Any) -> list[Tensor]:
 def checkpointing_gives_equal_gradients(make: Callable[..., Trial]) -> None:
     """Recomputing activations in the backward pass changes no gradient."""
     gradients, plain_run = [], make()
-    kind = plain_run.parts.config.backbone
-    settings = replace(getattr(plain_run.parts.config, kind), checkpointing=True)
+    kind = plain_run.components.config.backbone
+    settings = replace(getattr(plain_run.components.config, kind), checkpointing=True)
     for run in (plain_run, make(**{kind: settings})):
-        wanted = run.loosen().wanted()
-        prediction = run.root(run.x, run.t, run.prompt, run.reference())
-        loss = prediction.output.square().mean() + prediction.penalty
+        wanted = run.perturb().wanted()
+        prediction = run.model(run.x, run.t, run.prompt, run.reference())
+        loss = prediction.output.square().mean() + prediction.aux_loss
         gradients.append(torch.autograd.grad(loss, wanted, allow_unused=True))
     for plain, recomputed in zip(*gradients, strict=True):
         assert worst(plain, recomputed) <= 1e-5 * plain.abs().max().item() + 1e-9, (
@@ -354,21 +356,21 @@ def checkpointing_gives_equal_gradients(make: Callable[..., Trial]) -> None:
 
 def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> None:
     """torch.compile changes neither output nor gradients: a DiT's blocks, without a graph break; a U-Net's middle."""
-    run = make().loosen()
+    run = make().perturb()
     wanted, results = run.wanted(), []
     for compiled in (False, True):
         if compiled:
             torch.compiler.reset()
             keep_einops_whole()
-            backbone = run.root.backbone
+            backbone = run.model.backbone
             part = (
                 backbone.compile_blocks
                 if isinstance(backbone, VideoDiT)
                 else backbone.get_submodule("mid_block").compile
             )
             part(backend=backend, dynamic=False)
-        prediction = run.root(run.x, run.t, run.prompt, run.reference())
-        loss = prediction.output.square().mean() + prediction.penalty
+        prediction = run.model(run.x, run.t, run.prompt, run.reference())
+        loss = prediction.output.square().mean() + prediction.aux_loss
         results.append((prediction.output.detach(), torch.autograd.grad(loss, wanted)))
     (plain, plain_grads), (output, grads) = results
     assert worst(plain, output) <= 1e-5 * plain.abs().max().item(), (

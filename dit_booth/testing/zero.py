@@ -35,8 +35,8 @@ def check_under_zero(
     Call it in all ranks of a launch, of which there may be one or two: the tiny batch has two videos.
     """
     plain = plain or stepped(strategy, backbone, ranks)
-    run = trial(strategy, backbone).loosen()
-    run.parts.to(ranks.device)
+    run = trial(strategy, backbone).perturb()
+    run.components.to(ranks.device)
     parameters = run.train_in(run.stages[-1])
     engine = _engine(run, list(parameters.values()), ranks, zero)
     arguments = _mine(run, ranks)
@@ -44,8 +44,8 @@ def check_under_zero(
     engine.step()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(run.root.parameters())):
-        ours, theirs = dict(run.root.named_parameters()), dict(plain.root.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(run.model.parameters())):
+        ours, theirs = dict(run.model.named_parameters()), dict(plain.model.named_parameters())
         where = f"{strategy} on {backbone} at ZeRO stage {zero}"
         for name, p in ours.items():
             difference, scale = worst(p, theirs[name]), max(1.0, theirs[name].abs().max().item())
@@ -57,22 +57,26 @@ def check_under_zero(
 
 def stepped(strategy: str, backbone: str, ranks: Ranks) -> Trial:
     """The same step in one process, on the videos of all ranks."""
-    run = trial(strategy, backbone).loosen()
-    run.parts.to(ranks.device)
+    run = trial(strategy, backbone).perturb()
+    run.components.to(ranks.device)
     optimizer = torch.optim.SGD(run.train_in(run.stages[-1]).values(), lr=1.0)
-    before = {name: p.detach().clone() for name, p in run.root.named_parameters()}
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     rows = [run.row(rank % 2) for rank in range(ranks.world)]
-    torch.stack([_loss(run.root, row) for row in rows]).mean().backward()
+    torch.stack([_loss(run.model, row) for row in rows]).mean().backward()
     optimizer.step()
-    moved = [name for name, p in run.root.named_parameters() if worst(p, before[name]) > 1e-5]
+    moved = [name for name, p in run.model.named_parameters() if worst(p, before[name]) > 1e-5]
     assert moved, f"{strategy} on {backbone}: the step moves nothing"
     return run
 
 
-def _loss(root: Any, arguments: Arguments) -> Tensor:
-    prediction = root(*arguments)
-    loss = prediction.output.square().mean() + prediction.penalty
-    return loss if prediction.aside is None else loss + prediction.aside.prediction.square().mean()
+def _loss(model: Any, arguments: Arguments) -> Tensor:
+    prediction = model(*arguments)
+    loss = prediction.output.square().mean() + prediction.aux_loss
+    return (
+        loss
+        if prediction.aux_prediction is None
+        else loss + prediction.aux_prediction.prediction.square().mean()
+    )
 
 
 def _mine(run: Trial, ranks: Ranks) -> Arguments:
@@ -81,7 +85,7 @@ def _mine(run: Trial, ranks: Ranks) -> Arguments:
 
 def _engine(run: Trial, trained: list[nn.Parameter], ranks: Ranks, zero: int) -> Any:
     return initialize(
-        model=run.root,
+        model=run.model,
         optimizer=torch.optim.SGD(trained, lr=1.0),
         config={
             "train_batch_size": ranks.world,

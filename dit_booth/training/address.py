@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_booth.components import repository_file
 from dit_booth.config import RunConfig, StageName, decisive
 from dit_booth.config.parse import is_plugin
 from dit_booth.data.listing import files_of
+from dit_booth.files import given_or_packaged
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
@@ -132,7 +132,7 @@ def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple
 
 def _engine(config: RunConfig) -> Any:
     """DeepSpeed's settings by content; a file that is no JSON is named by the run that reads it."""
-    file = repository_file(config.ds_config)
+    file = given_or_packaged(config.ds_config, "configs")
     if not file.is_file():
         raise ValueError(
             f"ds_config is {config.ds_config!r}, which is not a file; give DeepSpeed's JSON settings"

@@ -43,7 +43,7 @@ class Ranks:
         dist.all_reduce(tensor)
         return [float(v) / self.world for v in tensor]
 
-    def agree(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first rank's value, on every rank."""
         told = [value]
         dist.broadcast_object_list(told, device=self.device)
@@ -57,7 +57,7 @@ class Ranks:
 def owning(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Own a folder (`dit_booth.files.Lock`); wait until no other run does, however long that takes."""
     lock, told = Lock(folder), False
-    while not ranks.agree(ranks.first and lock.take()):  # not a barrier: those give up after some minutes
+    while not ranks.broadcast(ranks.first and lock.take()):  # not a barrier: those give up after some minutes
         if ranks.first and not told and (told := True):
             log.info("%s is another process's (%s); waiting for it", folder, lock.owner())
         time.sleep(1)

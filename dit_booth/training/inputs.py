@@ -9,7 +9,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from dit_booth.components import Parts
+from dit_booth.components import Components
 from dit_booth.config import StageConfig
 from dit_booth.data.example import Batch
 from dit_booth.diffusion.noise import Generators, per_row, randn, randn_like
@@ -37,9 +37,9 @@ class Inputs:
         That has no noise (CatVTON's reference half): its truth is the latent itself with eps = 0.
         """
         loss = objective.loss(prediction.output, self.x0, self.eps, self.t).mean()
-        if prediction.aside is None:
+        if prediction.aux_prediction is None:
             return loss
-        beside, latent = prediction.aside
+        beside, latent = prediction.aux_prediction
         share = beside.numel() / (beside.numel() + prediction.output.numel())
         return torch.lerp(
             loss, objective.loss(beside, latent, torch.zeros_like(latent), self.t).mean(), share
@@ -54,7 +54,7 @@ def generator_of(*numbers: int) -> torch.Generator:
 
 @torch.no_grad()
 def make_inputs(
-    parts: Parts,
+    components: Components,
     batch: Batch,
     stage: StageConfig,
     generator: Generators,
@@ -74,20 +74,20 @@ def make_inputs(
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
     captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
     subjects = [None if d else s for s, d in zip(batch.subjects, no_text, strict=True)]
-    prompt = parts.tokenize(captions, subjects)
-    x0 = parts.autoencoder.encode(video, generator)
+    prompt = components.tokenize(captions, subjects)
+    x0 = components.autoencoder.encode(video, generator)
     shape, reference = x0.shape, None
-    t = per_row(parts.objective.sample_t, len(batch), generator).to(x0.device)
+    t = per_row(components.objective.sample_t, len(batch), generator).to(x0.device)
     if with_image:
         images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
-        reference = parts.reference(images, dtype, generator)
-        noisy = parts.objective.noise(reference.noisy, t, randn_like(reference.noisy, generator))
+        reference = components.reference(images, dtype, generator)
+        noisy = components.objective.noise(reference.noisy, t, randn_like(reference.noisy, generator))
         reference = replace(reference, noisy=noisy)
     if stage.single_frames:
-        x0, prompt, t, reference = _single_frames(parts, x0, prompt, reference, generator)
+        x0, prompt, t, reference = _single_frames(components, x0, prompt, reference, generator)
     eps = randn(shape, generator, x0.device, x0.dtype).reshape(x0.shape)  # a row's frames are one draw
-    x_t = parts.objective.noise(x0, t, eps).to(dtype)
-    return Inputs(x_t, parts.objective.timestep(t), prompt, reference, x0, eps, t)
+    x_t = components.objective.noise(x0, t, eps).to(dtype)
+    return Inputs(x_t, components.objective.timestep(t), prompt, reference, x0, eps, t)
 
 
 def _clip(video: Tensor, frames: int, generator: Generators) -> Tensor:
@@ -98,12 +98,12 @@ def _clip(video: Tensor, frames: int, generator: Generators) -> Tensor:
 
 
 def _single_frames(
-    parts: Parts, x0: Tensor, prompt: Prompt, reference: Reference | None, generator: Generators
+    components: Components, x0: Tensor, prompt: Prompt, reference: Reference | None, generator: Generators
 ) -> tuple[Tensor, Prompt, Tensor, Reference | None]:
     """Every frame becomes a video of one frame, with a time of its own."""
     if reference is not None:
         raise ValueError("single_frames is for stages without an image (base); set it to false in this stage")
     rows, frames = x0.shape[:2]
-    t = per_row(lambda n, g: parts.objective.sample_t(n * frames, g), rows, generator).to(x0.device)
+    t = per_row(lambda n, g: components.objective.sample_t(n * frames, g), rows, generator).to(x0.device)
     x0 = rearrange(x0, "b f c h w -> (b f) 1 c h w")
     return x0, prompt.each(lambda y: repeat(y, "b l -> (b f) l", f=frames)), t, None

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dit_booth.components import Parts, repository_file
+from dit_booth.components import Components
 from dit_booth.config import RunConfig, StageConfig
 from dit_booth.data.example import Batch, Loader
+from dit_booth.files import given_or_packaged
 from dit_booth.models.dit.model import VideoDiT
 from dit_booth.models.weights import write
 from dit_booth.training import checkpoint
@@ -25,7 +26,7 @@ from dit_booth.training.address import Stage
 from dit_booth.training.distributed import Ranks, initialize
 from dit_booth.training.ema import Ema
 from dit_booth.training.inputs import generator_of, make_inputs
-from dit_booth.training.metrics_logger import Journal
+from dit_booth.training.metrics_logger import MetricsLogger
 from dit_booth.training.optimizer import make_optimizer
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
 from dit_booth.training.stage_cost import Cost, dtype_of
@@ -50,20 +51,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train_stage(
-    parts: Parts, of: Stage, folder: Path, ranks: Ranks, journal: Journal | None, begin: float
+    components: Components, of: Stage, folder: Path, ranks: Ranks, journal: MetricsLogger | None, begin: float
 ) -> None:
     """Train a stage, or continue it, and write ``weights.safetensors`` into `folder` at its end.
 
     ValueError: a configuration that cannot work, or a loss that is not finite. Interrupted: SIGINT or SIGTERM.
     """
-    config, name, index, active = parts.config, of.name, of.index, of.active
-    stage, parts.root.active = stage_config(config, name), active
-    parameters = set_trainable(parts.root, trainable_globs(config, parts.root, name, active), active)
-    dataset = parts.dataset(heldout=False)
-    cost = Cost.of(parts, stage, dataset, parameters, ranks, dtype_of(engine_settings(config, ranks)))
+    config, name, index, active = components.config, of.name, of.index, of.active
+    stage, components.model.active = stage_config(config, name), active
+    parameters = set_trainable(
+        components.model, trainable_globs(config, components.model, name, active), active
+    )
+    dataset = components.dataset(heldout=False)
+    cost = Cost.of(components, stage, dataset, parameters, ranks, dtype_of(engine_settings(config, ranks)))
     if config.train.compile:
-        compile_backbone(parts.root.backbone, engine_settings(config, ranks))
-    engine = make_engine(parts, parameters, stage, ranks)
+        compile_backbone(components.model.backbone, engine_settings(config, ranks))
+    engine = make_engine(components, parameters, stage, ranks)
     dtype = next(iter(parameters.values())).dtype
     averaged = config.train.ema or config.train.ema_width
     ema = Ema(parameters, config.train.ema, config.train.ema_width) if averaged else None
@@ -91,14 +94,14 @@ def train_stage(
             for part in range(config.train.accumulation):
                 rows = loader.positions((step - 1) * config.train.accumulation + part)
                 draws = [generator_of(config.train.seed, index, row) for row in rows]
-                losses.append(micro_step(parts, engine, next(batches), stage, draws, dtype))
+                losses.append(micro_step(components, engine, next(batches), stage, draws, dtype))
             if ema is not None:
                 ema.update(step)
-            loss, penalty, stopping = ranks.mean(*torch.tensor(losses).mean(0).tolist(), float(stop.is_set))
+            loss, aux_loss, stopping = ranks.mean(*torch.tensor(losses).mean(0).tolist(), float(stop.is_set))
             check_finite(loss, name, step, folder)
             if journal:
                 seconds = time.perf_counter() - start
-                values = {"loss": loss, "penalty": penalty, "lr": lr, "grad_norm": grad_norm(engine)}
+                values = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": grad_norm(engine)}
                 journal.step(name, step, {**values, "seconds": seconds})
                 if step == done + 1:
                     log.info("first step of %s after %.1f s", name, time.perf_counter() - begin)
@@ -110,12 +113,12 @@ def train_stage(
                 raise Interrupted(f"stopped at step {step} of stage {name}; the same command resumes there")
     if ranks.first:
         cost.write(folder)
-    finish(parts, parameters, ema, folder, ranks, name)
+    finish(components, parameters, ema, folder, ranks, name)
     engine.destroy()
 
 
 def micro_step(
-    parts: Parts,
+    components: Components,
     engine: Any,
     batch: Batch,
     stage: StageConfig,
@@ -124,12 +127,12 @@ def micro_step(
 ) -> tuple[float, float]:
     """Forward and backward of one micro-batch; the optimizer steps at the accumulation boundary."""
     batch = batch.to(engine.device)
-    inputs = make_inputs(parts, batch, stage, draws, dtype, with_image=bool(parts.root.active))
+    inputs = make_inputs(components, batch, stage, draws, dtype, with_image=bool(components.model.active))
     prediction = engine(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
-    loss = inputs.loss(parts.objective, prediction)
-    engine.backward(loss + prediction.penalty)
+    loss = inputs.loss(components.objective, prediction)
+    engine.backward(loss + prediction.aux_loss)
     engine.step()
-    return loss.item(), prediction.penalty.item()
+    return loss.item(), prediction.aux_loss.item()
 
 
 def compile_backbone(backbone: torch.nn.Module, settings: dict[str, Any]) -> None:
@@ -144,16 +147,16 @@ def compile_backbone(backbone: torch.nn.Module, settings: dict[str, Any]) -> Non
 
 
 def make_engine(
-    parts: Parts, trained: dict[str, torch.nn.Parameter], stage: StageConfig, ranks: Ranks
+    components: Components, trained: dict[str, torch.nn.Parameter], stage: StageConfig, ranks: Ranks
 ) -> Any:
     """A DeepSpeed engine whose optimizer holds the trained parameters only."""
-    optimizer = make_optimizer(trained, parts.config.train, stage.lr)
+    optimizer = make_optimizer(trained, components.config.train, stage.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, stage))
     return initialize(
-        model=parts.root,
+        model=components.model,
         optimizer=optimizer,
         lr_scheduler=schedule,
-        config=engine_settings(parts.config, ranks),
+        config=engine_settings(components.config, ranks),
     )
 
 
@@ -167,7 +170,7 @@ def learning_rate(step: int, stage: StageConfig) -> float:
 
 def engine_settings(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """``ds_config.json`` plus what the run's configuration decides; a setting in both is an error."""
-    file = repository_file(config.ds_config)
+    file = given_or_packaged(config.ds_config, "configs")
     if not file.is_file():
         raise ValueError(
             f"ds_config is {config.ds_config!r}, which is not a file; give DeepSpeed's JSON settings"
@@ -217,7 +220,7 @@ def grad_norm(engine: Any) -> float:
 
 
 def finish(
-    parts: Parts,
+    components: Components,
     parameters: dict[str, torch.nn.Parameter],
     ema: Ema | None,
     folder: Path,
@@ -232,7 +235,9 @@ def finish(
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         if ranks.first:
             state = {key: p.detach().float() for key, p in parameters.items()}
-            write(folder / "weights.safetensors", state, {"stage": name, "strategy": parts.config.strategy})
+            write(
+                folder / "weights.safetensors", state, {"stage": name, "strategy": components.config.strategy}
+            )
     ranks.barrier()
 
 

@@ -17,7 +17,7 @@ from dit_booth.files import read_lines, write_text
 METRICS = "metrics.jsonl"
 
 
-class Journal:
+class MetricsLogger:
     """``metrics.jsonl`` (one line a step) and TensorBoard beside it.
 
     A stage's lines are also kept in its own folder, which runs may share: a run that takes over a stage, finished or

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dit_booth.config import TrainConfig
-from dit_booth.inject import suggest
+from dit_booth.errors import suggest
 
 
 def make_optimizer(

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dit_booth.config import STAGES, RunConfig, StageConfig, StageName
-from dit_booth.inject import suggest
+from dit_booth.errors import suggest
 from dit_booth.models.injected import Injected
 from dit_booth.strategy import Strategy, find
 
@@ -46,10 +46,10 @@ def stage_config(config: RunConfig, name: StageName) -> StageConfig:
 
 
 def trainable_globs(
-    config: RunConfig, root: Injected, name: StageName, active: Sequence[str]
+    config: RunConfig, model: Injected, name: StageName, active: Sequence[str]
 ) -> tuple[str, ...]:
-    """Globs over the root's parameter names that a stage trains, as configured or as its strategies declare."""
-    return declared_globs(config, name, {strategy: root.strategy.part(strategy) for strategy in active})
+    """Globs over the model's parameter names that a stage trains, as configured or as its strategies declare."""
+    return declared_globs(config, name, {strategy: model.strategy.part(strategy) for strategy in active})
 
 
 def declared_globs(
@@ -81,7 +81,7 @@ def _declared(
     return tuple(globs)
 
 
-def check_starts(config: RunConfig, root: Injected, sourced: Collection[str]) -> None:
+def check_starts(config: RunConfig, model: Injected, sourced: Collection[str]) -> None:
     """What a stage of 0 steps takes as it is must come from a source (`sourced`: names), or from a stage before it.
 
     A strategy at its warm start, as if there were no image, would sample plausible videos: ValueError names it. Where
@@ -91,10 +91,10 @@ def check_starts(config: RunConfig, root: Injected, sourced: Collection[str]) ->
     steps = [stage_config(config, name).steps for name in schedule]
     for index, name in enumerate(schedule):
         active = active_strategies(config, schedule, index)
-        globs = _declared(config, name, {strategy: root.strategy.part(strategy) for strategy in active})
+        globs = _declared(config, name, {strategy: model.strategy.part(strategy) for strategy in active})
         taken = {
             parameter
-            for parameter, _ in root.strategy.named_parameters(prefix="strategy")
+            for parameter, _ in model.strategy.named_parameters(prefix="strategy")
             if _takes_part(parameter, active) and any(fnmatchcase(parameter, glob) for glob in globs)
         }
         left = Counter(".".join(parameter.split(".")[1:3]) for parameter in taken - have)
@@ -111,14 +111,14 @@ def check_starts(config: RunConfig, root: Injected, sourced: Collection[str]) ->
 
 
 def set_trainable(
-    root: nn.Module, globs: Sequence[str], active: Sequence[str] | None = None
+    model: nn.Module, globs: Sequence[str], active: Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
     """Freeze everything, thaw what the globs match, and return it by name. A glob that matches nothing is an error.
 
     With `active`, the parameters of other strategies stay frozen: they take no part, so a stage's result does not
     depend on them.
     """
-    parameters = dict(root.named_parameters())
+    parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     total = sum(p.numel() for p in parameters.values())

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from dit_booth.components import Parts
+from dit_booth.components import Components
 from dit_booth.config import RunConfig, StageConfig
 from dit_booth.cost.flops import Flops
 from dit_booth.data.example import VideoDataset, collate
@@ -42,7 +42,7 @@ class Cost:
     @classmethod
     def of(
         cls,
-        parts: Parts,
+        components: Components,
         stage: StageConfig,
         dataset: VideoDataset,
         trained: Mapping[str, nn.Parameter],
@@ -51,9 +51,9 @@ class Cost:
     ) -> Cost:
         """Count parameters and FLOPs (on the first rank only), before DeepSpeed has the network."""
         count = sum(p.numel() for p in trained.values())
-        flops = count_flops(parts, stage, dataset, dtype, ranks.device) if ranks.first else 0.0
+        flops = count_flops(components, stage, dataset, dtype, ranks.device) if ranks.first else 0.0
         reset_peak_memory(ranks.device)
-        return cls(count, flops * parts.config.train.batch_size, ranks)
+        return cls(count, flops * components.config.train.batch_size, ranks)
 
     def write(self, folder: Path) -> None:
         """``cost.json`` of a stage whose steps are all in its ``metrics.jsonl``."""
@@ -73,19 +73,23 @@ class Cost:
 
 
 def count_flops(
-    parts: Parts, stage: StageConfig, dataset: VideoDataset, dtype: torch.dtype, device: torch.device
+    components: Components,
+    stage: StageConfig,
+    dataset: VideoDataset,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> float:
     """FLOPs of forward and backward for one video, with the parameters that are trainable now.
 
     They are counted on a copy, which gets the gradients.
     """
-    probe = replace(parts, root=copy.deepcopy(parts.root).to(device, dtype))
+    probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
     batch = collate([dataset[0]]).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.root.active))
+        inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.model.active))
         with Flops() as counter:
-            prediction = probe.root(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
-            (inputs.loss(probe.objective, prediction) + prediction.penalty).backward()
+            prediction = probe.model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
+            (inputs.loss(probe.objective, prediction) + prediction.aux_loss).backward()
     return float(counter.total)
 
 

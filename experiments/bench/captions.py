@@ -24,7 +24,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from dit_booth.components import Parts, build
+from dit_booth.components import Components, build
 from dit_booth.config.parse import parse
 from dit_booth.data.example import Example
 from dit_booth.evaluation.segment import subject_mask
@@ -51,11 +51,11 @@ class Settings:
 
 def main(settings: Settings) -> None:
     weights = f"--weights={settings.weights}"
-    parts = build(parse(["--config", settings.config, "--data.describe=full", weights]))
-    parts = parts.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    asked = ask(parts, dict.fromkeys(WAYS, settings.each) | {SPINNING: settings.spinning})
+    components = build(parse(["--config", settings.config, "--data.describe=full", weights]))
+    components = components.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = ask(components, dict.fromkeys(WAYS, settings.each) | {SPINNING: settings.spinning})
     right, made = dict.fromkeys(WAYS, 0), list[Shape]()
-    for video, (motion, example) in zip(sampled(parts, asked, settings.batch), asked, strict=True):
+    for video, (motion, example) in zip(sampled(components, asked, settings.batch), asked, strict=True):
         if motion in right:
             right[motion] += follows(motion, video)
         made.append(shape_of(video, example.subject))
@@ -68,9 +68,9 @@ def main(settings: Settings) -> None:
     print(json.dumps({**row, **found, "truth": true}))
 
 
-def ask(parts: Parts, wanted: dict[str, int]) -> list[tuple[str, Example]]:
+def ask(components: Components, wanted: dict[str, int]) -> list[tuple[str, Example]]:
     """The first held-out examples whose captions name each motion, so many of each, in the order of the motions."""
-    world, named = parts.dataset(heldout=True), {motion: list[Example]() for motion in wanted}
+    world, named = components.dataset(heldout=True), {motion: list[Example]() for motion in wanted}
     for i in count():
         example = world[i]
         motion = next((motion for motion in wanted if f" {motion} " in example.caption), None)
@@ -81,14 +81,14 @@ def ask(parts: Parts, wanted: dict[str, int]) -> list[tuple[str, Example]]:
     raise AssertionError("the counter has no end")
 
 
-def sampled(parts: Parts, asked: list[tuple[str, Example]], batch: int) -> Iterator[Tensor]:
+def sampled(components: Components, asked: list[tuple[str, Example]], batch: int) -> Iterator[Tensor]:
     """A video (f 3 h w in [-1, 1], on the CPU) for each caption, from the text alone."""
-    device, data = next(parts.root.parameters()).device, parts.config.data
+    device, data = next(components.model.parameters()).device, components.config.data
     for at in range(0, len(asked), batch):
         rows = [example for _, example in asked[at : at + batch]]
         yield from (
             generate(
-                parts,
+                components,
                 torch.stack([example.image for example in rows]).to(device),
                 [example.caption for example in rows],
                 [None] * len(rows),

@@ -113,13 +113,13 @@ def cases_of(options: Options) -> list[Case]:
 class Trainer:
     """Weights that are computed with, and float32 masters that AdamW updates where those are not float32 themselves."""
 
-    root: Injected
+    model: Injected
     clip: float = 1.0
     parameters: list[torch.nn.Parameter] = field(init=False)
     masters: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = [p for p in self.root.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         whole = all(p.dtype == torch.float32 for p in self.parameters)
         self.masters = [p if whole else p.detach().float() for p in self.parameters]
         on_gpu = self.masters[0].device.type == "cuda"
@@ -129,8 +129,8 @@ class Trainer:
 
     def step(self, batch: tuple[Any, ...]) -> None:
         """Forward, backward, clipping, update: no value is read back, so the GPU never waits for the CPU."""
-        prediction = self.root(*batch)
-        (prediction.output.float().square().mean() + prediction.penalty).backward()
+        prediction = self.model(*batch)
+        (prediction.output.float().square().mean() + prediction.aux_loss).backward()
         used = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
         if any(p is not m for p, m in used):
             for p, m in used:
@@ -145,20 +145,20 @@ class Trainer:
 
 def model_flops(case: Case, options: Options) -> int:
     """FLOPs of forward and backward for one video; nothing is computed."""
-    root = build(case.config(options), case.latents)
-    batch = batch_of(root, case, 1, "meta", torch.float32)
+    model = build(case.config(options), case.latents)
+    batch = batch_of(model, case, 1, "meta", torch.float32)
     with Flops() as counter:
-        prediction = root(*batch)
-        (prediction.output.square().mean() + prediction.penalty).backward()
+        prediction = model(*batch)
+        (prediction.output.square().mean() + prediction.aux_loss).backward()
     return int(counter.total)
 
 
-def batch_of(root: Injected, case: Case, videos: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+def batch_of(model: Injected, case: Case, videos: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     """The network's arguments: latents, timesteps, prompts, and image prompts where a strategy reads them."""
     shape = (videos, case.frames, *case.latents)
     if case.strategy == "none":
         return inputs(shape, device, dtype)
-    copies = root.strategy.reference_frames(root.strategy.names)
+    copies = model.strategy.reference_frames(model.strategy.names)
     return (*inputs(shape, device, dtype), reference(shape, device, dtype, copies))
 
 
@@ -169,7 +169,7 @@ def batch_of(root: Injected, case: Case, videos: int, device: str, dtype: torch.
 class Bench:
     """A network to train on one batch over and over."""
 
-    root: Injected
+    model: Injected
     trainer: Trainer
     batch: tuple[Any, ...]
     videos: int
@@ -178,18 +178,18 @@ class Bench:
     @classmethod
     def of(cls, case: Case, options: Options, device: torch.device, dtype: torch.dtype) -> Bench:
         torch.manual_seed(0)
-        root = build(case.config(options), case.latents, options.device).to(dtype)
-        for p in root.parameters():
+        model = build(case.config(options), case.latents, options.device).to(dtype)
+        for p in model.parameters():
             if not p.any():  # products of zeros draw less power, and run faster
                 torch.nn.init.normal_(p, std=0.02)
-        trainer = Trainer(root)
+        trainer = Trainer(model)
         compiled = options.compile if options.compile is not None else device.type == "cuda"
         if compiled:
-            assert isinstance(root.backbone, VideoDiT)
-            root.backbone.compile_blocks()
+            assert isinstance(model.backbone, VideoDiT)
+            model.backbone.compile_blocks()
         videos = options.batch or (1 if device.type == "cpu" else fitting(trainer, case, options, dtype))
-        batch = batch_of(root, case, videos, options.device, dtype)
-        return cls(root, trainer, batch, videos, compiled)
+        batch = batch_of(model, case, videos, options.device, dtype)
+        return cls(model, trainer, batch, videos, compiled)
 
     def step(self) -> None:
         self.trainer.step(self.batch)
@@ -200,7 +200,7 @@ def measure(case: Case, options: Options, beside: Bench | None = None) -> tuple[
     device, dtype = torch.device(options.device), torch.float32 if options.device == "cpu" else torch.bfloat16
     clock = CLOCKS[options.clock]
     bench = Bench.of(case, options, device, dtype)
-    root, step, videos = bench.root, bench.step, bench.videos
+    model, step, videos = bench.model, bench.step, bench.videos
     start = time.perf_counter()
     step()
     first = time.perf_counter() - start
@@ -212,9 +212,9 @@ def measure(case: Case, options: Options, beside: Bench | None = None) -> tuple[
     times = timed["step"]
     peak = max(peak, matmul_peak(dtype, device, rounds=5, clock=clock))  # of a busy machine's better moment
     seconds, flops = times.median, model_flops(case, options) * videos
-    per_frame = case.latents[1] * case.latents[2] // root.backbone.config.patch**2  # type: ignore[operator, union-attr]
+    per_frame = case.latents[1] * case.latents[2] // model.backbone.config.patch**2  # type: ignore[operator, union-attr]
     row = {
-        "size": f"{case.size}/{root.backbone.config.patch}",  # type: ignore[union-attr]
+        "size": f"{case.size}/{model.backbone.config.patch}",  # type: ignore[union-attr]
         "latents": case.latents,
         "tokens": per_frame,
         "frames": case.frames,
@@ -245,8 +245,8 @@ def measure(case: Case, options: Options, beside: Bench | None = None) -> tuple[
 def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) -> int:
     """Videos whose step should fit, with room for what a strategy adds: memory grows evenly with them."""
     device = torch.device(options.device)
-    trainer.step(batch_of(trainer.root, case, 2, options.device, dtype))  # makes AdamW's averages
-    batch = batch_of(trainer.root, case, 2, options.device, dtype)
+    trainer.step(batch_of(trainer.model, case, 2, options.device, dtype))  # makes AdamW's averages
+    batch = batch_of(trainer.model, case, 2, options.device, dtype)
     each = max(peak_memory(lambda: trainer.step(batch), device) / 2, 1)
     torch.cuda.empty_cache()
     return max(int(0.85 * torch.cuda.mem_get_info(device)[0] / each), 1)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dit_booth.inject import PromptTokens
 from dit_booth.models.clip.tokenizer import Tokenizer
-from experiments.sample import Settings, load_run, sample_own
+from dit_booth.sampling.command import Settings, load_run, sample_own
 
 pytestmark = pytest.mark.slow
 COMPAT = ["--token-replacement.compat", "videobooth"]

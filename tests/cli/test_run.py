@@ -68,7 +68,7 @@ def test_every_step_is_one_line_with_its_numbers(launched: Run):
     assert [(s["stage"], s["step"]) for s in steps] == [
         ("coarse", 1), ("coarse", 2), ("fine", 1), ("fine", 2)
     ]  # fmt: skip
-    assert all(math.isfinite(s[name]) for s in steps for name in ("loss", "penalty", "lr", "grad_norm"))
+    assert all(math.isfinite(s[name]) for s in steps for name in ("loss", "aux_loss", "lr", "grad_norm"))
     assert all(s["loss"] > 0 and s["seconds"] > 0 for s in steps)
     # The rate that the step was made with: the stage warms up over 20 steps to 0.01, and its cosine is half-way down.
     assert [s["lr"] for s in steps[:2]] == pytest.approx([0.01 / 20, 0.02 / 20 / 2])

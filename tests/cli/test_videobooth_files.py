@@ -158,7 +158,7 @@ def test_the_files_hold_the_papers_settings(file: str) -> None:
     assert (stages.coarse.lr, stages.fine.lr, stages.coarse.drop, stages.fine.drop) == (1e-4, 1e-4, 0.0, 0.1)
     assert (config.objective.kind, config.objective.beta_schedule) == ("eps", "linear")
     assert (config.sampler.kind, config.sampler.steps, config.guidance.scale) == ("ddpm", 250, 4.0)
-    assert config.options()["token_replacement"].penalty == 0.01  # type: ignore[attr-defined]
+    assert config.options()["token_replacement"].l1_weight == 0.01  # type: ignore[attr-defined]
     sampling = file == SAMPLING
     assert config.unet.watermark == sampling
     assert (stages.coarse.steps == 0) == (stages.fine.steps == 0) == sampling

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_booth import components as building
-from dit_booth.components import Parts, build
+from dit_booth.components import Components, build
 from dit_booth.config import DataConfig, RunConfig, TrainConfig
 from dit_booth.config.parse import config_class
 from dit_booth.inject import Reference
@@ -31,35 +31,35 @@ Make = Callable[..., "Run"]
 
 @dataclasses.dataclass
 class Run:
-    """Parts, and the arguments of one step: two videos with captions that name their subject."""
+    """Components, and the arguments of one step: two videos with captions that name their subject."""
 
-    parts: Parts
+    components: Components
     x: Tensor
     t: Tensor
     prompt: Prompt
 
     @property
     def root(self) -> Any:
-        return self.parts.root
+        return self.components.model
 
     def reference(self, seed: int = 0, batch: int = 2) -> Reference:
         generator = torch.Generator().manual_seed(100 + seed)
         images = torch.rand(batch, 3, SIZE, SIZE, generator=generator) * 2 - 1
-        reference = self.parts.reference(images, torch.float32)
+        reference = self.components.reference(images, torch.float32)
         noise = torch.randn(reference.latent.shape, generator=generator)
         return dataclasses.replace(reference, noisy=0.6 * reference.latent + 0.8 * noise)
 
     def __call__(self, reference: Reference | None) -> Tensor:
-        return self.root(self.x, self.t, self.prompt, reference).output
+        return self.model(self.x, self.t, self.prompt, reference).output
 
     def plain(self) -> Tensor:
         """The backbone without any strategy."""
-        return self.root.backbone(self.x, self.t, self.root.text(self.prompt))
+        return self.model.backbone(self.x, self.t, self.model.text(self.prompt))
 
 
 def randomised(kind: str) -> dict[str, Tensor]:
     """A backbone and its text encoder with nothing at zero, under the names of a weights file."""
-    root = build(_config("none", kind, "none", 0)).root
+    root = build(_config("none", kind, "none", 0)).model
     generator = torch.Generator().manual_seed(5)
     state = {}
     for name, p in root.named_parameters():
@@ -110,11 +110,11 @@ def make(clip: Any, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> 
         **more: Any,
     ) -> Run:
         config = _config(strategy, backbone, str(files[backbone]), seed, **(options or {}), **more)
-        parts = build(config)
+        components = build(config)
         generator = torch.Generator().manual_seed(9)
-        latents = (2, FRAMES, parts.autoencoder.channels, SIZE // 3, SIZE // 3)
+        latents = (2, FRAMES, components.autoencoder.channels, SIZE // 3, SIZE // 3)
         x = torch.randn(latents, generator=generator)
-        prompt = parts.root.text.tokenize(["a dog runs", "the red cat and a cat"], ["dog", "cat"])
-        return Run(parts, x, torch.tensor([40.0, 700.0]), prompt)
+        prompt = components.model.text.tokenize(["a dog runs", "the red cat and a cat"], ["dog", "cat"])
+        return Run(components, x, torch.tensor([40.0, 700.0]), prompt)
 
     return make

@@ -87,7 +87,7 @@ def test_a_new_strategy_changes_nothing_without_an_image_and_trains_with_one(
         assert worst(out.detach(), plain) <= 1e-6 * plain.abs().max().item()
     else:
         assert worst(out.detach(), plain) > 1e-6
-    own = dict(run.root.strategy.named_parameters())
+    own = dict(run.model.strategy.named_parameters())
     if own:
         out.square().sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in own.values())

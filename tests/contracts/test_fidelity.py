@@ -34,14 +34,14 @@ def worst(a: Tensor, b: Tensor) -> float:
 def watched(run: Any) -> list[tuple[Tensor, Tensor]]:
     """(x, t) of every pass through the backbone from now on."""
     calls: list[tuple[Tensor, Tensor]] = []
-    run.root.backbone.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
+    run.model.backbone.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
     return calls
 
 
 def loosened(run: Any) -> Any:
     """Trained strategies: as they start, an image's keys are the backbone's own."""
     generator = torch.Generator().manual_seed(3)
-    for p in run.root.strategy.parameters():
+    for p in run.model.strategy.parameters():
         p.data.add_(0.05 * torch.randn(p.shape, generator=generator))
     return run
 
@@ -49,10 +49,10 @@ def loosened(run: Any) -> Any:
 def sampled(run: Any, captions: Sequence[str] = ("a dog runs", "the red cat"), **guidance: Any) -> Tensor:
     """Two videos, of a dog and a cat, with two steps, the first of them from noise."""
     sampler = SamplerConfig(kind="ddim", steps=2)
-    config = replace(run.parts.config, guidance=GuidanceConfig(**guidance), sampler=sampler)
+    config = replace(run.components.config, guidance=GuidanceConfig(**guidance), sampler=sampler)
     images = run.reference().image
     return generate(
-        replace(run.parts, config=config),
+        replace(run.components, config=config),
         images,
         captions,
         ["dog", "cat"],
@@ -68,10 +68,10 @@ def sampled(run: Any, captions: Sequence[str] = ("a dog runs", "the red cat"), *
 @pytest.mark.parametrize("copies", [1, 3])
 def test_training_noises_every_copy_anew(copies: int, backbone: str, make: Make) -> None:
     run = make("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_frames=copies)})
-    data = run.parts.config.data.build(heldout=False)
+    data = run.components.config.data.build(heldout=False)
     batch, stage = collate([data[i] for i in range(2)]), StageConfig()
-    made = make_inputs(run.parts, batch, stage, generator_of(0), torch.float32, with_image=True)
-    reference, objective = made.reference, run.parts.objective
+    made = make_inputs(run.components, batch, stage, generator_of(0), torch.float32, with_image=True)
+    reference, objective = made.reference, run.components.objective
     assert reference.latent.shape[1] == 1 and reference.noisy.shape[1] == copies
     clean = reference.latent.expand_as(reference.noisy)
     signal = objective.noise(clean, made.t, torch.zeros_like(clean))
@@ -96,14 +96,14 @@ def test_sampling_runs_the_copies_as_a_video(backbone: str, make: Make) -> None:
 @torch.no_grad()
 def test_the_first_copy_is_read_and_the_others_reach_it(backbone: str, make: Make) -> None:
     run = make("kv_concat", backbone)
-    reference, sites = run.reference(), list(run.root.strategy.part("kv_concat").attached)
+    reference, sites = run.reference(), list(run.model.strategy.part("kv_concat").attached)
     others = torch.randn(2, 2, *reference.noisy.shape[2:], generator=torch.Generator().manual_seed(7))
     copies = torch.cat([reference.noisy, others], dim=1)
-    one = run.root.record(run.t, reference.noisy, False, sites)
-    three = run.root.record(run.t, copies, False, sites)
+    one = run.model.record(run.t, reference.noisy, False, sites)
+    three = run.model.record(run.t, copies, False, sites)
     assert all(three[site].shape == one[site].shape for site in sites)
     assert any(worst(three[site], one[site]) > 1e-3 for site in sites)
-    swapped = run.root.record(run.t, copies[:, [1, 0, 2]], False, sites)
+    swapped = run.model.record(run.t, copies[:, [1, 0, 2]], False, sites)
     assert all(worst(swapped[site], three[site]) > 1e-3 for site in sites)
     loosened(run)
     assert worst(run(replace(reference, noisy=copies)), run(reference)) > 1e-5
@@ -122,9 +122,9 @@ def test_copies_are_made_for_active_strategies_only(make: Make) -> None:
     options = {"kv_concat": KVConcatConfig(reference_frames=3)}
     run = make("token_replacement+kv_concat", "dit", options=options)
     images = run.reference().image
-    assert run.parts.reference(images, torch.float32).noisy.shape[1] == 3
-    run.root.active = ("token_replacement",)
-    assert run.parts.reference(images, torch.float32).noisy.shape[1] == 1
+    assert run.components.reference(images, torch.float32).noisy.shape[1] == 3
+    run.model.active = ("token_replacement",)
+    assert run.components.reference(images, torch.float32).noisy.shape[1] == 1
 
 
 def test_the_number_of_copies_is_checked() -> None:
@@ -157,13 +157,13 @@ def test_the_unconditional_branch_may_go_without_an_image(backbone: str, make: M
 def test_omitting_is_the_prediction_without_a_reference(make: Make) -> None:
     run = loosened(make("kv_concat", "unet"))
     seen: list[tuple[Any, ...]] = []
-    handle = run.root.register_forward_hook(lambda module, args, out: seen.append((*args[:4], out.output)))
+    handle = run.model.register_forward_hook(lambda module, args, out: seen.append((*args[:4], out.output)))
     sampled(run, scale=3.0, unconditional="omit")
     handle.remove()
     (_, _, _, with_image, _), (x, t, null, without, unconditional) = seen[:2]
     assert with_image is not None and without is None
-    assert torch.equal(null.ids, run.root.text.tokenize(["None", "None"]).ids)
-    assert torch.equal(run.root(x, t, null, None).output, unconditional)
+    assert torch.equal(null.ids, run.model.text.tokenize(["None", "None"]).ids)
+    assert torch.equal(run.model(x, t, null, None).output, unconditional)
 
 
 def test_the_unconditional_branch_has_two_names() -> None:
@@ -278,11 +278,11 @@ def finding(make: Make, compat: str, backbone: str = "dit") -> Any:
 def read_by_the_text_transformer(run: Any, caption: str, subject: str) -> str:
     """The words behind the begin token and before the end token, in a pass of the whole network."""
     seen: list[PromptTokens] = []
-    tap = run.root.strategy.part("token_replacement").attached["text.prompt"]
+    tap = run.model.strategy.part("token_replacement").attached["text.prompt"]
     handle = tap.register_forward_hook(lambda module, args, out: seen.append(out))
-    run.root(run.x, run.t, run.parts.tokenize([caption] * 2, [subject] * 2), run.reference())
+    run.model(run.x, run.t, run.components.tokenize([caption] * 2, [subject] * 2), run.reference())
     handle.remove()
-    ours = run.root.text.tokenizer
+    ours = run.model.text.tokenizer
     words = {ours.fold(t): bpe().decode([t]).strip() for t in bpe().encode(caption)} | {-1: "*"}
     first, *ids = next(out.ids[0].tolist() for out in seen if (out.ids == -1).any())
     assert first == ours.begin
@@ -298,27 +298,29 @@ def test_compat_finds_the_subject_by_its_first_token_alone(compat: str, make: Ma
             assert read_by_the_text_transformer(run, caption, "polar bear") == found[compat], caption
         else:
             with pytest.raises(ValueError, match=f"subject 'polar bear' is not in caption '{caption}'"):
-                run.parts.tokenize([caption], ["polar bear"])
+                run.components.tokenize([caption], ["polar bear"])
 
 
 @pytest.mark.parametrize("compat", ["", "videobooth"])
 def test_training_and_sampling_ask_a_caption_for_as_much_of_its_subject(compat: str, make: Make) -> None:
     """The prompts of both hold what the strategy finds, and neither takes a caption that has nothing of it."""
     run = finding(make, compat, "unet")
-    data = run.parts.config.data.build(heldout=False)
+    data = run.components.config.data.build(heldout=False)
     batch = collate([data[i] for i in range(2)])
 
     def made(caption: str, subject: str) -> list[Any]:
         rows = replace(batch, captions=[caption] * 2, subjects=[subject] * 2)
-        trained = make_inputs(run.parts, rows, StageConfig(), generator_of(0), torch.float32, with_image=True)
+        trained = make_inputs(
+            run.components, rows, StageConfig(), generator_of(0), torch.float32, with_image=True
+        )
         seen: list[Any] = []
-        handle = run.root.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+        handle = run.model.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
         images = run.reference().image
-        generate(run.parts, images, [caption] * 2, [subject] * 2, [1, 2], size=(3, *images.shape[-2:]))
+        generate(run.components, images, [caption] * 2, [subject] * 2, [1, 2], size=(3, *images.shape[-2:]))
         handle.remove()
         return [trained.prompt, seen[0].each(lambda y: y[:2])]
 
-    run.parts.config = replace(run.parts.config, sampler=SamplerConfig(kind="ddim", steps=1))
+    run.components.config = replace(run.components.config, sampler=SamplerConfig(kind="ddim", steps=1))
     if compat:
         for prompt in made("two polar bears", "polar bear"):
             assert (prompt.ids[:, 2:3] == prompt.subjects[:, :1]).all() and not prompt.spans.any()
@@ -334,9 +336,9 @@ def test_training_and_sampling_ask_a_caption_for_as_much_of_its_subject(compat: 
 def test_a_strategy_that_takes_no_part_asks_for_nothing(make: Make) -> None:
     """What a stage trains on depends on its active strategies alone: its address has the options of no other."""
     run = finding(make, "videobooth")
-    assert run.parts.first_token_suffices
-    run.root.active = ("kv_concat",)
-    assert not run.parts.first_token_suffices
+    assert run.components.first_token_suffices
+    run.model.active = ("kv_concat",)
+    assert not run.components.first_token_suffices
 
 
 # ---- the rest of the document --------------------------------------------------------------------------------------
@@ -346,15 +348,15 @@ def test_a_strategy_that_takes_no_part_asks_for_nothing(make: Make) -> None:
 def test_a_dropped_row_is_penalised_as_the_zero_image_and_for_nothing_else(make: Make) -> None:
     """The mapper reads the zero image; the text itself has no regulariser."""
     run = make("token_replacement", "dit")
-    data, part = run.parts.config.data.build(heldout=False), run.root.strategy.part("token_replacement")
+    data, part = run.components.config.data.build(heldout=False), run.model.strategy.part("token_replacement")
     batch = collate([data[i] for i in range(2)])
     for drop, image in ((0.0, batch.image), (1.0, torch.zeros_like(batch.image))):
         made = make_inputs(
-            run.parts, batch, StageConfig(drop=drop), generator_of(0), torch.float32, with_image=True
+            run.components, batch, StageConfig(drop=drop), generator_of(0), torch.float32, with_image=True
         )
-        penalty = run.root(made.x_t, made.timestep, made.prompt, made.reference).penalty
-        words = part.mapper(run.parts.image_encoder(image).states)
-        assert torch.allclose(penalty, 0.01 * words.abs().mean(), rtol=1e-6, atol=0)
+        aux_loss = run.model(made.x_t, made.timestep, made.prompt, made.reference).aux_loss
+        words = part.mapper(run.components.image_encoder(image).states)
+        assert torch.allclose(aux_loss, 0.01 * words.abs().mean(), rtol=1e-6, atol=0)
 
 
 def test_every_row_of_the_document_has_tests_that_there_are() -> None:

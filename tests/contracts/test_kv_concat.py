@@ -32,7 +32,7 @@ OPTIONS = [
 
 def recorded(run: Trial, t: Tensor) -> Any:
     """The reference as a strategy gets it inside a forward pass at timestep t."""
-    return replace(run.reference(), record=lambda *args: run.root.record(t, *args))
+    return replace(run.reference(), record=lambda *args: run.model.record(t, *args))
 
 
 class Watch(Injection):
@@ -73,13 +73,13 @@ def first_previous(qkv: QKV, k: Tensor, v: Tensor, image: dict[int, tuple[Tensor
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @torch.no_grad()
 def test_kv_concat_equals_a_dense_computation(options: KVConcatConfig, backbone: str) -> None:
-    run = trial("kv_concat", backbone, options={"kv_concat": options}).loosen()
-    part = run.root.strategy.part("kv_concat")
+    run = trial("kv_concat", backbone, options={"kv_concat": options}).perturb()
+    part = run.model.strategy.part("kv_concat")
     site = "blocks.1.attn1" if backbone != "unet" else "mid_block.attentions.0.transformer_blocks.0.attn1"
     assert site in part.attached
-    hidden = run.root.record(run.t, run.reference().noisy, False, list(part.attached))
-    watch = Watch(run.root.strategy.bind({"kv_concat": part(recorded(run, run.t))}), site)
-    run.root.backbone(run.x, run.t, run.root.text(run.prompt), watch)
+    hidden = run.model.record(run.t, run.reference().noisy, False, list(part.attached))
+    watch = Watch(run.model.strategy.bind({"kv_concat": part(recorded(run, run.t))}), site)
+    run.model.backbone(run.x, run.t, run.model.text(run.prompt), watch)
     ours = attend(watch.after.q, watch.after.segments)
     assert torch.equal(watch.after.q, watch.before.q), "queries are the backbone's"
     qkv, tap = watch.before, part.attached[site]
@@ -105,18 +105,18 @@ def test_kv_concat_equals_a_dense_computation(options: KVConcatConfig, backbone:
 @BACKBONES
 @torch.no_grad()
 def test_the_reference_runs_as_one_frame_with_null_text_and_no_image(backbone: str) -> None:
-    run = trial("token_replacement+kv_concat", backbone).loosen()
-    part, reference = run.root.strategy.part("kv_concat"), run.reference()
+    run = trial("token_replacement+kv_concat", backbone).perturb()
+    part, reference = run.model.strategy.part("kv_concat"), run.reference()
     calls: list[tuple[Tensor, Tensor]] = []
-    handle = run.root.backbone.register_forward_pre_hook(lambda module, args: calls.append(args[:3]))
+    handle = run.model.backbone.register_forward_pre_hook(lambda module, args: calls.append(args[:3]))
     run(reference)
     handle.remove()
     (latent, t, text), (x, *_) = calls
     assert latent is reference.noisy and latent.shape[1] == 1 and x is run.x
     assert torch.equal(t, run.t)
-    null = run.root.text.tokenize(["None", "None"])
-    assert torch.equal(text.tokens, run.root.text(null).tokens)
-    hidden = run.root.record(run.t, reference.noisy, False, list(part.attached))
+    null = run.model.text.tokenize(["None", "None"])
+    assert torch.equal(text.tokens, run.model.text(null).tokens)
+    hidden = run.model.record(run.t, reference.noisy, False, list(part.attached))
     assert set(hidden) == set(part.attached)
     assert all(h.shape[0] == 2 and h.ndim == 3 for h in hidden.values())
 
@@ -126,13 +126,13 @@ def test_the_reference_runs_as_one_frame_with_null_text_and_no_image(backbone: s
 @torch.no_grad()
 def test_a_clean_reference_does_not_depend_on_the_time(noise: str, backbone: str) -> None:
     run = trial("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_noise=noise)})
-    part, made = run.root.strategy.part("kv_concat"), []
+    part, made = run.model.strategy.part("kv_concat"), []
     for t in (run.t, run.t + 100):
         made.append(part(recorded(run, t)).kv)
     last = list(part.attached)[-1]
     if noise == "clean":
         assert all(torch.equal(made[0][site].v, made[1][site].v) for site in part.attached)
-        hidden = run.root.record(torch.zeros(2), run.reference().latent, False, [last])
+        hidden = run.model.record(torch.zeros(2), run.reference().latent, False, [last])
         direct = part.attached[last].project(hidden[last])
         assert torch.equal(made[0][last].k, direct.k), "the clean latent at timestep 0"
     else:
@@ -145,14 +145,15 @@ def test_frames_that_nothing_joins_to_the_image_do_not_change(backbone: str) -> 
     """With `direct` and one chosen site, exactly the named frames of that attention read the image."""
     glob = "blocks.1.attn1" if backbone != "unet" else "up_blocks.*"
     options = KVConcatConfig(update="direct", where=glob)
-    part = trial("kv_concat", backbone, options={"kv_concat": options}).root.strategy.part("kv_concat")
+    part = trial("kv_concat", backbone, options={"kv_concat": options}).model.strategy.part("kv_concat")
     assert part.attached and all(name.startswith(glob.rstrip("*")) for name in part.attached)
     run = trial("kv_concat", backbone, options={"kv_concat": options})
     site = next(iter(part.attached))
     watch = Watch(
-        run.root.strategy.bind({"kv_concat": run.root.strategy.part("kv_concat")(recorded(run, run.t))}), site
+        run.model.strategy.bind({"kv_concat": run.model.strategy.part("kv_concat")(recorded(run, run.t))}),
+        site,
     )
-    run.root.backbone(run.x, run.t, run.root.text(run.prompt), watch)
+    run.model.backbone(run.x, run.t, run.model.text(run.prompt), watch)
     assert [s.frames for s in watch.after.segments] == [((0,), (0,), (0, 1)), ((0,), (), ())]
 
 
@@ -167,10 +168,10 @@ def test_kv_concat_works_with_other_plans(plan: str) -> None:
 def test_checkpointing_gives_equal_gradients_with_a_recorded_reference() -> None:
     gradients = []
     for checkpointing in (False, True):
-        run = trial("token_replacement+kv_concat", dit=DiTConfig(checkpointing=checkpointing)).loosen()
-        prediction = run.root(run.x, run.t, run.prompt, run.reference())
-        loss = prediction.output.square().mean() + prediction.penalty
-        gradients.append(torch.autograd.grad(loss, list(run.root.strategy.parameters())))
+        run = trial("token_replacement+kv_concat", dit=DiTConfig(checkpointing=checkpointing)).perturb()
+        prediction = run.model(run.x, run.t, run.prompt, run.reference())
+        loss = prediction.output.square().mean() + prediction.aux_loss
+        gradients.append(torch.autograd.grad(loss, list(run.model.strategy.parameters())))
     for plain, recomputed in zip(*gradients, strict=True):
         assert worst(plain, recomputed) <= 1e-5 * plain.abs().max().item()
 
@@ -191,11 +192,11 @@ def queried(mode: str, options: KVConcatConfig) -> tuple[Trial, Watch, str]:
     """The attention of one site under kv_concat and learned queries."""
     names, site = "kv_concat+query_projection", "blocks.1.attn1"
     chosen = {"kv_concat": options, "query_projection": QueryProjectionConfig(mode=mode, rank=3)}
-    run = trial(names, options=chosen).loosen()
+    run = trial(names, options=chosen).perturb()
     reference = recorded(run, run.t)
-    conditions = run.root.strategy(reference, run.root.strategy.names)
-    watch = Watch(run.root.strategy.bind(conditions), site)
-    run.root.backbone(run.x, run.t, run.root.text(run.prompt), watch)
+    conditions = run.model.strategy(reference, run.model.strategy.names)
+    watch = Watch(run.model.strategy.bind(conditions), site)
+    run.model.backbone(run.x, run.t, run.model.text(run.prompt), watch)
     return run, watch, site
 
 
@@ -204,7 +205,7 @@ def queried(mode: str, options: KVConcatConfig) -> tuple[Trial, Watch, str]:
 def test_learned_queries_equal_a_dense_computation(mode: str) -> None:
     run, watch, site = queried(mode, KVConcatConfig(update="direct", reference_at="all"))
     qkv, after = watch.before, watch.after
-    tap = run.root.strategy.part("query_projection").attached[site]
+    tap = run.model.strategy.part("query_projection").attached[site]
     new = qkv.q + qkv.heads(tap.up(tap.down(qkv.x))) if mode == "lora" else qkv.heads(tap.to_q_new(qkv.x))
     assert worst(new, qkv.q) > 1e-2
     of_frames = qkv.q if mode == "separate" else new
@@ -252,10 +253,10 @@ def test_the_backbones_own_keys_are_projected_only_where_they_are_read(
         nonlocal calls
         calls += 1
 
-    sites = run.root.strategy.part("kv_concat").attached
+    sites = run.model.strategy.part("kv_concat").attached
     for site in sites:
         for name in ("to_k", "to_v"):
-            run.root.backbone.get_submodule(f"{site}.{name}").register_forward_hook(count)
+            run.model.backbone.get_submodule(f"{site}.{name}").register_forward_hook(count)
     run(run.reference())
     assert calls == (0 if train_frame_kv else 2 * 2 * len(sites)), (
         "the reference's pass and the video's, k and v"

@@ -127,17 +127,17 @@ def _never_on_time(self: Any, name: str, value: Any) -> None:
 @pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 @torch.no_grad()
 def test_an_inactive_strategy_is_as_if_it_were_not_there(backbone: str) -> None:
-    both, one = trial("token_replacement+kv_concat", backbone).loosen(), trial("kv_concat", backbone)
+    both, one = trial("token_replacement+kv_concat", backbone).perturb(), trial("kv_concat", backbone)
     load_strictly(
-        one.root.strategy,
-        {k: v for k, v in both.root.strategy.state_dict().items() if k.startswith("kv_concat.")},
+        one.model.strategy,
+        {k: v for k, v in both.model.strategy.state_dict().items() if k.startswith("kv_concat.")},
         "x",
     )
     together = both(both.reference())
-    both.root.active = ("kv_concat",)
-    prediction = both.root(both.x, both.t, both.prompt, both.reference())
+    both.model.active = ("kv_concat",)
+    prediction = both.model(both.x, both.t, both.prompt, both.reference())
     assert torch.equal(prediction.output, one(one.reference()))
-    assert prediction.penalty == 0, "token replacement's penalty"
+    assert prediction.aux_loss == 0, "token replacement's auxiliary loss"
     assert worst(together, prediction.output) > 1e-5
 
 

@@ -45,10 +45,10 @@ class Watch(Injection):
 @torch.no_grad()
 def watched(run: Trial, reference: Reference | None = None, x: Tensor | None = None) -> Watch:
     """One step with all payloads kept."""
-    names = run.root.strategy.names
-    conditions = run.root.conditions(run.t, reference or run.reference(), names)
-    watch = Watch(run.root.strategy.bind(conditions))
-    run.root.backbone(run.x if x is None else x, run.t, run.root.text(run.prompt, watch), watch)
+    names = run.model.strategy.names
+    conditions = run.model.conditions(run.t, reference or run.reference(), names)
+    watch = Watch(run.model.strategy.bind(conditions))
+    run.model.backbone(run.x if x is None else x, run.t, run.model.text(run.prompt, watch), watch)
     return watch
 
 
@@ -70,7 +70,7 @@ def test_a_perceiver_makes_a_segment_of_its_tokens_that_all_frames_read(
     source: Any, tokens: int, backbone: str
 ) -> None:
     options = TokenBankConfig(source=source, tokens=tokens, depth=1)
-    run = trial("token_bank", backbone, options={"token_bank": options}).loosen()
+    run = trial("token_bank", backbone, options={"token_bank": options}).perturb()
     watch = watched(run)
     for qkv in attentions(watch).values():
         frames, bank = qkv.segments
@@ -85,8 +85,8 @@ def test_a_pooled_bank_averages_the_grid(pool: Any, tokens: int) -> None:
     dit = DiTConfig(depth=2, hidden=32, heads=2, patch=1)
     options = {"token_bank": TokenBankConfig(source="latent", kind="pool", pool=pool)}
     run = trial("token_bank", dit=dit, options=options)
-    part = run.root.strategy.part("token_bank")
-    hidden = run.root.record(torch.zeros(2), run.reference().latent, True, ["blocks.1.attn1"])[
+    part = run.model.strategy.part("token_bank")
+    hidden = run.model.record(torch.zeros(2), run.reference().latent, True, ["blocks.1.attn1"])[
         "blocks.1.attn1"
     ]
     assert hidden.shape[1] == 16
@@ -110,13 +110,13 @@ def test_banks_are_shared_by_width_or_one_for_each_site(backbone: str) -> None:
         options = {"token_bank": TokenBankConfig(depth=1, per_site=per_site)}
         run = trial("token_bank", backbone, options=options)
         calls = [0]
-        for module in run.root.strategy.modules():
+        for module in run.model.strategy.modules():
             if type(module).__name__ == "Perceiver":
                 module.register_forward_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
         watched(run)
-        sites = len(run.root.strategy.part("token_bank").attached)
+        sites = len(run.model.strategy.part("token_bank").attached)
         assert calls[0] == (sites if per_site else 1)
-        counts[per_site] = sum(type(m).__name__ == "Perceiver" for m in run.root.strategy.modules())
+        counts[per_site] = sum(type(m).__name__ == "Perceiver" for m in run.model.strategy.modules())
     assert counts == {False: 1, True: sites}
 
 
@@ -125,12 +125,12 @@ def test_banks_are_shared_by_width_or_one_for_each_site(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["dit-factorised", "dit-cross_attention", "unet"])
 def test_the_images_softmax_is_added_to_the_texts_or_the_frames(backbone: str) -> None:
-    run = trial("decoupled_attention", backbone, options=scaled(0.7)).loosen()
+    run = trial("decoupled_attention", backbone, options=scaled(0.7)).perturb()
     watch = watched(run)
     leaf = "attn1" if backbone == "dit-factorised" else "attn2"
     found = attentions(watch, leaf)
-    assert set(found) == set(run.root.strategy.part("decoupled_attention").attached)
-    conditions = run.root.conditions(run.t, run.reference(), ("decoupled_attention",))["decoupled_attention"]
+    assert set(found) == set(run.model.strategy.part("decoupled_attention").attached)
+    conditions = run.model.conditions(run.t, run.reference(), ("decoupled_attention",))["decoupled_attention"]
     for name, qkv in found.items():
         k, v = (qkv.heads(y[:, None]).double() for y in conditions.kv[name])
         scores = torch.einsum("bfnkd,bgmkd->bfknm", qkv.q.double(), k) / math.sqrt(k.shape[-1])
@@ -138,7 +138,7 @@ def test_the_images_softmax_is_added_to_the_texts_or_the_frames(backbone: str) -
         assert qkv.added is not None
         assert worst(qkv.added.double(), expected) < 1e-5
         assert qkv.segments == watch.before[name].segments, "the text's own softmax is as it was"
-        attention = run.root.backbone.get_submodule(name)
+        attention = run.model.backbone.get_submodule(name)
         joined = attend(qkv.q, qkv.segments) + qkv.added
         assert worst(attention.read(qkv), attention.to_out(joined.flatten(-2))) < 1e-6
 
@@ -150,8 +150,8 @@ def scaled(scale: float) -> dict[str, Any]:
 @BOTH
 @torch.no_grad()
 def test_the_scale_is_no_parameter_and_zero_is_no_image(backbone: str) -> None:
-    one, none = (trial("decoupled_attention", backbone, options=scaled(s)).loosen() for s in (1.0, 0.0))
-    ours, theirs = one.root.state_dict(), none.root.state_dict()
+    one, none = (trial("decoupled_attention", backbone, options=scaled(s)).perturb() for s in (1.0, 0.0))
+    ours, theirs = one.model.state_dict(), none.model.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert torch.equal(none(none.reference()), none.plain())
     assert worst(one(one.reference()), one.plain()) > 1e-4
@@ -163,8 +163,8 @@ def test_the_scale_is_no_parameter_and_zero_is_no_image(backbone: str) -> None:
 @pytest.mark.parametrize("source", ["embedding", "latent", "both"])
 @pytest.mark.parametrize("backbone", ["dit-factorised", "dit-interleaved", "unet"])
 def test_one_vector_shifts_every_blocks_modulation(backbone: str, source: Any) -> None:
-    run = trial("adaln", backbone, options={"adaln": AdaLNConfig(source=source, width=8)}).loosen()
-    watch, part = watched(run), run.root.strategy.part("adaln")
+    run = trial("adaln", backbone, options={"adaln": AdaLNConfig(source=source, width=8)}).perturb()
+    watch, part = watched(run), run.model.strategy.part("adaln")
     sites = {s for s in watch.before if s.endswith(".modulation")} or {"time_embedding"}
     assert set(part.attached) == sites
     with torch.no_grad():
@@ -193,8 +193,8 @@ def test_the_clean_reference_lies_below_every_frame(backbone: str) -> None:
     assert torch.equal(x[..., 4:, :], reference.latent.expand(-1, 3, -1, -1, -1))
     whole, left = watch.before["latents.exit"].x, watch.after["latents.exit"]
     assert whole.shape[-2:] == (8, 4) and torch.equal(left.x, whole[..., :4, :])
-    assert torch.equal(left.aside.prediction, whole[..., 4:, :])
-    assert torch.equal(left.aside.latent, reference.latent.expand(-1, 3, -1, -1, -1))
+    assert torch.equal(left.aux_prediction.prediction, whole[..., 4:, :])
+    assert torch.equal(left.aux_prediction.latent, reference.latent.expand(-1, 3, -1, -1, -1))
 
 
 def test_the_text_attention_is_skipped_or_not() -> None:
@@ -203,7 +203,7 @@ def test_the_text_attention_is_skipped_or_not() -> None:
         run = trial("spatial_concat", "unet", options=options)
         assert all((qkv.segments == ()) == skip for qkv in attentions(watched(run), "attn2").values())
         with torch.no_grad():
-            other = replace(run, prompt=run.root.text.tokenize(["None", "None"]))
+            other = replace(run, prompt=run.model.text.tokenize(["None", "None"]))
             assert (worst(run(run.reference()), other(run.reference())) == 0) == skip
 
 
@@ -225,17 +225,17 @@ def test_the_loss_is_over_both_halves(kind: Any) -> None:
     run, objective = trial("spatial_concat"), make_objective(ObjectiveConfig(kind=kind))
     x0, eps, t = torch.randn_like(run.x), torch.randn_like(run.x), objective.sample_t(2, torch.Generator())
     inputs = Inputs(run.x, run.t, run.prompt, run.reference(), x0, eps, t)
-    prediction = run.root(run.x, run.t, run.prompt, inputs.reference)
+    prediction = run.model(run.x, run.t, run.prompt, inputs.reference)
     below = run.reference().latent.expand(-1, 3, -1, -1, -1)
     whole = objective.loss(
-        torch.cat([prediction.output, prediction.aside.prediction], -2),
+        torch.cat([prediction.output, prediction.aux_prediction.prediction], -2),
         torch.cat([x0, below], -2),
         torch.cat([eps, torch.zeros_like(below)], -2),
         t,
     ).mean()
     assert abs(inputs.loss(objective, prediction) - whole) < 1e-6 * whole
     alone = objective.loss(prediction.output, x0, eps, t).mean()
-    assert torch.equal(inputs.loss(objective, prediction._replace(aside=None)), alone)
+    assert torch.equal(inputs.loss(objective, prediction._replace(aux_prediction=None)), alone)
     assert abs(alone - whole) > 1e-3 * whole
 
 
@@ -244,7 +244,7 @@ def test_the_loss_is_over_both_halves(kind: Any) -> None:
 def test_a_square_image_prompt_fits_a_wide_video(name: str) -> None:
     run = trial(name)
     wide = torch.randn(2, 3, run.x.shape[2], 4, 8)
-    assert run.root(wide, run.t, run.prompt, run.reference()).output.shape == wide.shape
+    assert run.model(wide, run.t, run.prompt, run.reference()).output.shape == wide.shape
 
 
 # ---- in_context --------------------------------------------------------------------------------------------
@@ -300,9 +300,9 @@ def test_a_frame_before_the_video_leaves_the_videos_positions_as_they_are(case: 
             return super().__call__(site, payload)
 
     with torch.no_grad():
-        conditions = run.root.conditions(run.t, run.reference(), ("in_context",))
-        blind = Blind(run.root.strategy.bind(conditions))
-        output = run.root.backbone(run.x, run.t, run.root.text(run.prompt), blind)
+        conditions = run.model.conditions(run.t, run.reference(), ("in_context",))
+        blind = Blind(run.model.strategy.bind(conditions))
+        output = run.model.backbone(run.x, run.t, run.model.text(run.prompt), blind)
         assert worst(output, run.plain()) < 1e-5 * run.plain().abs().max().item()
         assert worst(run(run.reference()), run.plain()) > 1e-4
 
@@ -310,9 +310,9 @@ def test_a_frame_before_the_video_leaves_the_videos_positions_as_they_are(case: 
 def test_latents_without_a_reference_pass_unchanged() -> None:
     for name in ("in_context", "spatial_concat"):
         run = trial(name)
-        inject = run.root.strategy.bind({name: run.root.strategy.part(name)(run.reference())})
-        empty = run.root.strategy.bind({})
+        inject = run.model.strategy.bind({name: run.model.strategy.part(name)(run.reference())})
+        empty = run.model.strategy.bind({})
         payload = Latents(run.x)
-        entry = next(s for s in run.root.backbone.sites() if s.name == "latents.entry")
+        entry = next(s for s in run.model.backbone.sites() if s.name == "latents.entry")
         assert empty(entry, payload) is payload
         assert inject(entry, payload).x.shape != run.x.shape

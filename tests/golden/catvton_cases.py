@@ -81,8 +81,8 @@ class Ours:
             len(x), 3, self.unet.config.text_dim, dtype=self.dtype
         )  # skipped: it may be anything
         upper = self.unet(x, torch.full((len(x),), t), Text(nothing, nothing[:, 0]), inject)
-        assert inject.aside is not None
-        return torch.cat([upper, inject.aside.prediction], dim=-2)[:, 0]
+        assert inject.aux_prediction is not None
+        return torch.cat([upper, inject.aux_prediction.prediction], dim=-2)[:, 0]
 
     def called(self, k: int) -> Tensor:
         """The network on the k-th call's own input."""

@@ -175,16 +175,16 @@ class Ours:
         unet.load_state_dict(own)  # strict: the parameter names are upstream's, all of them
         strategies = strategies_of({k: x for k, x in weights.items() if k not in own}, unet.sites())
         null = Prompt.without_subject(torch.zeros(1, 1, dtype=torch.long))
-        self.root: Any = Injected(unet, GivenText(), strategies, null)  # type: ignore[arg-type]
+        self.model: Any = Injected(unet, GivenText(), strategies, null)  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> Ours:
-        self.root.to(dtype)
+        self.model.to(dtype)
         return self
 
     def __call__(
         self, x: Tensor, t: Tensor, text: Tensor, stage: str = "plain", reference: Conditioning | None = None
     ) -> Tensor:
-        root = self.root
+        root = self.model
         root.active, root.text.video = STAGES[stage], text
         ids = torch.ones(len(x), 1, dtype=torch.long)
         prompt = Prompt.without_subject(ids)

@@ -77,7 +77,7 @@ def test_what_changes_no_stage(usual: dict[str, str], flags: str) -> None:
         "--stages.coarse.lr 0.1",
         "--stages.coarse.train strategy.*",
         "--stages.coarse.strategies token_replacement kv_concat",
-        "--token-replacement.penalty 0.5",
+        "--token-replacement.l1-weight 0.5",
     ],
 )
 def test_what_changes_a_stage_and_those_after_it(usual: dict[str, str], flags: str) -> None:
@@ -261,7 +261,7 @@ def test_folders(tmp_path: Path) -> None:
 
 def start(strategy: str, *flags: str) -> nn.Module:
     tiny = ["--weights", "none", "--clip.pretrained", "none", "--data.size", "12", "--data.frames", "3"]
-    return build(parse([*BASE, *tiny, "--strategy", strategy, *flags])).root
+    return build(parse([*BASE, *tiny, "--strategy", strategy, *flags])).model
 
 
 def test_a_strategy_starts_alike_whatever_it_is_composed_with() -> None:

@@ -35,7 +35,7 @@ def test_it_asks_for_so_many_of_each_motion_and_judges_what_is_sampled(
 ) -> None:
     """With the toy world's own videos in the place of the samples, all are right."""
     monkeypatch.setattr(
-        captions, "sampled", lambda parts, asked, batch: [example.video for _, example in asked]
+        captions, "sampled", lambda components, asked, batch: [example.video for _, example in asked]
     )
     captions.main(captions.Settings(each=2, spinning=3, weights="none"))
     row = json.loads(capsys.readouterr().out)
@@ -46,10 +46,12 @@ def test_it_asks_for_so_many_of_each_motion_and_judges_what_is_sampled(
 
 def test_samples_come_in_the_order_of_the_captions_whatever_the_batch() -> None:
     flags = ["--data.describe=full", "--data.frames=2", "--data.size=16", "--sampler.steps=2"]
-    parts = build(parse(["--config", "experiments/configs/toyworld_base.yaml", "--weights=embedded", *flags]))
-    asked = captions.ask(parts, {"growing": 1, "spinning": 2})
+    components = build(
+        parse(["--config", "experiments/configs/toyworld_base.yaml", "--weights=embedded", *flags])
+    )
+    asked = captions.ask(components, {"growing": 1, "spinning": 2})
     assert [motion for motion, _ in asked] == ["growing", "spinning", "spinning"]
     assert all(f" {motion} " in example.caption for motion, example in asked)
-    two, three = (torch.stack(list(captions.sampled(parts, asked, batch))) for batch in (2, 3))
+    two, three = (torch.stack(list(captions.sampled(components, asked, batch))) for batch in (2, 3))
     assert two.shape == (3, 2, 3, 16, 16)
     torch.testing.assert_close(two, three, atol=1e-4, rtol=0)

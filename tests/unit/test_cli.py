@@ -314,7 +314,7 @@ def test_a_plugin_that_is_not_there_is_named():
         "",
         "--sampler.clip-x0 None --guidance.channels 3 --objective.beta-start 1e-05",
         "--schedule joint --stages.joint.train backbone.* text.* --stages.joint.strategies kv_concat",
-        "--kv-concat.update direct --token-replacement.penalty 0 --out here/x",
+        "--kv-concat.update direct --token-replacement.l1-weight 0 --out here/x",
         "--backbone unet --unet.channels 8 16 32 --unet.heads 1 --unet.down-attention True False True",
         "--objective.logit-mean -0.25 --train.betas 0.9 0.95 --data.root=-odd-folder",
     ],
@@ -363,7 +363,7 @@ def test_help_and_settings_load_no_heavy_library():
     """What makes `--help` slow: the engine, the encoders, and what they pull in."""
     code = (
         "import sys; sys.argv = ['run.py', '--help']\n"
-        "from experiments.run import main\n"
+        "from dit_booth.run import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = ('deepspeed', 'diffusers', 'open_clip', 'transformers', 'tensorboard', 'timm', 'torchvision')\n"

@@ -47,10 +47,10 @@ def step_flops(kernel: str) -> float:
     """Of a step that trains the whole DiT, with an attention kernel."""
     base = str(Path(__file__).parents[2] / "experiments/configs/toyworld_base.yaml")
     config = parse(["--config", base, "--weights", "none", "--schedule", "base", "--dit.attention", kernel])
-    parts = build(config)
-    parts.root.active = ()
-    set_trainable(parts.root, ["backbone.*"])
-    return count_flops(parts, config.stages.base, config.data.build(heldout=False), torch.float32, CPU)
+    components = build(config)
+    components.model.active = ()
+    set_trainable(components.model, ["backbone.*"])
+    return count_flops(components, config.stages.base, config.data.build(heldout=False), torch.float32, CPU)
 
 
 def test_attention_counts_the_same_in_flash_as_in_matrix_products() -> None:

@@ -180,7 +180,7 @@ class Alone(Ranks):
     def __init__(self) -> None:
         super().__init__(0, 1, torch.device("cpu"))
 
-    def agree(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         return value
 
 

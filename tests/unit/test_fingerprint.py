@@ -20,11 +20,11 @@ torch.set_num_threads(1)
 
 
 def about(run: Trial) -> dict[str, str]:
-    return metadata(run.root.backbone, run.root.strategy)
+    return metadata(run.model.backbone, run.model.strategy)
 
 
 def said(saved: dict[str, str], run: Trial) -> list[str]:
-    return differences(saved, run.root.backbone, run.root.strategy)
+    return differences(saved, run.model.backbone, run.model.strategy)
 
 
 def test_it_holds_names_options_and_the_base() -> None:
@@ -34,13 +34,13 @@ def test_it_holds_names_options_and_the_base() -> None:
     options = json.loads(found["options"])
     assert list(options) == ["token_replacement", "kv_concat"]
     assert options["kv_concat"]["update"] == "direct"
-    assert set(json.loads(found["base_parameters"])) == {n for n, _ in run.root.backbone.named_parameters()}
+    assert set(json.loads(found["base_parameters"])) == {n for n, _ in run.model.backbone.named_parameters()}
     assert len(found["base"]) == 12
     assert said(found, run) == []
 
 
 def test_the_fingerprint_is_of_names_shapes_and_values() -> None:
-    run = trial("none").root.backbone
+    run = trial("none").model.backbone
     before = fingerprint(run)
     assert before["blocks.0.attn1.to_k.weight"].startswith("32x32:")
     assert fingerprint(run.double()) == before, "the same numbers"
@@ -59,9 +59,9 @@ def test_another_base_is_described() -> None:
     found = about(run)
     with torch.no_grad():
         for name in ("x_embedder.proj.bias", "blocks.0.attn1.to_q.weight"):
-            run.root.backbone.get_parameter(name).add_(1)
+            run.model.backbone.get_parameter(name).add_(1)
     (line,) = said(found, run)
-    assert f"trained on base {found['base']}, this is {short(fingerprint(run.root.backbone))}" in line
+    assert f"trained on base {found['base']}, this is {short(fingerprint(run.model.backbone))}" in line
     assert "2 have other values (blocks.0.attn1.to_q.weight, x_embedder.proj.bias)" in line
     other = said(found, trial("kv_concat", "unet"))[0]
     assert "are missing here" in other and "are new here" in other and "conv_in.weight" not in other[:40]
@@ -80,13 +80,13 @@ def test_other_options_are_named() -> None:
 
 def test_a_file_is_compared_where_it_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trial("kv_concat")
-    write(tmp_path / "strategy.safetensors", part(run.root.state_dict(), "strategy."), about(run))
+    write(tmp_path / "strategy.safetensors", part(run.model.state_dict(), "strategy."), about(run))
     with safe_open(tmp_path / "strategy.safetensors", "pt") as file:
         assert file.metadata() == about(run)
-    arguments: tuple[Any, Any] = (run.root.backbone, run.root.strategy)
+    arguments: tuple[Any, Any] = (run.model.backbone, run.model.strategy)
     assert warn_of_another_base(tmp_path, *arguments) == [] and not caplog.records
     with torch.no_grad():
-        run.root.backbone.get_parameter("x_embedder.proj.bias").add_(1)
+        run.model.backbone.get_parameter("x_embedder.proj.bias").add_(1)
     with caplog.at_level(logging.WARNING):
         assert len(warn_of_another_base(str(tmp_path / "strategy.safetensors"), *arguments)) == 1
     assert str(tmp_path / "strategy.safetensors") in caplog.text and "1 have other values" in caplog.text

@@ -57,9 +57,9 @@ def test_a_network_as_pytorch_counts_it(backbone: str) -> None:
     run = trial("token_replacement+kv_concat", backbone)
     arguments = (run.x, run.t, run.prompt, run.reference())
     with Flops() as ours:
-        run.root(*arguments).output.square().sum().backward()
+        run.model(*arguments).output.square().sum().backward()
     with FlopCounterMode(display=False, custom_mapping=told) as theirs:
-        run.root(*arguments).output.square().sum().backward()
+        run.model(*arguments).output.square().sum().backward()
     assert ours.total == theirs.get_total_flops() > 1e6
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from dit_booth.components import Parts, build
+from dit_booth.components import Components, build
 from dit_booth.config import DataConfig, RunConfig, StageConfig
 from dit_booth.data.example import Batch, collate
 from dit_booth.diffusion.objective_config import ObjectiveConfig
@@ -22,7 +22,7 @@ BATCH, FRAMES = 6, 3
 
 
 @cache
-def parts_of(kind: Any = "eps") -> Parts:
+def parts_of(kind: Any = "eps") -> Components:
     config = RunConfig(
         strategy="none",
         weights="none",
@@ -126,7 +126,7 @@ def test_a_row_with_a_generator_of_its_own_is_the_same_in_every_batch(kind: str,
 
 
 def test_nothing_is_dropped_at_zero() -> None:
-    made, text = inputs(0.0), parts_of().root.text
+    made, text = inputs(0.0), parts_of().model.text
     expected = text.tokenize(batch().captions, batch().subjects)
     assert torch.equal(made.prompt.ids, expected.ids)
     assert torch.equal(made.prompt.spans, expected.spans)
@@ -136,7 +136,7 @@ def test_nothing_is_dropped_at_zero() -> None:
 
 def test_everything_is_dropped_at_one() -> None:
     made = inputs(1.0)
-    null = parts_of().root.text.tokenize([NULL_PROMPT] * BATCH)
+    null = parts_of().model.text.tokenize([NULL_PROMPT] * BATCH)
     assert torch.equal(made.prompt.ids, null.ids)
     assert not made.prompt.spans.any()
     assert not made.reference.image.any()
@@ -146,7 +146,7 @@ def test_everything_is_dropped_at_one() -> None:
 
 
 def test_text_and_image_are_dropped_together_at_the_rate() -> None:
-    null = parts_of().root.text.tokenize([NULL_PROMPT]).ids
+    null = parts_of().model.text.tokenize([NULL_PROMPT]).ids
     count = 0
     for seed in range(20):
         made = inputs(0.3, seed=seed)
@@ -159,7 +159,7 @@ def test_text_and_image_are_dropped_together_at_the_rate() -> None:
 
 def test_text_and_image_are_also_dropped_each_alone() -> None:
     """Shares of rows that exclude each other; the rows that lose both stay those that they were without the others."""
-    null = parts_of().root.text.tokenize([NULL_PROMPT]).ids
+    null = parts_of().model.text.tokenize([NULL_PROMPT]).ids
     stage, counts = StageConfig(drop=0.2, drop_image=0.3, drop_text=0.1), {(True, True): 0}
     for seed in range(40):
         made = make_inputs(parts_of(), batch(), stage, generator_of(seed), torch.float32, True)
@@ -245,8 +245,8 @@ def test_single_frames_with_an_image_are_an_error() -> None:
 
 
 def test_a_reference_of_parts_is_the_images_encodings() -> None:
-    parts = parts_of()
-    made, seen = parts.reference(batch().image, torch.float32), parts.image_encoder(batch().image)
+    components = parts_of()
+    made, seen = components.reference(batch().image, torch.float32), components.image_encoder(batch().image)
     assert len(made.states) == 5
     assert all(torch.equal(a, b) for a, b in zip(made.states, seen.states, strict=True))
     assert torch.equal(made.noisy, made.latent), "until it is noised"

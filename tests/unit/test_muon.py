@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.muon import Muon, orthogonal
+from dit_booth.training.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])

@@ -47,7 +47,7 @@ def test_rotary_angles_are_time_row_and_column() -> None:
     complex_x = (
         torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(()).double(), expected)[:, :, None]
     )
-    assert worst(rotary.turn(x), torch.cat([complex_x.real, complex_x.imag], -1)) < 1e-12
+    assert worst(rotary.apply(x), torch.cat([complex_x.real, complex_x.imag], -1)) < 1e-12
 
 
 def test_rotary_scores_depend_on_distances_only() -> None:
@@ -57,7 +57,7 @@ def test_rotary_scores_depend_on_distances_only() -> None:
     def score(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
         at = [r[0] * 16 + r[1] * 4 + r[2] for r in (a, b)]
         turned = [
-            rotary.turn(y.expand(1, 4, 16, 1, 12)).flatten(1, 2)[0, i, 0]
+            rotary.apply(y.expand(1, 4, 16, 1, 12)).flatten(1, 2)[0, i, 0]
             for y, i in zip((q, k), at, strict=True)
         ]
         return float(turned[0] @ turned[1])
@@ -69,13 +69,15 @@ def test_rotary_scores_depend_on_distances_only() -> None:
 def test_what_has_no_place_in_the_grid_is_not_turned() -> None:
     rotary = rotary_3d(range(3), 2, 2, 12, CPU, F64)
     bank, reference = torch.randn(1, 1, 7, 2, 12, dtype=F64), torch.randn(1, 1, 4, 2, 12, dtype=F64)
-    assert rotary.turn(bank) is bank
+    assert rotary.apply(bank) is bank
     frames = torch.cat([reference, torch.randn(1, 2, 4, 2, 12, dtype=F64)], dim=1)
-    assert torch.equal(rotary.turn(reference), rotary.turn(frames)[:, :1]), "a reference is turned as frame 0"
-    assert rotary.turn(reference.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(rotary.apply(reference), rotary.apply(frames)[:, :1]), (
+        "a reference is turned as frame 0"
+    )
+    assert rotary.apply(reference.bfloat16()).dtype == torch.bfloat16
 
 
 def test_time_alone_is_the_same_in_one_group_and_apart() -> None:
     whole, apart = (rotary_time(range(3), 8, CPU, F64, apart=flag) for flag in (False, True))
     x = torch.randn(2, 1, 3, 2, 8, dtype=F64)
-    assert torch.equal(whole.turn(x), apart.turn(x.transpose(1, 2)).transpose(1, 2))
+    assert torch.equal(whole.apply(x), apart.apply(x.transpose(1, 2)).transpose(1, 2))

@@ -124,7 +124,7 @@ def test_a_run_saves_what_its_videos_are_compared_with(tmp_path: Path):
 
     from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
     from dit_booth.data.video import probe
-    from experiments.sample import Row, write_given
+    from dit_booth.sampling.command import Row, write_given
 
     example = Toyworld(ToyworldConfig(frames=3, size=12, split="heldout"))[0]
     other = torch.full((3, 12, 12), -1.0)

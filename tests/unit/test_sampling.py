@@ -12,7 +12,7 @@ from dit_booth.strategies.kv_concat import KVConcatConfig
 from dit_booth.strategies.token_bank import TokenBankConfig
 from torch import Tensor
 
-from dit_booth.components import Parts, build
+from dit_booth.components import Components, build
 from dit_booth.config import DataConfig, RunConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
@@ -30,7 +30,7 @@ SIZE = (3, 12, 12)
 
 
 @cache
-def built(strategy: str, objective: Any = "flow") -> Parts:
+def built(strategy: str, objective: Any = "flow") -> Components:
     config = RunConfig(
         strategy=strategy,
         weights="none",
@@ -39,12 +39,12 @@ def built(strategy: str, objective: Any = "flow") -> Parts:
         data=DataConfig(size=12, frames=3),
         objective=ObjectiveConfig(kind=objective),
     )
-    parts = build(config)
+    components = build(config)
     generator = torch.Generator().manual_seed(5)
-    for p in parts.root.parameters():  # the zero initialisation would hide everything
+    for p in components.model.parameters():  # the zero initialisation would hide everything
         if not p.any():
             p.data.normal_(std=0.1, generator=generator)
-    return parts
+    return components
 
 
 def parts_of(
@@ -53,16 +53,16 @@ def parts_of(
     scale: float = 3.0,
     channels: int | None = None,
     **sampler: Any,
-) -> Parts:
-    parts = built(strategy, objective)
+) -> Components:
+    components = built(strategy, objective)
     sampling = SamplerConfig(**{"steps": 3, **sampler})
     guidance = GuidanceConfig(scale=scale, channels=channels)
-    return replace(parts, config=replace(parts.config, sampler=sampling, guidance=guidance))
+    return replace(components, config=replace(components.config, sampler=sampling, guidance=guidance))
 
 
-def videos(parts: Parts, rows: list[int], seeds: list[int] | None = None, **options: Any) -> Tensor:
+def videos(components: Components, rows: list[int], seeds: list[int] | None = None, **options: Any) -> Tensor:
     return generate(
-        parts,
+        components,
         options.pop("images", IMAGES)[rows],
         [CAPTIONS[i] for i in rows],
         [SUBJECTS[i] for i in rows],
@@ -87,21 +87,21 @@ def worst(a: Tensor, b: Tensor) -> float:
     ],
 )
 def test_a_video_depends_on_its_own_row_and_seed_only(objective: str, sampler: dict[str, Any]) -> None:
-    parts = parts_of(objective=objective, clip_x0=1.0, **sampler)
-    together = videos(parts, [0, 1, 2])
+    components = parts_of(objective=objective, clip_x0=1.0, **sampler)
+    together = videos(components, [0, 1, 2])
     # An eps network's rounding errors grow by 1 / alpha = 160 at the first step.
     tolerance = 1e-5 if objective == "flow" else 1e-3
-    assert worst(videos(parts, [2, 0]), together[[2, 0]]) < tolerance
-    assert worst(videos(parts, [1]), together[[1]]) < tolerance
+    assert worst(videos(components, [2, 0]), together[[2, 0]]) < tolerance
+    assert worst(videos(components, [1]), together[[1]]) < tolerance
 
 
 def test_seeds_images_and_captions_matter() -> None:
-    parts = parts_of()
-    plain = videos(parts, [0])
-    assert torch.equal(videos(parts, [0]), plain)
-    assert worst(videos(parts, [0], seeds=[11]), plain) > 1e-2
-    assert worst(videos(parts, [0], images=IMAGES.flip(0)), plain) > 1e-4
-    other = generate(parts, IMAGES[:1], ["a dog sits"], ["dog"], [10], size=SIZE)
+    components = parts_of()
+    plain = videos(components, [0])
+    assert torch.equal(videos(components, [0]), plain)
+    assert worst(videos(components, [0], seeds=[11]), plain) > 1e-2
+    assert worst(videos(components, [0], images=IMAGES.flip(0)), plain) > 1e-4
+    other = generate(components, IMAGES[:1], ["a dog sits"], ["dog"], [10], size=SIZE)
     assert worst(other, plain) > 1e-5
 
 
@@ -115,12 +115,14 @@ def test_the_size_is_asked_for_and_pixels_are_in_range() -> None:
 # ---- guidance ----------------------------------------------------------------------------------------------
 
 
-def rows_of_calls(parts: Parts, **options: Any) -> tuple[list[tuple[int, int]], Tensor]:
+def rows_of_calls(components: Components, **options: Any) -> tuple[list[tuple[int, int]], Tensor]:
     """(rows, frames) of every pass through the backbone, and the videos."""
     calls: list[tuple[int, int]] = []
-    handle = parts.root.backbone.register_forward_pre_hook(lambda m, args: calls.append(args[0].shape[:2]))
+    handle = components.model.backbone.register_forward_pre_hook(
+        lambda m, args: calls.append(args[0].shape[:2])
+    )
     try:
-        return calls, videos(parts, [0, 1], **options)
+        return calls, videos(components, [0, 1], **options)
     finally:
         handle.remove()
 
@@ -143,12 +145,12 @@ def test_guidance_is_linear_in_the_scale_over_one_step() -> None:
 
 
 def test_the_unconditional_rows_have_the_null_prompt_and_the_zero_image() -> None:
-    parts = parts_of()
+    components = parts_of()
     seen: list[tuple[Any, Any]] = []
-    handle = parts.root.register_forward_pre_hook(lambda m, args: seen.append((args[2], args[3])))
-    videos(parts, [0, 1])
+    handle = components.model.register_forward_pre_hook(lambda m, args: seen.append((args[2], args[3])))
+    videos(components, [0, 1])
     handle.remove()
-    null = parts.root.text.tokenize([NULL_PROMPT]).ids
+    null = components.model.text.tokenize([NULL_PROMPT]).ids
     for prompt, reference in seen:
         assert torch.equal(prompt.ids[2:], null.expand(2, -1))
         assert not prompt.spans[2:].any() and prompt.spans[:2].any(dim=1).all()
@@ -157,10 +159,10 @@ def test_the_unconditional_rows_have_the_null_prompt_and_the_zero_image() -> Non
 
 
 def test_the_reference_is_noised_to_the_time_of_each_step_with_fresh_noise() -> None:
-    parts = parts_of()
+    components = parts_of()
     seen: list[tuple[Tensor, Any]] = []
-    handle = parts.root.register_forward_pre_hook(lambda m, args: seen.append((args[1], args[3])))
-    videos(parts, [0, 1])
+    handle = components.model.register_forward_pre_hook(lambda m, args: seen.append((args[1], args[3])))
+    videos(components, [0, 1])
     handle.remove()
     noises = []
     for timestep, reference in seen:
@@ -176,18 +178,18 @@ def test_the_reference_is_noised_to_the_time_of_each_step_with_fresh_noise() -> 
 
 
 def test_use_image_false_ignores_images() -> None:
-    parts = parts_of()
-    out = videos(parts, [0, 1], use_image=False)
-    assert torch.equal(videos(parts, [0, 1], use_image=False, images=IMAGES.flip(0)), out)
-    assert worst(out, videos(parts, [0, 1])) > 1e-4
+    components = parts_of()
+    out = videos(components, [0, 1], use_image=False)
+    assert torch.equal(videos(components, [0, 1], use_image=False, images=IMAGES.flip(0)), out)
+    assert worst(out, videos(components, [0, 1])) > 1e-4
 
 
 def test_without_active_strategies_no_reference_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = parts_of()
+    components = parts_of()
     plain = videos(parts_of("none"), [0])
-    monkeypatch.setattr(parts.root, "active", ())
-    monkeypatch.setattr(Parts, "reference", lambda *args: pytest.fail("encoded an image for nothing"))
-    assert videos(parts, [0]).shape == plain.shape
+    monkeypatch.setattr(components.model, "active", ())
+    monkeypatch.setattr(Components, "reference", lambda *args: pytest.fail("encoded an image for nothing"))
+    assert videos(components, [0]).shape == plain.shape
 
 
 # ---- what serves all steps ---------------------------------------------------------------------------------
@@ -195,15 +197,15 @@ def test_without_active_strategies_no_reference_is_made(monkeypatch: pytest.Monk
 CLEAN = KVConcatConfig(reference_noise="clean")
 
 
-def parts_with(strategy: str, **options: Any) -> Parts:
-    run = trial(strategy, options=options).loosen()
+def parts_with(strategy: str, **options: Any) -> Components:
+    run = trial(strategy, options=options).perturb()
     config = replace(
-        run.parts.config,
+        run.components.config,
         objective=ObjectiveConfig(kind="flow"),
         sampler=SamplerConfig(steps=4),
         guidance=GuidanceConfig(scale=3.0),
     )
-    return replace(run.parts, config=config, objective=make_objective(config.objective))
+    return replace(run.components, config=config, objective=make_objective(config.objective))
 
 
 @pytest.mark.parametrize(
@@ -224,27 +226,27 @@ def parts_with(strategy: str, **options: Any) -> Parts:
 def test_what_does_not_depend_on_the_time_is_made_once_and_gives_the_same_videos(
     strategy: str, options: Any, times: int
 ) -> None:
-    parts = parts_with(strategy, **options)
-    part = parts.root.strategy.part(strategy.split("+")[-1] if times == 1 else strategy)
+    components = parts_with(strategy, **options)
+    part = components.model.strategy.part(strategy.split("+")[-1] if times == 1 else strategy)
     made = [0]
     part.register_forward_hook(lambda *_: made.__setitem__(0, made[0] + 1))
-    reused = videos(parts, [0, 1])
+    reused = videos(components, [0, 1])
     assert made == [times]
-    each = videos(parts, [0, 1], reuse=False)
+    each = videos(components, [0, 1], reuse=False)
     assert made == [times + 4]
     assert torch.equal(reused, each)
-    assert worst(reused, videos(parts, [0, 1], images=IMAGES.flip(0))) > 1e-5
+    assert worst(reused, videos(components, [0, 1], images=IMAGES.flip(0))) > 1e-5
 
 
 def test_a_clean_reference_passes_the_network_once_a_video_and_its_keys_are_projected_once() -> None:
-    parts, frames, keys = parts_with("kv_concat", kv_concat=CLEAN), [], [0]
-    parts.root.backbone.register_forward_pre_hook(lambda m, args: frames.append(args[0].shape[1]))
-    for tap in parts.root.strategy.part("kv_concat").attached.values():
+    components, frames, keys = parts_with("kv_concat", kv_concat=CLEAN), [], [0]
+    components.model.backbone.register_forward_pre_hook(lambda m, args: frames.append(args[0].shape[1]))
+    for tap in components.model.strategy.part("kv_concat").attached.values():
         tap.to_k_exemplar.register_forward_hook(lambda *_: keys.__setitem__(0, keys[0] + 1))
-    reused = videos(parts, [0, 1])
+    reused = videos(components, [0, 1])
     assert frames == [1, 3, 3, 3, 3]
     assert keys == [2], "one for each site"
-    each = videos(parts, [0, 1], reuse=False)
+    each = videos(components, [0, 1], reuse=False)
     assert frames[5:] == [1, 3] * 4 and keys == [2 + 4 * 2]
     assert torch.equal(reused, each)
 
@@ -252,12 +254,12 @@ def test_a_clean_reference_passes_the_network_once_a_video_and_its_keys_are_proj
 # ---- guidance by text and image apart ----------------------------------------------------------------------
 
 
-def scaled(**guidance: Any) -> Parts:
-    parts = parts_with(
+def scaled(**guidance: Any) -> Components:
+    components = parts_with(
         "token_replacement+kv_concat", kv_concat=CLEAN
     )  # noised to t = 1 there would be no image
-    config = replace(parts.config, guidance=GuidanceConfig(**guidance), sampler=SamplerConfig(steps=1))
-    return replace(parts, config=config)
+    config = replace(components.config, guidance=GuidanceConfig(**guidance), sampler=SamplerConfig(steps=1))
+    return replace(components, config=config)
 
 
 @pytest.mark.parametrize(
@@ -283,10 +285,10 @@ def test_three_branches_give_the_two_scale_guidance_of_instruct_pix2pix() -> Non
     """One Euler step: a video is its prediction. eps(0,0) + s_I (eps(0,I) - eps(0,0)) + s_T (eps(T,I) - eps(0,I))."""
 
     def latents(**guidance: Any) -> Tensor:
-        parts, seen = scaled(**guidance), []
-        decode = parts.autoencoder.decode
-        parts.autoencoder.decode = lambda x: seen.append(x) or decode(x)  # type: ignore[method-assign]
-        videos(parts, [0, 1])
+        components, seen = scaled(**guidance), []
+        decode = components.autoencoder.decode
+        components.autoencoder.decode = lambda x: seen.append(x) or decode(x)  # type: ignore[method-assign]
+        videos(components, [0, 1])
         return seen[0]
 
     both = latents(scale=1.0)

@@ -75,12 +75,14 @@ def test_a_nano_point_of_every_variant_can_be_built_and_trained(name: str, tmp_p
         small = {"weights": "none", "dit": {**point.settings["dit"], "depth": 2}}
         file.write_text(yaml.safe_dump({**point.settings, **small}))
         config = parse(["--config", str(file)])
-        parts, data = build(config), config.data.build(heldout=False)
+        components, data = build(config), config.data.build(heldout=False)
         for of in stages_of(config):
-            stage, parts.root.active = stage_config(config, of.name), of.active
-            set_trainable(parts.root, trainable_globs(config, parts.root, of.name, of.active), of.active)
+            stage, components.model.active = stage_config(config, of.name), of.active
+            set_trainable(
+                components.model, trainable_globs(config, components.model, of.name, of.active), of.active
+            )
         if point.stages:
-            assert count_flops(parts, stage, data, torch.float32, torch.device("cpu")) > 0, point.label
+            assert count_flops(components, stage, data, torch.float32, torch.device("cpu")) > 0, point.label
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +163,11 @@ def test_the_backbones_cost_the_same() -> None:
         flags |= {"unet.channels": settings["unet"]["channels"]}
         base = str(ROOT / "experiments/configs/toyworld_base.yaml")
         config = parse(["--config", base, *to_argv(flags)])
-        parts = build(config)
-        parts.root.active = ()
-        set_trainable(parts.root, ["backbone.*"])
+        components = build(config)
+        components.model.active = ()
+        set_trainable(components.model, ["backbone.*"])
         data, device = config.data.build(heldout=False), torch.device("cpu")
-        flops[point.label] = count_flops(parts, config.stages.base, data, torch.float32, device)
+        flops[point.label] = count_flops(components, config.stages.base, data, torch.float32, device)
     assert len(flops) == 2
     assert max(flops.values()) / min(flops.values()) < 1.05, flops
 

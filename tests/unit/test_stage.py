@@ -46,7 +46,7 @@ def config_of(strategy: str, **more: Any) -> RunConfig:
 
 @cache
 def root_of(strategy: str) -> Any:
-    return build(config_of(strategy)).root
+    return build(config_of(strategy)).model
 
 
 BOTH = "token_replacement+kv_concat"
@@ -155,8 +155,8 @@ def test_what_the_files_had_is_known_of_a_build(tmp_path: Path) -> None:
     state = {name.removeprefix("strategy."): p for name, p in root_of(BOTH).named_parameters()}
     coarse = {name: p for name, p in state.items() if name.startswith("token_replacement.")}
     write(tmp_path / "strategy.safetensors", coarse)
-    parts = build(config_of(BOTH, strategy_weights=(str(tmp_path / "strategy.safetensors"),)))
-    assert parts.sourced == set(coarse)
+    components = build(config_of(BOTH, strategy_weights=(str(tmp_path / "strategy.safetensors"),)))
+    assert components.sourced == set(coarse)
     assert build(config_of(BOTH)).sourced == set()
 
 

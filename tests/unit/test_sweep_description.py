@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from dit_booth.study.command import arguments, record
 from dit_booth.study.description import Description, read_description, variants
-from experiments.sweep import arguments, record
 
 
 def described(folder: Path, settings: dict[str, Any], override: dict[str, Any] | None = None) -> Description:

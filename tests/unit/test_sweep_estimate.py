@@ -36,12 +36,14 @@ DEMO = str(ROOT / "experiments/configs/demo.yaml")
 def test_the_flops_are_those_that_the_run_counts(strategy: str, backbone: str) -> None:
     """Up to the text tower, which only the run counts: a few per cent of these tiny networks."""
     config = parse(["--config", DEMO, "--strategy", strategy, "--backbone", backbone])
-    parts, data = build(config), config.data.build(heldout=False)
+    components, data = build(config), config.data.build(heldout=False)
     for of in stages_of(config):
-        stage, parts.root.active = stage_config(config, of.name), of.active
-        set_trainable(parts.root, trainable_globs(config, parts.root, of.name, of.active), of.active)
+        stage, components.model.active = stage_config(config, of.name), of.active
+        set_trainable(
+            components.model, trainable_globs(config, components.model, of.name, of.active), of.active
+        )
         counted = (
-            count_flops(parts, stage, data, torch.float32, torch.device("cpu")) * config.train.batch_size
+            count_flops(components, stage, data, torch.float32, torch.device("cpu")) * config.train.batch_size
         )
         assert estimate.flops_of_step(config, of) == pytest.approx(counted, rel=0.1), of.name
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from dit_booth.study.command import main
 from dit_booth.study.folder import running
 from dit_booth.study.plan import Plan, Point
-from experiments.sweep import main
 
 ROOT = Path(__file__).parents[2]
 HOLD = """

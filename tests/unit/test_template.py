@@ -31,7 +31,7 @@ def test_a_backbone_s_copies_train_alone() -> None:
     before = two(two.reference())
     assert torch.equal(one(one.reference()), before)
     with torch.no_grad():
-        for p in one.root.parameters():
+        for p in one.model.parameters():
             p.mul_(1.5)
     assert torch.equal(two(two.reference()), before)
     assert worst(one(one.reference()), before) > 1e-3

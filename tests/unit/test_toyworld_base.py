@@ -12,20 +12,20 @@ import yaml
 from dit_booth.components import build
 from dit_booth.config.parse import parse
 from dit_booth.models.weights import ASSETS, read
-from experiments import toyworld_base as base
+from experiments.base import toyworld_base as base
 
 CONFIG = "experiments/configs/toyworld_base.yaml"
 
 
 def test_the_pool_is_the_data_set_for_any_number_of_processes() -> None:
     config = parse(["--config", CONFIG])
-    parts = build(config)
-    one, three = (base.Pool.render(config, parts, 12, n) for n in (1, 3))
+    components = build(config)
+    one, three = (base.Pool.render(config, components, 12, n) for n in (1, 3))
     assert torch.equal(one.videos, three.videos) and torch.equal(one.ids, three.ids)
     world = config.data.build(heldout=False)
     for i in (0, 7, 11):
         assert (one.videos[i].float() / 127.5 - 1 - world[i].video).abs().max() < 0.6 / 127.5
-        assert torch.equal(one.ids[i : i + 1], parts.root.text.tokenize([world[i].caption]).ids)
+        assert torch.equal(one.ids[i : i + 1], components.model.text.tokenize([world[i].caption]).ids)
 
 
 def test_favoured_words_are_drawn_as_much_more_often() -> None:
@@ -65,8 +65,8 @@ def test_a_run_trains_its_stages_and_leaves_a_folder(tmp_path: Path) -> None:
 
 def test_the_learning_rate_and_the_average_follow_the_stage() -> None:
     config = parse(["--config", CONFIG, "--train.batch-size=2", "--stages.base.steps=10", "--data.frames=2"])
-    parts = build(config)
-    trainer = base.Trainer(parts, base.Pool.render(config, parts, 4, 1), "base", base.Settings())
+    components = build(config)
+    trainer = base.Trainer(components, base.Pool.render(config, components, 4, 1), "base", base.Settings())
     assert trainer.lr(10) < trainer.lr(9) and trainer.lr(1) == trainer.stage.lr / trainer.stage.warmup
     before = {name: p.detach().clone() for name, p in trainer.trained.items()}
     trainer.backward()
@@ -81,9 +81,9 @@ def test_the_learning_rate_and_the_average_follow_the_stage() -> None:
 
 def test_fewer_frames_are_for_run_py() -> None:
     config = parse(["--config", CONFIG, "--stages.base.frames=2", "--data.frames=3"])
-    parts = build(config)
+    components = build(config)
     with pytest.raises(ValueError, match=r"stages\.base\.frames is 2; here it must be 0"):
-        base.Trainer(parts, base.Pool.render(config, parts, 2, 1), "base", base.Settings())
+        base.Trainer(components, base.Pool.render(config, components, 2, 1), "base", base.Settings())
 
 
 @pytest.mark.parametrize("backbone", ["dit", "unet"])
@@ -95,8 +95,10 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(backbone: str) -
     moves = {}
     for muon in (0.0, 2.0):
         torch.manual_seed(0)
-        parts = build(config)
-        trainer = base.Trainer(parts, base.Pool.render(config, parts, 4, 1), "base", base.Settings(muon=muon))
+        components = build(config)
+        trainer = base.Trainer(
+            components, base.Pool.render(config, components, 4, 1), "base", base.Settings(muon=muon)
+        )
         before = {name: p.detach().clone() for name, p in trainer.trained.items()}
         torch.manual_seed(1)
         trainer.backward()
@@ -119,15 +121,15 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(backbone: str) -
 
 def test_muon_without_a_matrix_is_refused() -> None:
     config = parse(["--config", CONFIG, "--stages.base.train", "backbone.x_embedder.*"])
-    parts = build(config)
+    components = build(config)
     with pytest.raises(ValueError, match=r"muon is 3, but no matrix of a block is trained; use 0"):
-        base.Trainer(parts, base.Pool.render(config, parts, 2, 1), "base", base.Settings(muon=3))
+        base.Trainer(components, base.Pool.render(config, components, 2, 1), "base", base.Settings(muon=3))
 
 
 def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of steps follows the pace of the last ones, up to the stage's."""
     config = parse(["--config", CONFIG, "--train.batch-size=1", "--stages.base.steps=40", "--data.frames=2"])
-    parts = build(config)
+    components = build(config)
     clock = 0.0
 
     class Slow(base.Trainer):
@@ -140,9 +142,9 @@ def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch:
 
     monkeypatch.setattr(base, "LOG_EVERY", 10)
     monkeypatch.setattr(base.time, "perf_counter", lambda: clock)
-    pool = base.Pool.render(config, parts, 2, 1)
+    pool = base.Pool.render(config, components, 2, 1)
     for seconds, steps in ((15.0, 40), (12.0, 30)):
-        clock, trainer = 0.0, Slow(parts, pool, "base", base.Settings())
+        clock, trainer = 0.0, Slow(components, pool, "base", base.Settings())
         assert list(trainer.run("base", seconds))[-1]["step"] == steps == trainer.stage.steps
 
 

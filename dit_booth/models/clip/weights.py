@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dit_booth.inject import suggest
+from dit_booth.errors import suggest
 from dit_booth.models.encoder_config import ClipConfig
 from dit_booth.models.upstream.clip import from_transformers, unlike_transformers
 from dit_booth.models.weights import load_strictly, read_folder, read_json, refuse

@@ -1,4 +1,4 @@
-"""Parts of the video U-Net: Stable Diffusion 1.x's blocks, inflated as VideoBooth's base model is.
+"""Components of the video U-Net: Stable Diffusion 1.x's blocks, inflated as VideoBooth's base model is.
 
 Convolutions see one frame at a time. The group norms of residual blocks pool their statistics over a video's
 frames (upstream norms a 3-D tensor), those of transformer blocks are per frame; the golden tensors say so.

@@ -1,6 +1,6 @@
 """Put a finished base run into the package: the backbone as an asset of its own, the text tower into the tiny CLIP.
 
-python experiments/embed_base.py runs/base-dit
+python experiments/base/embed_base.py runs/base-dit
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The stages `images` and `base` of a toy-world run, without run.py's overhead: how the embedded bases are trained.
 
-    python experiments/toyworld_base.py --config experiments/configs/toyworld_base.yaml --out runs/base-dit
-    python experiments/embed_base.py runs/base-dit
+    python experiments/base/toyworld_base.py --config experiments/configs/toyworld_base.yaml --out runs/base-dit
+    python experiments/base/embed_base.py runs/base-dit
 
 For a network of two million parameters a step of `run.py` is mostly Python, DeepSpeed and random numbers of the CPU.
 Here a pool of rendered videos lies on the device, the step draws from it, and what leads to the gradients (draw, noise,
@@ -31,7 +31,7 @@ import yaml
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.components import Parts, build
+from dit_booth.components import Components, build
 from dit_booth.config import RunConfig, StageName, TrainConfig
 from dit_booth.config.parse import parse
 from dit_booth.data.toyworld.world import Toyworld
@@ -40,8 +40,8 @@ from dit_booth.models.weights import write
 from dit_booth.training.ema import Ema
 from dit_booth.training.graph import captured
 from dit_booth.training.loop import check_finite, compile_backbone, learning_rate
+from dit_booth.training.muon import Muon
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
-from experiments.muon import Muon
 
 TIMES = 1 << 20
 """Training times drawn in advance: the objectives draw on the CPU."""
@@ -87,7 +87,7 @@ class Pool:
     def render(
         cls,
         config: RunConfig,
-        parts: Parts,
+        components: Components,
         count: int,
         processes: int,
         favour: Mapping[str, float] = MappingProxyType({}),
@@ -108,9 +108,9 @@ class Pool:
         jobs = [(world, videos[a:b], int(a)) for a, b in pairwise(bounds)]
         with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as workers:
             captions = [caption for told in workers.starmap(_render, jobs) for caption in told]
-        device = next(parts.root.parameters()).device
+        device = next(components.model.parameters()).device
         cumulative = torch.tensor(odds(captions, favour), dtype=torch.float64).cumsum(0)
-        ids = parts.root.text.tokenize(captions).ids
+        ids = components.model.text.tokenize(captions).ids
         return cls(videos.to(device), ids, (cumulative / cumulative[-1]).to(device))
 
     def draw(self, rows: int) -> Tensor:
@@ -148,17 +148,19 @@ def odds(captions: list[str], favour: Mapping[str, float]) -> list[float]:
 class Trainer:
     """One stage's step. `backward` reads nothing that changes between steps, so that it can be replayed as a graph."""
 
-    def __init__(self, parts: Parts, pool: Pool, name: StageName, settings: Settings) -> None:
-        self.parts, self.pool, self.config = parts, pool, parts.config
-        self.stage = stage_config(parts.config, name)
+    def __init__(self, components: Components, pool: Pool, name: StageName, settings: Settings) -> None:
+        self.components, self.pool, self.config = components, pool, components.config
+        self.stage = stage_config(components.config, name)
         if self.stage.frames:
             raise ValueError(f"stages.{name}.frames is {self.stage.frames}; here it must be 0, or use run.py")
-        self.trained = set_trainable(parts.root, trainable_globs(parts.config, parts.root, name, ()))
+        self.trained = set_trainable(
+            components.model, trainable_globs(components.config, components.model, name, ())
+        )
         self.parameters: list[nn.Parameter] = list(self.trained.values())
         device = self.parameters[0].device
         generator = torch.Generator().manual_seed(self.config.train.seed)
-        self.times = parts.objective.sample_t(TIMES, generator, device)
-        self.null = parts.root.text.tokenize([NULL_PROMPT]).ids
+        self.times = components.objective.sample_t(TIMES, generator, device)
+        self.null = components.model.text.tokenize([NULL_PROMPT]).ids
         self.loss, self.bf16 = torch.zeros((), device=device), settings.bf16
         self.optimizers = make_optimizers(self.trained, self.config.train, settings.muon, self.bf16)
         self.ema = Ema(self.trained, self.config.train.ema, self.config.train.ema_width)
@@ -172,10 +174,12 @@ class Trainer:
         t = self.times[torch.randint(TIMES, (rows,), device=device)]
         ids = torch.where(torch.rand(rows, 1, device=device) < self.stage.drop, self.null, ids)
         eps = torch.randn_like(x0)
-        x_t = self.parts.objective.noise(x0, t, eps)
+        x_t = self.components.objective.noise(x0, t, eps)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            prediction = self.parts.root(x_t, self.parts.objective.timestep(t), Prompt.without_subject(ids))
-        loss = self.parts.objective.loss(prediction.output, x0, eps, t).mean()
+            prediction = self.components.model(
+                x_t, self.components.objective.timestep(t), Prompt.without_subject(ids)
+            )
+        loss = self.components.objective.loss(prediction.output, x0, eps, t).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip)
         with torch.no_grad():
@@ -206,7 +210,7 @@ class Trainer:
             video = rearrange(self.pool.videos[index, at], "b c h w -> b 1 c h w")
         else:
             video = self.pool.videos[index]
-        return self.parts.autoencoder.encode(video.float() / 127.5 - 1), self.pool.ids[index]
+        return self.components.autoencoder.encode(video.float() / 127.5 - 1), self.pool.ids[index]
 
     def run(self, name: str, seconds: float) -> Iterator[dict[str, float | str]]:
         """Train the stage; a line of log every `LOG_EVERY` steps. Its averages become its weights."""
@@ -234,7 +238,7 @@ class Trainer:
 
     def averages(self) -> dict[str, Tensor]:
         """The network's state so far, trained weights averaged; without the strategy's."""
-        state = {k: v for k, v in self.parts.root.state_dict().items() if not k.startswith("strategy.")}
+        state = {k: v for k, v in self.components.model.state_dict().items() if not k.startswith("strategy.")}
         return state | self.ema.shadow
 
 
@@ -263,18 +267,18 @@ def main(settings: Settings) -> None:
     config = parse(["--config", settings.config, *(f"--{setting}" for setting in settings.set)])
     torch.manual_seed(config.train.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    parts = build(config)
+    components = build(config)
     begin = time.perf_counter()
-    parts = parts.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    components = components.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.train.compile:
-        compile_backbone(parts.root.backbone, {})
-    pool = Pool.render(config, parts, settings.pool, settings.processes, settings.favour)
+        compile_backbone(components.model.backbone, {})
+    pool = Pool.render(config, components, settings.pool, settings.processes, settings.favour)
     print(f"{len(pool.videos)} videos rendered in {time.perf_counter() - begin:.1f} s", flush=True)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.jsonl").open("w") as log:
         for name in config.schedule:
-            trainer = Trainer(parts, pool, name, settings)
+            trainer = Trainer(components, pool, name, settings)
             for row in trainer.run(name, settings.seconds):
                 log.write(json.dumps(row) + "\n")
                 log.flush()

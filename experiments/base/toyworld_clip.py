@@ -1,7 +1,7 @@
 """Train the embedded tiny CLIP on the toy world: image prompts and video frames against captions (CLIP, section 2).
 
-python experiments/toyworld_clip.py --steps 800 --out dit_booth/assets/clip.safetensors
-python experiments/toyworld_clip.py --steps 600 --start embedded --train image  # it follows the text tower
+python experiments/base/toyworld_clip.py --steps 800 --out dit_booth/assets/clip.safetensors
+python experiments/base/toyworld_clip.py --steps 600 --start embedded --train image  # it follows the text tower
 
 The text feature also has to tell the words of its caption. Random captions of a batch differ in so much else that
 their contrast never needs the word of the motion, and a base trained on that text tower ignores it, too.

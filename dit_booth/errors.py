@@ -1,0 +1,13 @@
+"""Checks and hints for error messages, which name the field, its value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``; nearest: a, b`` for an error message; the whole list where nothing is near and it is short."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:6]
+    return f"; nearest: {', '.join(near)}" if near else ""
