@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: encoders, backbone, strategies, objective."""
+"""From a configuration to the components of a run: encoders, backbone with strategies, objective."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,16 +16,16 @@ from dit_booth.data.example import VideoDataset
 from dit_booth.data.readers.triplets import check_caption
 from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
-from dit_booth.inject import Reference
+from dit_booth.inject import Dims, Reference
+from dit_booth.models.assemble import Backbone, assemble
 from dit_booth.models.autoencoder import Autoencoder, build_autoencoder
-from dit_booth.models.clip.encoders import NULL_PROMPT, ImageEncoder, Prompt, build_clip
+from dit_booth.models.clip.encoders import ImageEncoder, Prompt, build_clip
 from dit_booth.models.clip.tokenizer import check_subject
 from dit_booth.models.dit.model import VideoDiT
 from dit_booth.models.fingerprint import warn_of_another_base
-from dit_booth.models.injected import Injected, gather_sites
+from dit_booth.models.injected import Injected
 from dit_booth.models.unet.model import VideoUNet
 from dit_booth.models.weights import load_start, load_strategies, read_strategies
-from dit_booth.strategy import create, find
 
 
 @dataclass
@@ -36,49 +37,57 @@ class Components:
     autoencoder: Autoencoder
     image_encoder: ImageEncoder
     objective: Objective
-    sourced: frozenset[str] = frozenset()
-    """The strategies' parameters that `weights` or `strategy_weights` had; the others are at their start."""
+    loaded: frozenset[str] = frozenset()
+    """Names of the strategies' parameters that `weights` or `strategy_weights` had; others are at their start."""
 
-    def to(self, device: torch.device) -> Components:
+    def to(self, device: torch.device) -> Self:
+        """Move all components to a device, in place."""
         for module in (self.model, self.autoencoder, self.image_encoder):
             module.to(device)
         return self
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def first_token_suffices(self) -> bool:
-        """Whether a caption needs no more of its subject than the first token, as the active strategies find it."""
+        """True if a caption needs only the first token of its subject, as the active strategies find it."""
         return self.model.strategy.first_token_suffices(self.model.active)
 
     def tokenize(self, captions: Sequence[str], subjects: Sequence[str | None]) -> Prompt:
-        """Captions and their subjects for the network. ValueError: a caption without its subject (`Tokenizer`)."""
+        """Tokenize captions and mark their subjects. ValueError: a caption without its subject (`Tokenizer`)."""
         return self.model.text.tokenize(captions, subjects, first_token_suffices=self.first_token_suffices)
 
     def dataset(self, *, heldout: bool) -> VideoDataset:
-        """The run's data set, whose captions have what `tokenize` asks for. ValueError: a broken example."""
+        """Open the run's data set, whose captions have what `tokenize` needs. ValueError: a broken example."""
         by_token = partial(check_subject, first_token_suffices=True)
         check = by_token if self.first_token_suffices else check_caption
         return self.config.data.build(heldout=heldout, check=check)
 
     @torch.no_grad()
     def reference(self, images: Tensor, dtype: torch.dtype, generator: Generators | None = None) -> Reference:
-        """Image prompts (b 3 s s) as strategies see them; `noisy` holds clean copies until they are noised.
+        """Encode image prompts (b 3 s s in [-1, 1]) as strategies see them, without noise.
 
-        `generator` draws from an autoencoder's posterior; without one, the latent is torch's global generator's.
+        `generator` draws from an autoencoder's posterior; without one, torch's global generator does.
         """
         seen = self.image_encoder(images)
-        latent = self.autoencoder.encode(images.unsqueeze(1), generator).to(dtype)
-        copies = self.model.strategy.reference_frames(self.model.active)
         return Reference(
             image=images,
             states=tuple(state.to(dtype) for state in seen.states),
             embedding=seen.embedding.to(dtype),
-            latent=latent,
-            noisy=latent.expand(-1, copies, -1, -1, -1),
+            latent=self.autoencoder.encode(images.unsqueeze(1), generator).to(dtype),
+        )
+
+    def copies(self, reference: Reference) -> Tensor:
+        """Return the clean latents (b r c h w) that are to be noised for the active strategies."""
+        return reference.latent.expand(
+            -1, self.model.strategy.reference_frames(self.model.active), -1, -1, -1
         )
 
 
 def build(config: RunConfig) -> Components:
-    """All parts on the CPU, seeded; the backbone from `config.weights`, strategies warm-started from it.
+    """Build all components on the CPU, seeded: the backbone from `config.weights`, strategies warm-started from it.
 
     Then the strategies take what `config.weights` has for them, and what `config.strategy_weights` have, in order.
     """
@@ -87,27 +96,17 @@ def build(config: RunConfig) -> Components:
     autoencoder = build_autoencoder(config.autoencoder)
     backbone = build_backbone(config, autoencoder.channels, text.width, text.embed_dim)
     taps = load_start(backbone, text, config.weights, config.backbone)
-    sites = gather_sites(
-        backbone,
-        text,
-        image_dim=image_encoder.width,
-        image_embed_dim=image_encoder.embed_dim,
-        latent_channels=autoencoder.channels,
-        frames=config.data.frames,
-    )
-    strategy = create(find(config.strategy), config.options(), sites, config.train.seed)
-    sourced = load_strategies(strategy, taps, f"weights={config.weights}", optional=True)
+    dims = Dims(image_encoder.width, image_encoder.embed_dim, autoencoder.channels, config.data.frames)
+    model = assemble(backbone, text, config.strategy, dims, options=config.options(), seed=config.train.seed)
+    loaded = load_strategies(model.strategy, taps, f"weights={config.weights}", optional=True)
     for source in config.strategy_weights:
-        warn_of_another_base(source, backbone, strategy)
-        sourced |= load_strategies(strategy, read_strategies(source), f"strategy_weights {source}")
-    model = Injected(backbone, text, strategy, text.tokenize([NULL_PROMPT]))
-    return Components(config, model, autoencoder, image_encoder, make_objective(config.objective), sourced)
+        warn_of_another_base(source, backbone, model.strategy)
+        loaded |= load_strategies(model.strategy, read_strategies(source), f"strategy_weights {source}")
+    return Components(config, model, autoencoder, image_encoder, make_objective(config.objective), loaded)
 
 
-def build_backbone(
-    config: RunConfig, channels: int, text_dim: int, text_embed_dim: int
-) -> VideoDiT | VideoUNet:
-    """The backbone with random weights; its channels and text widths are those of the encoders."""
+def build_backbone(config: RunConfig, channels: int, text_dim: int, text_embed_dim: int) -> Backbone:
+    """Build the backbone with random weights; its channels and text widths are those of the encoders."""
     if config.backbone == "dit":
         return VideoDiT(config.dit, channels=channels, text_dim=text_dim, text_embed_dim=text_embed_dim)
     return VideoUNet(

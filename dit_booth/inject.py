@@ -1,6 +1,12 @@
 """The seam between a backbone and a strategy: sites, payloads, conditions and injections.
 
-Data flows one way: ``strategy(reference) -> Condition -> Injection(taps, condition) -> backbone(x, t, text, inject)``.
+Data flows one way::
+
+    strategy.needs() -> Needs                        # once: what to record of the reference's own pass
+    record(reference) -> hidden                      # by the model: one pass for each kind of noise
+    strategy(reference, hidden) -> Condition         # what each tap gets
+    backbone(x, t, text, Injection(taps, condition))
+
 A backbone has one line per site, ``payload = inject(self.site, payload)``; the default ``no_injection`` returns its
 argument. A port is narrow: a payload, never the layer itself.
 """
@@ -8,7 +14,7 @@ argument. A port is narrow: a payload, never the layer itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, Protocol, TypeVar
@@ -43,9 +49,9 @@ class Site:
         object.__setattr__(self, "leaf", self.name.rpartition(".")[2])
 
     def copy_of(self, projection: str, from_width: int = 0) -> nn.Linear:
-        """A fresh trainable copy of one of the site's own projections (VideoBooth clones ``to_k`` and ``to_v``).
+        """Return a trainable copy of one of the site's projections (VideoBooth clones ``to_k`` and ``to_v``).
 
-        Where it is to read features of another width (`from_width`), a new layer of the same outputs.
+        If it is to read features of another width (`from_width`), a new layer with as many outputs.
         """
         own = self.projections[projection]
         if from_width not in (0, own.in_features):
@@ -53,24 +59,30 @@ class Site:
         return copy.deepcopy(own).requires_grad_(True)
 
 
-@dataclass(frozen=True)
-class Sites(Sequence[Site]):
-    """All sites of a model, and the widths of the image features that a strategy may read."""
+class Dims(NamedTuple):
+    """Sizes of what a strategy may read besides the sites."""
 
-    items: tuple[Site, ...]
     image_dim: int  # width of the image tower's hidden states
     image_embed_dim: int  # width of the image tower's pooled embedding
     latent_channels: int
     frames: int  # frames of a training video
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return self.items[index]
 
-    def __len__(self) -> int:
-        return len(self.items)
+@dataclass(frozen=True)
+class Sites:
+    """All sites of a model, in the order of the forward pass, with its `Dims`."""
+
+    items: tuple[Site, ...]
+    image_dim: int
+    image_embed_dim: int
+    latent_channels: int
+    frames: int
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.items)
 
     def match(self, pattern: str, *, port: Port | None = None, role: Role | None = None) -> list[Site]:
-        """Sites whose name matches the glob, of a port and role; none at all is an error, never a silent nothing."""
+        """Return the sites of a port and role whose name matches the glob. ValueError: there are none."""
         of_kind = [s for s in self.items if port in (None, s.port) and role in (None, s.role)]
         found = [s for s in of_kind if fnmatchcase(s.name, pattern)]
         if not found:
@@ -82,7 +94,7 @@ class Sites(Sequence[Site]):
         return found
 
     def of(self, *, port: Port | None = None, role: Role | None = None) -> list[Site]:
-        """Sites of a port and role; may be empty (a DiT has no text attention by default)."""
+        """Return the sites of a port and role; may be empty (a DiT has no text attention by default)."""
         return [s for s in self.items if port in (None, s.port) and role in (None, s.role)]
 
 
@@ -96,7 +108,7 @@ class PromptTokens:
     embeddings: Tensor  # b l d
     ids: Tensor  # b l
     spans: Tensor  # b l; k where the k-th whole occurrence of the subject stands, else 0
-    subjects: Tensor  # b s; the ids of the subject's own tokens, then -1
+    subjects: Tensor  # b s; the ids of the subject's tokens, padded with -1
 
 
 @dataclass(frozen=True)
@@ -126,67 +138,98 @@ class Modulation:
     source: Tensor  # b c
 
 
-class Finish(Protocol):
-    """What an attention does to its queries and keys after the split into heads: QK-norm, rotary positions."""
+class KV(NamedTuple):
+    """The image's projected keys and values for one attention, before the split into heads."""
 
-    def queries(self, q: Tensor) -> Tensor: ...
+    k: Tensor  # b m c
+    v: Tensor  # b m c
 
-    def keys(self, k: Tensor) -> Tensor: ...
+
+class Layer(Protocol):
+    """The attention layer that a `QKV` belongs to, as far as taps may use it."""
+
+    @property
+    def kernel(self) -> str:
+        """Name of the attention kernel that the run asked for."""
+
+    @property
+    def raw_q(self) -> Tensor | None:
+        """Queries as projected, before heads, QK-norm and rotary positions (b f n c)."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        """Apply QK-norm and rotary positions to queries in heads (b f n k d)."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        """Apply QK-norm and rotary positions to keys in heads (b g m k d)."""
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """A `Layer` without QK-norm and rotary positions."""
+
+    kernel: str = "auto"
+    raw_q: Tensor | None = None
+
+    def queries(self, q: Tensor) -> Tensor:
+        return q
+
+    def keys(self, k: Tensor) -> Tensor:
+        return k
 
 
 @dataclass(frozen=True)
 class QKV:
     """Port ``qkv``: queries, the segments they read, and what both were projected from.
 
-    The attention that follows is one exact joint softmax over all segments (`dit_booth.attention.joint_softmax`).
+    The attention that follows is one exact joint softmax over all segments (`dit_booth.attention.attend`).
     """
 
     q: Tensor  # b f n k d
     segments: tuple[Segment, ...]
     x: Tensor  # b f n c, the normalised hidden state that the queries were projected from
     source: Tensor  # b g m c, what keys and values were projected from: x itself, or the text tokens
-    kernel: str = "auto"  # the attention kernel that the run asked for
-    finish: Finish | None = None
-    projected: Tensor | None = None  # b f n c, the queries as they were projected, before `finish`
+    layer: Layer = PlainLayer()
     image_query: Tensor | None = None  # b f n k d, the queries with which segments of the image are read
-    added: Tensor | None = None  # b f n k d, joins the attention's result: a softmax of its own (IP-Adapter)
+    added: Tensor | None = (
+        None  # b f n k d, added to the attention's result: a softmax of its own (IP-Adapter)
+    )
 
     def heads(self, x: Tensor) -> Tensor:
-        """Split a projection's output (b g m c) into this attention's heads: (b g m k d). Values need no more."""
+        """Split a projection's output (b g m c) into this attention's heads (b g m k d). Values need no more."""
         return rearrange(x, "b g m (k d) -> b g m k d", k=self.q.shape[-2])
 
     def keys(self, x: Tensor) -> Tensor:
-        """Projected keys (b g m c) as this attention's own: (b g m k d), with its QK-norm and rotary positions.
+        """Turn projected keys (b g m c) into this attention's keys (b g m k d), with its QK-norm and rotary positions.
 
-        Groups of as many tokens as a frame has are placed as the first g frames (a reference: as frame 0); others,
-        such as a token bank, have no place.
+        Groups with as many tokens as a frame get the positions of the first g frames (a reference: of frame 0);
+        others, such as a token bank, get none.
         """
-        return self.heads(x) if self.finish is None else self.finish.keys(self.heads(x))
+        return self.layer.keys(self.heads(x))
 
     def queries(self, x: Tensor) -> Tensor:
-        """Projected queries (b f n c) as this attention's own: (b f n k d), as `keys`."""
-        return self.heads(x) if self.finish is None else self.finish.queries(self.heads(x))
+        """Turn projected queries (b f n c) into this attention's queries (b f n k d), as `keys`."""
+        return self.layer.queries(self.heads(x))
 
     def reading(self, *segments: Segment) -> QKV:
-        """The same with further segments in the joint softmax."""
+        """Return a copy with further segments in the joint softmax."""
         return replace(self, segments=self.segments + segments)
 
-    def reading_image(self, k: Tensor, v: Tensor, frames: Frames | None = None) -> QKV:
-        """The same, reading projected keys and values of the image (b m c): every frame does, or as `frames` say."""
-        return self.reading(self.image(k, v, frames))
+    def reading_image(self, kv: KV, frames: Frames | None = None) -> QKV:
+        """Return a copy that reads the image's keys and values: every frame does, or as `frames` say."""
+        return self.reading(self.image(kv, frames))
 
-    def image(self, k: Tensor, v: Tensor, frames: Frames | None = None) -> Segment:
-        """Projected keys and values of the image (b m c each) as one group, read with the image's queries."""
-        k, v = (rearrange(y, "b m c -> b 1 m c") for y in (k, v))
+    def image(self, kv: KV, frames: Frames | None = None) -> Segment:
+        """Return the image's keys and values as a segment of one group, read with the image's queries."""
+        k, v = (rearrange(y, "b m c -> b 1 m c") for y in kv)
         seen = ((0,),) * self.q.shape[1] if frames is None else frames
         return Segment(self.keys(k), self.heads(v), seen, query=self.image_query)
 
     def adding(self, x: Tensor) -> QKV:
-        """The same with x (b f n k d) added to the attention's result."""
+        """Return a copy with x (b f n k d) added to the attention's result."""
         return replace(self, added=x if self.added is None else self.added + x)
 
     def skipped(self) -> QKV:
-        """The same without anything to read: the attention is left out and hands on its input x (CatVTON)."""
+        """Return a copy that reads nothing: the attention is left out and returns its input x (CatVTON)."""
         return replace(self, segments=())
 
 
@@ -194,7 +237,9 @@ Payload = TypeVar("Payload", PromptTokens, Latents, Modulation, QKV)
 T = TypeVar("T")
 
 
-# ---- what a strategy makes of the reference -------------------------------------------------------------------------
+# ---- the reference, and what a strategy makes of it -----------------------------------------------------------------
+
+Noise = Literal["matched", "clean"]
 
 
 @dataclass(frozen=True)
@@ -205,85 +250,78 @@ class Reference:
     states: tuple[Tensor, ...]  # five of b (1 + n) d: CLIP image states, last first, then depths 1/6 .. 4/6
     embedding: Tensor  # b e, CLIP's pooled image embedding
     latent: Tensor  # b 1 c h w, clean
-    noisy: (
-        Tensor  # b r c h w, r copies with noise of their own at the video's timestep; one is enough (golden)
-    )
-    record: Callable[[Tensor, bool, Sequence[str]], Mapping[str, Tensor]] | None = None
+    noisy: Tensor | None = None  # b r c h w, r copies at the video's timestep; for the recording pass alone
 
     @property
     def present(self) -> Tensor:
         """Rows that have an image: b, boolean."""
         return self.image.flatten(1).any(dim=1)
 
-    def hidden(self, sites: Sequence[str], noise: Literal["matched", "clean"]) -> Mapping[str, Tensor]:
-        """The reference's hidden state at cross-frame sites: it runs through the backbone as one frame, null text.
 
-        Returns site name -> (b n c). ``matched`` noises it to the video's timestep (VideoBooth section 3.3), ``clean``
-        keeps it at timestep 0.
-        """
-        assert self.record is not None, "a Reference records only inside Injected.forward"
-        clean = noise == "clean"
-        return self.record(self.latent if clean else self.noisy, clean, sites)
+@dataclass(frozen=True)
+class Needs:
+    """Hidden states that a strategy wants of the reference's own pass through the backbone: one frame, null text.
+
+    Without noise at the video's timestep they are the same at every sampling step, and so is the condition.
+    """
+
+    sites: Sequence[str] = ()  # names of cross-frame sites; empty: no pass
+    noise: Noise = (
+        "clean"  # "matched": noised to the video's timestep (VideoBooth section 3.3); "clean": timestep 0
+    )
+    frames: int = 1  # matched: copies with noise of their own that pass as a video; the first is recorded
+
+    @property
+    def constant(self) -> bool:
+        """True if the condition is the same at every timestep."""
+        return not self.sites or self.noise == "clean"
 
 
-class KV(NamedTuple):
-    """Projected keys and values of the image for one attention, before the split into heads."""
-
-    k: Tensor  # b m c
-    v: Tensor  # b m c
+Hidden = Mapping[str, Tensor]
+"""Site name -> the reference's hidden state there (b n c)."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a strategy made of the reference in this step, for its taps. The empty one means: no image."""
+    """What a strategy makes of the reference for its taps in this step."""
 
-    tokens: Tensor | None = None  # b m c, shared by all sites
-    vector: Tensor | None = None  # b c, pooled
-    hidden: Mapping[str, Tensor] = field(default_factory=dict)  # site name -> b m c
-    here: Tensor | None = (
-        None  # b m c, what `hidden` holds for the tap's own site; set where the taps are bound
-    )
-    kv: Mapping[str, KV] = field(default_factory=dict)  # site name -> the image's keys and values
-    here_kv: KV | None = None  # what `kv` holds for the tap's own site
-    latent: Tensor | None = None  # b 1 c h w
+    shared: object = None  # for every tap without an entry of its own
+    at: Mapping[str, object] = field(default_factory=dict)  # site name -> for the tap there
     aux_loss: Tensor | None = None  # scalar, added to the training loss
 
-    def at(self, site: str) -> Condition:
-        """The condition as the tap at a site gets it."""
-        if site not in self.hidden and site not in self.kv:
-            return self
-        return replace(self, here=self.hidden.get(site), here_kv=self.kv.get(site))
+    def image_at(self, site: str) -> object:
+        """Return what the tap at a site gets."""
+        return self.at.get(site, self.shared)
 
 
-NO_IMAGE = Condition()
+Bound = tuple[nn.Module, object]
+"""A tap, and what its strategy made for it; None: no image."""
 
 
 class Injection:
-    """Taps bound to this step's conditions; called by the backbone at every site.
+    """Taps bound to what their strategies made of the image; called by the backbone at every site.
 
     A `local` injection serves the sites of one block and knows them by the last part of their names.
     """
 
-    def __init__(
-        self, taps: Mapping[str, Sequence[tuple[nn.Module, Condition]]], *, local: bool = False
-    ) -> None:
+    def __init__(self, taps: Mapping[str, Sequence[Bound]], *, local: bool = False) -> None:
         self.taps, self.local = taps, local
         self.aux_prediction: AuxPrediction | None = (
             None  # what a tap at the exit cut off the output, for the loss
         )
 
     def __call__(self, site: Site, payload: Payload) -> Payload:
-        for tap, condition in self.taps.get(site.leaf if self.local else site.name, ()):
-            payload = tap(payload, condition)
+        for tap, image in self.taps.get(site.leaf if self.local else site.name, ()):
+            payload = tap(payload, image)
         if isinstance(payload, Latents) and payload.aux_prediction is not None:
             self.aux_prediction = payload.aux_prediction
         return payload
 
     def inside(self, path: str) -> Injection:
-        """What a block needs of this: the local injection of its sites.
+        """Return the local injection of a block's sites.
 
-        No block's name is left in it, so that torch.compile makes one code for all blocks. A subclass with a `__call__`
-        of its own stays whole: it may look at names.
+        It holds no block's name, so that torch.compile makes one code for all blocks. A subclass with its own
+        `__call__` is returned whole: it may look at names.
         """
         if type(self).__call__ is not Injection.__call__:
             return self
@@ -291,7 +329,7 @@ class Injection:
 
 
 def _below(path: str, named: Mapping[str, T]) -> dict[str, T]:
-    """The entries under a module path, by the rest of their names."""
+    """Return the entries under a module path, keyed by the rest of their names."""
     return {k.removeprefix(f"{path}."): v for k, v in named.items() if k.startswith(f"{path}.")}
 
 
@@ -299,9 +337,9 @@ no_injection = Injection({})
 
 
 class Recorder(Injection):
-    """Records the hidden states at sites while the strategy's own taps stay active.
+    """An injection that also records the hidden states at sites, while the strategies' taps stay active.
 
-    The reference never reads the video, so a pass of its own equals the original's lockstep.
+    The reference never reads the video, so a separate pass equals VideoBooth's lockstep.
     """
 
     def __init__(self, inner: Injection, sites: Iterable[str], *, local: bool = False) -> None:
@@ -312,7 +350,7 @@ class Recorder(Injection):
 
     @property
     def hidden(self) -> dict[str, Tensor]:
-        """Site name -> hidden state (b (f n) c), of this and of the blocks' own recorders."""
+        """Site name -> hidden state (b (f n) c), from here and from the blocks' recorders."""
         below = {f"{path}.{k}": v for path, part in self.parts.items() for k, v in part.hidden.items()}
         return {**self.own, **below}
 

@@ -122,7 +122,7 @@ def run(components: Components, ranks: Ranks, begin: float) -> None:
 
     config = components.config
     folder = Path(config.folder())
-    check_starts(config, components.model, components.sourced)
+    check_starts(config, components.model, components.loaded)
     stages = until(ranks.broadcast(stages_of(config) if ranks.first else []), config.stop_after)
     names = " ".join(stage.name for stage in stages)
     log.info("%s on %s, ranks: %d, stages: %s", config.strategy, config.backbone, ranks.world, names)

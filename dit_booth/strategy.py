@@ -12,8 +12,8 @@ A strategy is one short file::
             for site in sites.of(port="modulation"):
                 self.attach(site, Shift(site.dim))
 
-        def forward(self, reference):
-            return Condition(vector=reference.embedding)
+        def forward(self, reference, hidden):
+            return Condition(shared=reference.embedding)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from dit_booth.errors import suggest
-from dit_booth.inject import Condition, Injection, Reference, Site, Sites
+from dit_booth.inject import Bound, Condition, Hidden, Injection, Needs, Noise, Reference, Site, Sites
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -45,11 +45,12 @@ class StrategyConfig:
 
 
 class Strategy(nn.Module):
-    """Owns its taps; runs once per step.
+    """Base class: owns its taps; runs once per step.
 
     Parameters are used only inside their owner's ``forward`` (ZeRO-3 gathers them there), and a bare ``nn.Parameter``
-    belongs into a module that returns a tensor (its backward hook does not look into payloads). A tap must act as if
-    there were no image when it gets the empty `Condition`: so do the reference's own pass and the unconditional one.
+    belongs into a module that returns a tensor (its backward hook does not look into payloads). A tap is
+    ``forward(payload, image)``; `image` is what the strategy's `Condition` has for it, or None: no image, as in the
+    reference's own pass and in the unconditional one.
     """
 
     name: ClassVar[str]
@@ -59,19 +60,15 @@ class Strategy(nn.Module):
     trains_backbone: Mapping[str, tuple[str, ...]] = {}
     """Stage -> globs over the backbone's parameters that this stage trains."""
     identity_at_init: ClassVar[bool] = False
-    """Whether the model's output is unchanged by this strategy before any training."""
+    """True if the model's output is unchanged by this strategy before any training."""
     reads_image: ClassVar[bool] = True
-    """Whether the image reaches the network through this strategy."""
+    """True if the image reaches the network through this strategy."""
     excludes: ClassVar[tuple[str, ...]] = ()
-    """Globs over the names of the strategies that cannot stand in a sum with this one."""
+    """Globs over the names of strategies that cannot be combined with this one."""
     order: ClassVar[int] = 0
-    """At one site the taps of a lower order act first, those of equal order as the sum is written."""
-    depends_on_time: bool = True
-    """Whether the condition changes with the timestep or its noise; if not, a video's samples share one."""
-    reference_frames: int = 1
-    """Copies of the reference, each with noise of its own, that pass the network as a video (`Reference.noisy`)."""
+    """At one site the taps of a lower order act first, those of equal order as the combination is written."""
     first_token_suffices: bool = False
-    """Whether a caption needs no more of its subject than the first token (the released VideoBooth looks for no more:
+    """True if a caption needs only the first token of its subject (the released VideoBooth compares no more:
     docs/fidelity.md); else one without the whole subject is refused."""
 
     def __init__(self, config: StrategyConfig, sites: Sites) -> None:
@@ -92,20 +89,27 @@ class Strategy(nn.Module):
         self.attached[site.name] = tap
         return tap
 
-    def forward(self, reference: Reference) -> Condition:
-        """Make this step's condition from the reference. Default: nothing."""
+    def needs(self) -> Needs:
+        """Return what to record of the reference's own pass through the backbone. Default: nothing, no pass."""
+        return Needs()
+
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
+        """Make this step's condition: a pure function of the reference and the hidden states that `needs` names.
+
+        `reference.noisy` is None here: whatever depends on the timestep is in `hidden`. Default: nothing.
+        """
         return Condition()
 
     @classmethod
     def stages(cls) -> frozenset[str]:
-        """The stages in which this strategy trains anything, of its own or of the backbone."""
+        """Return the stages in which this strategy trains parameters of its own or of the backbone."""
         return frozenset((*cls.trains, *cls.trains_backbone))
 
 
 class Strategies(nn.Module):
     """Several strategies at once: ``token_replacement+kv_concat``.
 
-    Parameters are named ``<strategy>.taps.<site>.<parameter>``. At a site that several tap, the earlier one's payload
+    Parameters are named ``<strategy>.taps.<site>.<parameter>``. At a site with several taps, the earlier one's payload
     is the later one's input: by their `order`, then as written.
     """
 
@@ -115,31 +119,42 @@ class Strategies(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
-    def reference_frames(self, active: Sequence[str]) -> int:
-        """Noised copies of the reference that the active strategies ask for."""
-        return max((self.part(name).reference_frames for name in active), default=1)
-
-    def first_token_suffices(self, active: Sequence[str]) -> bool:
-        """Whether one of the active strategies finds a subject by its first token."""
-        return any(self.part(name).first_token_suffices for name in active)
-
     def part(self, name: str) -> Strategy:
-        """The strategy of that name."""
+        """Return the strategy of that name."""
         part = self.get_submodule(name)
         assert isinstance(part, Strategy)
         return part
 
-    def forward(self, reference: Reference, active: Sequence[str]) -> dict[str, Condition]:
-        """Every active strategy's condition for this step."""
-        return {name: self.part(name)(reference) for name in self.names if name in active}
+    def needs(self, active: Sequence[str]) -> dict[str, Needs]:
+        """Return what each active strategy wants recorded."""
+        return {name: self.part(name).needs() for name in active}
 
-    def bind(self, conditions: Mapping[str, Condition]) -> Injection:
-        """One injection of the taps of all strategies that have a condition; an empty one means: no image."""
-        taps: dict[str, list[tuple[nn.Module, Condition]]] = {}
+    def reference_frames(self, active: Sequence[str]) -> int:
+        """Return how many noised copies of the reference the active strategies ask for, at least one."""
+        return max((needs.frames for needs in self.needs(active).values()), default=1)
+
+    def first_token_suffices(self, active: Sequence[str]) -> bool:
+        """True if one of the active strategies finds a subject by its first token."""
+        return any(self.part(name).first_token_suffices for name in active)
+
+    def forward(
+        self, reference: Reference, hidden: Mapping[Noise, Hidden], active: Sequence[str]
+    ) -> dict[str, Condition]:
+        """Make every active strategy's condition; `hidden` holds a recording for each kind of noise they need."""
+        made = {}
+        for name in (n for n in self.names if n in active):
+            needs = self.part(name).needs()
+            made[name] = self.part(name)(reference, {site: hidden[needs.noise][site] for site in needs.sites})
+        return made
+
+    def bind(self, active: Sequence[str], conditions: Mapping[str, Condition] | None = None) -> Injection:
+        """Bind the active strategies' taps to their conditions, or, without one, to no image."""
+        taps: dict[str, list[Bound]] = {}
         for name in sorted(self.names, key=lambda name: self.part(name).order):
-            if name in conditions:
+            if name in active:
+                condition = (conditions or {}).get(name, Condition())
                 for site, tap in self.part(name).attached.items():
-                    taps.setdefault(site, []).append((tap, conditions[name].at(site)))
+                    taps.setdefault(site, []).append((tap, condition.image_at(site)))
         return Injection(taps)
 
 
@@ -172,21 +187,21 @@ def register(name: str) -> Callable[[S], S]:
 
 
 def alias(name: str, expression: str) -> None:
-    """Let a name stand for a sum: ``alias("videobooth", "token_replacement+kv_concat")``."""
+    """Name a combination: ``alias("videobooth", "token_replacement+kv_concat")``."""
     if name in _REGISTRY or _ALIASES.get(name, expression) != expression:
         raise ValueError(f"alias {name!r} for {expression!r}: the name is taken; choose another")
     _ALIASES[name] = expression
 
 
 def names_in(expression: str) -> list[str]:
-    """The names in ``a+b``, an alias being the sum that it stands for."""
+    """Return the names in ``a+b``, aliases expanded."""
     names = [part.strip() for part in expression.split("+")]
     return [name for part in names for name in _ALIASES.get(part, part).split("+")]
 
 
 @functools.cache
 def load_plugins() -> None:
-    """Once: import all modules under the entry-point group ``dit_booth.strategies``, the built-in ones among them."""
+    """Import all modules under the entry-point group ``dit_booth.strategies``, once; the built-in ones too."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
@@ -196,27 +211,27 @@ def load_plugins() -> None:
 
 
 def registered() -> dict[str, type[Strategy]]:
-    """All registered strategies, sorted by name."""
+    """Return all registered strategies, sorted by name."""
     load_plugins()
     return dict(sorted(_REGISTRY.items()))
 
 
 def aliases() -> dict[str, str]:
-    """Alias -> the sum that it stands for."""
+    """Return alias -> the combination that it names."""
     load_plugins()
     return dict(sorted(_ALIASES.items()))
 
 
 def failed_plugins() -> dict[str, str]:
-    """Installed plug-ins that failed to import -> the last line of the traceback."""
+    """Return the installed plug-ins that failed to import -> the last line of the traceback."""
     load_plugins()
     return dict(_FAILED)
 
 
 def find(expression: str) -> dict[str, type[Strategy]]:
-    """The classes that ``a+b`` names, in order.
+    """Return the classes that ``a+b`` names, in order.
 
-    ValueError: a name is unknown (the error says what is near, and which plug-ins failed), stands twice, or two of the
+    ValueError: a name is unknown (the error says what is near, and which plug-ins failed) or repeated, or two of the
     strategies exclude each other.
     """
     known = registered()
@@ -242,10 +257,10 @@ def create(
     sites: Sites,
     seed: int = 0,
 ) -> Strategies:
-    """Build the named strategies on a model's sites; options that are absent keep their defaults.
+    """Build the named strategies on a model's sites; absent options keep their defaults.
 
-    A strategy's random weights depend on `seed` and its own name alone, not on those that it is composed with: runs
-    with different fine strategies may share the coarse one's training.
+    A strategy's random weights depend on `seed` and its own name alone, not on the strategies that it is combined with:
+    runs with different fine strategies may share the coarse one's training.
     """
     parts = {}
     for name, cls in classes.items():

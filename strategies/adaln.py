@@ -6,16 +6,16 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_booth.inject import Condition, Modulation, Reference, Sites
+from dit_booth.inject import Condition, Hidden, Modulation, Reference, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
-GRID = 4  # the latent is pooled to so many places along a side
+GRID = 4  # side of the grid that the latent is pooled to
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLNConfig(StrategyConfig):
     source: Literal["embedding", "latent", "both"] = "both"
-    """What is pooled: CLIP's image embedding, the reference's latent (to 4 x 4 places), or both."""
+    """Features of the image: CLIP's image embedding, the reference's latent pooled to 4 x 4, or both."""
     width: int = 256
     """Width of the image vector that all sites share."""
 
@@ -31,7 +31,6 @@ class AdaLN(Strategy):
     Config = AdaLNConfig
     trains = {"fine": ("*",), "joint": ("*",)}
     identity_at_init = True
-    depends_on_time = False
 
     def __init__(self, config: AdaLNConfig, sites: Sites) -> None:
         super().__init__(config, sites)
@@ -44,15 +43,15 @@ class AdaLN(Strategy):
         for site in blocks or sites.match("*", port="modulation", role="time"):
             self.attach(site, Shift(config.width, site.dim))
 
-    def forward(self, reference: Reference) -> Condition:
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
         pooled = F.adaptive_avg_pool2d(reference.latent[:, 0], GRID)
         features = {"embedding": reference.embedding, "latent": pooled.flatten(1)}
         vectors = [project(features[name]) for name, project in self.project.items()]
-        return Condition(vector=F.silu(sum(vectors[1:], start=vectors[0])))  # b d
+        return Condition(shared=F.silu(sum(vectors[1:], start=vectors[0])))  # b d
 
 
 class Shift(nn.Module):
-    """The image's part of a modulation vector, zero at the start."""
+    """Adds the image's part to a modulation vector; zero at the start."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -60,8 +59,7 @@ class Shift(nn.Module):
         for parameter in self.linear.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, modulation: Modulation, condition: Condition) -> Modulation:
-        image: Tensor | None = condition.vector
+    def forward(self, modulation: Modulation, image: Tensor | None) -> Modulation:
         if image is None:
             return modulation
         return replace(modulation, vector=modulation.vector + self.linear(image))

@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.attention import attend
-from dit_booth.inject import KV, QKV, Condition, Reference, Role, Site, Sites
+from dit_booth.inject import KV, QKV, Condition, Hidden, Reference, Role, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 
@@ -30,7 +30,6 @@ class DecoupledAttention(Strategy):
 
     Config = DecoupledAttentionConfig
     trains = {"fine": ("*",), "joint": ("*",)}
-    depends_on_time = False
 
     def __init__(self, config: DecoupledAttentionConfig, sites: Sites) -> None:
         super().__init__(config, sites)
@@ -42,9 +41,9 @@ class DecoupledAttention(Strategy):
             site.name: self.attach(site, ImageAttention(site, width, config.scale)) for site in chosen
         }
 
-    def forward(self, reference: Reference) -> Condition:
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
         tokens = self.embed(reference.embedding)
-        return Condition(kv={at: reader.project(tokens) for at, reader in self.readers.items()})
+        return Condition(at={at: reader.project(tokens) for at, reader in self.readers.items()})
 
 
 class ImageTokens(nn.Module):
@@ -70,8 +69,7 @@ class ImageAttention(nn.Module):
     def project(self, tokens: Tensor) -> KV:
         return KV(self.to_k_ip(tokens), self.to_v_ip(tokens))
 
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
-        if condition.here_kv is None:
+    def forward(self, qkv: QKV, image: KV | None) -> QKV:
+        if image is None:
             return qkv
-        image = qkv.image(*condition.here_kv)
-        return qkv.adding(self.scale * attend(qkv.q, (image,), qkv.kernel))
+        return qkv.adding(self.scale * attend(qkv.q, (qkv.image(image),), qkv.layer.kernel))

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from dit_booth.inject import Condition, Latents, Reference, Sites
+from dit_booth.inject import Condition, Hidden, Latents, Reference, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 
@@ -22,7 +22,6 @@ class InContext(Strategy):
 
     Config = InContextConfig
     trains_backbone = {"fine": ("*.attn1.*",), "joint": ("*.attn1.*",)}
-    depends_on_time = False
     excludes = ("kv_concat", "spatial_concat")  # the first counts frames from the video's first one
 
     def __init__(self, config: InContextConfig, sites: Sites) -> None:
@@ -31,8 +30,8 @@ class InContext(Strategy):
         self.attach(entry, Prepend(config.one_way))
         self.attach(leaving, Drop())
 
-    def forward(self, reference: Reference) -> Condition:
-        return Condition(latent=reference.latent)
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
+        return Condition(shared=reference.latent)
 
 
 class Prepend(nn.Module):
@@ -42,10 +41,10 @@ class Prepend(nn.Module):
         super().__init__()
         self.one_way = one_way
 
-    def forward(self, latents: Latents, condition: Condition) -> Latents:
-        if condition.latent is None:
+    def forward(self, latents: Latents, image: Tensor | None) -> Latents:
+        if image is None:
             return latents
-        frame, x = condition.latent, latents.x
+        frame, x = image, latents.x
         if frame.shape[-2:] != x.shape[-2:]:  # a square image prompt before a wide video
             frame = F.interpolate(frame[:, 0], x.shape[-2:], mode="bilinear", antialias=True)[:, None]
         return replace(latents, x=torch.cat([frame.to(x.dtype), x], dim=1), context=1, one_way=self.one_way)
@@ -54,5 +53,5 @@ class Prepend(nn.Module):
 class Drop(nn.Module):
     """The video alone."""
 
-    def forward(self, latents: Latents, condition: Condition) -> Latents:
+    def forward(self, latents: Latents, image: Tensor | None) -> Latents:
         return replace(latents, x=latents.x[:, latents.context :], context=0)

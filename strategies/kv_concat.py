@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dit_booth.attention import FramePlan, Segment, attend
-from dit_booth.inject import KV, QKV, Condition, Reference, Site, Sites
+from dit_booth.inject import KV, QKV, Condition, Hidden, Needs, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 
@@ -49,14 +49,15 @@ class KVConcat(Strategy):
 
     def __init__(self, config: KVConcatConfig, sites: Sites) -> None:
         super().__init__(config, sites)
-        self.noise, self.reference_frames = config.reference_noise, config.reference_frames
-        self.depends_on_time = self.noise == "matched"
+        self.noise, self.copies = config.reference_noise, config.reference_frames
         chosen = sites.match(config.where, port="qkv", role="cross_frame")
         self.readers = {site.name: self.attach(site, ReferenceKV(site, config)) for site in chosen}
 
-    def forward(self, reference: Reference) -> Condition:
-        hidden = reference.hidden(list(self.readers), self.noise)
-        return Condition(kv={at: reader.project(hidden[at]) for at, reader in self.readers.items()})
+    def needs(self) -> Needs:
+        return Needs(tuple(self.readers), self.noise, self.copies)
+
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
+        return Condition(at={at: reader.project(hidden[at]) for at, reader in self.readers.items()})
 
 
 class ReferenceKV(nn.Module):
@@ -73,28 +74,26 @@ class ReferenceKV(nn.Module):
         """The reference's hidden state (b m c) as K_I and V_I."""
         return KV(self.to_k_exemplar(hidden), self.to_v_exemplar(hidden))
 
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+    def forward(self, qkv: QKV, image: KV | None) -> QKV:
         frames = qkv.segments[0]
         if self.config.train_frame_kv:
             frames = replace(frames, k=qkv.keys(self.to_k_new(qkv.x)), v=qkv.heads(self.to_v_new(qkv.x)))
         qkv = replace(qkv, segments=(frames, *qkv.segments[1:]))
-        if condition.here_kv is None:
+        if image is None:
             return qkv
         count = qkv.q.shape[1]
         every = {"first": count, "keyframes": self.config.keyframe_every, "all": 1}[self.config.reference_at]
         if self.config.update == "direct":
-            return qkv.reading_image(
-                *condition.here_kv, tuple((0,) if i % every == 0 else () for i in range(count))
-            )
-        v_new = self.updated_values(qkv, frames, condition.here_kv, every)
+            return qkv.reading_image(image, tuple((0,) if i % every == 0 else () for i in range(count)))
+        v_new = self.updated_values(qkv, frames, image, every)
         return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
 
     def updated_values(self, qkv: QKV, frames: Segment, kv: KV, every: int) -> Tensor:
         """Equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames i that the image reaches."""
         q, k, v = (x[:, ::every] for x in (qkv.q, frames.k, frames.v))
-        image = qkv.image(*kv, ((0,),) * q.shape[1])
+        image = qkv.image(kv, ((0,),) * q.shape[1])
         if image.query is not None:
             image = replace(image, query=image.query[:, ::every])
         own = Segment(k, v, FramePlan("self").frames(q.shape[1]))
-        values = attend(q, (image, own), qkv.kernel).to(v.dtype)
+        values = attend(q, (image, own), qkv.layer.kernel).to(v.dtype)
         return frames.v.slice_scatter(values, dim=1, step=every)

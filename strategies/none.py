@@ -9,5 +9,4 @@ class NoImage(Strategy):
 
     identity_at_init = True
     reads_image = False
-    depends_on_time = False
     excludes = ("*",)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import nn
 
-from dit_booth.inject import QKV, Condition, Site, Sites
+from dit_booth.inject import QKV, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 Mode = Literal["frozen", "shared", "separate", "lora"]
@@ -35,7 +35,6 @@ class QueryProjection(Strategy):
     trains = {"fine": ("*",), "joint": ("*",)}
     identity_at_init = True
     reads_image = False
-    depends_on_time = False
     order = -1  # what reads the image at a site reads it with these queries
 
     def __init__(self, config: QueryProjectionConfig, sites: Sites) -> None:
@@ -57,7 +56,7 @@ class Queries(nn.Module):
         self.mode = mode
         self.to_q_new = site.copy_of("to_q")
 
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+    def forward(self, qkv: QKV, image: None) -> QKV:
         q = qkv.queries(self.to_q_new(qkv.x))
         return replace(qkv, q=q) if self.mode == "shared" else replace(qkv, image_query=q)
 
@@ -70,6 +69,6 @@ class LowRank(nn.Module):
         self.down, self.up = nn.Linear(site.dim, rank, bias=False), nn.Linear(rank, site.dim, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
-        assert qkv.projected is not None
-        return replace(qkv, q=qkv.queries(qkv.projected + self.up(self.down(qkv.x))))
+    def forward(self, qkv: QKV, image: None) -> QKV:
+        assert qkv.layer.raw_q is not None
+        return replace(qkv, q=qkv.queries(qkv.layer.raw_q + self.up(self.down(qkv.x))))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from dit_booth.inject import QKV, AuxPrediction, Condition, Latents, Reference, Sites
+from dit_booth.inject import QKV, AuxPrediction, Condition, Hidden, Latents, Reference, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 
@@ -23,7 +23,6 @@ class SpatialConcat(Strategy):
 
     Config = SpatialConcatConfig
     trains_backbone = {"fine": ("*.attn1.*",), "joint": ("*.attn1.*",)}
-    depends_on_time = False
     excludes = ("in_context",)  # which brings the same latent by another door
 
     def __init__(self, config: SpatialConcatConfig, sites: Sites) -> None:
@@ -34,8 +33,8 @@ class SpatialConcat(Strategy):
         for site in sites.of(port="qkv", role="text") if config.skip_text else ():
             self.attach(site, SkipText())
 
-    def forward(self, reference: Reference) -> Condition:
-        return Condition(latent=reference.latent * rearrange(reference.present, "b -> b 1 1 1 1"))
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
+        return Condition(shared=reference.latent * rearrange(reference.present, "b -> b 1 1 1 1"))
 
 
 def below(latent: Tensor, x: Tensor) -> Tensor:
@@ -49,24 +48,24 @@ def below(latent: Tensor, x: Tensor) -> Tensor:
 class PutBelow(nn.Module):
     """[frame; reference] along the height."""
 
-    def forward(self, latents: Latents, condition: Condition) -> Latents:
-        if condition.latent is None:
+    def forward(self, latents: Latents, image: Tensor | None) -> Latents:
+        if image is None:
             return latents
-        return replace(latents, x=torch.cat([latents.x, below(condition.latent, latents.x)], dim=-2))
+        return replace(latents, x=torch.cat([latents.x, below(image, latents.x)], dim=-2))
 
 
 class CutBelow(nn.Module):
     """Frames leave without the lower half; the loss is over both halves (the authors, CatVTON issue 14)."""
 
-    def forward(self, latents: Latents, condition: Condition) -> Latents:
-        if condition.latent is None:
+    def forward(self, latents: Latents, image: Tensor | None) -> Latents:
+        if image is None:
             return latents
         frames, rest = latents.x.chunk(2, dim=-2)
-        return replace(latents, x=frames, aux_prediction=AuxPrediction(rest, below(condition.latent, frames)))
+        return replace(latents, x=frames, aux_prediction=AuxPrediction(rest, below(image, frames)))
 
 
 class SkipText(nn.Module):
     """CatVTON's text attention hands on its input."""
 
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
-        return qkv if condition.latent is None else qkv.skipped()
+    def forward(self, qkv: QKV, image: Tensor | None) -> QKV:
+        return qkv if image is None else qkv.skipped()

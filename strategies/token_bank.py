@@ -1,12 +1,11 @@
 """Token bank: the reference as a few tokens that every frame reads, instead of all its keys and values."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
-from dit_booth.inject import KV, QKV, Condition, Reference, Site, Sites
+from dit_booth.inject import KV, QKV, Condition, Hidden, Needs, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 from .parts.resampler import Perceiver, Pool
@@ -47,7 +46,6 @@ class TokenBank(Strategy):
     def __init__(self, config: TokenBankConfig, sites: Sites) -> None:
         super().__init__(config, sites)
         self.clip, self.noise = config.source == "clip", config.reference_noise
-        self.depends_on_time = not self.clip and self.noise == "matched"
         self.shared = nn.ModuleDict()  # width of what is read -> bank
         self.readers: dict[str, ReadBank] = {}
         chosen = sites.match(config.where, port="qkv", role="cross_frame")
@@ -64,16 +62,19 @@ class TokenBank(Strategy):
             elif str(source) not in self.shared:
                 self.shared[str(source)] = Perceiver(source, width, config.tokens, config.depth)
 
-    def forward(self, reference: Reference) -> Condition:
-        return Condition(kv={at: self.readers[at].project(x) for at, x in self.tokens(reference).items()})
+    def needs(self) -> Needs:
+        return Needs() if self.clip else Needs(tuple(self.readers), self.noise)
 
-    def tokens(self, reference: Reference) -> Mapping[str, Tensor]:
-        """Site name -> the bank that it reads (b m c)."""
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
+        tokens = self.tokens(reference, hidden)
+        return Condition(at={at: self.readers[at].project(x) for at, x in tokens.items()})
+
+    def tokens(self, reference: Reference, hidden: Hidden) -> dict[str, Tensor]:
+        """Return site name -> the bank that it reads (b m c)."""
         patches = reference.states[0][:, 1:]
         if self.clip and self.shared:
             (bank,) = self.shared.values()
             return dict.fromkeys(self.readers, bank(patches))
-        hidden = {} if self.clip else reference.hidden(list(self.readers), self.noise)
         states = {at: hidden.get(at, patches) for at in self.readers}
         return {at: (self.readers[at].bank or self.shared[str(x.shape[-1])])(x) for at, x in states.items()}
 
@@ -89,5 +90,5 @@ class ReadBank(nn.Module):
     def project(self, tokens: Tensor) -> KV:
         return KV(self.to_k_bank(tokens), self.to_v_bank(tokens))
 
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
-        return qkv if condition.here_kv is None else qkv.reading_image(*condition.here_kv)
+    def forward(self, qkv: QKV, image: KV | None) -> QKV:
+        return qkv if image is None else qkv.reading_image(image)

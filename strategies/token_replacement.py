@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_booth.attention import Segment
-from dit_booth.inject import QKV, Condition, Modulation, PromptTokens, Reference, Site, Sites
+from dit_booth.inject import QKV, Condition, Hidden, Modulation, PromptTokens, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 from .parts.mapper import Mapper
@@ -35,7 +35,6 @@ class TokenReplacement(Strategy):
 
     Config = TokenReplacementConfig
     trains = {"coarse": ("*",), "joint": ("*",)}
-    depends_on_time = False
 
     def __init__(self, config: TokenReplacementConfig, sites: Sites) -> None:
         super().__init__(config, sites)
@@ -49,9 +48,9 @@ class TokenReplacement(Strategy):
             for site in sites.of(port="modulation", role="text"):
                 self.attach(site, TextProjection(site))
 
-    def forward(self, reference: Reference) -> Condition:
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
         words = self.mapper(reference.states)
-        return Condition(tokens=words, aux_loss=self.l1_weight * words.abs().mean())
+        return Condition(shared=words, aux_loss=self.l1_weight * words.abs().mean())
 
 
 class ReplaceSubject(nn.Module):
@@ -61,8 +60,7 @@ class ReplaceSubject(nn.Module):
         super().__init__()
         self.sources = {"": sources, "videobooth": released_sources}[compat]
 
-    def forward(self, prompt: PromptTokens, condition: Condition) -> PromptTokens:
-        words = condition.tokens
+    def forward(self, prompt: PromptTokens, words: Tensor | None) -> PromptTokens:
         if words is None:
             return prompt
         length, count = prompt.ids.shape[1], words.shape[1]
@@ -84,7 +82,7 @@ class TextKV(nn.Module):
         super().__init__()
         self.to_k_global, self.to_v_global = site.copy_of("to_k"), site.copy_of("to_v")
 
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+    def forward(self, qkv: QKV, image: Tensor | None) -> QKV:
         text = qkv.segments[0]
         k, v = self.to_k_global(qkv.source), self.to_v_global(qkv.source)
         return replace(qkv, segments=(Segment(qkv.heads(k), qkv.heads(v), text.frames), *qkv.segments[1:]))
@@ -97,5 +95,5 @@ class TextProjection(nn.Module):
         super().__init__()
         self.projection = site.copy_of("projection")
 
-    def forward(self, modulation: Modulation, condition: Condition) -> Modulation:
+    def forward(self, modulation: Modulation, image: Tensor | None) -> Modulation:
         return replace(modulation, vector=self.projection(modulation.source))

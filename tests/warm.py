@@ -95,6 +95,9 @@ def serve() -> None:
     from dit_booth.run import collector_at_rest, load_modules
 
     with collector_at_rest():  # its forks share these pages
+        import dit_booth.components
+        import dit_booth.config.parse  # noqa: F401
+
         load_modules()
     for line in sys.stdin:
         request = json.loads(line)

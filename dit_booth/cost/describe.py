@@ -15,20 +15,21 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from dit_booth.config import RunConfig
 from dit_booth.cost.flops import Flops
-from dit_booth.inject import Injection, Reference, Site, Sites, no_injection
-from dit_booth.models.clip.encoders import ClipConfig, Prompt, Text
+from dit_booth.inject import Dims, Injection, Reference, Site, no_injection
+from dit_booth.models.assemble import Backbone, assemble
+from dit_booth.models.clip.encoders import ClipConfig, Prompt, Text, TextEncoder
 from dit_booth.models.clip.weights import model_settings
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.injected import Injected
 from dit_booth.models.unet.model import VideoUNet
-from dit_booth.strategy import create, find
+from dit_booth.strategy import find
 
 Latents = tuple[int, int, int]
 
@@ -156,7 +157,7 @@ Device = torch.device | str
 
 
 class GivenText(nn.Module):
-    """In place of the text tower: random outputs, on the device and of the type of its site's buffer."""
+    """Stands in for the text tower: random outputs, on the device and of the dtype of its buffer."""
 
     like: Tensor
 
@@ -164,9 +165,15 @@ class GivenText(nn.Module):
         super().__init__()
         self.encoders = encoders
         self.trains = False
-        """Whether the tower trains, so that its outputs' gradients are wanted."""
+        """True if the tower trains, so that its outputs need gradients."""
         self.site = Site(name="text.prompt", port="prompt", role="words", dim=encoders.text)
         self.register_buffer("like", torch.zeros(()))
+
+    def sites(self) -> list[Site]:
+        return [self.site]
+
+    def tokenize(self, captions: Sequence[str]) -> Prompt:
+        return prompt(len(captions), self.like.device, self.encoders.tokens)
 
     def forward(self, prompt: Prompt, inject: Injection) -> Text:
         rows, e = len(prompt.ids), self.encoders
@@ -180,9 +187,9 @@ class GivenText(nn.Module):
 def build(
     config: RunConfig, latents: Latents, device: Device = "meta", encoders: Encoders = VIT_L_14
 ) -> Injected:
-    """The run's backbone and strategies with random weights; a stub for the text tower."""
+    """Build the run's backbone and strategies with random weights, and a stub for the text tower."""
     with torch.device(device):
-        backbone: VideoDiT | VideoUNet
+        backbone: Backbone
         if config.backbone == "dit":
             backbone = VideoDiT(
                 config.dit, channels=latents[0], text_dim=encoders.text, text_embed_dim=encoders.common
@@ -190,11 +197,9 @@ def build(
         else:
             c = latents[0]
             backbone = VideoUNet(replace(config.unet, in_channels=c, out_channels=c, text_dim=encoders.text))
-        text: Any = GivenText(encoders)
-        ours = (text.site, *backbone.sites())
-        sites = Sites(ours, encoders.image, encoders.common, latents[0], config.data.frames)
-        strategies = create(find(config.strategy), config.options(), sites)
-        return Injected(backbone, text, strategies, prompt(1, device, encoders.tokens))
+        text = cast(TextEncoder, GivenText(encoders))
+        dims = Dims(encoders.image, encoders.common, latents[0], config.data.frames)
+        return assemble(backbone, text, config.strategy, dims, options=config.options())
 
 
 def prompt(batch: int, device: Device, tokens: int = VIT_L_14.tokens) -> Prompt:

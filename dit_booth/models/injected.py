@@ -10,15 +10,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.inject import AuxPrediction, Condition, Recorder, Reference, Sites
+from dit_booth.inject import AuxPrediction, Condition, Hidden, Noise, Recorder, Reference
 from dit_booth.models.clip.encoders import Prompt, TextEncoder
-from dit_booth.models.dit.model import VideoDiT
-from dit_booth.models.unet.model import VideoUNet
 from dit_booth.strategy import Strategies
 
 
 class Prediction(NamedTuple):
-    """What the network predicts (b f c h w), the auxiliary loss (a scalar), a prediction beside the video."""
+    """The network's prediction (b f c h w), the auxiliary loss (a scalar), and a prediction beside the video."""
 
     output: Tensor
     aux_loss: Tensor
@@ -45,57 +43,55 @@ class Injected(nn.Module):
         t: Tensor,
         prompt: Prompt,
         reference: Reference | None = None,
-        known: Mapping[str, Condition] | None = None,
+        constant: Mapping[str, Condition] | None = None,
     ) -> Prediction:
-        """`known` are conditions of this reference that were made before (`lasting`)."""
-        conditions: Mapping[str, Condition] = {name: Condition() for name in self.active}
+        """Predict; `constant` holds conditions of this reference made before (`constant_conditions`)."""
+        conditions = dict(constant or {})
         if reference is not None:
-            known = known or {}
-            made = self.conditions(t, reference, [name for name in self.active if name not in known])
-            conditions = {**made, **known}
-        inject = self.strategy.bind(conditions)
+            names = [name for name in self.active if name not in conditions]
+            conditions |= self.conditions(t, reference, names)
+        inject = self.strategy.bind(self.active, conditions)
         output = self.backbone(x, t, self.text(prompt, inject), inject)
         aux_losses = [c.aux_loss for c in conditions.values() if c.aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else output.new_zeros(())
         return Prediction(output, aux_loss, inject.aux_prediction)
 
     def conditions(self, t: Tensor, reference: Reference, names: Sequence[str]) -> dict[str, Condition]:
-        """What the named strategies make of the reference at timestep t (b,)."""
-        reference = replace(reference, record=lambda *args: self.record(t, *args))
-        made: dict[str, Condition] = self.strategy(reference, names)
+        """Record what the named strategies need at timestep t (b,), and make their conditions of it."""
+        hidden = self.record(t, reference, names)
+        made: dict[str, Condition] = self.strategy(replace(reference, noisy=None), hidden, names)
         return made
 
-    def lasting(self, reference: Reference) -> dict[str, Condition]:
-        """The conditions that serve all timesteps: those of the active strategies that do not depend on time."""
-        names = [name for name in self.active if not self.strategy.part(name).depends_on_time]
+    def constant_conditions(self, reference: Reference) -> dict[str, Condition]:
+        """Make the active strategies' conditions that are the same at every timestep."""
+        names = [name for name, needs in self.strategy.needs(self.active).items() if needs.constant]
         return self.conditions(reference.latent.new_zeros(len(reference.latent)), reference, names)
 
-    def record(self, t: Tensor, latent: Tensor, clean: bool, sites: Sequence[str]) -> Mapping[str, Tensor]:
-        """Run the reference (b r c h w) as a video with null text; hidden states of its first frame at `sites`.
+    def record(self, t: Tensor, reference: Reference, names: Sequence[str]) -> dict[Noise, Hidden]:
+        """Run one pass of the reference for each kind of noise that the named strategies need."""
+        needs = self.strategy.needs(names).values()
+        hidden: dict[Noise, Hidden] = {}
+        kinds: tuple[Noise, ...] = ("matched", "clean")
+        for noise in kinds:
+            sites = [site for need in needs if need.noise == noise for site in need.sites]
+            if sites:
+                latent = reference.latent if noise == "clean" else reference.noisy
+                assert latent is not None, "a strategy needs the reference noised; set Reference.noisy"
+                hidden[noise] = self.hidden(latent, torch.zeros_like(t) if noise == "clean" else t, sites)
+        return hidden
+
+    def hidden(self, latent: Tensor, t: Tensor, sites: Sequence[str]) -> Hidden:
+        """Run latents (b r c h w) as a video with null text; return the first frame's hidden states at `sites`.
 
         One frame is enough: further ones (r > 1) reach the first through norms and temporal attention only.
-        The taps stay active without a condition: the reference meets the trained keys and values, but no image
+        The taps stay active without an image: the reference meets the trained keys and values
         (in the golden tensors the reference's pass uses them too).
         """
-        recorder = Recorder(self.strategy.bind({name: Condition() for name in self.active}), sites)
-        ids = self.null_ids.expand(len(latent), -1)
-        text = self.text(Prompt.without_subject(ids), recorder)
-        self.backbone(latent, torch.zeros_like(t) if clean else t, text, recorder)
+        recorder = Recorder(self.strategy.bind(self.active), sites)
+        text = self.text(Prompt.without_subject(self.null_ids.expand(len(latent), -1)), recorder)
+        self.backbone(latent, t, text, recorder)
         frames = latent.shape[1]
         return {
-            site: rearrange(hidden, "b (r m) c -> b r m c", r=frames)[:, 0]
-            for site, hidden in recorder.hidden.items()
+            site: rearrange(state, "b (r m) c -> b r m c", r=frames)[:, 0]
+            for site, state in recorder.hidden.items()
         }
-
-
-def gather_sites(
-    backbone: VideoDiT | VideoUNet,
-    text: TextEncoder,
-    *,
-    image_dim: int,
-    image_embed_dim: int,
-    latent_channels: int,
-    frames: int,
-) -> Sites:
-    """The sites of the whole model: the text encoder's, then the backbone's."""
-    return Sites((*text.sites(), *backbone.sites()), image_dim, image_embed_dim, latent_channels, frames)

@@ -31,9 +31,11 @@ def keep_einops_whole() -> None:
         torch.compiler.allow_in_graph(function)
 
 
-class HeadFinish(NamedTuple):
-    """What follows the split into heads (`QKV.finish`): RMS norm of queries and keys, then rotary positions."""
+class HeadNorm(NamedTuple):
+    """RMS norm of queries and keys in heads, then rotary positions (`QKV.layer`)."""
 
+    kernel: str
+    raw_q: Tensor  # b f n c
     norm_q: nn.Module
     norm_k: nn.Module
     rotary: Rotary | None
@@ -112,11 +114,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, source: Tensor, frames: Frames, rotary: Rotary | None = None) -> QKV:
         """Queries of x, keys and values of the source: the payload of the site."""
-        finish, projected = HeadFinish(self.norm_q, self.norm_k, rotary), self.to_q(x)
+        layer = HeadNorm(self.kernel, self.to_q(x), self.norm_q, self.norm_k, rotary)
         own = Projected.later(
-            lambda: finish.keys(self.split(self.to_k(source))), lambda: self.split(self.to_v(source)), frames
+            lambda: layer.keys(self.split(self.to_k(source))), lambda: self.split(self.to_v(source)), frames
         )
-        return QKV(finish.queries(self.split(projected)), (own,), x, source, self.kernel, finish, projected)
+        return QKV(layer.queries(self.split(layer.raw_q)), (own,), x, source, layer)
 
     def split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b f n (k d) -> b f n k d", k=self.heads)
@@ -125,6 +127,6 @@ class Attention(nn.Module):
         """The joint softmax over the segments, and what is added, through the output projection: (b f n c)."""
         if not qkv.segments:
             return qkv.x
-        y = attend(qkv.q, qkv.segments, qkv.kernel)
+        y = attend(qkv.q, qkv.segments, qkv.layer.kernel)
         y = y if qkv.added is None else y + qkv.added
         return self.to_out(rearrange(y, "b f n k d -> b f n (k d)"))

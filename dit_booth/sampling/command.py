@@ -136,6 +136,8 @@ def sample_own(components: Components, settings: Settings, seed: int) -> Path:
         [settings.subject or None],
         [seed],
         size=(config.data.frames, config.data.size, config.data.size),
+        guidance=config.guidance,
+        sampler=config.sampler,
         use_image=settings.reference != "none",
     )[0].float()
     other = "".join(f"-{setting}" for setting in settings.set)
@@ -165,6 +167,8 @@ def sample_heldout(components: Components, out: Path, ranks: Ranks) -> list[Row]
             [examples[i].subject for i in rows],
             [config.sample.seed * 1_000_003 + i for i in rows],
             size=(config.data.frames, *examples[rows[0]].video.shape[-2:]),
+            guidance=config.guidance,
+            sampler=config.sampler,
             use_image=config.sample.reference != "none",
         )
         for i, video in zip(rows, videos.float().cpu(), strict=True):

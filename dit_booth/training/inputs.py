@@ -1,4 +1,4 @@
-"""From a batch of videos to what one training step needs."""
+"""From a batch of videos to the inputs of one training step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dit_booth.models.injected import Prediction
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of the network (x_t, timestep, prompt, reference), and what its loss needs (x0, eps, t)."""
+    """Arguments of the network (x_t, timestep, prompt, reference) and of its loss (x0, eps, t)."""
 
     x_t: Tensor  # b f c h w
     timestep: Tensor  # b
@@ -32,9 +32,9 @@ class Inputs:
     t: Tensor  # b
 
     def loss(self, objective: Objective, prediction: Prediction) -> Tensor:
-        """The objective's loss, a scalar: the mean over the videos and what a strategy predicts beside them.
+        """Compute the objective's loss, a scalar: the mean over the videos and a prediction beside them.
 
-        That has no noise (CatVTON's reference half): its truth is the latent itself with eps = 0.
+        The latter has no noise (CatVTON's reference half): its truth is the latent itself with eps = 0.
         """
         loss = objective.loss(prediction.output, self.x0, self.eps, self.t).mean()
         if prediction.aux_prediction is None:
@@ -47,7 +47,7 @@ class Inputs:
 
 
 def generator_of(*numbers: int) -> torch.Generator:
-    """A generator that is a pure function of its numbers (seed, stage, step, ...): resuming repeats it."""
+    """Return a generator that is a pure function of the numbers (seed, stage, step, ...): resuming repeats it."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed % 2**63)
 
@@ -61,14 +61,14 @@ def make_inputs(
     dtype: torch.dtype,
     with_image: bool,
 ) -> Inputs:
-    """Encode, drop, draw times and noise. The reference's noise is drawn before the video's, as in VideoBooth.
+    """Encode, drop, draw t and noise. The reference's noise is drawn before the video's, as in VideoBooth.
 
     Rows that are dropped get the null prompt and the zero image (VideoBooth section 3.3's training), or one of the two
     (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). With a generator for each row, a row's draws do not depend on
     the batch around it, hence not on the number of ranks.
     """
     frames = stage.frames_of(batch.video.shape[1])
-    video = _clip(batch.video, frames, generator) if stage.frames else batch.video
+    video = _crop(batch.video, frames, generator) if stage.frames else batch.video
     u = per_row(lambda n, g: torch.rand(n, generator=g), len(batch), generator)
     no_image = u < stage.drop + stage.drop_image
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
@@ -81,7 +81,8 @@ def make_inputs(
     if with_image:
         images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
         reference = components.reference(images, dtype, generator)
-        noisy = components.objective.noise(reference.noisy, t, randn_like(reference.noisy, generator))
+        clean = components.copies(reference)
+        noisy = components.objective.noise(clean, t, randn_like(clean, generator))
         reference = replace(reference, noisy=noisy)
     if stage.single_frames:
         x0, prompt, t, reference = _single_frames(components, x0, prompt, reference, generator)
@@ -90,8 +91,8 @@ def make_inputs(
     return Inputs(x_t, components.objective.timestep(t), prompt, reference, x0, eps, t)
 
 
-def _clip(video: Tensor, frames: int, generator: Generators) -> Tensor:
-    """So many frames of each video (b f 3 h w), in a row from a random one on."""
+def _crop(video: Tensor, frames: int, generator: Generators) -> Tensor:
+    """Crop `frames` consecutive frames of each video (b f 3 h w) at a random offset."""
     starts = video.shape[1] - frames + 1
     first = per_row(lambda n, g: torch.randint(starts, (n,), generator=g), len(video), generator)
     return torch.stack([v[start : start + frames] for v, start in zip(video, first.tolist(), strict=True)])
@@ -100,7 +101,7 @@ def _clip(video: Tensor, frames: int, generator: Generators) -> Tensor:
 def _single_frames(
     components: Components, x0: Tensor, prompt: Prompt, reference: Reference | None, generator: Generators
 ) -> tuple[Tensor, Prompt, Tensor, Reference | None]:
-    """Every frame becomes a video of one frame, with a time of its own."""
+    """Make every frame a video of one frame, with its own t."""
     if reference is not None:
         raise ValueError("single_frames is for stages without an image (base); set it to false in this stage")
     rows, frames = x0.shape[:2]

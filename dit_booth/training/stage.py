@@ -81,13 +81,13 @@ def _declared(
     return tuple(globs)
 
 
-def check_starts(config: RunConfig, model: Injected, sourced: Collection[str]) -> None:
-    """What a stage of 0 steps takes as it is must come from a source (`sourced`: names), or from a stage before it.
+def check_starts(config: RunConfig, model: Injected, loaded: Collection[str]) -> None:
+    """What a stage of 0 steps takes as it is must come from a source (`loaded`: names), or from a stage before it.
 
     A strategy at its warm start, as if there were no image, would sample plausible videos: ValueError names it. Where
     a stage with steps follows, such a start may be meant, and is one line in the log.
     """
-    schedule, have = schedule_of(config), {f"strategy.{name}" for name in sourced}
+    schedule, have = schedule_of(config), {f"strategy.{name}" for name in loaded}
     steps = [stage_config(config, name).steps for name in schedule]
     for index, name in enumerate(schedule):
         active = active_strategies(config, schedule, index)

@@ -94,6 +94,8 @@ def sampled(components: Components, asked: list[tuple[str, Example]], batch: int
                 [None] * len(rows),
                 range(at, at + len(rows)),
                 size=(data.frames, data.size, data.size),
+                guidance=components.config.guidance,
+                sampler=components.config.sampler,
                 use_image=False,
             )
             .float()

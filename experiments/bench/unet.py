@@ -12,16 +12,14 @@ training did. Peak memory is the resident set of a process of its own that runs 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import tyro
 from dit_booth.strategies.kv_concat import KVConcat, KVConcatConfig
 from torch import Tensor
 
-from dit_booth.inject import Condition, Recorder, Reference, Site, Sites
+from dit_booth.inject import Recorder, Reference, Site, Sites
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.strategy import Strategies
@@ -30,6 +28,7 @@ from experiments.bench.side_by_side import Options, Row, about, run
 MODULE = "experiments.bench.unet"
 CONFIG = UNetConfig(channels=(64, 128, 256, 256), text_dim=256)
 FRAMES, SIDE, TOKENS = 16, 32, 77
+NAMES = ("kv_concat",)
 # The original code on a quiet machine of two such cores, same configuration and shapes: seconds, MiB.
 ORIGINAL = {"plain": (7.35, 2662), "fine": (22.0, 2712), "guided": (28.1, 2716)}
 BARS = {"fine": 1.15, "guided": 2.2}  # of our own plain pass
@@ -49,11 +48,12 @@ class Bench:
         self.t = torch.tensor([500.0])
         self.words, self.null = (torch.randn(1, TOKENS, CONFIG.text_dim) for _ in range(2))
         latent = torch.randn(1, 1, CONFIG.in_channels, SIDE, SIDE)
-        self.reference = Reference(torch.ones(1, 3, 8, 8), (), torch.zeros(1, 8), latent, latent, self.record)
+        self.reference = Reference(torch.ones(1, 3, 8, 8), (), torch.zeros(1, 8), latent)
 
-    def record(self, latent: Tensor, clean: bool, sites: Any) -> dict[str, Tensor]:
-        recorder = Recorder(self.strategy.bind({"kv_concat": Condition()}), sites)
-        self.net(latent, self.t, Text(self.null, self.null[:, -1]), recorder)
+    def record(self) -> dict[str, Tensor]:
+        """Run the reference's own pass; return its hidden states."""
+        recorder = Recorder(self.strategy.bind(NAMES), self.strategy.part("kv_concat").needs().sites)
+        self.net(self.reference.latent, self.t, Text(self.null, self.null[:, -1]), recorder)
         return recorder.hidden
 
     def plain(self) -> Tensor:
@@ -61,11 +61,11 @@ class Bench:
 
     def fine(self, words: Tensor | None = None) -> Tensor:
         words = self.words if words is None else words
-        conditions = self.strategy(replace(self.reference), ("kv_concat",))
-        return self.net(self.x, self.t, Text(words, words[:, -1]), self.strategy.bind(conditions))
+        conditions = self.strategy(self.reference, {"matched": self.record()}, NAMES)
+        return self.net(self.x, self.t, Text(words, words[:, -1]), self.strategy.bind(NAMES, conditions))
 
     def guided(self) -> Tensor:
-        taps = self.strategy.bind({"kv_concat": Condition()})
+        taps = self.strategy.bind(NAMES)
         without = self.net(self.x, self.t, Text(self.null, self.null[:, -1]), taps)
         return without + 4 * (self.fine() - without)
 

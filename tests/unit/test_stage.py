@@ -106,23 +106,23 @@ def names_of(*prefixes: str) -> set[str]:
     }
 
 
-def check(sourced: set[str], coarse: int, fine: int, **more: Any) -> None:
+def check(loaded: set[str], coarse: int, fine: int, **more: Any) -> None:
     stages = StagesConfig(coarse=StageConfig(steps=coarse), fine=StageConfig(steps=fine))
-    check_starts(config_of(BOTH, **{"stages": stages, **more}), root_of(BOTH), sourced)
+    check_starts(config_of(BOTH, **{"stages": stages, **more}), root_of(BOTH), loaded)
 
 
 def test_a_stage_without_steps_takes_what_the_files_have_or_is_refused() -> None:
     mapper, taps = names_of("token_replacement.mapper"), names_of("token_replacement.taps")
     fine = names_of("kv_concat.")
     check(mapper | taps | fine, 0, 0)
-    for sourced, says in (
+    for loaded, says in (
         (mapper | taps, rf"stages\.fine\.steps is 0, but .* has kv_concat\.taps \({len(fine)} parameters\)"),
         (mapper | fine, r"stages\.coarse\.steps is 0, but .* has token_replacement\.taps \("),
         (mapper | taps | set(list(fine)[1:]), r"kv_concat\.taps \(1 parameters\)"),
         (set[str](), r"has token_replacement\.mapper \(\d+ parameters\), token_replacement\.taps \("),
     ):
         with pytest.raises(ValueError, match=says):
-            check(sourced, 0, 0)
+            check(loaded, 0, 0)
 
 
 def test_a_stage_before_it_is_a_source_and_one_after_it_may_mean_the_start(
@@ -156,8 +156,8 @@ def test_what_the_files_had_is_known_of_a_build(tmp_path: Path) -> None:
     coarse = {name: p for name, p in state.items() if name.startswith("token_replacement.")}
     write(tmp_path / "strategy.safetensors", coarse)
     components = build(config_of(BOTH, strategy_weights=(str(tmp_path / "strategy.safetensors"),)))
-    assert components.sourced == set(coarse)
-    assert build(config_of(BOTH)).sourced == set()
+    assert components.loaded == set(coarse)
+    assert build(config_of(BOTH)).loaded == set()
 
 
 # ---- globs -------------------------------------------------------------------------------------------------
