@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -22,10 +24,10 @@ from dit_booth.models.autoencoder import Autoencoder, build_autoencoder
 from dit_booth.models.clip.encoders import ImageEncoder, Prompt, build_clip
 from dit_booth.models.clip.tokenizer import check_subject
 from dit_booth.models.dit.model import VideoDiT
-from dit_booth.models.fingerprint import warn_of_another_base
+from dit_booth.models.fingerprint import metadata, warn_of_another_base
 from dit_booth.models.injected import Injected
 from dit_booth.models.unet.model import VideoUNet
-from dit_booth.models.weights import load_start, load_strategies, read_strategies
+from dit_booth.models.weights import load_start, load_strategies, part, read_strategies, write
 
 
 @dataclass
@@ -78,6 +80,24 @@ class Components:
             embedding=seen.embedding.to(dtype),
             latent=self.autoencoder.encode(images.unsqueeze(1), generator).to(dtype),
         )
+
+    def save_weights(self, folder: Path) -> None:
+        """Write ``weights.safetensors`` (backbone, text encoder) and ``strategy.safetensors`` (the adapter).
+
+        The adapter's metadata hold its base's fingerprint and the run's settings, from which `Pipeline.load` builds.
+        """
+        state = self.model.state_dict()
+        write(
+            folder / "weights.safetensors",
+            {name: value for name, value in state.items() if not name.startswith("strategy.")},
+        )
+        write(folder / "strategy.safetensors", part(state, "strategy."), self.adapter_metadata())
+
+    def adapter_metadata(self) -> dict[str, str]:
+        """Return the metadata of the strategies' weights: options, base, and the settings to build it by."""
+        settings = self.config.as_dict() | {"strategy_weights": [], "out": "", "store": "", "stop_after": ""}
+        about = metadata(self.model.backbone, self.model.strategy)
+        return {**about, "settings": json.dumps(settings)}
 
     def copies(self, reference: Reference) -> Tensor:
         """Return the clean latents (b r c h w) that are to be noised for the active strategies."""

@@ -1,9 +1,10 @@
 """Train the stages of a strategy, sample videos from held-out image prompts, and measure them.
 
+    dit-booth run --strategy kv_concat
     deepspeed experiments/run.py --strategy kv_concat
     python experiments/run.py --strategy token_replacement+kv_concat --backbone unet --stages.fine.steps 500
 
-Settings come from the --config file (default: experiments/configs/demo.yaml) and, over it, from the command line.
+Settings come from the --config file (default: demo.yaml, which the package brings) and, over it, from the command line.
 The same command resumes an interrupted run.
 """
 
@@ -14,27 +15,28 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dit_booth.files import packaged, write_text
 
 if TYPE_CHECKING:  # imported late: --help and a wrong flag answer before DeepSpeed and diffusers load
     from torch import Tensor
 
     from dit_booth.components import Components
     from dit_booth.config import RunConfig
+    from dit_booth.pipeline import Pipeline
     from dit_booth.training.address import Stage
     from dit_booth.training.distributed import Ranks
     from dit_booth.training.metrics_logger import MetricsLogger
 
-from dit_booth.files import packaged
-
 log = logging.getLogger("dit_booth")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: finished; 1: an error, said in one line; 2: a bad flag; 130: interrupted, resumable."""
     begin = time.perf_counter()
     rank = int(os.environ.get("RANK", "0"))  # the launcher's
@@ -43,32 +45,50 @@ def main(argv: list[str]) -> int:
     )
     log.setLevel(logging.ERROR if rank else logging.INFO)
     try:
-        return start_run(argv, begin)
+        with collector_at_rest():
+            from dit_booth.config.parse import parse
+
+            default = str(packaged("configs/demo.yaml"))
+            config = parse(argv, default_config=default, description=__doc__ or "", prog=prog)
+        run(config, begin)
     except KeyboardInterrupt as stopped:
         log.info("\n%s", stopped or "stopped; the same command resumes")
         return 130
     except (ValueError, OSError) as error:
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
-def start_run(argv: list[str], begin: float) -> int:
-    """Read the settings; if there is anything left to do, join the other ranks and do it."""
-    with collector_at_rest():
-        from dit_booth.config.parse import parse
+def train(config: RunConfig) -> Pipeline:
+    """Run a configuration to its end, or go on where it was stopped; return what it trained, ready to sample.
 
-        config = parse(argv, default_config=str(packaged("configs/demo.yaml")), description=__doc__ or "")
+    The run's folder (`RunConfig.folder`) holds its files, as after ``dit-booth run``.
+    ValueError: settings that cannot work. KeyboardInterrupt: stopped, resumable by the same call.
+    """
+    from dit_booth.pipeline import Pipeline
+
+    if config.stop_after:
+        raise ValueError(f"stop_after is {config.stop_after!r}; leave it empty to train all stages")
+    run(config)
+    return Pipeline.load(config.folder())
+
+
+def run(config: RunConfig, begin: float | None = None) -> None:
+    """Do what is left of a run, together with the other ranks; `begin`: when the program began (perf_counter)."""
+    begin = time.perf_counter() if begin is None else begin
     folder = Path(config.folder())
     check_folder(folder, config)
     if (folder / "finished").is_file():
         log.info("this run is finished, nothing to do; --out FOLDER makes another one\n%s", describe(folder))
-        return 0
+        return
+    with collector_at_rest():
+        load_modules()
+    from dit_booth.components import build
     from dit_booth.study.turns import await_turn
     from dit_booth.training.distributed import free_memory, owning, start, stop
 
-    with collector_at_rest():
-        load_modules()
-    components = fresh_parts(config)
+    components = build(config)
     begin += await_turn()
     try:
         ranks = start()
@@ -76,14 +96,13 @@ def start_run(argv: list[str], begin: float) -> int:
             if ranks.broadcast((folder / "finished").is_file()):
                 log.info("another process has finished this run meanwhile\n%s", describe(folder))
             else:
-                run(components.to(ranks.device), ranks, begin)
+                train_and_sample(components.to(ranks.device), ranks, begin)
             del (
                 components
-            )  # its device is free before the folder is unlocked: another point may wait for just that
+            )  # frees its device before the folder is unlocked: a sweep's next point may wait for it
             free_memory(ranks)
     finally:
         stop()
-    return 0
 
 
 def load_modules() -> None:
@@ -94,7 +113,7 @@ def load_modules() -> None:
     for name in (
         "dit_booth.training.loop",
         "dit_booth.training.metrics_logger",
-        "dit_booth.sampling.command",
+        "dit_booth.sampling.heldout",
         "open_clip",
     ):
         import_module(name)
@@ -102,7 +121,7 @@ def load_modules() -> None:
 
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """Without garbage collection, which would go over what imports make, again and again: a fifth of their time."""
+    """Stop garbage collection, which would go over what imports make, again and again: a fifth of their time."""
     gc.disable()
     try:
         yield
@@ -111,10 +130,8 @@ def collector_at_rest() -> Iterator[None]:
         gc.enable()
 
 
-def run(components: Components, ranks: Ranks, begin: float) -> None:
-    """The main job: train every stage, sample, measure, and say where everything is."""
-    from dit_booth.files import write_text
-    from dit_booth.sampling.command import measure, sample_heldout
+def train_and_sample(components: Components, ranks: Ranks, begin: float) -> None:
+    """Train every stage, sample, measure, and say where everything is."""
     from dit_booth.training.address import stages_of
     from dit_booth.training.metrics_logger import MetricsLogger
     from dit_booth.training.stage import check_starts
@@ -130,36 +147,46 @@ def run(components: Components, ranks: Ranks, begin: float) -> None:
     if ranks.first:
         claim(folder, config)
     ranks.barrier()
-    journal = MetricsLogger(folder) if ranks.first else None
-    components = train(components, stages, folder, ranks, journal, begin)
+    logger = MetricsLogger(folder) if ranks.first else None
+    components = train_stages(components, stages, folder, ranks, logger, begin)
     if config.stop_after:
         log.info("ended after stage %s, as --stop-after asks; without it, the run goes on", config.stop_after)
         return
-    trained, samples = time.perf_counter(), folder / "samples"
-    rows = sample_heldout(components, samples, ranks)
-    if journal and rows:
-        means = measure(components, rows, samples)
-        journal.line({"samples": means})
-        for name, statistic in means.items():
-            journal.board.add_scalar(f"samples/{name}", statistic["mean"])
-        for number, row in enumerate(rows[:4]):
-            journal.video(f"samples/{number:03d}", row.video, config.sample.fps)
-    if journal:
-        journal.close()
+    trained = time.perf_counter()
+    sample_and_measure(components, folder / "samples", ranks, logger)
+    if logger:
+        logger.close()
         now = time.perf_counter()
         sampling = now - trained
         seconds = {
             "wall_seconds": now - begin,
             "sample_seconds": sampling,
-            "work_seconds": journal.seconds + sampling,
+            "work_seconds": logger.seconds + sampling,
         }
         write_run_cost(folder, config, stages, seconds)
         write_text(folder / "finished", "")  # the last file: now all others are there, whole
         log.info("%s", describe(folder))
 
 
+def sample_and_measure(
+    components: Components, folder: Path, ranks: Ranks, logger: MetricsLogger | None
+) -> None:
+    """Sample the held-out image prompts; on the first rank measure them, and log means and the first four videos."""
+    from dit_booth.sampling.heldout import measure, sample_heldout
+
+    sample = components.config.sample
+    samples = sample_heldout(components, sample, folder, ranks)
+    if logger and samples:
+        means = measure(components, samples, folder)
+        logger.line({"samples": means})
+        for name, statistic in means.items():
+            logger.board.add_scalar(f"samples/{name}", statistic["mean"])
+        for number, one in enumerate(samples[:4]):
+            logger.video(f"samples/{number:03d}", one.video, sample.fps)
+
+
 def until(stages: list[Stage], last: str) -> list[Stage]:
-    """The stages up to `last`; all of them if it is empty."""
+    """Return the stages up to `last`; all of them if it is empty."""
     names: list[str] = [stage.name for stage in stages]
     if last and last not in names:
         raise ValueError(
@@ -168,14 +195,8 @@ def until(stages: list[Stage], last: str) -> list[Stage]:
     return stages[: names.index(last) + 1] if last else stages
 
 
-def fresh_parts(config: RunConfig) -> Components:
-    from dit_booth.components import build
-
-    return build(config)
-
-
 def check_folder(folder: Path, config: RunConfig) -> None:
-    """ValueError, listing what differs, if another run has begun in the folder."""
+    """Raise ValueError, listing what differs, if another run has begun in the folder."""
     import yaml
 
     from dit_booth.config import decisive
@@ -191,9 +212,9 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise ValueError(f"{folder} holds another run ({'; '.join(changed[:5])}{more}); choose another --out")
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Settings that differ, as ``name: old -> new``."""
-    if isinstance(old, dict) and isinstance(new, dict):
+def differences(old: object, new: object, name: str = "") -> list[str]:
+    """Return the settings that differ, as ``name: old there, new here``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = dict.fromkeys([*old, *new])
         return [
             line
@@ -207,22 +228,20 @@ def claim(folder: Path, config: RunConfig) -> None:
     """Create the run folder with its ``run.yaml``, which repeats the run: ``--config <folder>/run.yaml``."""
     import yaml
 
-    from dit_booth.files import write_text
-
     write_text(folder / "run.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
 
 
-def train(
+def train_stages(
     components: Components,
     stages: list[Stage],
     folder: Path,
     ranks: Ranks,
-    journal: MetricsLogger | None,
+    logger: MetricsLogger | None,
     begin: float,
 ) -> Components:
     """Train the stages that are not finished yet, each from the weights of those before it."""
-    from dit_booth.models.fingerprint import metadata
-    from dit_booth.models.weights import load_strictly, part, read, write
+    from dit_booth.components import build
+    from dit_booth.models.weights import load_strictly, read
 
     config = components.config
     trained: dict[str, Tensor] = {}
@@ -230,26 +249,22 @@ def train(
         components.model.active = stage.active
         if not stage.steps:
             continue
-        if train_if_needed(components, stage, ranks, journal, begin):
+        if train_if_needed(components, stage, ranks, logger, begin):
             # DeepSpeed keeps its hooks on a module: the next stage gets a new one.
-            components = fresh_parts(config).to(ranks.device)
+            components = build(config).to(ranks.device)
         weights = stage.folder(config) / "weights.safetensors"
         trained |= read(weights)
         load_strictly(components.model, trained, str(weights), partial=True)
         components.model.active = stage.active
     if ranks.first and not config.stop_after:
-        state = components.model.state_dict()
-        own = {name: value for name, value in state.items() if not name.startswith("strategy.")}
-        write(folder / "weights.safetensors", own)
-        about = metadata(components.model.backbone, components.model.strategy)
-        write(folder / "strategy.safetensors", part(state, "strategy."), about)
+        components.save_weights(folder)
     return components.to(ranks.device)
 
 
 def train_if_needed(
-    components: Components, stage: Stage, ranks: Ranks, journal: MetricsLogger | None, begin: float
+    components: Components, stage: Stage, ranks: Ranks, logger: MetricsLogger | None, begin: float
 ) -> bool:
-    """Train a stage unless it is finished, or another run finishes it meanwhile; whether it was trained here."""
+    """Train a stage unless it is finished, or another run finishes it meanwhile; True if it was trained here."""
     from dit_booth.training.distributed import owning
     from dit_booth.training.loop import train_stage
 
@@ -258,16 +273,16 @@ def train_if_needed(
     if not ranks.broadcast(marker.is_file()):
         with owning(folder, ranks):
             if not ranks.broadcast(marker.is_file()):
-                train_stage(components, stage, folder, ranks, journal, begin)
+                train_stage(components, stage, folder, ranks, logger, begin)
                 return True
     log.info("stage %s is finished: %s", stage.name, folder)
-    if journal:
-        journal.begin(stage.name, folder, stage.steps)
+    if logger:
+        logger.begin(stage.name, folder, stage.steps)
     return False
 
 
 def describe(folder: Path) -> str:
-    """Where a finished run's files are."""
+    """Return lines that tell where a finished run's files are."""
     return "\n".join(
         [
             f"run folder      {folder}",
@@ -277,3 +292,7 @@ def describe(folder: Path) -> str:
             f"curves          tensorboard --logdir {folder / 'tensorboard'}",
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -216,6 +216,11 @@ def registered() -> dict[str, type[Strategy]]:
     return dict(sorted(_REGISTRY.items()))
 
 
+def list_strategies(pattern: str = "*") -> list[str]:
+    """Return the names of the registered strategies that match a glob."""
+    return [name for name in registered() if fnmatchcase(name, pattern)]
+
+
 def aliases() -> dict[str, str]:
     """Return alias -> the combination that it names."""
     load_plugins()

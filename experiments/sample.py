@@ -1,4 +1,4 @@
-"""Sample videos from a finished run, the same as ``dit-booth sample``; see `dit_booth.sampling.command`.
+"""Sample videos from a finished run, the same as ``dit-booth sample``; see `dit_booth.commands.sample`.
 
 python experiments/sample.py runs/RUN --reference shuffled --seeds 0 1 2
 python experiments/sample.py runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
@@ -6,7 +6,7 @@ python experiments/sample.py runs/RUN --image path/to/image_or_folder --caption 
 
 import sys
 
-from dit_booth.sampling.command import main
+from dit_booth.commands.sample import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

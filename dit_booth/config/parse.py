@@ -47,7 +47,9 @@ def _truth(
     )
 
 
-def parse(argv: Sequence[str], *, default_config: str = "", description: str = "") -> RunConfig:
+def parse(
+    argv: Sequence[str], *, default_config: str = "", description: str = "", prog: str | None = None
+) -> RunConfig:
     """The run that a command line describes. Exits with a message on a bad flag; ValueError on a bad value."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=default_config)
@@ -70,6 +72,7 @@ def parse(argv: Sequence[str], *, default_config: str = "", description: str = "
             config_class(strategy),
             args=[*flags, *rest],
             description=description,
+            prog=prog,
             registry=TRUTH,
             config=(
                 tyro.conf.FlagConversionOff,

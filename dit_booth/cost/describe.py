@@ -1,18 +1,12 @@
-"""Print what a network is: its parameters, and the multiply-adds and FLOPs of one forward pass.
-
-python -m dit_booth.cost.describe                                          # DiT's sizes as the paper counts them
-python -m dit_booth.cost.describe --backbone dit --dit.size XL --data.frames 16 --strategy kv_concat
-python -m dit_booth.cost.describe --backbone unet --strategy token_replacement+kv_concat --latents 4 32 32
+"""Sizes of networks: parameters, and the multiply-adds and FLOPs of one forward pass.
 
 A multiply-add is two FLOPs; the DiT paper's "Gflops" are multiply-adds. Counted are matrix products, convolutions and
 attention, one video at a time, on the meta device: nothing is computed, no weights are loaded. Text and image encoder
-are not counted; their widths are those of CLIP ViT-L/14. All options of a run are understood.
+are not counted; their widths are those of CLIP ViT-L/14.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -81,23 +75,6 @@ class Cost:
             f"{self.parameters / 1e6:9.2f} M parameters {self.multiply_adds / 1e9:10.2f} G multiply-adds"
             f" {self.flops / 1e9:10.2f} GFLOPs"
         )
-
-
-def main(argv: Sequence[str]) -> int:
-    """0: printed; 1: settings that cannot work, said in one line."""
-    from dit_booth.config.parse import parse
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--latents", type=int, nargs=3, default=(4, 32, 32), metavar=("C", "H", "W"))
-    given, rest = first.parse_known_args(list(argv))
-    try:
-        config = parse(rest, description=__doc__ or "") if rest else None
-        lines = table_of_run(config, given.latents) if config else table_of_sizes(given.latents)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
 
 
 def table_of_sizes(latents: Latents) -> list[str]:
@@ -235,7 +212,3 @@ def reference(
         latent=torch.randn(b, 1, c, h, w, **options),
         noisy=torch.randn(b, copies, c, h, w, **options),
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -84,23 +84,32 @@ class _Layout:
 
 
 def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, columns: int = 4) -> None:
-    """Write a PNG with a row for each video: image prompt | ground truth | generated, and its caption below.
-
-    Small videos are enlarged by a whole factor with square pixels. The column of the ground truth is absent
-    where no row has one, and empty in a row that has none. The file appears under its name only when it is
-    complete.
-
-    Args:
-        rows: at least one; all of one video size (`h w`).
-        path: ends in `.png`; folders are made.
-        columns: how many evenly spaced frames of a video to show, the first and the last among them.
+    """Write `draw_contact_sheet` as a PNG, whole or not at all; folders are made.
 
     Raises:
-        ValueError: there are no rows, their sizes differ, `columns` is below 1, or the path is no PNG.
+        ValueError: as `draw_contact_sheet`, or the path does not end in `.png`.
     """
     path = Path(path)
     if path.suffix != ".png":
         raise ValueError(f"path is {str(path)!r}; contact_sheet writes .png files: give it that suffix")
+    sheet = draw_contact_sheet(rows, columns=columns)
+    with replacing(path) as partial:
+        sheet.save(partial, format="PNG")
+
+
+def draw_contact_sheet(rows: Sequence[SheetRow], *, columns: int = 4) -> Image.Image:
+    """Draw a row for each video: image prompt | ground truth | generated, and its caption below.
+
+    Small videos are enlarged by a whole factor with square pixels. The column of the ground truth is absent
+    if no row has one, and empty in a row that has none.
+
+    Args:
+        rows: at least one; all of one video size (`h w`).
+        columns: how many evenly spaced frames of a video to show, the first and the last among them.
+
+    Raises:
+        ValueError: there are no rows, their sizes differ, or `columns` is below 1.
+    """
     if columns < 1:
         raise ValueError(f"columns is {columns}; show at least 1 frame")
     sizes = {tuple(row.generated.shape[-2:]) for row in rows}
@@ -123,7 +132,7 @@ def contact_sheet(rows: Sequence[SheetRow], path: str | Path, *, columns: int = 
     for row, lines, row_height in zip(rows, captions, row_heights, strict=True):
         _draw_row(sheet, layout, row, lines, top)
         top += row_height + _GUTTER
-    _save(sheet, path)
+    return sheet
 
 
 def _draw_header(sheet: Image.Image, layout: _Layout) -> None:
@@ -176,8 +185,3 @@ def _wrap(text: str, width: int) -> list[str]:
 @lru_cache(maxsize=1)
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=_TEXT)
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    with replacing(path) as partial:
-        sheet.save(partial, format="PNG")

@@ -11,9 +11,9 @@ import pytest
 from dit_booth.strategies.token_replacement import ReplaceSubject
 from PIL import Image
 
+from dit_booth.commands.sample import Settings, load_run, sample_own
 from dit_booth.inject import PromptTokens
 from dit_booth.models.clip.tokenizer import Tokenizer
-from dit_booth.sampling.command import Settings, load_run, sample_own
 
 pytestmark = pytest.mark.slow
 COMPAT = ["--token-replacement.compat", "videobooth"]

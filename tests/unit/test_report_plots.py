@@ -122,9 +122,9 @@ def test_losses_that_are_not_numbers_are_left_out(tmp_path: Path):
 def test_a_run_saves_what_its_videos_are_compared_with(tmp_path: Path):
     from PIL import Image
 
+    from dit_booth.commands.sample import Row, write_given
     from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
     from dit_booth.data.video import probe
-    from dit_booth.sampling.command import Row, write_given
 
     example = Toyworld(ToyworldConfig(frames=3, size=12, split="heldout"))[0]
     other = torch.full((3, 12, 12), -1.0)

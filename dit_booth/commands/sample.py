@@ -1,0 +1,112 @@
+"""Sample videos from a finished run or the embedded pipeline: its held-out image prompts, or an image of your own.
+
+dit-booth sample runs/RUN --reference shuffled --seeds 0 1 2
+dit-booth sample runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
+dit-booth sample toyworld --image picture.png --caption "a star is spinning" --subject star
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dit_booth.pipeline import Pipeline
+from dit_booth.sampling.heldout import measure, sample_heldout
+from dit_booth.training.distributed import Ranks, start, stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments:
+    run: Annotated[str, tyro.conf.Positional]
+    """The folder of a finished run, an adapter's file (.safetensors), or toyworld, toyworld-unet (embedded)."""
+    reference: Literal["own", "shuffled", "none"] = "own"
+    """The image prompt that a video gets: its own, the next one's (a control), or none."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the sampling noise, one set of videos each."""
+    videos: int = 0
+    """Held-out image prompts; 0: as many as the run sampled."""
+    image: str = ""
+    """An image, or a folder with image.jpg and a mask, to sample from instead of the held-out ones."""
+    mask: str = ""
+    """The mask of the image's subject; without one, and without transparency, the whole image is taken."""
+    caption: str = ""
+    """The text for --image."""
+    subject: str = ""
+    """The words of the caption that the image stands for."""
+    out: str = ""
+    """Folder of the videos; empty: in the run's folder, or runs/samples-<name>."""
+    set: tuple[str, ...] = ()
+    """Settings of the run to replace for sampling, such as guidance.image=3 decoupled_attention.scale=0.5."""
+
+
+def main(argv: Sequence[str], prog: str | None = None) -> int:
+    """0: sampled; 1: an error, said in one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        sample(tyro.cli(SampleArguments, args=argv, description=__doc__, prog=prog))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def sample(arguments: SampleArguments) -> None:
+    """Sample a set of videos for each seed. ValueError: no such run, or --image has no caption with its subject."""
+    if (arguments.caption or arguments.subject or arguments.mask) and not arguments.image:
+        raise ValueError("--image is missing; --caption, --subject and --mask are for an image of your own")
+    pipeline = Pipeline.load(arguments.run, settings=arguments.set)
+    if arguments.image:
+        for seed in arguments.seeds:
+            print(sample_image(pipeline, arguments, seed))
+        return
+    ranks = start()
+    try:
+        for seed in arguments.seeds:
+            print(json.dumps(sample_set(pipeline, arguments, seed, ranks)))
+    finally:
+        stop()
+
+
+def folder_of(arguments: SampleArguments) -> Path:
+    if arguments.out:
+        return Path(arguments.out)
+    run = Path(arguments.run)
+    return run if run.is_dir() else Path("runs") / f"samples-{run.stem}"
+
+
+def sample_image(pipeline: Pipeline, arguments: SampleArguments, seed: int) -> Path:
+    """Sample one video of a user's image and caption; return its path. A contact sheet is written beside it."""
+    image = None if arguments.reference == "none" else arguments.image
+    video = pipeline(
+        image,
+        arguments.caption,
+        subject=arguments.subject or None,
+        mask=arguments.mask or None,
+        seed=seed,
+    )
+    name = "-".join([f"{Path(arguments.image).stem}-seed{seed}", *arguments.set])
+    path = video.save(folder_of(arguments) / "samples-own-image" / f"{name}.mp4")
+    video.save(path.with_suffix(".png"))
+    return path
+
+
+def sample_set(pipeline: Pipeline, arguments: SampleArguments, seed: int, ranks: Ranks) -> dict[str, object]:
+    """Sample and measure the held-out image prompts; return the means and where the files are."""
+    sample = dataclasses.replace(
+        pipeline.config.sample,
+        seed=seed,
+        reference=arguments.reference,
+        videos=arguments.videos or pipeline.config.sample.videos,
+    )
+    name = "-".join([f"samples-{arguments.reference}-seed{seed}", *arguments.set])
+    out = folder_of(arguments) / name
+    means = measure(pipeline, sample_heldout(pipeline, sample, out, ranks), out)
+    return {"reference": arguments.reference, "seed": seed, "folder": str(out), **means}

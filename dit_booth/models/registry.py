@@ -1,0 +1,107 @@
+"""Models by name: ``create_model("dit-nano", strategy="kv_concat")``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from dit_booth.errors import suggest
+from dit_booth.inject import Dims
+from dit_booth.models.assemble import Backbone, assemble
+from dit_booth.models.clip.encoders import build_clip
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
+from dit_booth.models.encoder_config import ClipConfig
+from dit_booth.models.injected import Injected
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
+from dit_booth.models.weights import load_start
+from dit_booth.strategy import StrategyConfig
+
+TINY = ClipConfig(model="dit-booth-tiny", pretrained="none")
+VIT_L = ClipConfig(model="ViT-L-14-quickgelu", pretrained="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """A backbone's configuration, the CLIP that it reads, and the channels of its latents."""
+
+    backbone: DiTConfig | UNetConfig
+    clip: ClipConfig
+    channels: int
+    embedded: bool = False  # the package brings trained weights
+
+    def build(self, text_dim: int, text_embed_dim: int) -> Backbone:
+        """Build the backbone with random weights."""
+        if isinstance(self.backbone, DiTConfig):
+            return VideoDiT(
+                self.backbone, channels=self.channels, text_dim=text_dim, text_embed_dim=text_embed_dim
+            )
+        sizes = {"in_channels": self.channels, "out_channels": self.channels, "text_dim": text_dim}
+        return VideoUNet(replace(self.backbone, **sizes))
+
+
+MODELS: Mapping[str, ModelEntry] = {
+    # The toy world's, in pixels (configs/toyworld.yaml).
+    "dit-nano": ModelEntry(
+        backbone=DiTConfig(
+            size="nano", plan="self+first+previous", positions="rotary", qk_norm=True, conv=True
+        ),
+        clip=TINY,
+        channels=12,
+        embedded=True,
+    ),
+    "dit-s": ModelEntry(backbone=DiTConfig(size="S"), clip=VIT_L, channels=4),
+    "dit-b": ModelEntry(backbone=DiTConfig(size="B"), clip=VIT_L, channels=4),
+    "dit-l": ModelEntry(backbone=DiTConfig(size="L"), clip=VIT_L, channels=4),
+    "dit-xl": ModelEntry(backbone=DiTConfig(size="XL"), clip=VIT_L, channels=4),
+    "unet-nano": ModelEntry(
+        backbone=UNetConfig(
+            channels=(24, 48),
+            layers_per_block=1,
+            heads=4,
+            norm_groups=8,
+            positions="rotary",
+            down_attention=(False, True),
+        ),
+        clip=TINY,
+        channels=12,
+        embedded=True,
+    ),
+    "unet-sd": ModelEntry(backbone=UNetConfig(), clip=VIT_L, channels=4),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names of the models that match a glob."""
+    return [name for name in MODELS if fnmatchcase(name, pattern)]
+
+
+def create_model(
+    name: str,
+    strategy: str = "none",
+    *,
+    pretrained: bool = False,
+    options: Mapping[str, StrategyConfig] | None = None,
+    frames: int = 16,
+    seed: int = 0,
+) -> Injected:
+    """Create a backbone with its text encoder and strategies (``a+b``) on the CPU.
+
+    pretrained: with the embedded weights of the toy world (dit-nano, unet-nano); else all weights are random.
+    options: of the strategies, by name. frames: of a training video. seed: of the strategies' random weights.
+    ValueError: an unknown name, a strategy that does not fit, or no embedded weights.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model {name!r} is unknown{suggest(name, MODELS)}")
+    entry = MODELS[name]
+    if pretrained and not entry.embedded:
+        raise ValueError(
+            f"no weights of {name} are embedded; use pretrained=False and load your own"
+            f" (embedded: {', '.join(n for n, e in MODELS.items() if e.embedded)})"
+        )
+    text, image = build_clip(replace(entry.clip, pretrained="embedded" if pretrained else "none"))
+    backbone = entry.build(text.width, text.embed_dim)
+    if pretrained:
+        load_start(backbone, text, "embedded", "dit" if isinstance(backbone, VideoDiT) else "unet")
+    dims = Dims(image.width, image.embed_dim, entry.channels, frames)
+    return assemble(backbone, text, strategy, dims, options=options, seed=seed)

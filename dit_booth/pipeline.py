@@ -1,0 +1,188 @@
+"""`Pipeline`: an image and a sentence in, a video out; loaded from what the package brings, a run, or an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from dit_booth.components import Components, build
+from dit_booth.config import RunConfig
+from dit_booth.config.parse import parse, to_argv
+from dit_booth.data.image_prompt import ImageLike, MaskLike, as_image_prompt
+from dit_booth.diffusion.guidance import GuidanceConfig
+from dit_booth.diffusion.samplers import SamplerConfig
+from dit_booth.errors import suggest
+from dit_booth.files import packaged, write_text
+from dit_booth.models.fingerprint import warn_of_another_base
+from dit_booth.models.weights import load_strictly, read
+from dit_booth.sampling.generate import generate
+from dit_booth.sampling.video import Video
+from dit_booth.training.stage import active_strategies, schedule_of
+
+EMBEDDED = {"toyworld": "toyworld-dit.safetensors", "toyworld-unet": "toyworld-unet.safetensors"}
+"""Adapters that the package brings, by name: VideoBooth's two stages on the toy world (docs/model_card.md)."""
+
+
+class Pipeline(Components):
+    """Components that are ready to sample: ``pipe("cat.png", "a cat runs on sand", subject="cat")``.
+
+    Its `config` is that of the run it comes from; guidance, sampler, frames and size are its defaults for a call.
+    """
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = "toyworld",
+        *,
+        base: str = "",
+        settings: Sequence[str] = (),
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load a pipeline, with the strategies of its last stage active.
+
+        source: ``toyworld`` or ``toyworld-unet`` (embedded), a finished run's folder, or an adapter: the
+            ``strategy.safetensors`` of a run, without the backbone that it was trained on.
+        base: for an adapter, where the backbone is (`RunConfig.weights`); default: where the adapter's run had it from.
+        settings: settings of the run to replace, such as ``guidance.image=3``.
+        device: default: CUDA if there is a GPU.
+        ValueError: there is no such source, the run is not finished, or weights do not fit.
+        """
+        path = Path(source).expanduser()
+        if str(source) in EMBEDDED:
+            path = packaged(f"assets/{EMBEDDED[str(source)]}")
+        if path.is_dir():
+            config, files = _run(path, settings)
+        elif path.is_file():
+            config, files = _adapter(path, base, settings)
+        else:
+            raise ValueError(
+                f"{str(source)!r} is no run folder, no adapter file and not embedded{suggest(str(source), EMBEDDED)}"
+            )
+        built = build(config)
+        for file, prefix in files.items():
+            state = {prefix + name: value for name, value in read(file).items()}
+            load_strictly(built.model, state, str(file), partial=True)
+        warn_of_another_base(path, built.model.backbone, built.model.strategy)
+        if schedule := schedule_of(config):
+            built.model.active = active_strategies(config, schedule, len(schedule) - 1)
+        pipeline = cls(**vars(built))
+        pipeline.model.requires_grad_(False).eval()
+        return pipeline.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the pipeline as a finished run's folder: ``run.yaml``, both files of weights, and the marker."""
+        folder = Path(folder)
+        write_text(folder / "run.yaml", yaml.safe_dump(self.config.as_dict(), sort_keys=False))
+        self.save_weights(folder)
+        write_text(folder / "finished", "")
+        return folder
+
+    def __call__(
+        self,
+        image: ImageLike | None,
+        text: str,
+        *,
+        subject: str | None = None,
+        mask: MaskLike | None = None,
+        seed: int = 0,
+        frames: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        guidance: float | GuidanceConfig | None = None,
+        sampler: SamplerConfig | None = None,
+        steps: int | None = None,
+    ) -> Video:
+        """Sample a video of the image's subject.
+
+        image: a path, PIL image, array or tensor (`as_image_prompt`); None: from the text alone.
+        text: what the video shows, with the subject's words in it.
+        subject: the words of the text that the image stands for; needed by strategies that replace them.
+        mask: of the subject; without one, and without transparency in the image, the whole image is taken.
+        frames, size (a side, or height and width, in pixels), guidance (a scale, or `GuidanceConfig`), sampler, steps:
+            default: as in the run.
+        ValueError: the text lacks the subject, or a value cannot work.
+        """
+        data, config = self.config.data, self.config
+        if not text.strip():
+            raise ValueError("text is empty; write what the video shows, such as 'a star is spinning'")
+        if image is not None and subject is None and self.replaces_words:
+            raise ValueError(
+                f"subject is missing; name the words of {text!r} that the image stands for, such as subject='star'"
+            )
+        side = data.image_size or data.size
+        height, width = size if isinstance(size, tuple) else (size or data.size,) * 2
+        for name, value in (("frames", frames or data.frames), ("size", height), ("size", width)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; use 1 or more")
+        if not isinstance(guidance, GuidanceConfig):
+            guidance = config.guidance if guidance is None else GuidanceConfig(scale=guidance)
+        sampler = sampler or config.sampler
+        sampler = sampler if steps is None else replace(sampler, steps=steps)
+        shown = None if image is None else as_image_prompt(image, size=side, mask=mask)
+        prompt = torch.zeros(3, side, side) if shown is None else shown
+        video = generate(
+            self,
+            prompt[None].to(self.device),
+            [text],
+            [subject],
+            [seed],
+            size=(frames or data.frames, height, width),
+            guidance=guidance,
+            sampler=sampler,
+            use_image=shown is not None,
+        )[0]
+        return Video.from_tensor(video, fps=config.sample.fps, text=text, image=shown)
+
+    @property
+    def replaces_words(self) -> bool:
+        """True if an active strategy puts the image in the place of the subject's words."""
+        words = {site.name for site in self.model.text.sites()}
+        return any(words & self.model.strategy.part(name).attached.keys() for name in self.model.active)
+
+
+def load(
+    source: str | Path = "toyworld",
+    *,
+    base: str = "",
+    settings: Sequence[str] = (),
+    device: torch.device | str | None = None,
+) -> Pipeline:
+    """Load a pipeline: see `Pipeline.load`."""
+    return Pipeline.load(source, base=base, settings=settings, device=device)
+
+
+def _run(folder: Path, settings: Sequence[str]) -> tuple[RunConfig, dict[Path, str]]:
+    """Return a finished run's configuration, and its files of weights with the prefixes of their names."""
+    if not (folder / "finished").is_file():
+        raise ValueError(
+            f"{folder} is not a finished run; run it to its end first (the same command resumes)"
+        )
+    config = parse(["--config", str(folder / "run.yaml"), *_flags(settings)])
+    files = {folder / "weights.safetensors": "", folder / "strategy.safetensors": "strategy."}
+    return config, {file: prefix for file, prefix in files.items() if file.is_file()}
+
+
+def _adapter(file: Path, base: str, settings: Sequence[str]) -> tuple[RunConfig, dict[Path, str]]:
+    """Return the configuration that an adapter's metadata hold, and its file."""
+    try:
+        with safe_open(file, "pt") as saved:
+            metadata: dict[str, str] = saved.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}; copy it again") from error
+    if "settings" not in metadata:
+        raise ValueError(
+            f"{file} does not tell its run's settings; give the run's folder, or the strategy.safetensors of a run"
+        )
+    stored: dict[str, Any] = json.loads(metadata["settings"])
+    stored["weights"] = base or stored["weights"]
+    return parse([*to_argv(stored), *_flags(settings)]), {file: "strategy."}
+
+
+def _flags(settings: Sequence[str]) -> list[str]:
+    return [f"--{setting}" for setting in settings]
