@@ -36,8 +36,11 @@ class ModelEntry:
             return VideoDiT(
                 self.backbone, channels=self.channels, text_dim=text_dim, text_embed_dim=text_embed_dim
             )
-        sizes = {"in_channels": self.channels, "out_channels": self.channels, "text_dim": text_dim}
-        return VideoUNet(replace(self.backbone, **sizes))
+        return VideoUNet(
+            replace(
+                self.backbone, in_channels=self.channels, out_channels=self.channels, text_dim=text_dim
+            )
+        )
 
 
 MODELS: Mapping[str, ModelEntry] = {
