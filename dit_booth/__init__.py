@@ -3,7 +3,7 @@
     import dit_booth
 
     pipe = dit_booth.load("toyworld")  # embedded; or a run's folder, or an adapter's file
-    video = pipe("star.png", "a star is spinning", subject="star", seed=0)
+    video = pipe("star.png", "a star is spinning on snow", subject="star", seed=0)
     video.save("star.mp4")
 
 Names are imported when they are first used: ``import dit_booth`` takes milliseconds.

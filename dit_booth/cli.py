@@ -31,7 +31,7 @@ COMMANDS = {
         "dit_booth.commands.sample",
         "SampleArguments",
         "sample from a run or the embedded pipeline",
-        'dit-booth sample toyworld --image star.png --caption "a star is spinning" --subject star',
+        'dit-booth sample toyworld --image star.png --caption "a star is spinning on snow" --subject star',
     ),
     "sweep": Command(
         "dit_booth.commands.sweep",

@@ -55,7 +55,8 @@ class ImageTokens(nn.Module):
         self.project, self.norm = nn.Linear(embed_dim, tokens * width), nn.LayerNorm(width)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        return self.norm(rearrange(self.project(embedding), "b (m c) -> b m c", m=self.tokens))
+        tokens: Tensor = self.norm(rearrange(self.project(embedding), "b (m c) -> b m c", m=self.tokens))
+        return tokens
 
 
 class ImageAttention(nn.Module):

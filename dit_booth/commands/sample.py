@@ -2,7 +2,7 @@
 
 dit-booth sample runs/RUN --reference shuffled --seeds 0 1 2
 dit-booth sample runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
-dit-booth sample toyworld --image picture.png --caption "a star is spinning" --subject star
+dit-booth sample toyworld --image picture.png --caption "a star is spinning on snow" --subject star
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FLOPs of what PyTorch's dispatcher sees, by PyTorch's own formulas and some that it lacks."""
+"""Count FLOPs of all operations that PyTorch dispatches, by PyTorch's formulas and some that it lacks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from torch.utils.flop_counter import (
 
 import dit_booth.attention.kernels.short  # noqa: F401 (registers its operators)
 
+Operator = Callable[..., Any]
+
 
 class Flops(TorchDispatchMode):
     """Counts while it is entered, on any device, the meta device included.
 
-    The same sum as `torch.utils.flop_counter.FlopCounterMode` makes, which follows modules, breaks
+    The sum equals that of `torch.utils.flop_counter.FlopCounterMode`, which follows modules, breaks
     operations up (and so changes last digits), and takes nearly twice as long.
     An attention kernel that hides from the dispatcher (flash, flash4) counts as nothing.
     On the meta device an operation runs once for every shape: many are Python and take milliseconds.
@@ -37,16 +39,20 @@ class Flops(TorchDispatchMode):
         self.known: dict[Hashable, list[Layout | None]] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Operator,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         given = kwargs or {}
         out = self._run(func, args, given)
         if formula := self.formulas.get(getattr(func, "_overloadpacket", func)):
             self.total += formula(*args, **given, out_val=out)
         return out
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        key = (func, *_told(args), *_told(kwargs.items())) if _makes_tensors(func) else ()
+    def _run(self, func: Operator, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        key = (func, *layouts(args), *layouts(kwargs.items())) if makes_tensors(func) else ()
         if None in key or not any(isinstance(part, Layout) for part in key):
             return func(*args, **kwargs)
         if key not in self.known:
@@ -58,7 +64,7 @@ class Flops(TorchDispatchMode):
 
 
 class Layout(NamedTuple):
-    """Of a tensor on the meta device, which has no more to it."""
+    """All that a tensor on the meta device has: shape, strides, dtype."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -72,21 +78,21 @@ class Layout(NamedTuple):
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 
-def _told(values: Iterable[Any]) -> Iterator[Hashable]:
-    """What arguments tell an operation; None: the values of a tensor."""
+def layouts(values: Iterable[object]) -> Iterator[Hashable]:
+    """Yield what an operation's result depends on: layouts of tensors, other values; None for a tensor with values."""
     for value in values:
         if isinstance(value, Tensor):
             yield Layout.of(value) if value.is_meta else None
         elif isinstance(value, (list, tuple)):
             yield len(value)
-            yield from _told(value)
+            yield from layouts(value)
         else:
             yield type(value), value  # 1 is not 1.0
 
 
 @cache
-def _makes_tensors(func: Any) -> bool:
-    """New ones only, and changes none that it is given."""
+def makes_tensors(func: Operator) -> bool:
+    """True if an operator returns new tensors only, and changes none that it is given."""
     schema = getattr(func, "_schema", None)
     return bool(
         schema
@@ -97,29 +103,29 @@ def _makes_tensors(func: Any) -> bool:
 
 
 @cache
-def formulas() -> Mapping[Any, Callable[..., int]]:
-    """By operator: its FLOPs from its arguments and its result (`out_val`)."""
+def formulas() -> Mapping[Operator, Callable[..., int]]:
+    """Return operator -> its FLOPs as a function of its arguments and its result (`out_val`)."""
     ops, ours = torch.ops.aten, torch.ops.dit_booth
     return {
         **flop_registry,
         ops._scaled_dot_product_flash_attention_for_cpu: _forward,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
-        ops.convolution_backward: _of_convolution,
+        ops.convolution_backward: convolution_backward,
         ours.short_attention: _forward,
         ours.short_attention_backward: _backward,
     }
 
 
-def _of_convolution(dout: Tensor, x: Tensor, weight: Tensor, *more: Any, **_: Any) -> int:
-    """A convolution's backward: as many FLOPs as forward for each gradient. PyTorch's formula forgets the groups."""
+def convolution_backward(dout: Tensor, x: Tensor, weight: Tensor, *more: Any, **_: object) -> int:
+    """Count as many FLOPs as forward for each gradient (PyTorch's formula forgets the groups)."""
     transposed, mask = more[4], more[-1]
     forward = conv_flop_count(list(x.shape), list(weight.shape), list(dout.shape), transposed=transposed)
     return int(forward * sum(mask[:2]))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+def _forward(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
     return int(sdpa_flop_count(q.shape, k.shape, v.shape))
 
 
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
     return int(sdpa_backward_flop_count(dout.shape, q.shape, k.shape, v.shape))

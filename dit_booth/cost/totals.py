@@ -1,13 +1,12 @@
-"""What a run's training cost, from what its stages have written down."""
+"""Cost of a run's training, from the ``cost.json`` of its stages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 
-def training_costs(stages: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Seconds and FLOPs of all training steps of a point, from its stages' costs; None where one of them is unknown.
+def training_costs(stages: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Sum seconds and FLOPs of all training steps of a point over its stages; None where one of them is unknown.
 
     A shared stage counts in full in every point that has it, whichever point happened to train it.
     """

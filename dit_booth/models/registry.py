@@ -37,9 +37,7 @@ class ModelEntry:
                 self.backbone, channels=self.channels, text_dim=text_dim, text_embed_dim=text_embed_dim
             )
         return VideoUNet(
-            replace(
-                self.backbone, in_channels=self.channels, out_channels=self.channels, text_dim=text_dim
-            )
+            replace(self.backbone, in_channels=self.channels, out_channels=self.channels, text_dim=text_dim)
         )
 
 

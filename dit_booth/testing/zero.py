@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dit_booth.config.parse import load_plugin
 from dit_booth.inject import Reference
 from dit_booth.models.clip.encoders import Prompt
+from dit_booth.models.injected import Prediction
 from dit_booth.strategy import registered
 from dit_booth.testing import Trial, trial, worst
 from dit_booth.training.distributed import Ranks, initialize, start, stop
@@ -69,8 +70,8 @@ def stepped(strategy: str, backbone: str, ranks: Ranks) -> Trial:
     return run
 
 
-def _loss(model: Any, arguments: Arguments) -> Tensor:
-    prediction = model(*arguments)
+def _loss(model: nn.Module, arguments: Arguments) -> Tensor:
+    prediction: Prediction = model(*arguments)
     loss = prediction.output.square().mean() + prediction.aux_loss
     return (
         loss

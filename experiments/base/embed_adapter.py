@@ -1,7 +1,7 @@
 """Put the strategies of a finished run into the package, as the adapter that ``dit_booth.load("toyworld")`` loads.
 
-    python experiments/base/embed_adapter.py runs/adapter-dit
-    python experiments/base/embed_adapter.py runs/adapter-unet --backbone unet
+python experiments/base/embed_adapter.py runs/adapter-dit
+python experiments/base/embed_adapter.py runs/adapter-unet --backbone unet
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def follows(way: str, video: Tensor) -> bool:
         "growing": larger,
         "shrinking": -larger,
     }
-    return moves[way.split()[-1]] > 0
+    return bool(moves[way.split()[-1]] > 0)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _seconds(job: Job, device: torch.device, clock: Clock) -> float:
     job()
     end.record()
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def peak_memory(job: Job, device: torch.device) -> int:

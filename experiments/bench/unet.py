@@ -57,16 +57,19 @@ class Bench:
         return recorder.hidden
 
     def plain(self) -> Tensor:
-        return self.net(self.x, self.t, Text(self.words, self.words[:, -1]))
+        output: Tensor = self.net(self.x, self.t, Text(self.words, self.words[:, -1]))
+        return output
 
     def fine(self, words: Tensor | None = None) -> Tensor:
         words = self.words if words is None else words
         conditions = self.strategy(self.reference, {"matched": self.record()}, NAMES)
-        return self.net(self.x, self.t, Text(words, words[:, -1]), self.strategy.bind(NAMES, conditions))
+        taps = self.strategy.bind(NAMES, conditions)
+        output: Tensor = self.net(self.x, self.t, Text(words, words[:, -1]), taps)
+        return output
 
     def guided(self) -> Tensor:
         taps = self.strategy.bind(NAMES)
-        without = self.net(self.x, self.t, Text(self.null, self.null[:, -1]), taps)
+        without: Tensor = self.net(self.x, self.t, Text(self.null, self.null[:, -1]), taps)
         return without + 4 * (self.fine() - without)
 
     def guided_by_zero_image(self) -> Tensor:

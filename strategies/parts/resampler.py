@@ -56,4 +56,5 @@ class PerceiverLayer(nn.Module):
         q, kv = self.to_q(y), self.to_kv(torch.cat([self.norm_image(image), y], dim=1))
         q, k, v = (rearrange(t, "b n (k d) -> b k n d", k=self.heads) for t in (q, *kv.chunk(2, dim=-1)))
         x = x + self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b k n d -> b n (k d)"))
-        return x + self.mlp(self.norm_mlp(x))
+        out: Tensor = x + self.mlp(self.norm_mlp(x))
+        return out
