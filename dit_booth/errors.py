@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SEED = "[0, 9223372036854775807]"
+"""Range of a seed: what fits into the 63 bits that every random generator takes."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -11,3 +20,33 @@ def suggest(name: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:6]
     return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def check_ranges(config: DataclassInstance, section: str, **ranges: str) -> None:
+    """Raise ValueError for a numeric field of `config` that is no finite number in its range.
+
+    section: the fields' section, as in ``train.lr``, or none. ranges: an interval for each field, such as ``(0, 1]``.
+    A field whose annotation has no float takes whole numbers only; each element of a tuple is checked.
+    """
+    annotations = {field.name: str(field.type) for field in dataclasses.fields(config)}
+    for name, interval in ranges.items():
+        value: object = getattr(config, name)
+        annotation = annotations[name]
+        if value is None and "None" in annotation:
+            continue
+        whole = "float" not in annotation
+        for element in value if isinstance(value, tuple) else (value,):
+            if not _contains(interval, element, whole):
+                kind = "a whole number" if whole else "a number"
+                field = f"{section}.{name}".lstrip(".")
+                raise ValueError(f"{field} is {value!r}; use {kind} in {interval}")
+
+
+def _contains(interval: str, value: object, whole: bool) -> bool:
+    """Return whether `value` is a finite number, no bool, in an interval such as ``[0, 1)``."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        return False
+    low, high = (int(bound) if bound.isdigit() else float(bound) for bound in interval[1:-1].split(", "))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and math.isfinite(value)

@@ -103,8 +103,8 @@ def check_length(path: str | Path, info: VideoInfo, *, start: int, frames: int, 
     needed = start + (frames - 1) * stride + 1
     if frames < 1 or needed > info.frames:
         raise ValueError(
-            f"{path}: data.frames={frames} at data.stride={stride} from frame {start} needs {needed} frames, "
-            f"and the video has {info.frames}; lower data.frames or data.stride, or leave the video out"
+            f"{path}: data.frames={frames} at data.triplets.stride={stride} from frame {start} needs {needed} frames, "
+            f"and the video has {info.frames}; lower data.frames or data.triplets.stride, or leave the video out"
         )
 
 

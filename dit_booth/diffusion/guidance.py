@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_booth.errors import check_ranges
+
 
 class Branch(NamedTuple):
     """One prediction of a guided step: with or without the text, with or without the image."""
@@ -38,8 +40,8 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for values that cannot work."""
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"channels={self.channels}: guide at least one channel, or leave it out for all")
+        scales = dict.fromkeys(("scale", "image", "text"), "[-1000, 1000]")
+        check_ranges(self, "guidance", **scales, channels="[1, 4096]")
         if self.unconditional not in ("zero_image", "omit"):
             raise ValueError(f"unconditional={self.unconditional!r}: choose zero_image or omit")
 

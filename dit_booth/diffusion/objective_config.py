@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dit_booth.diffusion.schedule import BetaSchedule
+from dit_booth.errors import check_ranges
 
 _CHOICES = {
     "kind": ("eps", "v", "flow"),
@@ -44,19 +45,23 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for values that cannot work."""
+        check_ranges(
+            self,
+            "objective",
+            beta_start="(0, 1)",
+            beta_end="(0, 1)",
+            min_snr="[0, 1000000]",
+            logit_mean="[-100, 100]",
+            logit_std="(0, 100]",
+            shift="(0, 1000]",
+            t_min="(0, 1)",
+        )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(choices)}")
         if self.kind != "flow" and self.prediction != "velocity":
             raise ValueError(f"prediction={self.prediction!r} belongs to kind=flow, not to kind={self.kind}")
-        if self.min_snr < 0:
-            raise ValueError(f"min_snr={self.min_snr}: choose a positive number such as 5, or 0 for none")
         if self.kind == "flow" and self.min_snr:
             raise ValueError(
                 f"min_snr={self.min_snr} belongs to kind=eps and kind=v, not to kind=flow; use 0"
             )
-        for name in ("logit_std", "shift", "t_min"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: choose a positive number")
-        if self.t_min >= 1:
-            raise ValueError(f"t_min={self.t_min}: time ends at 1, choose a smaller number such as 0.05")

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_booth.diffusion.noise import Generators, compute_dtype, randn_like
 from dit_booth.diffusion.objectives import DiscreteObjective, FlowObjective, Objective
 from dit_booth.diffusion.schedule import DiscreteSchedule
+from dit_booth.errors import check_ranges
 
 Model = Callable[[Tensor, Tensor], Tensor]
 """model(x_t (b ...), timestep (b,) in [0, 1000)) -> prediction (b ...)."""
@@ -45,14 +46,9 @@ class SamplerConfig:
         """Raise ValueError, naming the field, for values that cannot work."""
         if self.kind not in ("auto", "ddpm", "ddim", "euler", "heun"):
             raise ValueError(f"kind={self.kind!r}: choose auto, ddpm, ddim, euler or heun")
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: choose at least 1")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta={self.eta}: choose a number from 0 to 1")
+        check_ranges(self, "sampler", steps="[1, 100000]", eta="[0, 1]", clip_x0="(0, 1000000]")
         if self.eta > 0 and self.kind not in ("auto", "ddim", "euler"):
             raise ValueError(f"eta={self.eta} belongs to kind=ddim or euler, not to {self.kind}; use eta=0")
-        if self.clip_x0 is not None and self.clip_x0 <= 0:
-            raise ValueError(f"clip_x0={self.clip_x0}: choose a positive bound, or leave it out for none")
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dit_booth.errors import check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
@@ -39,3 +41,6 @@ class AutoencoderConfig:
 
     chunk: int = 8
     """kl, tiny: frames per pass; bounds memory, changes nothing else."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "autoencoder", patch="[1, 64]", chunk="[1, 100000]")

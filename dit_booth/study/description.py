@@ -216,6 +216,6 @@ def _say(options: Mapping[str, Any], short: Mapping[str, str]) -> list[str]:
 
 
 def _near(name: str, known: Sequence[str]) -> str:
-    from dit_booth.inject import suggest  # imports PyTorch: only where there is an error to word
+    from dit_booth.errors import suggest  # imports PyTorch: only where there is an error to word
 
     return suggest(name, known)

@@ -271,7 +271,7 @@ def _inputs(points: list[Point], description: Description) -> list[str]:
         settings = point.settings
         files |= {given_or_packaged(settings["ds_config"], "configs"), *map(Path, settings["plugin"])}
         named = [settings["weights"], *settings["strategy_weights"], settings["clip"]["pretrained"]]
-        named += [settings["autoencoder"]["path"], settings["data"]["root"]]
+        named += [settings["autoencoder"]["path"], settings["data"]["triplets"]["root"]]
         for name in named:
             path = Path(str(name).removeprefix("local-dir:")).expanduser()
             if name and path.exists():
@@ -284,7 +284,11 @@ def _inputs(points: list[Point], description: Description) -> list[str]:
 def _lists(points: list[Point]) -> list[list[str]]:
     """The lists of training data in files: each with the data set's folder."""
     data = [point.settings["data"] for point in points]
-    roots = {(section["root"], section["csv"]) for section in data if section["kind"] != "toyworld"}
+    roots = {
+        (section["triplets"]["root"], section["triplets"]["csv"])
+        for section in data
+        if section["kind"] != "toyworld"
+    }
     return [[root, str(file)] for root, csv in sorted(roots) for file in sorted(Path(root).glob(csv))]
 
 

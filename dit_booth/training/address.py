@@ -26,7 +26,7 @@ from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
 
-SCHEMA = 2
+SCHEMA = 3
 """Raise it with a change of the code after which a stage of equal settings results in something else."""
 
 ELSEWHERE = ("strategy", "schedule", "stages", "dit", "unet", "ds_config", "strategy_weights", "plugin")
@@ -34,11 +34,10 @@ ELSEWHERE = ("strategy", "schedule", "stages", "dit", "unet", "ds_config", "stra
 WITHOUT_EFFECT = ("sample", "sampler", "guidance", "evaluation")
 """Settings that change no stage's weights."""
 BY_CONTENT = {
-    "data": ("heldout_csv",),
     "clip": ("pretrained",),
     "autoencoder": ("path",),
 }
-"""Of the other sections: what changes no stage, or enters as the content of the file that it names."""
+"""Fields of other sections that enter as the content of the file that they name."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ def _common(config: RunConfig) -> dict[str, Any]:
     settings = decisive(config.as_dict())
     rest = {k: v for k, v in settings.items() if k not in (*ELSEWHERE, *WITHOUT_EFFECT)}
     rest = {k: v for k, v in rest.items() if k not in find(config.strategy)}  # the strategies' own sections
+    rest["data"].get("triplets", {}).pop("heldout_csv", None)  # sampled from, not trained on
     for section, names in BY_CONTENT.items():
         for name in names:
             rest[section].pop(name, None)
@@ -147,11 +147,12 @@ def _data_files(config: RunConfig) -> Mapping[str, list[str]]:
     """Of every list of examples that a data set on disk is made of: the hash of it, and that of the files it names."""
     if config.data.kind == "toyworld":
         return {}
-    root = Path(config.data.root)
-    files = sorted(root.glob(config.data.csv))
+    options = config.data.triplets
+    root = Path(options.root)
+    files = sorted(root.glob(options.csv))
     if not files:
         raise ValueError(
-            f"data.root is {config.data.root!r}, which has no file {config.data.csv!r} (data.csv)"
+            f"data.triplets.root is {options.root!r}, which has no file {options.csv!r} (data.triplets.csv)"
         )
     return {str(file.relative_to(root)): [content_of(file), files_of(root, file)] for file in files}
 

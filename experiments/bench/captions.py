@@ -51,7 +51,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     weights = f"--weights={settings.weights}"
-    components = build(parse(["--config", settings.config, "--data.describe=full", weights]))
+    components = build(parse(["--config", settings.config, "--data.toyworld.describe=full", weights]))
     components = components.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     asked = ask(components, dict.fromkeys(WAYS, settings.each) | {SPINNING: settings.spinning})
     right, made = dict.fromkeys(WAYS, 0), list[Shape]()

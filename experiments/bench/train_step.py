@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from dit_booth.config import DataConfig, RunConfig
-from dit_booth.config.parse import TRUTH, config_class
+from dit_booth.config.parse import YAML_BOOLEANS, config_class
 from dit_booth.cost.describe import Latents, build, inputs, reference
 from dit_booth.cost.flops import Flops
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
@@ -351,7 +351,7 @@ if __name__ == "__main__":
         tyro.cli(
             Options,
             description=__doc__,
-            registry=TRUTH,
+            registry=YAML_BOOLEANS,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         )
     )

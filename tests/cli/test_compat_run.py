@@ -22,7 +22,16 @@ PLURAL = ["two polar bears walk", "polar bears in the snow"]
 
 
 def on(data: Path, out: Path) -> list[str]:
-    return ["--data.kind", "triplets", "--data.root", str(data), "--data.stride", "1", "--out", str(out)]
+    return [
+        "--data.kind",
+        "triplets",
+        "--data.triplets.root",
+        str(data),
+        "--data.triplets.stride",
+        "1",
+        "--out",
+        str(out),
+    ]
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -55,7 +64,7 @@ def test_a_run_finds_the_subject_by_its_first_token(
     refused = in_process(*tiny, *on(data, tmp_path / "default"))
     assert refused.code == 1
     (line,) = refused.errors()
-    assert "2 of 2 examples" in line and "data.max_broken is 0" in line
+    assert "2 of 2 examples" in line and "data.triplets.max_broken is 0" in line
     assert "'two polar bears walk' does not contain the subject 'polar bear' as whole words" in refused.output
     assert not replaced, "no pass through the network"
 
@@ -86,7 +95,7 @@ def test_a_run_refuses_a_caption_without_even_the_first_token(
     ended = in_process(*tiny, *on(data, tmp_path / "run"), *COMPAT)
     assert ended.code == 1
     (line,) = ended.errors()
-    assert "1 of 3 examples" in line and "data.max_broken is 0" in line
+    assert "1 of 3 examples" in line and "data.triplets.max_broken is 0" in line
     assert "clip2: the caption has none of the mask's labels ('polar bear')" in ended.output
     assert (
         "not even the first token 'polar' of subject 'polar bear' is in caption 'a cold night'"

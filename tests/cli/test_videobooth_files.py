@@ -45,10 +45,10 @@ def tiny(files: Path) -> list[str]:
     """On top of either YAML file: small sizes, and where the files are."""
     flags = f"""
         --unet.channels 8 16 --unet.layers-per-block 1 --unet.heads 2 --unet.norm-groups 4
-        --unet.down-attention True False --data.frames 3 --data.stride 1 --data.size 16 --data.workers 0
+        --unet.down-attention True False --data.frames 3 --data.triplets.stride 1 --data.size 16 --data.workers 0
         --train.batch-size 2 --sample.videos 1 --sampler.steps 2 --clip.model dit-booth-tiny
         --clip.pretrained {files}/clip --autoencoder.path {files}/sd --autoencoder.subfolder vae
-        --data.root {files}/data
+        --data.triplets.root {files}/data
     """
     return flags.split()
 
@@ -153,7 +153,7 @@ def test_half_of_the_files_do_not_sample(files: Path, tmp_path: Path, in_process
 def test_the_files_hold_the_papers_settings(file: str) -> None:
     config = parse(["--config", str(ROOT / file)])
     data, train, stages = config.data, config.train, config.stages
-    assert (data.frames, data.stride, data.size) == (16, 4, 256)
+    assert (data.frames, data.triplets.stride, data.size) == (16, 4, 256)
     assert (train.batch_size, train.clip, train.weight_decay) == (16, 0.1, 0.0)
     assert (stages.coarse.lr, stages.fine.lr, stages.coarse.drop, stages.fine.drop) == (1e-4, 1e-4, 0.0, 0.1)
     assert (config.objective.kind, config.objective.beta_schedule) == ("eps", "linear")

@@ -76,7 +76,14 @@ def test_damage_within_a_video_is_no_silent_loss(tmp_path: Path):
 def test_more_frames_than_there_are(tmp_path: Path, window):
     path = tmp_path / "clip.mp4"
     write_video(path, noise(), fps=10)
-    refused(lambda: read_video(path, **window), "clip.mp4", "has 12", "data.frames", "data.stride", "lower")
+    refused(
+        lambda: read_video(path, **window),
+        "clip.mp4",
+        "has 12",
+        "data.frames",
+        "data.triplets.stride",
+        "lower",
+    )
 
 
 def test_impossible_windows_and_videos(tmp_path: Path):
@@ -210,9 +217,9 @@ def test_the_small_data_set_is_sound(tmp_path: Path):
 )
 def test_a_path_that_leaves_the_root_is_never_tolerated(tmp_path: Path, line):
     options = dataset(tmp_path / "root", line=line)
-    refused(lambda: Triplets(options), "leads out of data.root", "correct the CSV")
+    refused(lambda: Triplets(options), "leads out of data.triplets.root", "correct the CSV")
     tolerant = TripletsConfig(root=options.root, max_broken=10)
-    refused(lambda: Triplets(tolerant), "leads out of data.root")
+    refused(lambda: Triplets(tolerant), "leads out of data.triplets.root")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +230,7 @@ def test_a_link_that_leaves_the_root_is_refused(tmp_path: Path, name):
     inside, outside = tmp_path / "root" / name, tmp_path / "outside"
     inside.rename(outside)
     inside.symlink_to(outside)
-    refused(lambda: Triplets(options), "leads out of data.root")
+    refused(lambda: Triplets(options), "leads out of data.triplets.root")
 
 
 def test_a_link_within_the_root_is_fine(tmp_path: Path):
@@ -267,7 +274,7 @@ def test_a_broken_example_names_its_fault(tmp_path: Path, changes, words):
 def test_too_short_a_video(tmp_path: Path):
     options = dataset(tmp_path)
     long = TripletsConfig(root=options.root, frames=4, stride=2, size=16)
-    refused(lambda: Triplets(long), "needs 7 frames", "has 6", "data.stride")
+    refused(lambda: Triplets(long), "needs 7 frames", "has 6", "data.triplets.stride")
 
 
 def test_a_file_that_breaks_during_training_is_an_error_with_its_key(tmp_path: Path):
@@ -277,8 +284,8 @@ def test_a_file_that_breaks_during_training_is_an_error_with_its_key(tmp_path: P
 
 
 def test_options_that_cannot_be(tmp_path: Path):
-    refused(lambda: Triplets(TripletsConfig(root=str(tmp_path / "none"))), "data.root", "none")
-    refused(lambda: Triplets(TripletsConfig(root=str(tmp_path), csv="x*.csv")), "data.csv", "x*.csv")
+    refused(lambda: Triplets(TripletsConfig(root=str(tmp_path / "none"))), "data.triplets.root", "none")
+    refused(lambda: Triplets(TripletsConfig(root=str(tmp_path), csv="x*.csv")), "data.triplets.csv", "x*.csv")
     for field, value in (("frames", 0), ("stride", 0), ("size", 4), ("image_size", 2), ("max_broken", -1)):
         refused(
             lambda field=field, value=value: TripletsConfig(root="r", **{field: value}),

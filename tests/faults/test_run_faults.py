@@ -254,19 +254,19 @@ def test_a_truncated_video_is_an_error_or_by_request_left_out(
     data = [
         "--data.kind",
         "triplets",
-        "--data.root",
+        "--data.triplets.root",
         str(triplets),
-        "--data.stride",
+        "--data.triplets.stride",
         "1",
         "--sample.videos",
         "1",
     ]
     arguments = [*tiny, *data, "--out", str(tmp_path / "run")]
     ended = in_process(*arguments)
-    said(ended, "1 of 3 examples", str(triplets), "data.max_broken is 0", "repair or remove")
+    said(ended, "1 of 3 examples", str(triplets), "data.triplets.max_broken is 0", "repair or remove")
     assert "clip1.mp4" in ended.output and "truncated" in ended.output
 
-    ended = in_process(*arguments, "--data.max-broken", "1")
+    ended = in_process(*arguments, "--data.triplets.max-broken", "1")
     assert ended.code == 0, ended.output
     assert "1 of 3 examples" in ended.output and "left out" in ended.output and "clip1" in ended.output
     assert (tmp_path / "run" / "samples" / "000.mp4").is_file()

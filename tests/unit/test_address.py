@@ -47,7 +47,8 @@ def usual() -> dict[str, str]:
         "--sampler.steps 9",
         "--train.checkpoint-every 7",
         "--data.workers 2",
-        "--data.heldout-csv other.csv",
+        "--data.triplets.heldout-csv other.csv",
+        "--data.triplets.stride 2",
         "--stages.joint.steps 9",
         "--unet.heads 2",
         "--schedule coarse fine",
@@ -67,7 +68,7 @@ def test_what_changes_no_stage(usual: dict[str, str], flags: str) -> None:
         "--train.ema 0",
         "--data.frames 4",
         "--data.seed 1",
-        "--data.describe full",
+        "--data.toyworld.describe full",
         "--backbone unet",
         "--dit.plan all",
         "--weights none",
@@ -151,7 +152,7 @@ def test_the_content_of_plugins_counts_where_their_strategies_are_active(
 
 
 def test_without_plugins_nothing_of_them_enters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that were trained before plug-ins counted keep their addresses."""
+    """A stage without plug-ins hashes no list of them."""
     hashed: list[dict[str, Any]] = []
     digest = address.digest
 
@@ -186,16 +187,16 @@ def test_weights_count_by_content(tmp_path: Path, usual: dict[str, str]) -> None
 
 
 def test_lists_of_data_count_by_content(tmp_path: Path) -> None:
-    flags = ["--data.kind", "triplets", "--data.root", str(tmp_path)]
+    flags = ["--data.kind", "triplets", "--data.triplets.root", str(tmp_path)]
     with pytest.raises(ValueError, match=r"which has no file '\*\.csv'"):
         addresses(*flags)
     rows = [("videoid", "page_dir", "name"), ("1", "page", "a dog runs")]
     for name in ("train", "heldout"):
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
-    flags += ["--data.csv", "train.csv"]
+    flags += ["--data.triplets.csv", "train.csv"]
     before = addresses(*flags)
-    assert addresses(*flags, "--data.heldout-csv", "heldout.csv") == before
+    assert addresses(*flags, "--data.triplets.heldout-csv", "heldout.csv") == before
     with (tmp_path / "train.csv").open("a", newline="") as file:
         csv.writer(file).writerow(("2", "page", "a dog sits"))
     assert addresses(*flags) != before
@@ -218,7 +219,9 @@ def data_set(folder: Path) -> list[Path]:
 def test_a_replaced_video_or_mask_is_another_data_set(tmp_path: Path) -> None:
     def now(root: Path) -> dict[str, str]:
         listing._files_of.cache_clear()  # as in a new process
-        return addresses("--data.kind", "triplets", "--data.root", str(root), "--data.csv", "train.csv")
+        return addresses(
+            "--data.kind", "triplets", "--data.triplets.root", str(root), "--data.triplets.csv", "train.csv"
+        )
 
     (tmp_path / "set").mkdir()
     files = data_set(tmp_path / "set")

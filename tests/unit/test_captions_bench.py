@@ -15,7 +15,7 @@ from experiments.bench import captions
 
 @pytest.fixture(scope="module")
 def heldout() -> list[Example]:
-    config = parse(["--config", "experiments/configs/toyworld_base.yaml", "--data.describe=full"])
+    config = parse(["--config", "experiments/configs/toyworld_base.yaml", "--data.toyworld.describe=full"])
     world = config.data.build(heldout=True)
     return [world[i] for i in range(120)]
 
@@ -45,7 +45,7 @@ def test_it_asks_for_so_many_of_each_motion_and_judges_what_is_sampled(
 
 
 def test_samples_come_in_the_order_of_the_captions_whatever_the_batch() -> None:
-    flags = ["--data.describe=full", "--data.frames=2", "--data.size=16", "--sampler.steps=2"]
+    flags = ["--data.toyworld.describe=full", "--data.frames=2", "--data.size=16", "--sampler.steps=2"]
     components = build(
         parse(["--config", "experiments/configs/toyworld_base.yaml", "--weights=embedded", *flags])
     )

@@ -77,7 +77,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str, config: str = "") ->
 def test_the_file_s_values_arrive(tmp_path: Path):
     settings = {
         "backbone": "unet",
-        "data": {"frames": 5, "augment": False},
+        "data": {"frames": 5, "triplets": {"augment": False}},
         "stages": {"fine": {"lr": "3e-4", "train": ["backbone.*", "text.*"]}},
         "unet": {"channels": [8, 16], "norm_groups": 4, "down_attention": [True, False]},
         "objective": {"kind": "flow", "logit_mean": -0.5},
@@ -86,7 +86,7 @@ def test_the_file_s_values_arrive(tmp_path: Path):
         "train": {"weight_decay": 1e-5},
     }
     config = parse(["--config", write(tmp_path, "a.yaml", settings)])
-    assert (config.backbone, config.data.frames, config.data.augment) == ("unet", 5, False)
+    assert (config.backbone, config.data.frames, config.data.triplets.augment) == ("unet", 5, False)
     assert config.stages.fine.lr == 3e-4
     assert config.stages.fine.train == ("backbone.*", "text.*")
     assert config.unet.channels == (8, 16)
@@ -127,7 +127,7 @@ def test_extends_reads_another_file_first_and_merges_section_by_section(tmp_path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: [", "is not YAML"),
+        ("a: [", r"is not YAML: [^\n]*line 1, column 5; mend the file$"),
         ("- a\n- b\n", "holds a list"),
         ("extends: none.yaml", "none.yaml is not a file"),
         ("extends: a.yaml", "extends itself"),
@@ -190,9 +190,9 @@ def test_a_value_of_the_wrong_type_and_a_wrong_choice(capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--stages.coarse.lr -1", "stages.coarse: lr is -1.0; use a positive learning rate"),
+        ("--stages.coarse.lr -1", "stages.coarse: lr is -1.0; use a number in (0, 1000]"),
         ("--dit.plan sideways", "plan 'sideways': unknown term 'sideways'; use a sum of self, first"),
-        ("--data.kind triplets", "data.root is empty; data.kind=triplets needs the folder"),
+        ("--data.kind triplets", "data.triplets.root is empty; data.kind=triplets needs the folder"),
         ("--kv-concat.keyframe-every 0", "kv_concat.keyframe_every is 0; use 1 or more frames"),
         ("--unet.channels 8 16 32", "unet.down_attention has 4 flags for the 3 levels"),
     ],
@@ -289,7 +289,7 @@ def test_a_plugin_that_comes_first_does_not_hide_the_installed_strategies(tmp_pa
         ("import torch\nraise RuntimeError('no luck')\n", "RuntimeError: no luck"),
         ("def f(:\n", "SyntaxError"),
         ("import not_there_at_all\n", "ModuleNotFoundError: No module named 'not_there_at_all'"),
-        (PLUGIN.replace('"mine"', '"kv_concat"'), "registered by both strategies.kv_concat and"),
+        (PLUGIN.replace('"mine"', '"kv_concat"'), "registered by both dit_booth.strategies.kv_concat and"),
     ],
 )
 def test_a_broken_plugin_is_named_with_what_it_raised(tmp_path: Path, text: str, words: str):
@@ -298,6 +298,13 @@ def test_a_broken_plugin_is_named_with_what_it_raised(tmp_path: Path, text: str,
         parse(["--plugin", plugin])
     assert plugin in str(caught.value)
     assert words in str(caught.value)
+
+
+def test_a_plugin_that_is_no_python_module_is_named(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"mine\.txt is not a Python module; give a file whose name ends in \.py"
+    ):
+        parse(["--plugin", write(tmp_path, "mine.txt", PLUGIN)])
 
 
 def test_a_plugin_that_is_not_there_is_named():
@@ -316,7 +323,7 @@ def test_a_plugin_that_is_not_there_is_named():
         "--schedule joint --stages.joint.train backbone.* text.* --stages.joint.strategies kv_concat",
         "--kv-concat.update direct --token-replacement.l1-weight 0 --out here/x",
         "--backbone unet --unet.channels 8 16 32 --unet.heads 1 --unet.down-attention True False True",
-        "--objective.logit-mean -0.25 --train.betas 0.9 0.95 --data.root=-odd-folder",
+        "--objective.logit-mean -0.25 --train.betas 0.9 0.95 --data.triplets.root=-odd-folder",
     ],
 )
 def test_run_yaml_repeats_the_run(tmp_path: Path, argv: str):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dit_booth.config import DataConfig
+from dit_booth.config import DataConfig, TripletsOptions
 from dit_booth.data.example import Loader
 from dit_booth.data.image_prompt import Augment
 from dit_booth.data.readers.triplets import Triplets, TripletsConfig, check_caption, fit
@@ -100,12 +100,12 @@ def test_training_varies_by_epoch_and_evaluation_does_not(tmp_path: Path):
 
 def test_a_run_varies_the_image_prompt_as_videobooth_does_or_not_at_all(tmp_path: Path):
     root = str(write_triplets(tmp_path, ("a",)))
-    asks = {"kind": "triplets", "root": root, "frames": 3, "size": 40}
-    varied = DataConfig(**asks).build(heldout=False).config.augment
+    asks = {"kind": "triplets", "frames": 3, "size": 40}
+    varied = DataConfig(**asks, triplets=TripletsOptions(root=root)).build(heldout=False).config.augment
     assert (varied.flip, varied.degrees) == (True, 30.0) and varied.trim > 0
     for still in (
-        DataConfig(**asks, augment=False).build(heldout=False),
-        DataConfig(**asks).build(heldout=True),
+        DataConfig(**asks, triplets=TripletsOptions(root=root, augment=False)).build(heldout=False),
+        DataConfig(**asks, triplets=TripletsOptions(root=root)).build(heldout=True),
     ):
         assert torch.equal(still.at(0, 1).image, still[0].image)
 
@@ -160,7 +160,7 @@ def test_broken_examples_are_left_out_counted_and_named(tmp_path: Path, caplog: 
     (record,) = caplog.records
     assert "2 of 4 examples" in record.getMessage() and "b.mp4" in record.getMessage()
     with pytest.raises(
-        ValueError, match=r"2 of 4 examples.*data.max_broken is 1.*\n  b: .*truncated"
+        ValueError, match=r"2 of 4 examples.*data.triplets.max_broken is 1.*\n  b: .*truncated"
     ) as caught:
         Triplets(config(root, max_broken=1))
     assert "mask.json" in str(caught.value)

@@ -28,5 +28,5 @@ def test_guidance_refuses_what_does_not_fit() -> None:
         guide(x, x[:, :1], 4.0)
     with pytest.raises(ValueError, match="channels=5: the prediction has 4"):
         guide(x, x, 4.0, channels=5)
-    with pytest.raises(ValueError, match="channels=0"):
+    with pytest.raises(ValueError, match="channels is 0"):
         GuidanceConfig(channels=0)

@@ -409,8 +409,8 @@ def test_the_head_may_read_the_time_alone() -> None:
         ({"hidden": 30, "heads": 5}, r"dit\.hidden is 30.*of 4"),
         ({"heads": 32, "positions": "rotary"}, r"dit\.positions is rotary.* = 1 have no pairs"),
         ({"hidden": 36, "heads": 4, "positions": "rotary"}, r"36 / dit\.heads 4 = 9 have no pairs"),
-        ({"depth": -1}, r"dit\.depth is -1; use 0 or more"),
-        ({"checkpoint_every": 0}, r"dit\.checkpoint_every is 0; use 1 or more"),
+        ({"depth": -1}, r"dit\.depth is -1; use a whole number in \[0, 1000\]"),
+        ({"checkpoint_every": 0}, r"dit\.checkpoint_every is 0; use a whole number in \[1, 1000\]"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], says: str) -> None:

@@ -72,7 +72,7 @@ def test_a_stage_of_fewer_frames_takes_them_in_a_row_from_a_random_one() -> None
 
 def test_more_frames_than_there_are_are_all() -> None:
     assert frames_at(StageConfig(frames=FRAMES + 1), generator_of(0)) == [0] * BATCH
-    with pytest.raises(ValueError, match="frames is -1; use 0 or more"):
+    with pytest.raises(ValueError, match="frames is -1; use a whole number"):
         StageConfig(frames=-1)
 
 

@@ -170,7 +170,7 @@ def test_a_kept_plan_sees_a_replaced_video(tmp_path: Path) -> None:
     video.parent.mkdir(parents=True)
     video.write_text("one")
     (tmp_path / "set" / "train.csv").write_text("videoid,page_dir,name\n1,page,a dog\n")
-    options = {"data.kind": "triplets", "data.root": str(tmp_path / "set")}
+    options = {"data.kind": "triplets", "data.triplets.root": str(tmp_path / "set")}
     changes: dict[str, Any] = {"options": options, "grid": {}, "baseline": None, "seeds": [0]}
     before = planned(tmp_path, **changes).points[0]
     assert planned(tmp_path, **changes).points[0] == before

@@ -149,6 +149,6 @@ def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch:
 
 
 def test_only_the_toy_world_is_rendered(tmp_path: Path) -> None:
-    settings = base.Settings(out=str(tmp_path), set=("data.kind=triplets", f"data.root={tmp_path}"))
+    settings = base.Settings(out=str(tmp_path), set=("data.kind=triplets", f"data.triplets.root={tmp_path}"))
     with pytest.raises((ValueError, AssertionError)):
         base.main(settings)

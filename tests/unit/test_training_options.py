@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dit_booth.config import RunConfig, TrainConfig, decisive
+from dit_booth.config import TrainConfig
 from dit_booth.diffusion import ObjectiveConfig, make_objective
-from dit_booth.models.dit.model import DiTConfig
 from dit_booth.training.ema import Ema, power_of
 from dit_booth.training.optimizer import decay_groups, make_optimizer
 
@@ -58,7 +57,7 @@ def test_a_dead_glob_is_an_error() -> None:
         decays(decay_of=("*.biass=0",))
 
 
-@pytest.mark.parametrize("rule", ["*.bias", "=0", "*.bias=x", "*.bias=-1"])
+@pytest.mark.parametrize("rule", ["*.bias", "=0", "*.bias=x", "*.bias=-1", "*.bias=1e999"])
 def test_a_rule_is_a_glob_and_a_number(rule: str) -> None:
     with pytest.raises(ValueError, match=r"write GLOB=DECAY, such as \*\.bias=0"):
         TrainConfig(decay_of=(rule,))
@@ -155,33 +154,10 @@ def test_eps_and_v_weigh_the_error_of_x0_alike() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"min_snr": -1.0}, "min_snr=-1.0: choose"),
+        ({"min_snr": -1.0}, "objective.min_snr is -1.0"),
         ({"kind": "flow", "min_snr": 5.0}, "not to kind=flow; use 0"),
     ],
 )
 def test_weights_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         ObjectiveConfig(**options)
-
-
-# ---- run folders from before -------------------------------------------------------------------------------
-
-
-def test_a_run_from_before_these_options_is_the_same_run() -> None:
-    settings = RunConfig().as_dict()
-    old = {
-        **settings,
-        "dit": {k: settings["dit"][k] for k in ("size", "patch", "plan", "attention", "checkpointing")},
-    }
-    old["train"] = {
-        k: v for k, v in settings["train"].items() if k not in ("decay_of", "ema_width", "compile")
-    }
-    old["objective"] = {k: v for k, v in settings["objective"].items() if k != "min_snr"}
-    assert decisive(old) == decisive(settings)
-    for changed in (
-        RunConfig(dit=DiTConfig(positions="rotary")),
-        RunConfig(train=TrainConfig(decay_of=("*.bias=0",))),
-        RunConfig(objective=ObjectiveConfig(min_snr=5.0)),
-    ):
-        assert decisive(changed.as_dict()) != decisive(settings)
-        assert changed.fingerprint() != RunConfig().fingerprint()

@@ -235,12 +235,12 @@ def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Ite
     root = Path(config.root)
     if not root.is_dir():
         raise ValueError(
-            f"data.root is {config.root!r}, which is no folder; give the folder with the CSV files"
+            f"data.triplets.root is {config.root!r}, which is no folder; give the folder with the CSV files"
         )
     files = sorted(root.glob(config.csv))
     if not files:
         raise ValueError(
-            f"data.csv is {config.csv!r}, and {root} has no such file; give a CSV file or a glob"
+            f"data.triplets.csv is {config.csv!r}, and {root} has no such file; give a CSV file or a glob"
         )
     rows = [row for file in files for row in read_rows(file, root=root)]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -259,7 +259,7 @@ def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Ite
     _report(broken, len(rows), config)
     if not items:
         raise ValueError(
-            f"data.root is {config.root!r}, which holds no examples; check data.csv={config.csv!r}"
+            f"data.triplets.root is {config.root!r}, which holds no examples; check data.triplets.csv={config.csv!r}"
         )
     return items, broken
 
@@ -304,7 +304,7 @@ def within(root: Path, path: Path) -> Path:
     """
     if path.is_absolute() or ".." in path.parts or not (root / path).resolve().is_relative_to(root.resolve()):
         raise ValueError(
-            f"path {str(path)!r} leads out of data.root={str(root)!r}; "
+            f"path {str(path)!r} leads out of data.triplets.root={str(root)!r}; "
             "move the file into the root (a link must point inside), or correct the CSV file"
         )
     return root / path
@@ -359,7 +359,7 @@ def _report(broken: dict[str, str], total: int, config: TripletsConfig) -> None:
     if len(broken) > config.max_broken:
         raise ValueError(
             f"{len(broken)} of {total} examples in {config.root} are broken, and "
-            f"data.max_broken is {config.max_broken}; repair or remove them, or raise data.max_broken "
+            f"data.triplets.max_broken is {config.max_broken}; repair or remove them, or raise it "
             f"to leave them out:{listing}"
         )
     logger.warning(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dit_booth.attention import FramePlan
+from dit_booth.errors import check_ranges
 
 
 class Size(NamedTuple):
@@ -72,9 +73,16 @@ class DiTConfig:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"dit.size is {self.size!r}; use one of {', '.join(SIZES)}")
-        for name, low in (("depth", 0), ("hidden", 0), ("heads", 0), ("classes", 0), ("checkpoint_every", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"dit.{name} is {getattr(self, name)}; use {low} or more")
+        check_ranges(
+            self,
+            "dit",
+            depth="[0, 1000]",
+            hidden="[0, 65536]",
+            heads="[0, 1024]",
+            patch="[1, 8]",
+            classes="[0, 1000000]",
+            checkpoint_every="[1, 1000]",
+        )
         FramePlan(self.plan)
         plan = PLAN_OF.get(self.layout, self.plan)
         if self.plan != plan:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dit_booth.attention import FramePlan
+from dit_booth.errors import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +42,8 @@ class UNetConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
-        counts = ("in_channels", "out_channels", "layers_per_block", "heads", "norm_groups", "text_dim")
-        for field in counts:
-            if getattr(self, field) < 1:
-                raise ValueError(f"unet.{field} is {getattr(self, field)}; use 1 or more")
+        widths = ("in_channels", "out_channels", "channels", "heads", "norm_groups", "text_dim")
+        check_ranges(self, "unet", layers_per_block="[1, 100]", **dict.fromkeys(widths, "[1, 65536]"))
         if not self.channels:
             raise ValueError("unet.channels is empty; give one width per level")
         if len(self.down_attention) != len(self.channels):
