@@ -175,8 +175,8 @@ def read_yaml(path: str, below: tuple[Path, ...] = ()) -> PlainDict:
     parent = settings.pop("extends", None)
     if not parent:
         return settings
-    beside = file.parent / parent
-    base = beside if beside.is_file() else config_file(parent)
+    beside, brought = file.parent / parent, config_file(parent)
+    base = brought if brought.is_file() and not beside.is_file() else beside
     return merge(read_yaml(str(base), (*below, file.resolve())), settings)
 
 
