@@ -1,40 +1,30 @@
-"""The image prompt: a subject cut out on white, cropped to its box, padded to a square (as in VideoBooth).
-
-On disk a subject is a folder with `image.jpg`, and, to cut it out, `mask.json` and `mask_<value>.png`.
-`mask.json` is a list of `{"value", "label", "logit", "box"}`, as Grounded-SAM writes it; value 0 is the
-background, and a box is `[x0, y0, x1, y1]` in pixels of the image.
-"""
+"""The image prompt: a subject cut out on white, cropped to its box, padded to a square (as in VideoBooth)."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-Box = tuple[float, float, float, float]
-Pixels = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
+from dit_booth.data.image_files import Box, Mask, Pixels, read_entries, read_mask, read_rgb
+from dit_booth.data.image_input import ImageLike, MaskLike, to_colours, to_mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """How an image prompt is varied in training, so that the model learns the subject and not its pose.
+    """Random variation of image prompts in training, so that the model learns the subject and not its pose.
 
     Attributes:
         flip: mirror half of the images.
         degrees: rotate by an angle from [-degrees, degrees], with white in the corners.
-        trim: cut one side of the box by a share from [0.01, trim]; 0 cuts nothing (VideoBooth's second stage:
-            0.2).
+        trim: cut one side of the box by a fraction from [0.01, trim]; 0 cuts nothing (VideoBooth's second
+            stage: 0.2).
     """
 
     flip: bool = True
@@ -48,29 +38,20 @@ class Augment:
             raise ValueError(f"augment.trim is {self.trim}; it must be 0 (off) or in [0.01, 1)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One subject of a `mask.json`: the value in its mask's file name, its word, its score, and its box."""
-
-    value: int
-    label: str
-    logit: float
-    box: Box
-
-
 def load_image_prompt(
     source: str | Path, *, size: int, augment: Augment | None = None, rng: np.random.Generator | None = None
 ) -> Tensor:
-    """Read an image prompt from an image file, or from a folder with `image.jpg` and perhaps a mask.
+    """Read an image prompt from an image file, or from a folder with `image.jpg` and optionally a mask.
 
-    With a mask the subject (the entry with the highest logit) is cut out; without one the image is taken as
-    it is and padded to a square with white. Variation needs both `augment` and `rng`.
+    A mask is `mask.json` with `mask_<value>.png` (see `dit_booth.data.image_files`). With one, the subject (the
+    entry with the highest logit) is cut out; without one, the whole image is padded to a square with white.
+    Variation needs both `augment` and `rng`.
 
     Returns:
         `3 s s` float32 in [-1, 1].
 
     Raises:
-        ValueError: nothing is there, the image is not RGB, or the mask does not fit it.
+        ValueError: a file is missing, the image is not RGB, or the mask does not fit it.
     """
     source = Path(source)
     if not source.is_dir():
@@ -92,6 +73,48 @@ def load_image_prompt(
         raise ValueError(f"{source}: {error}") from error
 
 
+def as_image_prompt(image: ImageLike, *, size: int, mask: MaskLike | None = None) -> Tensor:
+    """Make an image prompt from whatever holds an image, as `prepare` makes those of a data set.
+
+    With a mask, or where pixels are transparent, the subject is cut out, put on white, and centered; otherwise
+    the whole image is padded to a square with white.
+
+    Args:
+        image: a path (an image file, or a folder as `load_image_prompt` takes it); a PIL image; an array `h w`,
+            `h w 3` or `h w 4`, uint8 or floats in [0, 1]; or a tensor `3 h w` or `4 h w`, uint8, or, with 3
+            channels, floats in [-1, 1]. A fourth channel is alpha; pixels below half opacity are cut away.
+            The EXIF orientation of files and PIL images is applied.
+        size: side of the result in pixels.
+        mask: the path of an image with one channel, a PIL image with one channel, or an array or tensor `h w`, of
+            the (upright) image's size: 0 outside the subject, one other value on it. Soft edges are cut at half of
+            the largest value.
+
+    Returns:
+        `3 s s` float32 in [-1, 1], on the CPU.
+
+    Raises:
+        ValueError: a file cannot be read; the image or the mask has another shape, type or range, holds NaN, or is
+            empty; or a folder comes with a mask.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}; it must be at least 1 pixel")
+    if isinstance(image, str | Path) and Path(image).expanduser().is_dir():
+        if mask is not None:
+            raise ValueError(f"mask is given with the folder {image}; pass the image file, or no mask")
+        return load_image_prompt(Path(image).expanduser(), size=size)
+    colours, subject = to_colours(image)
+    height, width = subject.shape
+    if not subject.any():
+        raise ValueError("image is transparent: no pixel is half opaque; pass one that shows the subject")
+    if mask is not None:
+        subject = subject & to_mask(mask, height=height, width=width)
+    if not subject.any():
+        raise ValueError("mask is empty where the image is opaque; mark pixels that can be seen")
+    x0, y0, x1, y1 = pixel_box(None, subject, height=height, width=width)
+    picture = torch.from_numpy(colours[y0:y1, x0:x1].copy())
+    return _resize(_square_on_white(picture, subject[y0:y1, x0:x1]), size)
+
+
 def prepare(
     image: Pixels,
     *,
@@ -108,7 +131,7 @@ def prepare(
         size: side of the result in pixels.
         mask: `h w`, true on the subject; without it the whole image is the subject.
         box: `(x0, y0, x1, y1)` in pixels; the mask's own box where it is None.
-        augment, rng: how to vary the result, and with which random numbers; both or neither.
+        augment, rng: the variation, and the generator that draws it; both or neither.
 
     Returns:
         `3 s s` float32 in [-1, 1].
@@ -127,90 +150,14 @@ def prepare(
     if augment is not None and rng is not None and augment.trim:
         x0, y0, x1, y1 = _trim(x0, y0, x1, y1, augment, rng)
     picture = torch.from_numpy(image[y0:y1, x0:x1].astype(np.float32) / np.float32(127.5) - np.float32(1))
-    if mask is not None:
-        picture[torch.from_numpy(~mask[y0:y1, x0:x1])] = 1.0
-    square = _pad_to_square(rearrange(picture, "h w c -> 1 c h w"))
+    square = _square_on_white(picture, None if mask is None else mask[y0:y1, x0:x1])
     if augment is not None and rng is not None:
-        square = _turn(square, augment, rng)
-    resized = F.interpolate(square, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-    return rearrange(resized, "1 c h w -> c h w").clamp(-1, 1)
-
-
-def read_rgb(path: str | Path) -> Pixels:
-    """Read an RGB image, upright.
-
-    Returns:
-        `h w 3`.
-
-    Raises:
-        ValueError: the file is missing or broken, or the image is grey, has a palette or transparency, or is
-        CMYK. What such an image should look like is the user's to say, so nothing is converted silently.
-    """
-    with _open(path) as image:
-        if image.mode != "RGB":
-            raise ValueError(
-                f"{path}: the image's mode is {image.mode}, and it must be RGB; convert it first, e.g. "
-                "PIL.Image.open(path).convert('RGB') (put a transparent image on white before that)"
-            )
-        return np.array(ImageOps.exif_transpose(image))
-
-
-def read_mask(path: str | Path, *, height: int, width: int) -> Mask:
-    """Read a mask for an image of the given size; foreground may be 1, 255, or any one value.
-
-    Returns:
-        `h w`; a mask of another size but equal proportions is resized.
-
-    Raises:
-        ValueError: the file is missing or broken, empty, in colour, or of other proportions than the image.
-    """
-    with _open(path) as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"{path}: the mask's mode is {image.mode}; it must have one channel (mode L)")
-        values = np.array(image).astype(np.int64)
-    mask = 2 * values > values.max()  # halfway between background and foreground, whatever the latter's value
-    if not mask.any():
-        raise ValueError(f"{path}: the mask is empty; draw the subject, or leave the example out")
-    rows, columns = mask.shape
-    if (rows, columns) == (height, width):
-        return mask
-    # Proportions are equal if some scale gives the image's size up to rounding.
-    if abs(columns * height - width * rows) > max(height, width, rows, columns):
-        raise ValueError(
-            f"{path}: the mask is {columns}x{rows}, the image {width}x{height}, of other proportions; "
-            "make the mask from this image"
-        )
-    soft = rearrange(torch.from_numpy(mask).float(), "h w -> 1 1 h w")
-    resized = F.interpolate(soft, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
-    return (resized[0, 0] > 0.5).numpy()
-
-
-def read_entries(path: str | Path) -> list[Entry]:
-    """Read the subjects of a `mask.json`, without the background.
-
-    Raises:
-        ValueError: the file is missing, is no such list, or names no subject.
-    """
-    path = Path(path)
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-        entries = [_entry(item) for item in items if item["value"] != 0]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: there is no such file; check the path") from error
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ValueError(
-            f"{path}: not a list of objects with value, label, logit and box of four numbers "
-            f"({type(error).__name__}: {error}); write it as Grounded-SAM does"
-        ) from error
-    if not entries:
-        raise ValueError(
-            f"{path}: names no subject beside the background (value 0); add one, or leave it out"
-        )
-    return entries
+        square = _flip_and_rotate(square, augment, rng)
+    return _resize(square, size)
 
 
 def pixel_box(box: Box | None, mask: Mask | None, *, height: int, width: int) -> tuple[int, int, int, int]:
-    """The whole pixels that a box covers, `(x0, y0, x1, y1)` with the ends exclusive.
+    """Round a box outwards to whole pixels: `(x0, y0, x1, y1)` with exclusive ends.
 
     Without a box it is the mask's own, and without either the whole image. A box may leave the image by one
     pixel, which is rounding, and is clamped.
@@ -239,26 +186,6 @@ def pixel_box(box: Box | None, mask: Mask | None, *, height: int, width: int) ->
     return left, top, right, bottom
 
 
-def _entry(item: dict[str, Any]) -> Entry:
-    x0, y0, x1, y1 = (float(number) for number in item["box"])
-    if type(item["value"]) is not int or not isinstance(item["label"], str):
-        raise TypeError(f"value {item['value']!r} must be a whole number and label {item['label']!r} a text")
-    return Entry(
-        value=item["value"], label=item["label"], logit=float(item.get("logit", 1.0)), box=(x0, y0, x1, y1)
-    )
-
-
-def _open(path: str | Path) -> Image.Image:
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file; check the path")
-    try:
-        image = Image.open(path)
-        image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); replace it, or leave it out") from error
-    return image
-
-
 def _trim(
     x0: int, y0: int, x1: int, y1: int, augment: Augment, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -268,15 +195,24 @@ def _trim(
     return x0 + cuts[0], y0 + cuts[1], x1 + cuts[2], y1 + cuts[3]
 
 
-def _pad_to_square(picture: Tensor) -> Tensor:
-    _, _, height, width = picture.shape
+def _square_on_white(picture: Tensor, mask: Mask | None) -> Tensor:
+    """`h w 3` with white outside the mask, padded to `1 3 s s`; writes into `picture`."""
+    if mask is not None:
+        picture[torch.from_numpy(~mask)] = 1.0
+    height, width, _ = picture.shape
     across, down = max(height - width, 0), max(width - height, 0)
     margins = (across // 2, across - across // 2, down // 2, down - down // 2)
-    return F.pad(picture, margins, value=1.0)
+    return F.pad(rearrange(picture, "h w c -> 1 c h w"), margins, value=1.0)
 
 
-def _turn(square: Tensor, augment: Augment, rng: np.random.Generator) -> Tensor:
-    # Both numbers are always drawn, so that switching one variation off leaves the other as it was.
+def _resize(square: Tensor, size: int) -> Tensor:
+    """`1 3 s s` to `3 size size`, clamped to [-1, 1]."""
+    resized = F.interpolate(square, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return rearrange(resized, "1 c h w -> c h w").clamp(-1, 1)
+
+
+def _flip_and_rotate(square: Tensor, augment: Augment, rng: np.random.Generator) -> Tensor:
+    # Both values are always drawn: switching one variation off leaves the other unchanged.
     mirrored, angle = bool(rng.random() < 0.5), math.radians(rng.uniform(-1, 1) * augment.degrees)
     if augment.flip and mirrored:
         square = square.flip(-1)

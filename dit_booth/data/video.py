@@ -1,8 +1,7 @@
-"""Read and write videos with PyAV.
+"""Read and write videos with PyAV, and write GIFs with Pillow.
 
-FFmpeg decodes a truncated file without complaint and simply stops early. So a file's header is compared with
-the
-file: an index that points beyond the end of the file is an error before anything is decoded.
+FFmpeg decodes a truncated file without an error and stops early. So the header is compared with the file: an
+index that points beyond the file's end is an error before anything is decoded.
 """
 
 from __future__ import annotations
@@ -19,17 +18,18 @@ import torch
 from av.container import InputContainer
 from einops import rearrange
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from dit_booth.files import replacing
 
-# Visually lossless, and small enough to put on a web page (PSNR above 40 dB).
+# Visually lossless, and small enough for a web page.
 _X264 = {"crf": "18", "preset": "medium"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a video file says of itself: frames, frames per second, and pixels."""
+    """A video file's header: number of frames, frames per second, and size in pixels."""
 
     frames: int
     fps: float
@@ -38,7 +38,7 @@ class VideoInfo:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Read a video's header, and check that the file is as long as the header says; decodes nothing.
+    """Read a video's header, and check that the file is as long as the header says, without decoding.
 
     Raises:
         ValueError: the file is missing, is no video, or is truncated.
@@ -52,21 +52,20 @@ def read_video(
 ) -> NDArray[np.uint8]:
     """Decode frames `start`, `start + stride`, ... of a video.
 
-    The file is decoded in order from its beginning: exact for every codec, where seeking is only as good as a
-    file's index. Flipped bits that still decode cannot be noticed here (H.264 holds no checksum); missing
-    ones are.
+    The file is decoded in order from its beginning: this is exact for every codec, and seeking is not.
+    Flipped bits that still decode are not detected (H.264 has no checksum); missing data is.
 
     Args:
         path: any file that FFmpeg reads.
         start: first frame, from 0.
-        frames: how many frames; all that remain where it is None.
+        frames: number of frames; None: all that remain.
         stride: distance between frames.
 
     Returns:
         `f h w 3`, RGB.
 
     Raises:
-        ValueError: the file is missing, broken or truncated, or holds fewer frames than are asked for.
+        ValueError: the file is missing, broken or truncated, or has too few frames.
     """
     for name, value, low in (
         ("start", start, 0),
@@ -95,10 +94,10 @@ def read_video(
 
 
 def check_length(path: str | Path, info: VideoInfo, *, start: int, frames: int, stride: int) -> None:
-    """Refuse to read more frames than a video has.
+    """Raise an error if a video has fewer frames than a window needs.
 
     Raises:
-        ValueError: naming the file, the numbers and the options to change.
+        ValueError: naming the file, both lengths, and the options to change.
     """
     needed = start + (frames - 1) * stride + 1
     if frames < 1 or needed > info.frames:
@@ -120,26 +119,56 @@ def write_video(path: str | Path, video: Tensor, *, fps: float) -> None:
         fps: frames per second.
 
     Raises:
-        ValueError: the path is no mp4, or the video has the wrong shape, is not finite, or `fps` is not
+        ValueError: the path is not an .mp4 file, or the video has the wrong shape, is not finite, or `fps` is not
         positive.
     """
     path = Path(path)
     if path.suffix != ".mp4":
         raise ValueError(f"path is {str(path)!r}; write_video writes .mp4 files: give it that suffix")
+    pictures = _to_pixels(video, fps)
+    _, height, width, _ = pictures.shape
+    pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with replacing(path) as partial:
+        _encode(partial, pictures, Fraction(fps).limit_denominator(1001))
+
+
+def write_gif(path: str | Path, video: Tensor, *, fps: float) -> None:
+    """Write an animated GIF that repeats without end, with a palette of 256 colors for each frame.
+
+    GIF stores the duration of a frame in units of 10 ms, and browsers slow down below 20 ms: 50 fps at most. The
+    file appears under its name only when it is complete.
+
+    Args:
+        path: ends in `.gif`; folders are made.
+        video: `f 3 h w` in [-1, 1]; values beyond are clamped.
+        fps: frames per second, at most 50.
+
+    Raises:
+        ValueError: the path is not a .gif file, the video has the wrong shape or is not finite, or `fps` is not in
+        (0, 50].
+    """
+    path = Path(path)
+    if path.suffix != ".gif":
+        raise ValueError(f"path is {str(path)!r}; write_gif writes .gif files: give it that suffix")
+    if fps > 50:
+        raise ValueError(f"fps is {fps}; a GIF shows at most 50 frames per second: write a .mp4 file")
+    first, *others = (Image.fromarray(picture) for picture in _to_pixels(video, fps))
+    # Equal consecutive frames are merged by Pillow, with the sum of their durations.
+    duration = max(10, 10 * round(100 / fps))
+    with replacing(path) as partial:
+        first.save(partial, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
+
+
+def _to_pixels(video: Tensor, fps: float) -> NDArray[np.uint8]:
+    """Check a video `f 3 h w` in [-1, 1], and return it as `f h w 3`."""
     if video.ndim != 4 or video.shape[1] != 3 or video.numel() == 0:
         raise ValueError(f"video has shape {tuple(video.shape)}; it must be (f 3 h w), not empty")
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be positive")
     values = video.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            "video holds NaN or infinity; look for the step that made them: they cannot be shown"
-        )
-    pictures = rearrange((values.clamp(-1, 1) + 1) * 127.5, "f c h w -> f h w c").round().byte().numpy()
-    _, height, width, _ = pictures.shape
-    pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with replacing(path) as partial:
-        _encode(partial, pictures, Fraction(fps).limit_denominator(1001))
+        raise ValueError("video contains NaN or infinity; find the step that produces them")
+    return rearrange((values.clamp(-1, 1) + 1) * 127.5, "f c h w -> f h w c").round().byte().numpy()
 
 
 def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction) -> None:
@@ -155,7 +184,7 @@ def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction) -> None:
 @contextmanager
 def _open(path: str | Path) -> Iterator[InputContainer]:
     if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file; check the path")
+        raise ValueError(f"{path}: no such file; check the path")
     try:
         with av.open(str(path)) as container:
             yield container
@@ -167,12 +196,12 @@ def _open(path: str | Path) -> Iterator[InputContainer]:
 
 def _header(path: str | Path, container: InputContainer) -> VideoInfo:
     if not container.streams.video:
-        raise ValueError(f"{path}: holds no video stream; replace it, or leave it out")
+        raise ValueError(f"{path}: has no video stream; replace it, or leave it out")
     stream = container.streams.video[0]
     size = Path(path).stat().st_size
     present = sum(1 for entry in stream.index_entries if entry.pos + entry.size <= size)
     frames = stream.frames
-    if frames == 0:  # a container that does not say (Matroska): count the packets, which reads the file once
+    if frames == 0:  # Matroska stores no count: read the file once and count packets
         frames = sum(1 for packet in container.demux(stream) if packet.size)
         container.seek(0)
     elif len(stream.index_entries) and present < min(frames, len(stream.index_entries)):
@@ -180,5 +209,5 @@ def _header(path: str | Path, container: InputContainer) -> VideoInfo:
             f"{path}: truncated: {present} frames are there, expected {frames}; replace it, or leave it out"
         )
     if frames == 0 or stream.average_rate is None:
-        raise ValueError(f"{path}: holds no frames; replace it, or leave it out")
+        raise ValueError(f"{path}: has no frames; replace it, or leave it out")
     return VideoInfo(frames=frames, fps=float(stream.average_rate), height=stream.height, width=stream.width)

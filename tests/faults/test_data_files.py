@@ -8,16 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_booth.data.image_prompt import (
-    load_image_prompt,
-    pixel_box,
-    prepare,
-    read_entries,
-    read_mask,
-    read_rgb,
-)
+from dit_booth.data.image_files import read_entries, read_mask, read_rgb
+from dit_booth.data.image_prompt import load_image_prompt, pixel_box, prepare
 from dit_booth.data.readers.triplets import Triplets, TripletsConfig
-from dit_booth.data.video import probe, read_video, write_video
+from dit_booth.data.video import probe, read_video, write_gif, write_video
 
 torch.set_num_threads(1)
 
@@ -96,6 +90,9 @@ def test_impossible_windows_and_videos(tmp_path: Path):
     refused(lambda: write_video(path, noise()[0], fps=1), "(3, 32, 32)", "f 3 h w")
     refused(lambda: write_video(path, noise() / 0, fps=1), "NaN")
     refused(lambda: write_video(path, noise(), fps=0), "fps is 0")
+    refused(lambda: write_gif(path, noise(), fps=1), "clip.mp4", ".gif")
+    refused(lambda: write_gif(tmp_path / "a.gif", noise(), fps=60), "fps is 60", "50")
+    refused(lambda: write_gif(tmp_path / "a.gif", noise() / 0, fps=1), "NaN")
 
 
 # Image prompts

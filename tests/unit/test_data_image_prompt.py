@@ -10,13 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dit_booth.data.image_prompt import (
-    Augment,
-    load_image_prompt,
-    pixel_box,
-    prepare,
-    read_mask,
-)
+from dit_booth.data.image_files import read_mask
+from dit_booth.data.image_prompt import Augment, as_image_prompt, load_image_prompt, pixel_box, prepare
+from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
 
 torch.set_num_threads(1)
 
@@ -185,3 +181,179 @@ def test_the_panda_is_cut_out():
     white = (prompt > 0.97).all(dim=0)
     assert 0.3 < white.float().mean() < 0.7
     assert white[:, :2].float().mean() > 0.5 and not white[34, 40]
+
+
+# Images from users
+
+
+def kinds(folder: Path) -> dict[str, object]:
+    """The scene in every accepted form of three channels."""
+    pixels, _ = scene()
+    image = Image.fromarray(pixels)
+    image.save(folder / "image.png")
+    channels_first = torch.from_numpy(pixels).movedim(-1, 0)
+    return {
+        "string": str(folder / "image.png"),
+        "path": folder / "image.png",
+        "folder": folder,
+        "pil": image,
+        "array": pixels,
+        "mirrored view": np.ascontiguousarray(pixels[:, ::-1])[:, ::-1],
+        "float array": pixels / 255,
+        "half array": (pixels / 255).astype(np.float32),
+        "tensor": channels_first,
+        "float tensor": (channels_first / 127.5 - 1).requires_grad_(),
+    }
+
+
+def masks(folder: Path) -> dict[str, object]:
+    _, mask = scene()
+    Image.fromarray((mask * 255).astype(np.uint8)).save(folder / "subject.png")
+    return {
+        "string": str(folder / "subject.png"),
+        "path": folder / "subject.png",
+        "pil": Image.fromarray(mask),
+        "array": mask,
+        "numbers": mask.astype(np.int64) * 7,
+        "float array": mask.astype(np.float32),
+        "tensor": torch.from_numpy(mask),
+        "float tensor": torch.from_numpy(mask).bfloat16(),
+    }
+
+
+def test_every_kind_of_image_and_mask_gives_the_data_sets_prompt(tmp_path: Path):
+    pixels, mask = scene()
+    whole, cut = prepare(pixels, size=48), prepare(pixels, size=48, mask=mask)
+    for name, image in kinds(tmp_path).items():
+        prompt = as_image_prompt(image, size=48)
+        assert prompt.dtype == torch.float32 and prompt.shape == (3, 48, 48) and not prompt.requires_grad
+        torch.testing.assert_close(prompt, whole, atol=2e-6, rtol=0, msg=name)
+        if "float" in name or "half" in name:
+            continue
+        assert torch.equal(prompt, whole), name
+        if name != "folder":
+            for other, given_mask in masks(tmp_path).items():
+                assert torch.equal(as_image_prompt(image, size=48, mask=given_mask), cut), (name, other)
+
+
+def test_the_transparent_part_of_an_image_is_cut_away(tmp_path: Path):
+    pixels, mask = scene()
+    alpha = np.where(mask, np.uint8(255), np.uint8(0))
+    image = np.concatenate([pixels, alpha[..., None]], axis=2)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    expected = prepare(pixels, size=48, mask=mask)
+    for given_image in (
+        tmp_path / "image.png",
+        Image.fromarray(image),
+        image,
+        torch.from_numpy(image).movedim(-1, 0),
+    ):
+        assert torch.equal(as_image_prompt(given_image, size=48), expected)
+    torch.testing.assert_close(as_image_prompt(image / 255, size=48), expected, atol=2e-6, rtol=0)
+    image[..., 3] = 255
+    assert torch.equal(as_image_prompt(image, size=48), prepare(pixels, size=48))
+    upper = mask & (np.arange(40)[:, None] < 20)
+    image[..., 3] = alpha
+    half = np.arange(40)[:, None] * np.ones((1, 60)) < 20
+    assert torch.equal(as_image_prompt(image, size=48, mask=half), prepare(pixels, size=48, mask=upper))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "PA"])
+def test_an_image_without_three_channels_is_shown_as_it_looks(mode: str):
+    grey = Image.fromarray(scene()[0]).convert("L").point(lambda value: 255 * (value > 60)).convert(mode)
+    pixels = np.array(grey.convert("RGB"))
+    assert torch.equal(as_image_prompt(grey, size=32), prepare(pixels, size=32))
+    assert torch.equal(as_image_prompt(pixels[..., 0], size=32), prepare(pixels, size=32))
+
+
+def test_a_prompt_passes_through_unchanged():
+    image = Toyworld(ToyworldConfig(size=32, frames=1))[0].image
+    assert torch.equal(as_image_prompt(image, size=32), image)
+
+
+def test_a_photograph_is_upright_and_its_mask_too(tmp_path: Path):
+    pixels, mask = scene()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to show it
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = np.ascontiguousarray(np.rot90(pixels, -1))
+    assert torch.equal(as_image_prompt(tmp_path / "a.png", size=48), prepare(upright, size=48))
+    cut = prepare(upright, size=48, mask=np.ascontiguousarray(np.rot90(mask, -1)))
+    with Image.open(tmp_path / "a.png") as image:
+        assert torch.equal(as_image_prompt(image, size=48, mask=np.rot90(mask, -1)), cut)
+
+
+def test_a_folder_keeps_its_mask_and_takes_no_other(tmp_path: Path):
+    folder = write_folder(tmp_path / "a")
+    assert torch.equal(as_image_prompt(str(folder), size=32), load_image_prompt(folder, size=32))
+    with pytest.raises(ValueError, match="mask is given with the folder"):
+        as_image_prompt(folder, size=32, mask=scene()[1])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\).*\(h w 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\).*not empty"),
+        (np.zeros((1, 4, 4, 3), np.uint8), r"shape \(1, 4, 4, 3\)"),
+        (np.zeros((4, 4, 3), np.int64), "int64.*uint8"),
+        (np.zeros((4, 4), bool), "bool.*uint8"),
+        (np.full((4, 4, 3), 200.0), r"spans \[200, 200\].*divide by 255"),
+        (np.full((4, 4, 3), -0.5), r"spans \[-0.5, -0.5\].*\[0, 1\]"),
+        (np.full((4, 4, 3), NAN), r"spans \[nan, nan\]"),
+        (np.zeros((4, 4, 4), np.uint8), "image is transparent"),
+        (torch.zeros(4, 4, 3), r"shape \(4, 4, 3\).*with floats"),
+        (torch.zeros(1, 3, 4, 4), r"shape \(1, 3, 4, 4\).*one image of a batch"),
+        (torch.zeros(4, 4), r"shape \(4, 4\).*\(3 h w\)"),
+        (torch.zeros(3, 0, 4), "not empty"),
+        (torch.zeros(4, 8, 8), "alpha as `mask`"),
+        (torch.zeros(3, 4, 4, dtype=torch.int32), "torch.int32"),
+        (torch.full((3, 4, 4), 2.0), r"spans \[2, 2\].*\[-1, 1\]"),
+        (torch.full((3, 4, 4), NAN), r"spans \[nan, nan\]"),
+        (Image.new("CMYK", (4, 4)), "mode CMYK.*RGB"),
+        (Image.new("I", (4, 4)), "mode I .*RGB"),
+        (Image.new("RGB", (0, 4)), r"size \(0, 4\).*not be empty"),
+        ("none.png", "none.png: no such file"),
+        (b"bytes", "image is a bytes"),
+    ],
+)
+def test_an_image_that_cannot_be_one(image, message):
+    with pytest.raises(ValueError, match=message):
+        as_image_prompt(image, size=8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((40, 60)), "mask is empty"),
+        (np.zeros((40, 60), bool), "mask is empty"),
+        (np.ones((60, 40)), r"mask has shape \(60, 40\).*\(40, 60\)"),
+        (np.ones((40, 60, 1)), r"mask has shape \(40, 60, 1\)"),
+        (torch.ones(1, 40, 60), r"mask has shape \(1, 40, 60\)"),
+        (np.full((40, 60), NAN), "mask holds NaN"),
+        (np.full((40, 60), "x"), "mask is <U1"),
+        (Image.new("RGB", (60, 40)), "mask has mode RGB"),
+        (Image.new("L", (50, 50), 255), r"mask has shape \(50, 50\)"),
+        ("none.png", "none.png: no such file"),
+        ([[1]], "mask is list"),
+    ],
+)
+def test_a_mask_that_does_not_fit(mask, message):
+    with pytest.raises(ValueError, match=message):
+        as_image_prompt(scene()[0], size=8, mask=mask)
+
+
+def test_what_else_an_image_prompt_refuses(tmp_path: Path):
+    pixels, mask = scene()
+    with pytest.raises(ValueError, match="size is 0"):
+        as_image_prompt(pixels, size=0)
+    transparent = np.concatenate([pixels, np.where(mask, 0, 255)[..., None].astype(np.uint8)], axis=2)
+    with pytest.raises(ValueError, match="mask is empty where the image is opaque"):
+        as_image_prompt(transparent, size=8, mask=mask)
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    for changes in ({"image": tmp_path / "junk.png"}, {"mask": tmp_path / "junk.png"}):
+        with pytest.raises(ValueError, match=r"junk.png: not a readable image"):
+            as_image_prompt(**{"image": pixels, "mask": mask, "size": 8, **changes})

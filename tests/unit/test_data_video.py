@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from PIL import Image
 
 from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
-from dit_booth.data.video import probe, read_video, write_video
+from dit_booth.data.video import probe, read_video, write_gif, write_video
 
 torch.set_num_threads(1)
 
@@ -111,3 +112,30 @@ def test_a_failed_write_leaves_the_old_file_and_no_scrap(tmp_path: Path, monkeyp
         write_video(path, numbered(5), fps=10)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_gif_shows_the_same_frames_at_the_same_speed_without_end(tmp_path: Path):
+    video = Toyworld(ToyworldConfig(size=32, frames=6))[3].video
+    write_gif(tmp_path / "deep" / "clip.gif", video, fps=8)
+    with Image.open(tmp_path / "deep" / "clip.gif") as gif:
+        assert (gif.n_frames, gif.info["loop"], gif.info["duration"]) == (6, 0, 120)
+        for i in range(6):
+            gif.seek(i)
+            shown = as_float(np.array(gif.convert("RGB"))[None])[0]
+            assert (shown - video[i]).abs().mean() < 0.02
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["clip.gif"]
+
+
+def test_a_gif_of_one_frame_and_a_failed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "clip.gif"
+    write_gif(path, numbered(1), fps=10)
+    before = path.read_bytes()
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_gif(path, numbered(5), fps=10)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.gif"]

@@ -26,7 +26,8 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_booth.data.example import Example
-from dit_booth.data.image_prompt import Augment, Entry, Mask, pixel_box, prepare, read_entries, read_mask
+from dit_booth.data.image_files import Mask, MaskEntry, read_entries, read_mask
+from dit_booth.data.image_prompt import Augment, pixel_box, prepare
 from dit_booth.data.video import check_length, probe, read_video
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Item:
     """A row that passed the scan, and its subject: the entry of `mask.json` whose label is in the caption."""
 
     row: Row
-    entry: Entry
+    entry: MaskEntry
 
 
 class Triplets:
@@ -329,7 +330,7 @@ def _check(row: Row, root: Path, config: TripletsConfig, check: Check) -> Item |
     return Item(row=row, entry=entry)
 
 
-def subject_of(row: Row, entries: Sequence[Entry], check: Check = check_caption) -> Entry:
+def subject_of(row: Row, entries: Sequence[MaskEntry], check: Check = check_caption) -> MaskEntry:
     """The entry with the highest logit among those whose label is in the caption, as `check` says.
 
     Raises:
