@@ -1,4 +1,4 @@
-"""What the tests of both backbones share: a tap that watches, and how to put one at sites."""
+"""Helpers for the tests of both backbones: a tap that watches, and how to put one at sites."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dit_booth.inject import QKV, Condition, Injection, Latents, Modulation, Site
+from dit_booth.inject import QKV, Injection, Latents, Modulation, Site
 
 
 class Spy(nn.Module):
@@ -18,17 +18,17 @@ class Spy(nn.Module):
         self.factor = factor
         self.seen: list[Any] = []
 
-    def forward(self, payload: Any, condition: Condition) -> Any:
+    def forward(self, payload: Any, image: object) -> Any:
         self.seen.append(payload)
         field = {QKV: "q", Modulation: "vector", Latents: "x"}[type(payload)]
         return replace(payload, **{field: getattr(payload, field) * self.factor})
 
 
 def tapped(sites: list[Site], tap: nn.Module) -> Injection:
-    """An injection of one tap, without an image, at all these sites."""
-    return Injection({site.name: [(tap, Condition())] for site in sites})
+    """Return an injection of one tap, without an image, at all these sites."""
+    return Injection({site.name: [(tap, None)] for site in sites})
 
 
 def worst(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors."""
+    """Return the largest absolute difference."""
     return (a - b).abs().max().item()

@@ -74,7 +74,7 @@ def test_blocks_share_one_graph_with_and_without_a_strategy() -> None:
 
     def with_image() -> Injection:
         kv = {name: reader.project(hidden[name]) for name, reader in part.readers.items()}
-        return strategies.bind({"kv_concat": Condition(kv=kv)})
+        return strategies.bind(["kv_concat"], {"kv_concat": Condition(at=kv)})
 
     plain, image = step(dit), step(dit, with_image())
     assert worst(plain[0], image[0]) > 1e-4
@@ -85,7 +85,7 @@ def test_blocks_share_one_graph_with_and_without_a_strategy() -> None:
             got = step(dit, inject())
             assert graphs() == count, "the second step compiles nothing"
         assert all(worst(a, b) < 1e-5 for a, b in zip(got, expected, strict=True))
-    recorder = Recorder(strategies.bind({"kv_concat": Condition()}), names)
+    recorder = Recorder(strategies.bind(["kv_concat"]), names)
     step(dit, recorder, frames=1)
     assert graphs() == 1
     assert set(recorder.hidden) == set(names) and all(h.shape == (2, 6, 24) for h in recorder.hidden.values())

@@ -13,7 +13,7 @@ from spies import Spy, tapped, worst
 from torch import Tensor, nn
 
 from dit_booth.attention.plans import with_context
-from dit_booth.inject import Condition, Injection, Latents, Modulation
+from dit_booth.inject import Injection, Latents, Modulation
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.blocks import DiTBlock, Step, SwiGLU, TokenConv
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
@@ -132,7 +132,7 @@ def test_sites_are_the_modules_in_the_order_of_the_forward_pass(config: DiTConfi
             spy = Spy()
             assert torch.equal(dit(*inputs(config), tapped([site], spy)), plain)
             assert spy.seen[0].vector.shape == (2, site.dim)
-    every = {site.name: [(Spy(1.5), Condition())] for site in sites}
+    every = {site.name: [(Spy(1.5), None)] for site in sites}
     for name, taps in every.items():
         assert worst(dit(*inputs(config), Injection({name: taps})), plain) > 1e-9, name
 
@@ -286,7 +286,7 @@ class Prepend(nn.Module):
         super().__init__()
         self.frame, self.one_way = frame, one_way
 
-    def forward(self, latents: Latents, condition: Condition) -> Latents:
+    def forward(self, latents: Latents, image: None) -> Latents:
         return Latents(torch.cat([self.frame, latents.x], dim=1), context=1, one_way=self.one_way)
 
 
@@ -424,7 +424,5 @@ def test_modulation_has_names() -> None:
     assert list(mod) == ["attn1", "attn_temp", "mlp"]
     assert all(value.shape == (2, 1, 1, 32) for part in mod.values() for value in part)
     spy = Spy()
-    block.modulation(
-        torch.randn(2, 32, dtype=F64), Injection({block.modulation.site.name: [(spy, Condition())]})
-    )
+    block.modulation(torch.randn(2, 32, dtype=F64), Injection({block.modulation.site.name: [(spy, None)]}))
     assert isinstance(spy.seen[0], Modulation)

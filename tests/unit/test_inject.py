@@ -9,21 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from dit_booth.attention import Segment
+from dit_booth.errors import suggest
 from dit_booth.inject import (
+    KV,
     QKV,
     Condition,
+    Hidden,
     Injection,
     Latents,
     Modulation,
+    Needs,
+    Noise,
+    PlainLayer,
     Recorder,
     Reference,
     Site,
     Sites,
     no_injection,
-    suggest,
 )
-from dit_booth.models.clip.encoders import Text
+from dit_booth.models.clip.encoders import Prompt, Text
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
+from dit_booth.models.injected import Injected
 from dit_booth.models.layers import Attention
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.strategy import Strategies, Strategy, StrategyConfig
@@ -44,15 +50,15 @@ def sites_of(*sites: Site) -> Sites:
 
 
 class Affine(nn.Module):
-    """y = factor * x + shift on a latent, plus the condition's latent where there is one."""
+    """y = factor * x + shift on a latent, plus the image where there is one."""
 
     def __init__(self, factor: float, shift: float) -> None:
         super().__init__()
         self.factor, self.shift = nn.Parameter(torch.tensor(factor)), nn.Parameter(torch.tensor(shift))
 
-    def forward(self, payload: Latents, condition: Condition) -> Latents:
+    def forward(self, payload: Latents, image: Tensor | None) -> Latents:
         x = self.factor * payload.x + self.shift
-        return Latents(x if condition.latent is None else x + condition.latent)
+        return Latents(x if image is None else x + image)
 
 
 ENTRY = Site(name="latents.entry", port="latents", role="entry", dim=3)
@@ -96,35 +102,113 @@ def test_taps_of_a_site_act_in_the_written_order(order: tuple[str, ...], expecte
     parts = {"plus": affine(1.0, 1.0), "times": affine(2.0, 0.0)}
     strategies = Strategies({name: parts[name] for name in order})
     x = Latents(torch.full((1, 1, 3, 1, 1), 3.0))
-    backwards = {name: Condition() for name in reversed(order)}
-    assert strategies.bind(backwards)(ENTRY, x).x.unique().item() == expected, (
-        "the order of conditions is none"
-    )
+    for active in (order, order[::-1]):
+        assert strategies.bind(active)(ENTRY, x).x.unique().item() == expected, (
+            "as the combination is written"
+        )
 
 
-def test_only_strategies_with_a_condition_are_bound_and_each_gets_its_own() -> None:
+def test_only_active_strategies_are_bound_and_each_tap_gets_its_own_condition() -> None:
     strategies = Strategies({"plus": affine(1.0, 1.0), "times": affine(2.0, 0.0)})
     x = Latents(torch.full((1, 1, 3, 1, 1), 3.0))
-    assert strategies.bind({})(ENTRY, x) is x
-    assert strategies.bind({"times": Condition()})(ENTRY, x).x.unique().item() == 6
-    mine = Condition(latent=torch.full((1, 1, 3, 1, 1), 10.0))
-    assert strategies.bind({"plus": mine, "times": Condition()})(ENTRY, x).x.unique().item() == 28
-    assert strategies.bind({"plus": mine})(EXIT, x) is x, "another site"
+    ten = torch.full((1, 1, 3, 1, 1), 10.0)
+    mine = {"plus": Condition(shared=ten)}
+    assert strategies.bind([])(ENTRY, x) is x
+    assert strategies.bind(["times"])(ENTRY, x).x.unique().item() == 6
+    assert strategies.bind(["times"], mine)(ENTRY, x).x.unique().item() == 6, "plus is not active"
+    assert strategies.bind(["plus", "times"], mine)(ENTRY, x).x.unique().item() == 28
+    assert strategies.bind(["plus"], mine)(EXIT, x) is x, "another site"
+    here = {"plus": Condition(shared=ten, at={"latents.entry": 2 * ten})}
+    assert strategies.bind(["plus"], here)(ENTRY, x).x.unique().item() == 24, (
+        "a site's entry before the shared one"
+    )
+    elsewhere = {"plus": Condition(shared=ten, at={"latents.exit": 2 * ten})}
+    assert strategies.bind(["plus"], elsewhere)(ENTRY, x).x.unique().item() == 14
 
 
-def test_strategies_make_conditions_for_the_active_ones_only() -> None:
-    class Says(Strategy):
-        def forward(self, reference: Reference) -> Condition:
-            return Condition(vector=reference.embedding)
+def test_a_tap_without_an_image_gets_none() -> None:
+    got: list[object] = []
 
-    empty = sites_of()
-    strategies = Strategies({n: Says(StrategyConfig(), empty) for n in ("a", "b", "c")})
-    e = torch.ones(1, 2)
-    made = strategies(Reference(e, (), e, e, e), ("c", "a"))
-    assert list(made) == ["a", "c"]
-    assert all(c.vector is e for c in made.values())
-    silent = Strategy(StrategyConfig(), empty)
-    assert silent(Reference(e, (), e, e, e)) == Condition()
+    class Keep(nn.Module):
+        def forward(self, payload: Latents, image: object) -> Latents:
+            got.append(image)
+            return payload
+
+    strategy, x = Strategy(StrategyConfig(), sites_of(ENTRY)), Latents(torch.zeros(1, 1, 3, 1, 1))
+    strategy.attach(ENTRY, Keep())
+    strategies = Strategies({"mine": strategy})
+    for conditions in (None, {}, {"mine": Condition()}, {"mine": Condition(at={"latents.exit": 1})}):
+        strategies.bind(["mine"], conditions)(ENTRY, x)
+    assert got == [None] * 4
+
+
+class Wants(Strategy):
+    """A strategy of given needs, whose condition holds its arguments."""
+
+    def __init__(self, needs: Needs) -> None:
+        super().__init__(StrategyConfig(), sites_of())
+        self.wanted = needs
+
+    def needs(self) -> Needs:
+        return self.wanted
+
+    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
+        return Condition(shared=(reference, dict(hidden)))
+
+
+def reference(batch: int = 1) -> Reference:
+    e = torch.ones(batch, 2)
+    return Reference(e, (), e, torch.zeros(batch, 1, 3, 4, 6), torch.ones(batch, 1, 3, 4, 6))
+
+
+def test_conditions_are_made_of_the_active_strategies_needs_alone() -> None:
+    parts = {
+        "a": Wants(Needs(("x",), "clean")),
+        "b": Wants(Needs(("x", "y"), "matched")),
+        "c": Wants(Needs()),
+    }
+    strategies, image = Strategies(parts), reference()
+    states = {
+        name: torch.full((1,), float(i)) for i, name in enumerate(("clean x", "matched x", "matched y"))
+    }
+    hidden: dict[Noise, Hidden] = {
+        "clean": {"x": states["clean x"]},
+        "matched": {"x": states["matched x"], "y": states["matched y"], "z": torch.zeros(1)},
+    }
+    made = strategies(image, hidden, ("c", "b", "a"))
+    assert list(made) == ["a", "b", "c"]
+    assert made["a"].shared == (image, {"x": states["clean x"]})
+    assert made["b"].shared == (image, {"x": states["matched x"], "y": states["matched y"]})
+    assert made["c"].shared == (image, {}), "it needs no pass"
+    assert list(strategies(image, {}, ["c"])) == ["c"]
+    assert Strategy(StrategyConfig(), sites_of())(image, {}) == Condition()
+    assert strategies.reference_frames(["a", "b", "c"]) == strategies.reference_frames([]) == 1
+    parts["b"].wanted = Needs(("x",), "matched", frames=3)
+    assert strategies.reference_frames(["a", "b"]) == 3 and strategies.reference_frames(["a", "c"]) == 1
+
+
+def test_a_site_that_needs_does_not_name_is_not_there() -> None:
+    class Greedy(Wants):
+        def forward(self, reference: Reference, hidden: Hidden) -> Condition:
+            return Condition(shared=hidden["y"])
+
+    states: dict[Noise, Hidden] = {"clean": {"x": torch.zeros(1), "y": torch.zeros(1)}}
+    with pytest.raises(KeyError, match="y"):
+        Strategies({"greedy": Greedy(Needs(("x",)))})(reference(), states, ["greedy"])
+
+
+@pytest.mark.parametrize(
+    ("needs", "constant"),
+    [
+        (Needs(), True),
+        (Needs(("a",)), True),
+        (Needs(("a",), "clean"), True),
+        (Needs(("a",), "matched"), False),
+        (Needs((), "matched"), True),  # no pass at all
+    ],
+)
+def test_a_condition_is_constant_unless_it_needs_the_noised_reference(needs: Needs, constant: bool) -> None:
+    assert needs.constant is constant
 
 
 def test_no_injection_returns_its_argument() -> None:
@@ -136,7 +220,7 @@ def test_no_injection_returns_its_argument() -> None:
 
 
 class Scale(nn.Module):
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+    def forward(self, qkv: QKV, image: None) -> QKV:
         return replace(qkv, q=qkv.q * 3.0)
 
 
@@ -152,7 +236,7 @@ def test_recorder_keeps_hidden_states_while_taps_stay_active() -> None:
                 seen[site.name] = payload.x
             return super().__call__(site, payload)
 
-    taps = {"blocks.1.attn1": [(Scale(), Condition())]}
+    taps = {"blocks.1.attn1": [(Scale(), None)]}
     with torch.no_grad():
         tapped = backbone(x, t, text, Spy(taps))
         recorder = Recorder(Injection(taps), wanted)
@@ -175,20 +259,107 @@ def test_only_attentions_have_a_hidden_state_to_record() -> None:
         Recorder(no_injection, [site.name])(site, Modulation(torch.zeros(1, 4), torch.zeros(1, 4)))
 
 
-def test_a_reference_asks_for_the_latent_that_the_noise_option_names() -> None:
-    asked: list[tuple[Tensor, bool, tuple[str, ...]]] = []
+def model_of(*parts: Strategy) -> Injected:
+    """A DiT under strategies that read no prompt, so that the text encoder may be a stub."""
+    null = Prompt.without_subject(torch.zeros(1, 5, dtype=torch.long))
+    strategies = Strategies({f"s{i}": part for i, part in enumerate(parts)})
+    return Injected(dit(), NoText(), strategies, null)  # type: ignore[arg-type]
 
-    def record(latent: Tensor, clean: bool, sites: list[str]) -> dict[str, Tensor]:
-        asked.append((latent, clean, tuple(sites)))
-        return {"a": latent}
 
-    clean, noisy, nothing = torch.zeros(1), torch.ones(1), torch.zeros(0)
-    reference = Reference(nothing, (), nothing, clean, noisy, record)
-    assert reference.hidden(["a"], "matched")["a"] is noisy
-    assert reference.hidden(["a"], "clean")["a"] is clean
-    assert [(a[1], a[2]) for a in asked] == [(False, ("a",)), (True, ("a",))]
-    with pytest.raises(AssertionError, match=r"inside Injected\.forward"):
-        replace(reference, record=None).hidden(["a"], "clean")
+class NoText(nn.Module):
+    def forward(self, prompt: Prompt, inject: Injection) -> Text:
+        rows = len(prompt.ids)
+        return Text(torch.zeros(rows, 5, 8), torch.zeros(rows, 6))
+
+
+A, B = "blocks.1.attn1", "blocks.3.attn1"
+STEP = torch.randn(2, 2, 3, 4, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([3.0, 700.0])
+PROMPT = Prompt.without_subject(torch.ones(2, 5, dtype=torch.long))
+
+
+def passes(model: Injected) -> list[tuple[int, list[float]]]:
+    """Return a list that gets (frames, timesteps) of every pass through the backbone from now on."""
+    calls: list[tuple[int, list[float]]] = []
+    model.backbone.register_forward_pre_hook(
+        lambda _, args: calls.append((args[0].shape[1], args[1].tolist()))
+    )
+    return calls
+
+
+VIDEO, MATCHED, CLEAN = (2, [3.0, 700.0]), (1, [3.0, 700.0]), (1, [0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        ([Needs()], []),
+        ([Needs((A,), "clean")], [CLEAN]),
+        ([Needs((A,), "matched")], [MATCHED]),
+        ([Needs((A,), "matched"), Needs((A, B), "matched")], [MATCHED]),
+        ([Needs((A,), "clean"), Needs((B,), "clean"), Needs()], [CLEAN]),
+        ([Needs((A,), "clean"), Needs((B,), "matched"), Needs((A,), "matched")], [MATCHED, CLEAN]),
+    ],
+)
+@torch.no_grad()
+def test_the_reference_passes_once_for_each_kind_of_noise_that_is_needed(
+    needs: list[Needs], expected: list[object]
+) -> None:
+    model = model_of(*(Wants(n) for n in needs))
+    calls = passes(model)
+    model(*STEP, PROMPT, reference(2))
+    assert calls == [*expected, VIDEO]
+    hidden = model.record(STEP[1], reference(2), model.strategy.names)
+    assert {noise: set(states) for noise, states in hidden.items()} == {
+        noise: {site for n in needs if n.noise == noise for site in n.sites}
+        for noise in {n.noise for n in needs if n.sites}
+    }
+    assert all(h.shape == (2, 6, 128) for states in hidden.values() for h in states.values())
+    del calls[:]
+    model(*STEP, PROMPT, None)
+    assert calls == [VIDEO], "without a reference nothing is recorded"
+    model.active = ()
+    model(*STEP, PROMPT, reference(2))
+    assert calls == [VIDEO] * 2, "an inactive strategy needs nothing"
+
+
+@torch.no_grad()
+def test_strategies_that_need_the_same_pass_share_what_it_records() -> None:
+    both, alone = model_of(Wants(Needs((A,))), Wants(Needs((A, B)))), model_of(Wants(Needs((A, B))))
+    made = both.conditions(STEP[1], reference(2), both.active)
+    (first, second), (only,) = (
+        [condition.shared[1] for condition in conditions.values()]
+        for conditions in (made, alone.conditions(STEP[1], reference(2), ["s0"]))
+    )
+    assert set(first) == {A} and set(second) == {A, B} and first[A] is second[A]
+    assert all(torch.equal(second[site], only[site]) for site in (A, B))
+
+
+@torch.no_grad()
+def test_a_strategy_sees_the_reference_without_its_noised_copies() -> None:
+    model, image = model_of(Wants(Needs((A,), "matched")), Wants(Needs())), reference(2)
+    for condition in model.conditions(STEP[1], image, model.active).values():
+        seen = condition.shared[0]
+        assert seen.noisy is None and image.noisy is not None
+        assert seen.latent is image.latent and seen.embedding is image.embedding
+    with pytest.raises(AssertionError, match=r"set Reference\.noisy"):
+        model(*STEP, PROMPT, replace(image, noisy=None))
+    model.active = ("s1",)
+    model(*STEP, PROMPT, replace(image, noisy=None))  # nobody needs it
+
+
+@torch.no_grad()
+def test_conditions_that_are_constant_are_made_once_and_handed_on() -> None:
+    model, image = model_of(*(Wants(n) for n in (Needs(), Needs((A,)), Needs((B,), "matched")))), reference(2)
+    calls = passes(model)
+    constant = model.constant_conditions(image)
+    assert set(constant) == {"s0", "s1"} and calls == [CLEAN]
+    made: list[str] = []
+    for name in model.active:
+        model.strategy.part(name).register_forward_hook(lambda *_, name=name: made.append(name))
+    expected = model(*STEP, PROMPT, image).output
+    assert made == ["s0", "s1", "s2"] and calls[1:] == [MATCHED, CLEAN, VIDEO]
+    assert torch.equal(model(*STEP, PROMPT, image, constant).output, expected)
+    assert made[3:] == ["s2"] and calls[4:] == [MATCHED, VIDEO]
 
 
 # ---- sites -------------------------------------------------------------------------------------------------
@@ -201,11 +372,11 @@ def test_sites_match_by_glob_port_and_role() -> None:
         "blocks.3.attn1",
     ]
     assert len(sites.match("*", role="temporal")) == 5
-    assert len(sites.match("*")) == len(sites) == 18
+    assert sites.match("*") == list(sites) == list(sites.items) and len(sites.items) == 18
     assert {s.role for s in sites.match("blocks.*", port="qkv")} == {"cross_frame", "temporal"}
     assert sites.of(port="qkv", role="text") == [], "a DiT has no text attention"
     assert [s.name for s in sites.of(port="latents")] == ["latents.entry", "latents.exit"]
-    assert sites[0].name == "latents.entry"
+    assert sites.items[0].name == "latents.entry"
 
 
 def test_a_glob_without_a_site_is_an_error_with_the_nearest_names() -> None:
@@ -244,14 +415,38 @@ def test_heads_splits_a_projection_as_the_attention_does() -> None:
     seen: list[QKV] = []
 
     class Keep(nn.Module):
-        def forward(self, qkv: QKV, condition: Condition) -> QKV:
+        def forward(self, qkv: QKV, image: None) -> QKV:
             seen.append(qkv)
             return qkv
 
     x = torch.randn(1, 2, 3, 8)
-    attention(x, x, ((0,), (1,)), Injection({"a": [(Keep(), Condition())]}))
+    attention(x, x, ((0,), (1,)), Injection({"a": [(Keep(), None)]}))
     (qkv,) = seen
     assert torch.equal(qkv.heads(attention.to_k(x)), qkv.segments[0].k)
     assert torch.equal(qkv.heads(attention.to_v(x)), qkv.segments[0].v)
     more = Segment(qkv.segments[0].k, qkv.segments[0].v, ((0,), ()))
     assert qkv.reading(more).segments == (qkv.segments[0], more)
+    kv = KV(torch.randn(1, 4, 8), torch.randn(1, 4, 8))
+    (_, image), (_, first) = (qkv.reading_image(kv, seen).segments for seen in (None, ((0,), ())))
+    assert torch.equal(image.k, qkv.keys(kv.k[:, None])) and torch.equal(image.v, qkv.heads(kv.v[:, None]))
+    assert image.frames == ((0,), (0,)) and first.frames == ((0,), ())
+
+
+def test_a_layer_norms_and_rotates_queries_and_keys_but_no_values() -> None:
+    class Doubles(PlainLayer):
+        def queries(self, q: Tensor) -> Tensor:
+            return 2 * q
+
+        def keys(self, k: Tensor) -> Tensor:
+            return 3 * k
+
+    x = torch.randn(1, 2, 3, 8)
+    plain = QKV(torch.zeros(1, 2, 3, 2, 4), (), x, x)
+    own = replace(plain, layer=Doubles())
+    assert torch.equal(plain.queries(x), plain.heads(x)) and torch.equal(plain.keys(x), plain.heads(x))
+    assert torch.equal(own.queries(x), 2 * own.heads(x)) and torch.equal(own.keys(x), 3 * own.heads(x))
+    kv = KV(torch.randn(1, 4, 8), torch.randn(1, 4, 8))
+    image = own.image(kv)
+    assert torch.equal(image.k, 3 * own.heads(kv.k[:, None])) and torch.equal(
+        image.v, own.heads(kv.v[:, None])
+    )

@@ -11,7 +11,7 @@ from torch import nn
 from dit_booth import strategy as module
 from dit_booth.config import RunConfig
 from dit_booth.config.parse import config_class
-from dit_booth.inject import Condition, Site, Sites
+from dit_booth.inject import Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, create, find, load_plugins, register, registered
 from dit_booth.training.stage import active_strategies, schedule_of
 
@@ -165,7 +165,7 @@ def test_taps_of_a_lower_order_act_first_however_the_sum_is_written() -> None:
         classes = {"late": Strategy, "early": First, "later": Strategy}
         built = create({name: classes[name] for name in names}, {}, Sites((site,), 1, 1, 1, 1))
         owner = {id(built.part(name).attach(site, Tap())): name for name in names}
-        return [owner[id(tap)] for tap, _ in built.bind({name: Condition() for name in names}).taps["a"]]
+        return [owner[id(tap)] for tap, _ in built.bind(names).taps["a"]]
 
     assert bound("late", "early", "later") == ["early", "late", "later"]
     assert bound("later", "late", "early") == ["early", "later", "late"]

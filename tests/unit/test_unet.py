@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dit_booth.inject import (
     QKV,
-    Condition,
     Injection,
     Latents,
     Modulation,
@@ -246,15 +245,15 @@ def test_returned_payloads_are_used() -> None:
 
 def test_latents_may_grow_at_the_entry_and_shrink_at_the_exit() -> None:
     class Double(nn.Module):
-        def forward(self, payload: Latents, condition: Condition) -> Latents:
+        def forward(self, payload: Latents, image: None) -> Latents:
             return Latents(torch.cat([payload.x, payload.x], dim=3))
 
     class Halve(nn.Module):
-        def forward(self, payload: Latents, condition: Condition) -> Latents:
+        def forward(self, payload: Latents, image: None) -> Latents:
             return Latents(payload.x.chunk(2, dim=3)[0])
 
     unet, (x, t, text) = build(), inputs()
-    taps = Injection({"latents.entry": [(Double(), Condition())], "latents.exit": [(Halve(), Condition())]})
+    taps = Injection({"latents.entry": [(Double(), None)], "latents.exit": [(Halve(), None)]})
     assert unet(x, t, text, taps).shape == x.shape
 
 
@@ -272,7 +271,7 @@ def test_checkpointing_gives_equal_gradients() -> None:
     scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
 
     class Scale(nn.Module):
-        def forward(self, qkv: QKV, condition: Condition) -> QKV:
+        def forward(self, qkv: QKV, image: None) -> QKV:
             return replace(qkv, q=qkv.q * scale)
 
     gradients = []
