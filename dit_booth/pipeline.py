@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from dit_booth.components import Components, build
 from dit_booth.config import RunConfig
 from dit_booth.config.parse import parse, to_argv
-from dit_booth.data.image_prompt import ImageLike, MaskLike, as_image_prompt
+from dit_booth.data.image_input import ImageLike, MaskLike
+from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.errors import suggest
