@@ -80,7 +80,9 @@ class Pass:
         if reference is not None:
             assert eps is not None
             eps = repeat(eps, "b ... -> (r b) ...", r=rows)
-            noisy = components.objective.noise(reference.noisy, components.objective.time(timestep), eps)
+            noisy = components.objective.noise(
+                reference.noisy, components.objective.from_timestep(timestep), eps
+            )
             reference = replace(reference, noisy=noisy)
         output: Tensor = components.model(x, timestep, self.prompt, reference, self.known).output
         return output
