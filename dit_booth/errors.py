@@ -16,7 +16,7 @@ SEED = "[0, 9223372036854775807]"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``; nearest: a, b`` for an error message; the whole list where nothing is near and it is short."""
+    """Return ``; nearest: a, b`` for an error message; up to six known names if none is near."""
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:6]
     return f"; nearest: {', '.join(near)}" if near else ""

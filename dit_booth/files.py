@@ -1,6 +1,6 @@
-"""Files that several processes share: written whole or not at all, and locks that end with their owner.
+"""Files that several processes share: atomic writes, and locks that end with their owner.
 
-Standard library only, so that a sweep that has nothing to do answers at once.
+Standard library only, so that a sweep without work starts quickly.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 SLOT = "DIT_BOOTH_SLOT"
-"""Environment variable: where a sweep has put a process (``host:devices``); the lock tells it to other sweeps."""
+"""Environment variable with the devices that a sweep gave a process (``host:devices``); stored in its lock."""
 WRITER = re.compile(r"\.(\d+)@(.+)\.part$")
-"""The end of a partial file's name: number and machine of the process that writes it."""
+"""Suffix of a partial file's name: process id and host of its writer."""
 
 PACKAGE = Path(__file__).parent
 
 
 def packaged(name: str) -> Path:
-    """Path of a file that the package brings: ``configs/demo.yaml``, ``sweeps/schedule.yaml``.
+    """Return the path of a file of the package: ``configs/demo.yaml``, ``sweeps/schedule.yaml``.
 
     In a checkout ``configs`` and ``sweeps`` lie in ``experiments/``.
     """
@@ -34,14 +34,14 @@ def packaged(name: str) -> Path:
 
 
 def given_or_packaged(path: str, folder: str) -> Path:
-    """`path` if there is such a file, else the file of that name in a folder that the package brings."""
+    """`path` if there is such a file, else the file of that name in a folder of the package."""
     given = Path(path).expanduser()
     return given if given.exists() else packaged(f"{folder}/{path}")
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `file` at the end, in one step and on the disk; not after an error."""
+    """Yield a path to write to; on success rename it to `file` atomically, synced to disk; else remove it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(file)
     try:
@@ -54,23 +54,23 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Where this process writes what becomes `path`: two processes may write the same."""
+    """Return the temporary path for writing `path`, unique to this process."""
     return path.with_name(f"{path.name}.{os.getpid()}@{socket.gethostname()}.part")
 
 
 def remove_partials(folder: Path, of: str = "*") -> None:
-    """Remove what killed processes have left half-written. Who lives, or may live on another machine, is let be."""
+    """Remove partial files of killed processes; keep files whose writer may still be running."""
     for partial in folder.glob(f"{of}.part"):
         if _has_writer(partial.name):
             continue
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            partial.unlink(missing_ok=True)  # two processes may clear up at once
+            partial.unlink(missing_ok=True)  # another process may remove it first
 
 
 def _has_writer(name: str) -> bool:
-    """Whether the writer of a partial file may still be at it."""
+    """Return True if the writer of a partial file may still be running."""
     writer = WRITER.search(name)
     if writer is None:
         return False
@@ -92,7 +92,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's entries."""
+    """Flush a file, or the entries of a folder, to disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -101,13 +101,13 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Wait until the disk has a folder with all its files: before a marker names it."""
+    """Flush a folder with all its files to disk, before a marker refers to it."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines. A last line without its end was cut off, and is left out."""
+    """Read a file of JSON lines; a last line without a newline was cut off, and is ignored."""
     text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
@@ -116,8 +116,8 @@ class Lock:
     """A folder's lock, held by one process or by the ranks of one run.
 
     These are the kernel's record locks on ``<folder>/<name>``: they end with their process, however it ends, and are
-    not inherited by its children. Every rank holds a byte of the file, and only who gets all bytes becomes the owner:
-    where one rank was killed and the others live on for a while, the folder stays theirs. What is shared has no owner.
+    not inherited by its children. Every rank locks one byte of the file, and the owner must get all bytes: if one rank
+    is killed and others still run, the folder stays locked. A shared lock has no owner.
     """
 
     def __init__(self, folder: Path, name: str = "lock") -> None:
@@ -125,7 +125,7 @@ class Lock:
         self.number = -1
 
     def take(self, slot: str | None = None) -> bool:
-        """Become the owner (the first rank) if there is none. `slot` is told to others; default: this process's."""
+        """Become the owner (the first rank) if there is none. `slot` is stored for others; None: this process's."""
         if not self._try():
             self.release()
             return False
@@ -136,12 +136,12 @@ class Lock:
         return True
 
     def join(self, rank: int) -> None:
-        """Hold the owner's lock too, as one of its further ranks."""
+        """Hold the owner's lock too, as another rank of its run."""
         self._open()
         fcntl.lockf(self.number, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
     def share(self) -> bool:
-        """Hold it together with all others that share it; instead of owning it, if this process does."""
+        """Hold the lock together with other sharers; an owner gives up ownership for it."""
         if self.number < 0:
             self._open()
         try:
@@ -157,7 +157,7 @@ class Lock:
         self.number = -1
 
     def held(self) -> bool:
-        """Whether another process holds it. (This process must not: closing the file would end its own lock.)"""
+        """Return True if another process holds it. This process must not: closing the file ends its own lock."""
         assert self.number < 0, f"{self.file} is held by this process"
         if not self.file.is_file():
             return False
@@ -167,7 +167,7 @@ class Lock:
 
     def owner(self) -> str:
         """Host, process number and slot of the last owner, for messages."""
-        if self.number >= 0:  # to open and close the file once more would end this process's hold
+        if self.number >= 0:  # opening and closing the file again would end this process's lock
             return os.pread(self.number, 4096, 0).decode().strip()
         return self.file.read_text().strip() if self.file.is_file() else ""
 

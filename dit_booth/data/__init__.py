@@ -1,0 +1,1 @@
+"""Training examples: data sets, image prompts, and video files."""

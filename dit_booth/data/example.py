@@ -8,7 +8,7 @@ have seen, with any number of workers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -17,6 +17,9 @@ import torch
 from einops import pack
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+IdentityDict = Mapping[str, Any]
+"""Ground-truth parameters of a subject and its scene by name (see `toyworld.Identity`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +30,14 @@ class Example:
         key: stable name of the example, for messages and for pairing results, e.g. `toyworld/train/12`.
         video: `f 3 h w`, float32 in [-1, 1].
         caption: the text prompt.
-        subject: the word (or words) of the caption that the image stands for: who finds it there checks that it
-            is there (`Tokenizer`).
+        subject: the word (or words) of the caption that the image stands for; `Tokenizer` checks
+            that the caption contains it.
         image: `3 s s`, float32 in [-1, 1]; the image prompt: the subject on white, cropped to its box.
-        mask: `f h w` bool, true on the subject. Only the first `mask_frames` frames are annotated; the mask
-            of the others is all false and says nothing.
-        mask_frames: how many leading frames of `mask` are annotated: 1 in VideoBooth's data, all in the toy
+        mask: `f h w` bool, true on the subject. Only the first `mask_frames` frames are annotated; the
+            mask of the others is all false and means nothing.
+        mask_frames: number of annotated leading frames of `mask`: 1 in VideoBooth's data, all in the toy
             world.
-        identity: ground-truth parameters of the subject and the scene, where they are known.
+        identity: ground-truth parameters of the subject and the scene, if they are known.
 
     Raises:
         ValueError: a tensor has the wrong shape, type or range.
@@ -47,7 +50,7 @@ class Example:
     image: Tensor
     mask: Tensor
     mask_frames: int
-    identity: Mapping[str, Any] | None = None
+    identity: IdentityDict | None = None
 
     def __post_init__(self) -> None:
         _check_picture(self.key, "video", self.video, axes="f 3 h w", channel_axis=1)
@@ -104,20 +107,20 @@ class Batch:
     image: Tensor
     mask: Tensor
     mask_frames: Tensor
-    identities: list[Mapping[str, Any] | None]
+    identities: list[IdentityDict | None]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the batch with its tensors on `device`."""
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (the name that torch's DataLoader looks for)."""
+        """Return the batch in page-locked memory; torch's DataLoader calls this method by name."""
         return self._map_tensors(Tensor.pin_memory)
 
-    def _map_tensors(self, function: Any) -> Batch:
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
 
@@ -126,7 +129,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     """Stack examples into one `Batch`.
 
     Raises:
-        ValueError: there are none, or their shapes differ.
+        ValueError: `examples` is empty, or shapes differ.
     """
     if not examples:
         raise ValueError("examples is empty; a batch needs at least one example")
@@ -170,20 +173,20 @@ class AugmentedDataset(Protocol):
 class Loader:
     """An endless, seeded, resumable stream of batches.
 
-    The examples of all epochs form one line: epoch `e` is a permutation drawn from `(seed, e)`. Batch `i` of
+    The examples of all epochs form one sequence: epoch `e` is a permutation drawn from `(seed, e)`. Batch `i` of
     rank `r` of `w` takes `batch_size` examples from position `(i * w + r) * batch_size`. So the ranks of one
     step never share a position, and nothing is dropped at an epoch's end.
 
     A broken example is an error here that names the batch: to swap in another would make the stream depend on
-    more than its arguments. A data set that tolerates broken files leaves them out when it is built.
+    more than its arguments. A data set that tolerates broken files leaves them out at construction.
 
     Args:
-        dataset: what to read; `at(index, epoch)` is used where it exists, else `[index]`.
+        dataset: the examples, read by `at(index, epoch)` if it exists, else by `[index]`.
         batch_size: examples per batch of this rank.
-        seed: of the order of the examples.
-        rank, world_size: this process, and how many processes there are.
-        workers: worker processes; 0 reads in this process. The batches are the same for every number.
-        pin_memory: give page-locked batches (with workers), so that copies to a GPU overlap computation.
+        seed: seed of the order of the examples.
+        rank, world_size: index of this process, and number of processes.
+        workers: worker processes; 0 reads in this process. The batches do not depend on it.
+        pin_memory: return page-locked batches (with workers), so that copies to a GPU overlap computation.
 
     Raises:
         ValueError: an argument is out of range, or the data set is empty.
@@ -226,16 +229,16 @@ class Loader:
         return self.stream(0)
 
     def indices(self, number: int) -> list[tuple[int, int]]:
-        """The `(index, epoch)` of each example of batch `number`."""
+        """Return the `(index, epoch)` of each example of batch `number`."""
         if number < 0:
             raise ValueError(f"number is {number}; batches count from 0")
         places = (divmod(position, len(self.dataset)) for position in self.positions(number))
         return [(int(self._permutation(epoch)[place]), epoch) for epoch, place in places]
 
     def positions(self, number: int) -> range:
-        """Where the examples of batch `number` stand in the line of all epochs: no two rows of a run share a place.
+        """Positions of the examples of batch `number` in the sequence of all epochs; unique over the ranks and batches.
 
-        The ranks' batches together are the same places, however many ranks there are.
+        The union over the ranks does not depend on the number of ranks, at equal global batch size.
         """
         first = (number * self.world_size + self.rank) * self.batch_size
         return range(first, first + self.batch_size)
@@ -260,12 +263,12 @@ class Loader:
             raise ValueError(f"start is {start}; batches count from 0")
         if self.workers == 0:
             return map(self.batch, itertools.count(start))
-        loader: DataLoader[Any] = DataLoader(
-            cast("Dataset[Any]", _Numbered(self)),
+        loader: DataLoader[Batch] = DataLoader(
+            cast("Dataset[Batch]", _BatchesByNumber(self)),
             sampler=_CountFrom(start),
             batch_size=None,
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=self.pin_memory,
         )
         return iter(loader)
@@ -277,8 +280,8 @@ class Loader:
         return self._order[1]
 
 
-class _Numbered:
-    """A loader's batches by number, in the form that torch's worker processes take."""
+class _BatchesByNumber:
+    """A map-style data set of a loader's batches, for torch's worker processes."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -295,5 +298,5 @@ class _CountFrom(Sampler[int]):
         return itertools.count(self.start)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Batch) -> Batch:
     return batch

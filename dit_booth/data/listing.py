@@ -1,4 +1,4 @@
-"""What tells one data set in files from another: the files that its lists name, by size. Standard library only."""
+"""Fingerprint a data set by the names and sizes of the files that its CSV files list. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 
 def files_of(root: Path, list_file: Path) -> str:
-    """A hash of the names and sizes of the videos and masks that a CSV file in VideoBooth's format names.
+    """Hash the names and sizes of the videos and masks that a CSV file in VideoBooth's format lists.
 
-    Sizes and not contents: a set has a terabyte of videos, and is stated in seconds. No times of change either: a copy
-    is the same data. A file that was replaced by one of equal size is not noticed, nor is, in one process, what changes
-    after the first call with a list (a sweep of many points asks for each).
+    Contents are not read (a data set may have a terabyte of videos), and modification times do not count (a copy is
+    the same data). A file replaced by one of equal size is not detected, nor, within one process, a change after the
+    first call for a CSV file (results are cached).
     """
     status = list_file.stat()
     return _files_of(os.fspath(root.resolve()), os.fspath(list_file), status.st_size, status.st_mtime_ns)
@@ -26,13 +26,13 @@ def files_of(root: Path, list_file: Path) -> str:
 def _files_of(root: str, list_file: str, size: int, changed: int) -> str:
     with Path(list_file).open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         rows = [(row.get("videoid") or "", row.get("page_dir") or "") for row in csv.DictReader(stream)]
-    with ThreadPoolExecutor(max_workers=8) as pool:  # on a network drive each answer takes a while
+    with ThreadPoolExecutor(max_workers=8) as pool:  # network drives answer slowly
         found = pool.map(lambda row: "".join(_row(root, *row)), rows, chunksize=64)
         return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def _row(root: str, videoid: str, page_dir: str) -> Iterator[str]:
-    """A line for every file of an example; a video that lacks has one, too."""
+    """Yield a line for every file of an example; a missing video has one too."""
     video = f"videos/{page_dir}/{videoid}.mp4"
     try:
         yield f"{video} {Path(root, video).stat().st_size}\n"

@@ -1,4 +1,4 @@
-"""Diffusion: schedules, objectives, samplers and guidance. Knows tensors only."""
+"""Diffusion: schedules, objectives, samplers and guidance, on tensors only."""
 
 from dit_booth.diffusion.guidance import GuidanceConfig, guide
 from dit_booth.diffusion.noise import randn, randn_like

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans, 2022), by text and image together or by each with a scale of its own."""
+"""Classifier-free guidance (Ho & Salimans, 2022), by text and image together, or with one scale for each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GuidanceConfig:
     text: float | None = None
     """Scale of the text alone, with `image`'s; where only one of the two is given, the other is 1."""
     channels: int | None = None
-    """Guide only the first so many channels; none: all. VideoBooth's released code guides 3 of 4."""
+    """Guide only the first `channels` channels; None: all. VideoBooth's released code guides 3 of 4."""
     unconditional: Literal["zero_image", "omit"] = "zero_image"
     """The unconditional branch's image: the zero image, as in training, or none at all (VideoBooth's released code)."""
 
@@ -47,18 +47,18 @@ class GuidanceConfig:
 
     @property
     def scales(self) -> tuple[float, float]:
-        """Of the image and of the text."""
+        """Scales of the image and of the text."""
         if self.image is None and self.text is None:
             return self.scale, self.scale
         return (1.0 if self.image is None else self.image), (1.0 if self.text is None else self.text)
 
     def branches(self) -> tuple[Branch, ...]:
-        """The predictions that a step needs, that with text and image first; those without weight are left out."""
+        """Return the predictions that a step needs, the one with text and image first; unweighted ones are omitted."""
         image, text = self.scales
         return (BOTH, *[IMAGE] * (image != text), *[NEITHER] * (image != 1))
 
     def combine(self, predictions: Sequence[Tensor], axis: int = -3) -> Tensor:
-        """The guided prediction, from one for each of `branches` (b ..., channels on `axis`)."""
+        """Combine one prediction for each of `branches` (b ..., channels on `axis`) into the guided one."""
         image, text = self.scales
         named = dict(zip(self.branches(), predictions, strict=True))
         if len(named) == 1:
@@ -75,7 +75,7 @@ def guide(
 ) -> Tensor:
     """uncond + scale (cond - uncond) (Ho & Salimans eq. 6, with scale = 1 + w).
 
-    cond, uncond: (b f c h w), or any shape with the channels on `axis`. channels: which are guided, an int n
+    cond, uncond: (b f c h w), or any shape with the channels on `axis`. channels: the guided ones, an int n
     meaning the first n; the others keep the conditional prediction. Raises ValueError for unequal shapes.
     """
     if cond.shape != uncond.shape:

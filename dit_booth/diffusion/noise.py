@@ -1,4 +1,4 @@
-"""Gaussian noise that is the same on every device: drawn on the CPU in float32, then moved."""
+"""Device-independent Gaussian noise: drawn on the CPU in float32, then moved."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal numbers of any `shape`; equal for equal generator states on every device and dtype.
+    """Draw standard normal values of any `shape`, equal for equal generator states on every device and dtype.
 
-    With one generator per row (b, the first axis) a row's numbers do not depend on the batch around it.
-    Raises ValueError for a generator that lives on an accelerator: its numbers differ from the CPU's.
+    With one generator per row (b, the first axis) a row does not depend on the rest of the batch.
+    Raises ValueError for a generator that lives on an accelerator: its values differ from the CPU's.
     """
     if not isinstance(generator, torch.Generator):
         if len(generator) != shape[0]:
@@ -31,12 +31,12 @@ def randn(
 
 
 def randn_like(x: Tensor, generator: Generators) -> Tensor:
-    """Standard normal numbers with the shape, device and dtype of `x`."""
+    """Draw standard normal values with the shape, device and dtype of `x`."""
     return randn(x.shape, generator, x.device, x.dtype)
 
 
 def per_row(draw: Callable[[int, torch.Generator], Tensor], rows: int, generator: Generators) -> Tensor:
-    """``draw(n, generator)`` gives n rows: all at once of one generator, or each of its own."""
+    """Draw rows with ``draw(n, generator)``: all from one generator, or each row from its own."""
     if isinstance(generator, torch.Generator):
         return draw(rows, generator)
     if len(generator) != rows:
@@ -59,7 +59,7 @@ def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype for arithmetic on noise levels: what the tensors promote to, float32 at the least."""
+    """Return the dtype for arithmetic on noise levels: the promoted dtype, at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)

@@ -31,11 +31,11 @@ class ObjectiveConfig:
     min_snr: float = 0.0
     """eps and v: the loss is x0's error times min(SNR, this) (Hang et al., arXiv 2303.09556: 5); 0: no weight."""
     prediction: Literal["velocity", "x0"] = "velocity"
-    """flow: what the network outputs. x0 keeps the velocity loss and suits pixel-space transformers (JiT)."""
+    """flow: the network's output. x0 keeps the velocity loss and suits pixel-space transformers (JiT)."""
     t_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
-    """flow: distribution of the training time."""
+    """flow: distribution of t in training."""
     logit_mean: float = 0.0
-    """flow: mean of logit(t), larger is noisier. JiT in pixel space: 0.8 (its time runs the other way)."""
+    """flow: mean of logit(t), larger is noisier. JiT in pixel space: 0.8 (its t runs the other way)."""
     logit_std: float = 1.0
     """flow: standard deviation of logit(t). JiT: 0.8."""
     shift: float = 1.0

@@ -1,6 +1,6 @@
-"""What the network predicts and what it is trained against: eps, v, or a flow's velocity.
+"""Training objectives: the network predicts eps, v, or a flow's velocity.
 
-An objective fixes the path from data to noise, the regression target, and how a prediction turns into an
+An objective fixes the path from data to noise, the regression target, and how a prediction becomes an
 estimate of the data. A training step reads
 
     t = objective.sample_t(len(x0), generator, x0.device)
@@ -38,11 +38,11 @@ class Objective(ABC):
 
     @abstractmethod
     def noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t (b ...) at time t (b,), in the dtype of x0."""
+        """Return x_t (b ...) at t (b,), in the dtype of x0."""
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should output at x_t: (b ...)."""
+        """Return the regression target of the network at x_t: (b ...)."""
 
     @abstractmethod
     def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -54,15 +54,15 @@ class Objective(ABC):
 
     @abstractmethod
     def sample_t(self, batch: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-        """(batch,) training times, drawn on the CPU and moved."""
+        """Draw t (batch,) for training, on the CPU, and move it."""
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """The number in [0, 1000) that the network's time embedding receives: (b,) floating point."""
+        """Timestep in [0, 1000) for the network's timestep embedding: (b,) floating point."""
 
     @abstractmethod
-    def time(self, timestep: Tensor) -> Tensor:
-        """The inverse of `timestep`; a reference image is noised to the video's time with it."""
+    def from_timestep(self, timestep: Tensor) -> Tensor:
+        """Return t (b,) of a timestep: the inverse of `timestep`."""
 
     def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """(b,) mean squared error over all other axes."""
@@ -82,7 +82,7 @@ def per_sample_mse(pred: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DiscreteObjective(Objective):
-    """What eps and v share: a discrete schedule. t is an integer step (b,)."""
+    """Base of eps and v: a discrete schedule; t is an integer step (b,)."""
 
     schedule: DiscreteSchedule
     min_snr: float = 0.0
@@ -93,7 +93,7 @@ class DiscreteObjective(Objective):
         """The loss's weight (b,) that makes it x0's error times min(SNR, min_snr) (Hang et al., 2303.09556, 3.4)."""
 
     def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """(b,) mean squared error, weighted by the signal-to-noise ratio (alpha / sigma)^2 where `min_snr` says so."""
+        """(b,) mean squared error, weighted by the signal-to-noise ratio (alpha / sigma)^2 if `min_snr` is not 0."""
         mse = super().loss(pred, x0, eps, t)
         if not self.min_snr:
             return mse
@@ -115,7 +115,7 @@ class DiscreteObjective(Objective):
     def timestep(self, t: Tensor) -> Tensor:
         return t.float() * (NUM_TIMESTEPS / len(self.schedule))
 
-    def time(self, timestep: Tensor) -> Tensor:
+    def from_timestep(self, timestep: Tensor) -> Tensor:
         return (timestep * (len(self.schedule) / NUM_TIMESTEPS)).round().long()
 
 
@@ -171,7 +171,7 @@ class FlowObjective(Objective):
     config: ObjectiveConfig
 
     def noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        s = _time_like(t, x0, eps)
+        s = _t_like(t, x0, eps)
         return ((1 - s) * x0 + s * eps).to(x0.dtype)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -186,11 +186,11 @@ class FlowObjective(Objective):
 
     def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x0 = x_t - t v."""
-        return pred if self.config.prediction == "x0" else x_t - _time_like(t, x_t, pred) * pred
+        return pred if self.config.prediction == "x0" else x_t - _t_like(t, x_t, pred) * pred
 
     def to_eps(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """eps = x_t + (1 - t) v; from x0, (x_t - (1 - t) x0) / t, where t = 0 holds no noise to recover."""
-        s = _time_like(t, x_t, pred)
+        """eps = x_t + (1 - t) v; from x0, (x_t - (1 - t) x0) / t, undefined at t = 0."""
+        s = _t_like(t, x_t, pred)
         if self.config.prediction == "velocity":
             return x_t + (1 - s) * pred
         return (x_t - (1 - s) * pred) / s.clamp_min(1e-6)
@@ -203,31 +203,31 @@ class FlowObjective(Objective):
             u = torch.rand(batch, generator=generator)
         else:
             u = torch.sigmoid(torch.randn(batch, generator=generator) * c.logit_std + c.logit_mean)
-        return shift_time(u, c.shift).to(device)
+        return shift_t(u, c.shift).to(device)
 
     def timestep(self, t: Tensor) -> Tensor:
         """999 t: the ends 0 and 1 meet the first and last step of the discrete process."""
         return t * (NUM_TIMESTEPS - 1)
 
-    def time(self, timestep: Tensor) -> Tensor:
+    def from_timestep(self, timestep: Tensor) -> Tensor:
         return timestep / (NUM_TIMESTEPS - 1)
 
-    def times(self, steps: int) -> Tensor:
-        """(steps + 1,) float64 sampling times from 1 to 0, shifted."""
-        return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.config.shift)
+    def sampling_grid(self, steps: int) -> Tensor:
+        """(steps + 1,) float64 values of t from 1 to 0 for sampling, shifted."""
+        return shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.config.shift)
 
 
-def shift_time(t: Tensor, shift: float) -> Tensor:
+def shift_t(t: Tensor, shift: float) -> Tensor:
     """s t / (1 + (s - 1) t): the resolution-dependent shift (Esser et al., 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def _time_like(t: Tensor, *arrays: Tensor) -> Tensor:
+def _t_like(t: Tensor, *arrays: Tensor) -> Tensor:
     return expand_like(t.to(compute_dtype(*arrays)), arrays[0])
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that the options describe."""
+    """Build the objective of a configuration."""
     if config.kind == "flow":
         return FlowObjective(config)
     betas, start, end = _BETAS[config.beta_schedule]

@@ -1,6 +1,6 @@
 """From noise to data: DDPM and DDIM over a respaced discrete process, Euler and Heun along a flow.
 
-Every sampler sees the network only through its estimate of x0, which `clip_x0` may clamp.
+Every sampler uses only the network's estimate of x0, which `clip_x0` may clamp.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 """callback(step, x after the step, estimate of x0), step counting from 0."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """denoise(x_t, t in the objective's units) -> estimate of x0."""
-Kind = Literal["ddpm", "ddim", "euler", "heun"]
+SamplerKind = Literal["ddpm", "ddim", "euler", "heun"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,8 @@ def sample(
     return x.to(noise.dtype)
 
 
-def resolve_kind(config: SamplerConfig, objective: Objective) -> Kind:
-    """The sampler that will run. Raises ValueError, naming what fits, for a sampler of the other family."""
+def resolve_kind(config: SamplerConfig, objective: Objective) -> SamplerKind:
+    """Resolve `auto`. Raises ValueError, naming those that fit, for a sampler of the other family."""
     flow = isinstance(objective, FlowObjective)
     fitting = ("euler", "heun") if flow else ("ddim", "ddpm")
     kind = fitting[0] if config.kind == "auto" else config.kind
@@ -113,8 +113,8 @@ def _denoiser(model: Model, objective: Objective, config: SamplerConfig, dtype: 
 # ---- discrete processes ----
 
 
-def spacing_of(config: SamplerConfig) -> str:
-    """The section counts for `DiscreteSchedule.respace`. Raises ValueError if they do not sum to `steps`."""
+def section_counts(config: SamplerConfig) -> str:
+    """Return the section counts for `DiscreteSchedule.respace`. Raises ValueError if they do not sum to `steps`."""
     if config.spacing in ("even", "ddim"):
         return f"{'' if config.spacing == 'even' else 'ddim'}{config.steps}"
     try:
@@ -134,12 +134,12 @@ def _sample_discrete(
     denoise: Denoiser,
     objective: DiscreteObjective,
     config: SamplerConfig,
-    kind: Kind,
+    kind: SamplerKind,
     x: Tensor,
     generator: Generators | None,
     report: Callback,
 ) -> Tensor:
-    spaced = objective.schedule.respace(spacing_of(config))
+    spaced = objective.schedule.respace(section_counts(config))
     for step, i in enumerate(reversed(range(len(spaced)))):
         index = torch.full((len(x),), i, device=x.device)
         x0 = denoise(x, torch.full_like(index, int(spaced.timestep_map[i])))
@@ -199,13 +199,13 @@ def _sample_flow(
     denoise: Denoiser,
     objective: FlowObjective,
     config: SamplerConfig,
-    kind: Kind,
+    kind: SamplerKind,
     x: Tensor,
     generator: Generators | None,
     report: Callback,
 ) -> Tensor:
-    times = objective.times(config.steps).tolist()
-    for step, (t, s) in enumerate(pairwise(times)):
+    grid = objective.sampling_grid(config.steps).tolist()
+    for step, (t, s) in enumerate(pairwise(grid)):
         x0 = denoise(x, _full(x, t))
         fresh = None if generator is None or config.eta == 0 or s == 0 else randn_like(x, generator)
         after = euler_step(x0, x, t, s, config.eta, fresh)
@@ -232,7 +232,9 @@ def euler_step(
         return x0 + (s / t) * (x_t - x0)
     share = eta**2 * (1 - ((1 - t) * s / ((1 - s) * t)) ** 2)
     eps = (x_t - (1 - t) * x0) / t
-    return (1 - s) * x0 + s * ((1 - share) ** 0.5 * eps + share**0.5 * noise)
+    kept: float = (1 - share) ** 0.5
+    fresh: float = share**0.5
+    return (1 - s) * x0 + s * (kept * eps + fresh * noise)
 
 
 def heun_step(x0: Tensor, x_t: Tensor, x0_s: Tensor, x_s: Tensor, t: float, s: float) -> Tensor:

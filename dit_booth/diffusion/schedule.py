@@ -58,12 +58,12 @@ class DiscreteSchedule:
 
     def __post_init__(self) -> None:
         if self.betas.ndim != 1 or not bool(((self.betas > 0) & (self.betas < 1)).all()):
-            raise ValueError("betas must be a vector of numbers within (0, 1); see linear_betas()")
+            raise ValueError("betas must be a vector of values within (0, 1); see linear_betas()")
         if self.timestep_map.numel() == 0:
             object.__setattr__(self, "timestep_map", torch.arange(len(self.betas)))
         if len(self.timestep_map) != len(self.betas):
             raise ValueError(
-                f"timestep_map has {len(self.timestep_map)} entries, betas {len(self.betas)}; give as many"
+                f"timestep_map has {len(self.timestep_map)} entries, betas {len(self.betas)}; they must be equal"
             )
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class DiscreteSchedule:
         )
 
     def at(self, table: str, t: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The entries `t` (b,) (integers) of the named table, shaped to broadcast against `x` (b ...)."""
+        """Return the entries `t` (b,) (integers) of the named table, shaped to broadcast against `x` (b ...)."""
         key = (table, t.device, dtype or x.dtype)
         if key not in self._cache:
             self._cache[key] = getattr(self, table).to(key[2]).to(t.device)
@@ -128,7 +128,7 @@ class DiscreteSchedule:
         return c1 * x0 + c2 * x_t
 
     def respace(self, sections: str | Sequence[int]) -> DiscreteSchedule:
-        """The sub-process that visits only some steps, with abar unchanged at each (see `spaced_steps`).
+        """Return the sub-process that visits only some steps, with abar unchanged at each (see `spaced_steps`).
 
         Its betas are 1 - abar_t / abar_s, s the step visited before t (Nichol & Dhariwal, 2021, section 4).
         """
@@ -139,10 +139,10 @@ class DiscreteSchedule:
 
 
 def spaced_steps(n: int, sections: str | Sequence[int]) -> list[int]:
-    """The steps of a process of `n` steps that a respaced process visits, ascending.
+    """Return the steps of a process of `n` steps that a respaced process visits, ascending.
 
     sections: "50" (50 steps, first and last included), "10,15,20" (the process cut into three equal sections
-    with so many steps each), or "ddim50" (a constant integer stride from 0; Song et al., 2021, appendix D).
+    with 10, 15 and 20 steps), or "ddim50" (a constant integer stride from 0; Song et al., 2021, appendix D).
     Raises ValueError for a count that the process cannot give.
     """
     if isinstance(sections, str) and sections.startswith("ddim"):

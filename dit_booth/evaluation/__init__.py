@@ -1,6 +1,6 @@
 """Metrics of generated videos: one per file, and `evaluate` for all of them.
 
-They know tensors only. Networks come in as functions that return features.
+Metrics work on tensors; networks are passed as functions that return features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Statistic", "evaluate", "summary"]
 
 @dataclass(frozen=True)
 class Statistic:
-    """A mean over videos, its standard error (NaN for one video), and how many videos it covers."""
+    """A mean over videos, its standard error (NaN for one video), and the number of videos."""
 
     mean: float
     stderr: float
@@ -39,24 +39,25 @@ def evaluate(
     image_features: ImageFeatures | None = None,
     text_features: TextFeatures | None = None,
 ) -> list[dict[str, float]]:
-    """Every metric of every video.
+    """Compute every metric of every video.
 
     Args:
         videos: generated, each `f 3 h w` in [-1, 1].
-        truths: the real videos of the same prompts, of the same shapes, where there are any.
+        truths: the real videos of the same prompts, of the same shapes, or None.
         images: image prompts, each `3 s s` in [-1, 1], the subject on white.
         captions: text prompts.
-        shapes: the toy world's names of the subjects' shapes, where it is the toy world.
+        shapes: the subjects' shapes by name, for the toy world.
         image_features, text_features: CLIP; without them there are no `clip_*` scores.
 
     Returns:
         For each video: `palette` (Delta E 2000, lower is better), `subject_found` (share of frames), `motion`
         (share of the range), with shapes `shape` (overlap with the best-fitting pose of that shape), `clip_i`,
         `clip_t`, `clip_consistency` (cosines), and with truths `psnr` (dB), `truth_palette` (the floor that
-        segmentation and sampling leave) and `truth_motion`. What needs two frames is absent for a video of one.
+        segmentation and sampling leave) and `truth_motion`. A video of one
+        frame has no metrics over pairs of frames.
 
     Raises:
-        ValueError: the lists differ in length, a tensor has the wrong shape, or one feature function lacks.
+        ValueError: the lists differ in length, a tensor has the wrong shape, or only one feature function is given.
     """
     lengths = {"videos": len(videos), "images": len(images), "captions": len(captions)}
     if truths is not None:

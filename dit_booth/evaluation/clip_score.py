@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_booth.evaluation.check import check_pictures
 
 ImageFeatures = Callable[[Tensor], Tensor]
-"""`n 3 h w` in [-1, 1], of any size, to `n d`; it resizes and normalises as its model needs."""
+"""`n 3 h w` in [-1, 1], of any size, to `n d`; resizes and normalises for its model."""
 TextFeatures = Callable[[Sequence[str]], Tensor]
 """`n` sentences to `n d`, the same `d`."""
 
@@ -39,7 +39,7 @@ def clip_scores(
 
     Returns:
         `clip_i` (every frame to the image prompt), `clip_t` (every frame to the caption) and
-        `clip_consistency` (every frame to the next; NaN for a video of one frame), one number per video.
+        `clip_consistency` (every frame to the next; NaN for a video of one frame), one value per video.
 
     Raises:
         ValueError: the lists differ in length, or a tensor or a feature has the wrong shape.

@@ -1,4 +1,4 @@
-"""How far a video's subject is from the image prompt's in colour: optimal transport between palettes.
+"""Distance in colour between a video's subject and the image prompt: optimal transport between palettes.
 
 In the toy world the exact colours are in the image prompt and never in the caption, so this distance is a
 direct measure of whether the image was used. Units are Delta E 2000 (about 1 is a just noticeable difference,
@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.cluster.vq import vq
 from scipy.optimize import linprog
-from skimage.color import deltaE_ciede2000
 from torch import Tensor
 
 from dit_booth.evaluation.check import check_pictures
-from dit_booth.evaluation.segment import WHITE, subject_mask, to_lab
+from dit_booth.evaluation.segment import WHITE, delta_e, subject_mask, to_lab
 
 Array = NDArray[np.float64]
 
 _SEED = 0
 _RESTARTS = 4
 _ITERATIONS = 20
-_INTERIOR = 0.4  # the outline is left out of a palette where at least this share of the subject remains
+_INTERIOR = 0.4  # drop the outline from a palette if at least this fraction of the subject remains
 
 
 class Palette(NamedTuple):
@@ -48,11 +47,11 @@ class PaletteScore:
 
 
 def palette(pixels: Tensor, k: int = 3) -> Palette:
-    """The `k` main colours of some pixels: seeded k-means in CIELAB, independent of the pixels' order.
+    """Return the `k` main colours of pixels: seeded k-means in CIELAB, independent of the pixels' order.
 
     Args:
         pixels: `n 3`, RGB in [0, 1]; values beyond are clamped.
-        k: how many colours at most; fewer come back where the pixels have fewer.
+        k: number of colours; fewer are returned if the pixels have fewer.
 
     Raises:
         ValueError: there are no pixels, or `k` is below 1.
@@ -71,12 +70,12 @@ def palette(pixels: Tensor, k: int = 3) -> Palette:
 
 
 def palette_distance(a: Palette, b: Palette) -> float:
-    """The least work that turns one palette into the other, in Delta E 2000 (earth mover's distance).
+    """Earth mover's distance between two palettes, in Delta E 2000.
 
     Minimises `sum_ij plan_ij deltaE(a_i, b_j)` over plans whose margins are the two weights (Rubner et al.,
     IJCV 2000), so two single colours are exactly their CIE2000 difference apart.
     """
-    cost = deltaE_ciede2000(rearrange(a.colours, "i c -> i 1 c"), rearrange(b.colours, "j c -> 1 j c"))
+    cost = delta_e(rearrange(a.colours, "i c -> i 1 c"), rearrange(b.colours, "j c -> 1 j c"))
     rows, columns = cost.shape
     margins = np.concatenate(
         [repeat(np.eye(rows), "r i -> r (i j)", j=columns), repeat(np.eye(columns), "r j -> r (i j)", i=rows)]
@@ -99,7 +98,7 @@ def video_palette_distance(
     Args:
         video: `f 3 h w` in [-1, 1].
         image: `3 s s` in [-1, 1], the subject on white.
-        masks: `f h w` bool, true on the subject; `subject_mask` of every frame where it is None.
+        masks: `f h w` bool, true on the subject; None: `subject_mask` of every frame.
         k: colours of a palette.
 
     Raises:
@@ -123,7 +122,7 @@ def video_palette_distance(
 
 
 def subject_palette(frame: Tensor, mask: Tensor, k: int = 3) -> Palette:
-    """The palette of a frame `3 h w` in [-1, 1] inside `mask` (`h w` bool); of all of it where that is empty.
+    """The palette of a frame `3 h w` in [-1, 1] inside `mask` (`h w` bool), or of the whole frame if the mask is empty.
 
     The outline mixes subject and background, so it is left out where enough of the subject remains.
     """

@@ -1,4 +1,4 @@
-"""Metrics on pixels: PSNR, and how much a video moves."""
+"""Metrics on pixels: PSNR and motion."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dit_booth.evaluation.check import check_pictures
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures or videos in [-1, 1]; infinite where they are equal.
+    """Peak signal-to-noise ratio in dB of two pictures or videos in [-1, 1]; infinite if they are equal.
 
     Over a video it is the PSNR of the mean squared error of all frames, not the mean of the frames' PSNR.
 
     Raises:
-        ValueError: the shapes differ, or there is nothing to compare.
+        ValueError: the shapes differ, or the tensors are empty.
     """
     if a.shape != b.shape or a.numel() == 0:
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; compare equal shapes")
@@ -26,8 +26,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def motion(video: Tensor) -> float:
     """Mean absolute difference of consecutive frames, as a share of the range: 1 is black to white.
 
-    A still video wins every consistency score (facts D, "report dynamic degree too"), so report this beside
-    one, and beside the ground truth's.
+    A still video has the best consistency scores: report motion beside them, and beside the ground truth's.
 
     Args:
         video: `f 3 h w` in [-1, 1], at least two frames.

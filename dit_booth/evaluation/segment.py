@@ -1,11 +1,13 @@
 """Find the subject of a picture whose background is smooth, without ground truth.
 
-The background is a low-order polynomial surface in CIELAB, fitted to what lies along the border; the subject
-is what differs from it. So the toy world's generated videos, and image prompts on white, can be compared by
-the subject's pixels alone: whole-frame metrics also count the background (facts C, "uncropped CLIP/DINO").
+The background is a low-order polynomial surface in CIELAB, fitted to the pixels along the border; the subject
+is the region that differs from it. So the toy world's generated videos, and image prompts on white, can be compared by
+the subject's pixels alone: whole-frame metrics also count the background.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from dit_booth.evaluation.check import check_pictures
 Array = NDArray[np.float64]
 Rgb = tuple[float, float, float]
 
+delta_e: Callable[[Array, Array], Array] = deltaE_ciede2000
+"""CIEDE2000 color difference of CIELAB arrays `... 3`; skimage's function has no types."""
+
 WHITE: Rgb = (1.0, 1.0, 1.0)
 THRESHOLD = 13.0  # Delta E 2000: clearly another colour; the toy world's ripples stay below 4
 SPECK = 0.01  # share of the frame's pixels below which a connected component is noise
@@ -28,17 +33,17 @@ _NEAR = 10.0  # Euclidean distance in CIELAB within which border pixels count as
 
 
 def subject_mask(frame: Tensor, *, background: Rgb | None = None) -> Tensor:
-    """The subject of one frame: what differs from the frame's smooth background.
+    """Segment the subject of one frame: the region that differs from the smooth background.
 
-    The surface starts at the commonest colour of the border, so a subject may touch the border, but it must
+    The fit starts from the commonest colour of the border, so a subject may touch the border, but it must
     not cover most of it: where it may (an image prompt is cropped to its subject), name the `background`.
 
     Args:
         frame: `3 h w` in [-1, 1].
-        background: the background's colour, RGB in [0, 1], where it is known: `WHITE` for an image prompt.
+        background: the background's colour, RGB in [0, 1], if it is known: `WHITE` for an image prompt.
 
     Returns:
-        `h w` bool on the CPU; all false where nothing differs by `THRESHOLD` Delta E 2000 over at least
+        `h w` bool on the CPU; all false if nothing differs by `THRESHOLD` Delta E 2000 over at least
         `SPECK` of the frame.
 
     Raises:
@@ -52,7 +57,7 @@ def subject_mask(frame: Tensor, *, background: Rgb | None = None) -> Tensor:
     border = _border(lab.shape[0], lab.shape[1])
     ground = _fit(lab, _commonest(lab, border), degree=1)
     ground = _fit(lab, border & (_distance(lab, ground) < _NEAR), degree=2)
-    # The pixels inside hold the surface where the border says nothing of it.
+    # Background pixels inside the frame constrain the surface away from the border.
     rest = ~ndimage.binary_dilation(_subject(lab, ground), iterations=1)
     if rest.mean() > SPECK:
         ground = _fit(lab, rest & (_distance(lab, ground) < _NEAR), degree=3)
@@ -66,7 +71,7 @@ def to_lab(values: Tensor) -> Array:
 
 def _subject(lab: Array, ground: Array) -> NDArray[np.bool_]:
     """Threshold in Delta E 2000; then halve the mixed pixels of the outline, and drop specks."""
-    difference = np.asarray(deltaE_ciede2000(lab, ground))
+    difference = np.asarray(delta_e(lab, ground))
     mask = difference > THRESHOLD
     # A pixel of the outline is a mixture, and is the subject's if it is nearer to it than to the background.
     outline = mask & ~ndimage.binary_erosion(mask, border_value=1)
@@ -75,7 +80,8 @@ def _subject(lab: Array, ground: Array) -> NDArray[np.bool_]:
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     keep = sizes >= SPECK * mask.size
     keep[0] = False
-    return np.asarray(keep[labels])
+    kept: NDArray[np.bool_] = keep[labels]
+    return kept
 
 
 def _border(height: int, width: int) -> NDArray[np.bool_]:
@@ -101,7 +107,7 @@ def _fit(lab: Array, chosen: NDArray[np.bool_], *, degree: int) -> Array:
     y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in lab.shape[:2]), indexing="ij")
     terms = [x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)]
     basis = np.stack(terms, axis=-1)
-    # A slight ridge keeps the surface flat where too few pixels are chosen to say more.
+    # A slight ridge keeps the surface flat if too few pixels are chosen.
     ridge = 1e-3 * chosen.sum() * np.eye(len(terms))
     ridge[0, 0] = 0
     known = basis[chosen]

@@ -1,6 +1,6 @@
-"""How well a toy-world subject keeps its shape: overlap of what is seen with the best-fitting pose of that shape.
+"""Shape fidelity in the toy world: overlap of the segmented subject with the best-fitting pose of its shape.
 
-No network judges it: the outline of every shape is known, and few poses can fit a mask of a given area and centre.
+No network is needed: the outlines are known, and few poses fit a mask of a given area and center.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _ANGLES = np.radians(np.arange(0, 360, 10))
-_KEPT = 3  # poses that the second search looks around
-# There: moves of the centre in pixels, growth as a share of the radius, and turns.
+_KEPT = 3  # poses that the second search refines
+# The second search: offsets of the center in pixels, of the radius as a fraction, and of the angle.
 _NEARBY = np.stack(
     np.meshgrid(
         (-1.0, 0.0, 1.0), (-1.0, 0.0, 1.0), (-0.08, 0.0, 0.08), np.radians((-5, 0, 5)), indexing="ij"
@@ -45,7 +45,7 @@ def video_shape_overlap(video: Tensor, shape: str) -> float:
 
 
 def shape_overlap(mask: Tensor, shape: str) -> float:
-    """The same for one mask (`h w` bool, on the CPU); 0 where it is empty."""
+    """Overlap of one mask (`h w` bool, on the CPU) with its best-fitting pose; 0 if the mask is empty."""
     if shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; choose one of {', '.join(SHAPES)}")
     seen: Mask = mask.numpy()
@@ -59,7 +59,7 @@ def shape_overlap(mask: Tensor, shape: str) -> float:
 
 
 def best_shape(mask: Tensor) -> str:
-    """The shape that overlaps most with a mask (`h w` bool)."""
+    """Return the shape that overlaps most with a mask (`h w` bool)."""
     return max(SHAPES, key=lambda shape: shape_overlap(mask, shape))
 
 

@@ -80,7 +80,7 @@ class Pass:
         if reference is not None:
             assert eps is not None
             eps = repeat(eps, "b ... -> (r b) ...", r=rows)
-            t = components.objective.time(timestep)
+            t = components.objective.from_timestep(timestep)
             noisy = components.objective.noise(components.copies(reference), t, eps)
             reference = replace(reference, noisy=noisy)
         output: Tensor = components.model(x, timestep, self.prompt, reference, self.constant).output

@@ -39,10 +39,10 @@ def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:
         if what in TABLES or what == "fixed_large_log_variance":
             yield CaseResult(name, table_error(respacing, what, stored), FLOAT64)
         elif what in EXACT:
-            yield CaseResult(name, worst(EXACT[what](Step(respacing, tensors)), stored))
+            yield CaseResult(name, worst(EXACT[what](RespacedStep(respacing, tensors)), stored))
         elif what in STEPS or what.startswith("ddim_eta") or what.endswith("_sample_loop"):
             for dtype in (torch.float32, torch.float64):
-                made = run(Step(respacing, cast(tensors, dtype)), what)
+                made = run(RespacedStep(respacing, cast(tensors, dtype)), what)
                 yield CaseResult(labelled(name, dtype), relative(made, stored), FLOAT32)
 
 
@@ -59,7 +59,7 @@ def table_error(respacing: str, table: str, stored: Tensor) -> float:
     return relative(getattr(schedule, table), stored, floor=1e-6)
 
 
-class Step:
+class RespacedStep:
     """One step of a respaced process: the inputs of a file, and the estimate of x0 from its eps."""
 
     def __init__(self, respacing: str, tensors: Tensors) -> None:
@@ -119,12 +119,12 @@ class Step:
             return sample(model, self.objective, config, self["x"], torch.Generator())
 
 
-EXACT: dict[str, Callable[[Step], Tensor]] = {
+EXACT: dict[str, Callable[[RespacedStep], Tensor]] = {
     "timestep_map": lambda s: s.schedule.timestep_map,
     "model_ts": lambda s: s.objective.timestep(s.training_t),
-    "exemplar_timestep": lambda s: s.objective.time(s.objective.timestep(s.training_t)),
+    "exemplar_timestep": lambda s: s.objective.from_timestep(s.objective.timestep(s.training_t)),
 }
-STEPS: dict[str, Callable[[Step], Tensor]] = {
+STEPS: dict[str, Callable[[RespacedStep], Tensor]] = {
     "q_sample": lambda s: s.noised("x0", "noise"),
     "exemplar_latent": lambda s: s.noised("exemplar_latent_ori", "exemplar_noise"),
     "training_loss": lambda s: s.loss(),
@@ -133,12 +133,12 @@ STEPS: dict[str, Callable[[Step], Tensor]] = {
     "p_mean": lambda s: s.ddpm(s.x0),
     "p_mean_clip": lambda s: s.ddpm(s.x0.clamp(-1, 1)),
     "p_sample": lambda s: s.ddpm(s.x0, s["noise"]),
-    "p_log_variance": Step.log_variance,
-    "p_log_variance_clip": Step.log_variance,
+    "p_log_variance": RespacedStep.log_variance,
+    "p_log_variance_clip": RespacedStep.log_variance,
 }
 
 
-def run(step: Step, what: str) -> Tensor:
+def run(step: RespacedStep, what: str) -> Tensor:
     if what.startswith("ddim_eta"):
         return step.ddim(float(what.removeprefix("ddim_eta")))
     if what.endswith("_sample_loop"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_booth.diffusion import FlowObjective, Objective, ObjectiveConfig, make_objective, randn, randn_like
-from dit_booth.diffusion.objectives import DiscreteObjective, shift_time
+from dit_booth.diffusion.objectives import DiscreteObjective, shift_t
 
 torch.set_num_threads(1)
 CONFIGS = {
@@ -129,7 +129,7 @@ def test_times_and_timesteps_stay_within_their_bounds(objective: Objective) -> N
     step = objective.timestep(t)
     assert t.shape == step.shape == (20_000,) and step.is_floating_point()
     assert step.min() >= 0 and step.max() < 1000
-    torch.testing.assert_close(objective.time(step), t)
+    torch.testing.assert_close(objective.from_timestep(step), t)
     _, _, ends = batch(objective)
     assert objective.timestep(ends).min() >= 0 and objective.timestep(ends).max() == 999
 
@@ -154,11 +154,11 @@ def test_logit_normal_times_have_their_mean_and_spread() -> None:
 
 def test_shift_moves_time_towards_noise_and_keeps_the_ends() -> None:
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    shifted = shift_time(t, 3.0)
+    shifted = shift_t(t, 3.0)
     assert shifted[0] == 0 and shifted[-1] == 1
     assert (shifted[1:-1] > t[1:-1]).all()
-    torch.testing.assert_close(shift_time(shifted, 1 / 3), t)
-    assert torch.equal(shift_time(t, 1.0), t)
+    torch.testing.assert_close(shift_t(shifted, 1 / 3), t)
+    assert torch.equal(shift_t(t, 1.0), t)
 
 
 def test_noise_draws_are_equal_in_every_dtype() -> None:

@@ -53,7 +53,7 @@ class Optimal:
     def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
         self.calls += 1
         self.timesteps.append(timestep[0].item())
-        t = self.objective.time(timestep)
+        t = self.objective.from_timestep(timestep)
         a, sigma = levels(self.objective, t, x)
         variance = a**2 * S**2 + sigma**2
         x0 = MU + a * S**2 / variance * (x - a * MU)

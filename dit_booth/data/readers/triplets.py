@@ -33,16 +33,16 @@ from dit_booth.data.video import check_length, probe, read_video
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("videoid", "page_dir", "name")
-NAMED_IN_MESSAGES = 5  # a message that lists thousands of broken files helps nobody
+NAMED_IN_MESSAGES = 5  # broken examples that a message lists
 
 Check = Callable[[str, str], object]
 """Raises ValueError, with the reason, if a caption lacks a subject."""
 
 
 def check_caption(caption: str, subject: str) -> None:
-    """Refuse a caption that does not hold `subject` as whole words (letter case does not matter).
+    """Raise an error if a caption does not contain `subject` as whole words (case-insensitive).
 
-    The coarse path puts the image's embeddings in the place of the subject's words, so there must be some.
+    VideoBooth's coarse stage replaces the embeddings of the subject's words, so the caption must have them.
 
     Raises:
         ValueError: naming both.
@@ -59,16 +59,16 @@ class TripletsConfig:
 
     Attributes:
         root: the folder that holds the CSV files, `videos/` and `masks/`.
-        csv: which CSV files of `root` to read; a name or a glob.
+        csv: CSV files of `root` to read; a name or a glob.
         frames: frames per example.
         stride: distance between the frames read (VideoBooth: 16 frames at 4).
         vary_stride: in training, draw the stride from 1 to `stride`.
         size: height and width in pixels, or the side of a square. The video is scaled to cover it and
             cropped.
         image_size: side of the image prompt; the smaller side of `size` where it is None.
-        augment: how training varies the image prompt; see `Augment`.
-        max_broken: how many broken examples may be left out before that is an error; 0 tolerates none.
-        seed: of everything random.
+        augment: variation of the image prompt in training.
+        max_broken: number of broken examples that are left out with a warning; more are an error.
+        seed: seed of all random draws.
     """
 
     root: str
@@ -99,8 +99,8 @@ class TripletsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of a CSV file, with the paths that it leads to."""
+class TripletRow:
+    """One line of a CSV file, with the paths of its files."""
 
     key: str
     caption: str
@@ -109,10 +109,10 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class TripletItem:
     """A row that passed the scan, and its subject: the entry of `mask.json` whose label is in the caption."""
 
-    row: Row
+    row: TripletRow
     entry: MaskEntry
 
 
@@ -122,11 +122,11 @@ class Triplets:
     `dataset[i]` is example `i` unvaried, for evaluation; `dataset.at(i, epoch)` varies the image prompt (and
     the stride) purely by `(seed, i, epoch)`, for training.
 
-    Building it scans every example (headers, masks and captions; no video is decoded). Broken ones are left
-    out and counted in one warning, up to `max_broken`. What is left is fixed: a file that breaks later is an
-    error that names it, because to swap in another example would change the data silently.
+    The constructor scans every example (headers, masks and captions; no video is decoded). Broken ones are left
+    out and counted in one warning, up to `max_broken`. The rest is fixed: a file that breaks later is an
+    error that names it, as replacing the example would change the data silently.
 
-    An example's subject is the label of highest logit of which `check` finds in the caption what it asks for.
+    An example's subject is the label with the highest logit that passes `check` with the caption.
 
     Raises:
         ValueError: a CSV file is malformed, a path leaves `root`, or more than `max_broken` examples are
@@ -145,7 +145,7 @@ class Triplets:
         return self._load(index, None)
 
     def at(self, index: int, epoch: int) -> Example:
-        """Example `index` as training sees it in `epoch`."""
+        """Example `index` as varied for training in `epoch`."""
         return self._load(index, np.random.default_rng((self.config.seed, index, epoch)))
 
     def _load(self, index: int, rng: np.random.Generator | None) -> Example:
@@ -204,7 +204,7 @@ def fit(
     top = _offset(scaled[0], size[0], y0, y1)
     left = _offset(scaled[1], size[1], x0, x1)
     window = (..., slice(top, top + size[0]), slice(left, left + size[1]))
-    # In bytes the resize is several times faster than in floats.
+    # Resizing uint8 is faster than float.
     video = F.interpolate(
         rearrange(pictures, "f h w c -> f c h w"),
         size=scaled,
@@ -218,17 +218,17 @@ def fit(
 
 
 def _offset(length: int, window: int, start: float, end: float) -> int:
-    """Where a window of `window` pixels begins on a line of `length`, to hold [start, end] if it can."""
+    """Start of a window of `window` pixels on an axis of `length`, moved to contain [start, end] if possible."""
     offset = (length - window) / 2
     offset = (start + end - window) / 2 if end - start > window else min(max(offset, end - window), start)
     return min(max(round(offset), 0), length - window)
 
 
-def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Item], dict[str, str]]:
+def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[TripletItem], dict[str, str]]:
     """Check every example of a data set without decoding videos.
 
     Returns:
-        The sound examples in the order of the files, and for each broken one, by its key, what is wrong.
+        The valid examples in the order of the files, and the reason for each broken one by its key.
 
     Raises:
         ValueError: see `Triplets`.
@@ -236,7 +236,7 @@ def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Ite
     root = Path(config.root)
     if not root.is_dir():
         raise ValueError(
-            f"data.triplets.root is {config.root!r}, which is no folder; give the folder with the CSV files"
+            f"data.triplets.root is {config.root!r}, which is not a folder; give the folder with the CSV files"
         )
     files = sorted(root.glob(config.csv))
     if not files:
@@ -246,7 +246,7 @@ def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Ite
     rows = [row for file in files for row in read_rows(file, root=root)]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         results = list(pool.map(lambda row: _check(row, root, config, check), rows))
-    items: list[Item] = []
+    items: list[TripletItem] = []
     broken: dict[str, str] = {}
     seen: set[str] = set()
     for row, result in zip(rows, results, strict=True):
@@ -265,13 +265,13 @@ def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Ite
     return items, broken
 
 
-def read_rows(file: Path, *, root: Path) -> list[Row]:
+def read_rows(file: Path, *, root: Path) -> list[TripletRow]:
     """Read one CSV file, and check that its paths stay in `root`.
 
     Raises:
-        ValueError: a column or a value is missing, the file is no UTF-8 text, or a path leaves `root`.
+        ValueError: a column or a value is missing, the file is not UTF-8 text, or a path leaves `root`.
     """
-    rows: list[Row] = []
+    rows: list[TripletRow] = []
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
@@ -288,7 +288,9 @@ def read_rows(file: Path, *, root: Path) -> list[Row]:
                     )
                 video = within(root, Path("videos", page_dir, f"{videoid}.mp4"))
                 rows.append(
-                    Row(key=videoid, caption=name, video=video, masks=within(root, Path("masks", videoid)))
+                    TripletRow(
+                        key=videoid, caption=name, video=video, masks=within(root, Path("masks", videoid))
+                    )
                 )
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: not a CSV file in UTF-8 ({error}); save it as one") from error
@@ -296,9 +298,9 @@ def read_rows(file: Path, *, root: Path) -> list[Row]:
 
 
 def within(root: Path, path: Path) -> Path:
-    """`root / path`, refused if it leads out of `root`, be it by `..`, an absolute path, or a link.
+    """Return `root / path`, checked to stay in `root` despite `..`, absolute paths, and links.
 
-    A data set may come from a stranger; its paths must not make a program read other files.
+    Data sets are untrusted: their paths must not make a program read other files.
 
     Raises:
         ValueError: naming the path.
@@ -311,8 +313,8 @@ def within(root: Path, path: Path) -> Path:
     return root / path
 
 
-def _check(row: Row, root: Path, config: TripletsConfig, check: Check) -> Item | str:
-    """The item, or what is wrong with it; a path that leaves the root is raised, never tolerated."""
+def _check(row: TripletRow, root: Path, config: TripletsConfig, check: Check) -> TripletItem | str:
+    """Return the item, or the reason why it is broken; raise an error for a path that leaves the root."""
     folder = row.masks.relative_to(root)
     entries = within(root, folder / "mask.json")
     try:
@@ -327,11 +329,11 @@ def _check(row: Row, root: Path, config: TripletsConfig, check: Check) -> Item |
         pixel_box(entry.box, mask, height=info.height, width=info.width)
     except ValueError as error:
         return str(error)
-    return Item(row=row, entry=entry)
+    return TripletItem(row=row, entry=entry)
 
 
-def subject_of(row: Row, entries: Sequence[MaskEntry], check: Check = check_caption) -> MaskEntry:
-    """The entry with the highest logit among those whose label is in the caption, as `check` says.
+def subject_of(row: TripletRow, entries: Sequence[MaskEntry], check: Check = check_caption) -> MaskEntry:
+    """Return the entry with the highest logit whose label passes `check` with the caption.
 
     Raises:
         ValueError: the caption has none of the labels.

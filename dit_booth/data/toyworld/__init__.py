@@ -1,0 +1,5 @@
+"""A procedural data set of moving shapes with known ground truth."""
+
+from dit_booth.data.toyworld.world import Describe, Identity, Split, Toyworld, ToyworldConfig
+
+__all__ = ["Describe", "Identity", "Split", "Toyworld", "ToyworldConfig"]

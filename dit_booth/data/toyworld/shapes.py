@@ -1,27 +1,26 @@
 """Shapes and textures of the toy world, as signed distances in the subject's own coordinates.
 
 `x` points right and `y` up; every shape fits the unit circle. A shape function returns the signed distance to
-the outline: negative inside, in units of the subject's radius, exact to first order near the outline, which
-    is
-where anti-aliasing reads it. A texture function returns how much of the second colour shows, in [0, 1].
+the outline: negative inside, in units of the subject's radius, exact to first order near the
+outline, where anti-aliasing uses it. A texture function returns the weight of the second colour, in [0, 1].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Plane = NDArray[np.floating[Any]]
-Shape = Callable[[Plane, Plane], Plane]
-Texture = Callable[[Plane, Plane, float, Plane], Plane]
+Plane = NDArray[np.floating]
+ShapeFunction = Callable[[Plane, Plane], Plane]
+TextureFunction = Callable[[Plane, Plane, float, Plane], Plane]
 
 
 def _disc(x: Plane, y: Plane, cx: float, cy: float, radius: float) -> Plane:
-    return np.hypot(x - np.float32(cx), y - np.float32(cy)) - np.float32(radius)
+    distance: Plane = np.hypot(x - np.float32(cx), y - np.float32(cy)) - np.float32(radius)
+    return distance
 
 
 def _box(x: Plane, y: Plane, half_width: float, half_height: float) -> Plane:
@@ -39,7 +38,8 @@ def _line(x: Plane, y: Plane, start: tuple[float, float], end: tuple[float, floa
 def _polygon(x: Plane, y: Plane, corners: list[tuple[float, float]]) -> Plane:
     """A convex polygon; corners counter-clockwise."""
     edges = [_line(x, y, a, b) for a, b in zip(corners, corners[1:] + corners[:1], strict=True)]
-    return np.maximum.reduce(edges)
+    distance: Plane = np.maximum.reduce(edges)
+    return distance
 
 
 def _fold(x: Plane, y: Plane, count: int) -> tuple[Plane, Plane]:
@@ -94,7 +94,8 @@ def _cross(x: Plane, y: Plane) -> Plane:
 
 
 def _ring(x: Plane, y: Plane) -> Plane:
-    return np.abs(_disc(x, y, 0, 0, 0.68)) - np.float32(0.27)
+    distance: Plane = np.abs(_disc(x, y, 0, 0, 0.68)) - np.float32(0.27)
+    return distance
 
 
 def _crescent(x: Plane, y: Plane) -> Plane:
@@ -117,10 +118,11 @@ def _drop(x: Plane, y: Plane) -> Plane:
     lean = math.asin(radius / (tip - centre))
     side = (radius * math.cos(lean), centre + radius * math.sin(lean))
     cone = np.maximum(_line(px, y, side, (0.0, tip)), np.float32(side[1]) - y)
-    return np.minimum(_disc(px, y, 0, centre, radius), cone)
+    distance: Plane = np.minimum(_disc(px, y, 0, centre, radius), cone)
+    return distance
 
 
-SHAPES: dict[str, Shape] = {
+SHAPES: dict[str, ShapeFunction] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
@@ -137,14 +139,16 @@ SHAPES: dict[str, Shape] = {
 
 
 def coverage(distance: Plane, pixels: Plane | float) -> Plane:
-    """The share of a pixel that lies inside, from a signed distance; `pixels` is pixels per unit."""
-    return np.clip(np.float32(0.5) - distance * pixels, 0, 1)
+    """Fraction of a pixel that lies inside, from a signed distance; `pixels` is pixels per unit."""
+    share: Plane = np.clip(np.float32(0.5) - distance * pixels, 0, 1)
+    return share
 
 
 def _wave(x: Plane, period: float) -> Plane:
     """Signed distance to the edges of bands half a period wide; negative in the band around 0."""
     phase = x / np.float32(period)
-    return (np.abs(phase - np.round(phase)) - np.float32(0.25)) * np.float32(period)
+    distance: Plane = (np.abs(phase - np.round(phase)) - np.float32(0.25)) * np.float32(period)
+    return distance
 
 
 def _plain(x: Plane, y: Plane, scale: float, pixels: Plane) -> Plane:
@@ -169,14 +173,15 @@ def _checkered(x: Plane, y: Plane, scale: float, pixels: Plane) -> Plane:
 
 
 def _shaded(x: Plane, y: Plane, scale: float, pixels: Plane) -> Plane:
-    return np.clip(np.float32(0.5) + x / np.float32(1.5 * scale), 0, 1)
+    share: Plane = np.clip(np.float32(0.5) + x / np.float32(1.5 * scale), 0, 1)
+    return share
 
 
 def _halved(x: Plane, y: Plane, scale: float, pixels: Plane) -> Plane:
     return coverage(-x, pixels)
 
 
-TEXTURES: dict[str, Texture] = {
+TEXTURES: dict[str, TextureFunction] = {
     "plain": _plain,
     "striped": _striped,
     "dotted": _dotted,

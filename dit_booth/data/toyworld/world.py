@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from dit_booth.data.example import Example
+from dit_booth.data.example import Example, IdentityDict
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES, Plane, coverage
 
 Rgb = tuple[float, float, float]
@@ -65,12 +64,12 @@ MOTIONS: dict[str, str] = {
     "still": "is resting",
 }
 
-HELDOUT_SHARE = 10  # one combination of shape, texture and colour names in so many is never trained on
+HELDOUT_SHARE = 10  # one in 10 combinations of shape, texture and colour names is never trained on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Everything that an example is rendered from.
+    """All parameters that an example is rendered from.
 
     Lengths are shares of the frame's side, angles are radians counter-clockwise, colours are RGB in [0, 1].
 
@@ -82,7 +81,7 @@ class Identity:
         motion, background: keys of `MOTIONS` and `BACKGROUNDS`.
         radius, angle: the subject's usual radius (of the circle around it) and rotation in the video.
         start, end: the subject's centre at the first and the last frame (x right, y down, from the top left).
-        turn: how far it rotates over the video.
+        turn: rotation over the whole video.
         ripples: three plane waves of the background's soft texture: (cycles in x, cycles in y, phase).
         prompt_angle, prompt_flip: the subject's pose in the image prompt.
     """
@@ -112,11 +111,11 @@ class ToyworldConfig:
     Attributes:
         frames: frames per video.
         size: side of the square video in pixels.
-        image_size: side of the image prompt in pixels; the video's side where it is None.
-        seed: of the whole world.
+        image_size: side of the image prompt in pixels; None: that of the video.
+        seed: seed of all examples.
         split: `train`, or `heldout`: the combinations of shape, texture and colours that `train` never shows.
         length: number of examples; index `i` is the same example at every length.
-        describe: what the caption says of the subject's looks: `none`, `full`, or `mixed` (colours and
+        describe: looks of the subject in the caption: `none`, `full`, or `mixed` (colours and
             texture are each named with probability `describe_probability`).
         describe_probability: see `describe`.
     """
@@ -146,7 +145,7 @@ class ToyworldConfig:
 
 
 class Toyworld:
-    """The toy world as a data set of `Example`s; `config` says which part of it."""
+    """The toy world as a data set of `Example`s."""
 
     def __init__(self, config: ToyworldConfig) -> None:
         self.config = config
@@ -164,7 +163,7 @@ class Toyworld:
         if not 0 <= index < config.length:
             raise IndexError(f"index is {index}; the toy world holds 0 to {config.length - 1} (data.length)")
         rng = np.random.default_rng((config.seed, get_args(Split).index(config.split), index))
-        # Drawn first and always: what a caption says then never changes the scene.
+        # Drawn first and always, so that the caption's options never change the scene.
         named = (
             rng.random(2) < {"none": 0.0, "full": 1.0, "mixed": config.describe_probability}[config.describe]
         )
@@ -183,15 +182,15 @@ class Toyworld:
 
 
 def is_heldout(shape: str, texture: str, colours: tuple[str, str]) -> bool:
-    """Whether a combination of looks belongs to the held-out split; the same everywhere, for every seed."""
+    """Return True if a combination of looks belongs to the held-out split, whatever the seed."""
     digest = hashlib.blake2b("/".join((shape, texture, *colours)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
 
 
-def caption(identity: Identity | Mapping[str, Any], *, colours: bool, texture: bool) -> str:
-    """The sentence for a scene, naming the subject's colours and its texture or not.
+def caption(identity: Identity | IdentityDict, *, colours: bool, texture: bool) -> str:
+    """Return the caption of a scene, with the subject's colours and its texture if asked for.
 
-    A single colour already says "plain", so the word is left out beside it.
+    "plain" is left out beside a colour: a single colour implies it.
     """
     it = _identity(identity)
     looks: list[str] = []
@@ -215,11 +214,11 @@ def sample_identity(rng: np.random.Generator, split: Split) -> Identity:
         for name, (pale, _) in BACKGROUNDS.items()
         if min(math.dist(pale, COLOURS[colour]) for colour in colours) >= BACKGROUND_CONTRAST
     ]
-    # A plain disc or ring that spins looks like one that rests, and the caption would be a riddle.
+    # A plain disc or ring that spins looks as if at rest, and would contradict the caption.
     unmoved = texture == "plain" and shape in ("circle", "ring")
     motion = _choose(rng, [name for name in MOTIONS if not (unmoved and name == "spinning")])
     radius, start, end = _path(rng, motion)
-    # 6 to 13 degrees from one of eight frames to the next: further, and a star's arms are not told apart.
+    # 6 to 13 degrees between frames of an eight-frame video; beyond, a star's arms are ambiguous.
     turn = math.radians(rng.uniform(45, 90)) * float(rng.choice((-1.0, 1.0)))
     return Identity(
         shape=shape,
@@ -244,15 +243,15 @@ def sample_identity(rng: np.random.Generator, split: Split) -> Identity:
     )
 
 
-def render_video(identity: Identity | Mapping[str, Any], *, frames: int, size: int) -> tuple[Tensor, Tensor]:
-    """The scene in motion.
+def render_video(identity: Identity | IdentityDict, *, frames: int, size: int) -> tuple[Tensor, Tensor]:
+    """Render the scene in motion.
 
     Returns:
         The video, `f 3 h w` float32 in [-1, 1], and the subject's mask, `f h w` bool.
     """
     it = _identity(identity)
-    time = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
-    centre_x, centre_y, radius, angle = (_column(values) for values in _poses(it, time))
+    progress = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
+    centre_x, centre_y, radius, angle = (_column(values) for values in _poses(it, progress))
     grid = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     # Rows run down and the subject's y runs up.
     x, y = (grid[None, None, :] - centre_x) / radius, (centre_y - grid[None, :, None]) / radius
@@ -263,8 +262,8 @@ def render_video(identity: Identity | Mapping[str, Any], *, frames: int, size: i
     return torch.from_numpy(video * np.float32(2) - np.float32(1)), torch.from_numpy(alpha > 0.5)
 
 
-def render_prompt(identity: Identity | Mapping[str, Any], *, size: int) -> Tensor:
-    """The subject alone on white, in the pose of the image prompt, cropped to its box and padded to a square.
+def render_prompt(identity: Identity | IdentityDict, *, size: int) -> Tensor:
+    """Render the subject alone on white, in the pose of the image prompt, cropped to its box and padded to a square.
 
     Returns:
         `3 s s` float32 in [-1, 1].
@@ -284,7 +283,7 @@ def render_prompt(identity: Identity | Mapping[str, Any], *, size: int) -> Tenso
     return torch.from_numpy(image[0] * np.float32(2) - np.float32(1))
 
 
-def _identity(identity: Identity | Mapping[str, Any]) -> Identity:
+def _identity(identity: Identity | IdentityDict) -> Identity:
     return identity if isinstance(identity, Identity) else Identity(**identity)
 
 
@@ -314,7 +313,7 @@ def _sample_looks(rng: np.random.Generator, split: Split) -> tuple[str, str, tup
 
 
 def _path(rng: np.random.Generator, motion: str) -> tuple[float, tuple[float, float], tuple[float, float]]:
-    """Radius, first centre and last centre; the subject stays (almost) inside the frame all along."""
+    """Draw radius, first centre and last centre; the subject stays (almost) inside the frame."""
     moving = motion in ("left", "right", "up", "down", "bouncing")
     radius = float(rng.uniform(0.3, 0.36) if moving else rng.uniform(0.34, 0.42))
     near, slack = 0.9 * radius, 0.5 - radius
@@ -339,19 +338,19 @@ def _path(rng: np.random.Generator, motion: str) -> tuple[float, tuple[float, fl
             return radius, (across, other), (across, other)
 
 
-def _poses(it: Identity, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Centre x, centre y, radius and angle at each `time` in [0, 1]; each of shape `f`."""
-    progress, size = time, np.ones_like(time)
+def _poses(it: Identity, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Centre x, centre y, radius and angle at each `progress` in [0, 1] through the video; each of shape `f`."""
+    along, size = progress, np.ones_like(progress)
     match it.motion:
         case "bouncing":  # from the floor (`start`) to the top (`end`) and back, twice
-            progress = np.abs(np.sin(2 * math.pi * time))
+            along = np.abs(np.sin(2 * math.pi * progress))
         case "growing":
-            size = 0.65 + 0.55 * time
+            size = 0.65 + 0.55 * progress
         case "shrinking":
-            size = 1.2 - 0.55 * time
-    centre_x = it.start[0] + (it.end[0] - it.start[0]) * progress
-    centre_y = it.start[1] + (it.end[1] - it.start[1]) * progress
-    return centre_x, centre_y, it.radius * size, it.angle + it.turn * time
+            size = 1.2 - 0.55 * progress
+    centre_x = it.start[0] + (it.end[0] - it.start[0]) * along
+    centre_y = it.start[1] + (it.end[1] - it.start[1]) * along
+    return centre_x, centre_y, it.radius * size, it.angle + it.turn * progress
 
 
 def _prompt_pose(it: Identity, x: Plane, y: Plane) -> tuple[Plane, Plane]:
@@ -370,7 +369,7 @@ def _paint(it: Identity, x: Plane, y: Plane, *, pixels: Plane) -> tuple[Plane, P
 
 
 def _ground(it: Identity, size: int) -> Plane:
-    """The background, `3 h w`: its colour, lighter at the top, with a texture that the eye barely sees."""
+    """The background, `3 h w`: its colour, lighter at the top, with a faint texture."""
     grid = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     light = np.broadcast_to(np.float32(0.04) - np.float32(0.08) * grid[:, None], (size, size)).copy()
     for cycles_x, cycles_y, phase in it.ripples:
