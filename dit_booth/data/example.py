@@ -121,8 +121,7 @@ class Batch:
         return self._map_tensors(Tensor.pin_memory)
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
+        return replace(self, video=function(self.video), image=function(self.image))
 
 
 def collate(examples: Sequence[Example]) -> Batch:
