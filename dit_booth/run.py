@@ -277,3 +277,7 @@ def describe(folder: Path) -> str:
             f"curves          tensorboard --logdir {folder / 'tensorboard'}",
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -111,7 +111,7 @@ def _commands(study: Study) -> list[str]:
     example = next((point for point in study.points if point.finished), None)
     if example is None or len(study.commands) >= len(study.points):
         return list(study.commands)
-    alone = f"python experiments/run.py --config {example.folder / 'run.yaml'} --out FOLDER"
+    alone = f"dit-booth run --config {example.folder / 'run.yaml'} --out FOLDER"
     return [*study.commands, "", "# one point alone", alone]
 
 

@@ -51,8 +51,8 @@ def read_sweep(folder: Path) -> Study:
         folder=folder,
         groups=tuple(_groups(points)),
         commands=(
-            str(described.get("command") or f"python experiments/sweep.py {shlex.quote(str(file))}"),
-            f"python -m dit_booth.report {folder} --csv --latex",
+            str(described.get("command") or f"dit-booth sweep {shlex.quote(str(file))}"),
+            f"dit-booth report {folder} --csv --latex",
         ),
         description=text,
     )
@@ -94,7 +94,7 @@ def read_runs(folders: Sequence[Path]) -> Study:
         sweep=False,
         folder=folders[0],
         groups=tuple(_groups(points)),
-        commands=tuple(f"python experiments/run.py --config {folder / 'run.yaml'}" for folder in folders),
+        commands=tuple(f"dit-booth run --config {folder / 'run.yaml'}" for folder in folders),
     )
 
 

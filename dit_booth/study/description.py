@@ -1,6 +1,6 @@
 """A sweep's description: one YAML file that spans points over any options of a run.
 
-    base: ../configs/demo.yaml            # the run that all points start from; relative to this file
+    base: ../configs/demo.yaml            # the run that all points start from: relative to this file, or a packaged one
     options: {stages.fine.steps: 150}     # what all points set
     grid: {kv_concat.update: [first_frame_value, direct]}      # every combination
     zip: {stages.fine.lr: [1e-4, 1e-3], stages.fine.steps: [300, 150]}     # lists in step
@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from dit_booth.errors import suggest
+from dit_booth.files import packaged
 
 SEEDS = ("train.seed", "sample.seed")
 """What `seeds` sets."""
@@ -59,21 +62,24 @@ class Variant:
 def read_description(file: Path, override: Path | None = None) -> Description:
     """Read a sweep's file, and one with other values over it.
 
-    The override has the same keys; its ``options`` are added to the sweep's, and its ``sweeps: {NAME: {...}}`` hold
-    what is for one sweep only. ValueError: a key is unknown, or a value is not what it must be.
+    A path that is no file names a packaged sweep, with or without ``.yaml``. The override has the same keys; its
+    ``options`` are added to the sweep's, and its ``sweeps: {NAME: {...}}`` hold what is for one sweep only.
+    ValueError: a key is unknown, or a value is not what it must be.
     """
+    file = find_sweep(file)
     settings = _read(file)
     settings.pop("command", None)  # the copy in a sweep's folder begins with it
     _check_keys(settings, str(file))
     name = str(settings.get("name") or file.stem)
-    base = _relative(settings.get("base"), file)
+    base = _base(settings.get("base"), file)
     if override is not None:
+        override = find_sweep(override)
         over = _read(override)
         sections = over.pop("sweeps", None) or {}
         _check_keys(over, str(override))
         for more in (over, sections.get(settings.get("name") or file.stem) or {}):
             _check_keys(more, f"{override}, sweeps.{name}")
-            base = _relative(more["base"], override) if more.get("base") else base
+            base = _base(more["base"], override) if more.get("base") else base
             both = {**_flat(settings.get("options") or {}), **_flat(more.get("options") or {})}
             settings = {**settings, **more, "options": both}
         name = str(over.get("name") or f"{name}-{override.stem}")
@@ -82,6 +88,16 @@ def read_description(file: Path, override: Path | None = None) -> Description:
             f"{file} has no `base`; name the configuration file of the run that all points start from"
         )
     return _checked(file, name, base, settings)
+
+
+def find_sweep(file: Path) -> Path:
+    """Return `file` if there is one, else the packaged sweep of that name. ValueError: there is neither."""
+    found = file if file.is_file() else find_packaged(str(file), "sweeps")
+    if found is None:
+        known = [*file.parent.glob("*.yaml"), *packaged("sweeps").glob("*.yaml")]
+        near = suggest(file.stem, [path.stem for path in known])
+        raise ValueError(f"{file} is neither a file nor a packaged sweep{near}")
+    return found
 
 
 def variants(description: Description) -> list[Variant]:
@@ -145,9 +161,6 @@ def _checked(file: Path, name: str, base: str, settings: Mapping[str, Any]) -> D
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        near = _near(file.stem, [path.stem for path in file.parent.glob("*.yaml")])
-        raise ValueError(f"{file} is not a file{near}")
     try:
         settings = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
@@ -163,7 +176,7 @@ def _check_keys(settings: Any, where: str) -> None:
     known = [field.name for field in fields(Description)]
     for key in settings:
         if key not in known:
-            raise ValueError(f"{where}: {key!r} is no key of a sweep{_near(str(key), known)}; options of the run"
+            raise ValueError(f"{where}: {key!r} is no key of a sweep{suggest(str(key), known)}; options of the run"
                              " belong under options, grid, zip or list")  # fmt: skip
     for key in ("options", "grid", "zip"):
         if not isinstance(settings.get(key) or {}, dict):
@@ -192,9 +205,19 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _relative(base: Any, file: Path) -> str:
-    """A configuration named in a sweep's file stands beside that file."""
-    return str(file.parent / str(base)) if base else ""
+def _base(base: object, file: Path) -> str:
+    """Return the path of the configuration that `file` names: relative to it, or a packaged one by its name."""
+    if not base:
+        return ""
+    beside = file.parent / str(base)
+    found = beside if beside.is_file() else find_packaged(str(base), "configs")
+    return str(found or beside)
+
+
+def find_packaged(name: str, folder: str) -> Path | None:
+    """Return the packaged file of that name (with or without ``.yaml``) in ``configs`` or ``sweeps``."""
+    files = (packaged(f"{folder}/{name}{suffix}") for suffix in ("", ".yaml"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
@@ -213,9 +236,3 @@ def _say(options: Mapping[str, Any], short: Mapping[str, str]) -> list[str]:
         f"{short[name]}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in options.items()
     ]
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    from dit_booth.inject import suggest  # imports PyTorch: only where there is an error to word
-
-    return suggest(name, known)

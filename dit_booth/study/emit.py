@@ -9,11 +9,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from dit_booth.study.launch import title, write_settings
-from dit_booth.study.plan import PROGRAM, Plan, Point
+from dit_booth.study.launch import RUN, title, write_settings
+from dit_booth.study.plan import Plan, Point
 from dit_booth.study.rows import stage_finished, status_of
 
 Kind = Literal["slurm", "shell"]
@@ -67,7 +66,7 @@ def emit(plan: Plan, kind: Kind) -> str:
     """The script. Run it where the sweep was planned: its paths are relative to that folder."""
     jobs = jobs_of(plan, kind)
     lines = _slurm(plan, jobs) if kind == "slurm" else _shell(jobs)
-    return "\n".join([f"#!/usr/bin/env bash\n# Sweep {plan.name}: {len(jobs)} jobs. Made by experiments/sweep.py --emit"
+    return "\n".join([f"#!/usr/bin/env bash\n# Sweep {plan.name}: {len(jobs)} jobs. Made by dit-booth sweep --emit"
                       f" {kind}; afterwards run the sweep itself to collect the rows.", *lines]) + "\n"  # fmt: skip
 
 
@@ -100,10 +99,10 @@ def _shell(jobs: list[Job]) -> Iterator[str]:
 def _command(plan: Plan, kind: Kind, point: Point, number: int, more: str = "") -> str:
     """`number`: the job's; two jobs on one machine must not meet at one port."""
     config = shlex.quote(str(plan.run_folder(point) / "run.yaml"))
-    start = "python"
+    start = "dit-booth run"
     if plan.launcher == "deepspeed":
-        start = f"deepspeed --master_port {29500 + number} {_ranks(plan.ranks, kind)}"
-    return f"{start} {shlex.quote(_program())} --config {config} {more}".rstrip()
+        start = f"deepspeed --master_port {29500 + number} {_ranks(plan.ranks, kind)} --module {RUN}"
+    return f"{start} --config {config} {more}".rstrip()
 
 
 def _ranks(ranks: int, kind: Kind) -> str:
@@ -114,7 +113,3 @@ def _ranks(ranks: int, kind: Kind) -> str:
     """
     flag = f"--num_gpus {ranks}"
     return flag if kind == "shell" else f'$([ -n "${{CUDA_VISIBLE_DEVICES:-}}" ] || echo {flag})'
-
-
-def _program() -> str:
-    return str(PROGRAM.relative_to(Path.cwd())) if PROGRAM.is_relative_to(Path.cwd()) else str(PROGRAM)

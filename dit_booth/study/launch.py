@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from dit_booth.files import Lock, write_text
-from dit_booth.study.plan import PROGRAM, Plan, Point
+from dit_booth.study.plan import Plan, Point
 from dit_booth.study.processes import end_groups, ending, ending_group, last_words, still
 from dit_booth.study.rows import (
     FAILED,
@@ -43,6 +43,8 @@ from dit_booth.study.turns import give_turn
 
 log = logging.getLogger(__name__)
 LOG = "launch.log"
+RUN = "dit_booth.run"
+"""Module that runs a point; launchers start it by name, so an installed package needs no script."""
 RESERVED = "reserved"
 """File in a point's folder that the sweep locks while it runs the point: a run takes its own lock seconds later."""
 
@@ -70,13 +72,13 @@ def run_points(
     retries: int = 1,
     seconds: float | None = None,
     grace: float = 60.0,
-    finished: Callable[[Point], None] = lambda point: None,
+    on_finished: Callable[[Point], None] = lambda point: None,
 ) -> bool:
     """Run what is missing; whether nothing was cut short (a point that failed is marked, and the rest goes on).
 
     `seconds`: stop then, as at SIGINT and SIGTERM: every point gets `grace` seconds to write a checkpoint.
     """
-    return _Runner(plan, slots, retries, seconds, grace, finished).run()
+    return _Runner(plan, slots, retries, seconds, grace, on_finished).run()
 
 
 class _Runner:
@@ -87,9 +89,10 @@ class _Runner:
         retries: int,
         seconds: float | None,
         grace: float,
-        finished: Callable[[Point], None],
+        on_finished: Callable[[Point], None],
     ) -> None:
-        self.plan, self.slots, self.retries, self.grace, self.finished = plan, slots, retries, grace, finished
+        self.plan, self.slots, self.retries, self.grace = plan, slots, retries, grace
+        self.on_finished = on_finished
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.attempts: Counter[str] = Counter()
         self.running: list[Running] = []
@@ -256,7 +259,7 @@ class _Runner:
             if not is_finished(self.plan.run_folder(point)):
                 continue
             try:
-                self.finished(point)
+                self.on_finished(point)
             except Exception:
                 log.warning("%s: finished, but what follows on that failed", title(point), exc_info=True)
 
@@ -290,12 +293,12 @@ def write_settings(plan: Plan, point: Point) -> Path:
     return file
 
 
-def command(plan: Plan, point: Point, slot: Slot, *more: str) -> list[str]:
-    """The command line of a point's run."""
-    program = [str(PROGRAM), "--config", str(plan.run_folder(point) / "run.yaml"), *more]
+def command(plan: Plan, point: Point, slot: Slot) -> list[str]:
+    """Return the command line of a point's run."""
+    run = [RUN, "--config", str(plan.run_folder(point) / "run.yaml")]
     if plan.launcher == "python":
-        return [sys.executable, *program]
-    return [deepspeed(), "--master_port", str(free_port()), *slot.flags, *program]
+        return [sys.executable, "-m", *run]
+    return [deepspeed(), "--master_port", str(free_port()), *slot.flags, "--module", *run]
 
 
 def deepspeed() -> str:

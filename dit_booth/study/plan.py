@@ -13,19 +13,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_booth.data.listing import files_of
-from dit_booth.files import given_or_packaged, write_text
+from dit_booth.files import PACKAGE, given_or_packaged, write_text
 from dit_booth.study.description import SEEDS, Description, Variant, variants
 
 if TYPE_CHECKING:
     from dit_booth.config import RunConfig
 
 FORMAT = 2
-REPOSITORY = Path(__file__).parents[2]
-PROGRAM = REPOSITORY / "experiments" / "run.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +263,7 @@ def _kept(file: Path, description: Description) -> list[Point] | None:
 
 
 def _inputs(points: list[Point], description: Description) -> list[str]:
-    """The files and folders that a plan depends on: settings, weights, lists of data, and the code that reads them."""
-
+    """Return the files and folders that a plan depends on: settings, weights, and the code that reads them."""
     files = {*_chain(Path(description.base))}
     for point in points:
         settings = point.settings
@@ -276,9 +274,16 @@ def _inputs(points: list[Point], description: Description) -> list[str]:
             path = Path(str(name).removeprefix("local-dir:")).expanduser()
             if name and path.exists():
                 files |= {path, *(path.iterdir() if path.is_dir() else ())}
-    code = [path for part in ("dit_booth", "strategies") for path in (REPOSITORY / part).rglob("*")]
+    code = [path for folder in _code_folders() for path in folder.rglob("*")]
     files |= {path for path in code if path.suffix in (".py", ".safetensors") or path.is_dir()}
     return sorted(str(path) for path in files if "__pycache__" not in path.parts)
+
+
+def _code_folders() -> list[Path]:
+    """Return the package's folder and that of its strategies, which lies beside it in a checkout."""
+    strategies = find_spec("dit_booth.strategies")
+    assert strategies is not None and strategies.submodule_search_locations
+    return [PACKAGE, *map(Path, strategies.submodule_search_locations)]
 
 
 def _lists(points: list[Point]) -> list[list[str]]:

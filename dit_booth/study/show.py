@@ -82,7 +82,7 @@ def show_rows(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
     launches = [row["launch_seconds"] for row in rows if row["launch_seconds"]]
     if launches:
         lines.append(f"launching a point took {min(launches):.0f} to {max(launches):.0f} s")
-    lines.append(f"rows: {plan.folder / 'sweep.jsonl'}; page: python -m dit_booth.report {plan.folder}")
+    lines.append(f"rows: {plan.folder / 'sweep.jsonl'}; page: dit-booth report {plan.folder}")
     return "\n".join(lines)
 
 

@@ -129,13 +129,13 @@ def another_sweep(plan: Plan) -> subprocess.Popen[bytes]:
     """A process that runs the same plan, on a device of its own."""
     other = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pickle; from pathlib import Path;"
-        "from dit_booth.study import launch; launch.PROGRAM = Path(sys.argv[2]);"
+        "from dit_booth.study import launch; launch.RUN = sys.argv[2];"
         "plan = pickle.loads(Path(sys.argv[3]).read_bytes());"
         "print(launch.run_points(plan, [launch.Slot('theirs')], grace=0.2))"
     )
     (plan.folder / "plan").write_bytes(pickle.dumps(plan))
     root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", other, root, str(launch.PROGRAM), str(plan.folder / "plan")]
+    command = [sys.executable, "-c", other, root, launch.RUN, str(plan.folder / "plan")]
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sweep_folder import COMMAND, TWO, fail, read_rows, write_lines, write_rows, write_sweep
 
-from dit_booth.report.__main__ import main
+from dit_booth.report.command import main
 from dit_booth.report.export import tex
 
 torch.set_num_threads(1)
@@ -91,8 +91,8 @@ def test_the_page_says_what_was_swept_and_how_to_repeat_it(sweep: Path):
     for fact in ("2</b> variants", "2</b> seeds", "2</b> prompts", "4 of 4</b> points finished"):
         assert fact in page
     assert f"<pre>{COMMAND}\n" in page
-    assert f"python -m dit_booth.report {sweep} --csv --latex" in page
-    assert f"run.py --config {sweep}/points/p0s0/run.yaml" in page
+    assert f"dit-booth report {sweep} --csv --latex" in page
+    assert f"dit-booth run --config {sweep}/points/p0s0/run.yaml" in page
     assert "<code>kv_concat.query</code></dt><dd>kept · trained</dd>" in page
 
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("stub")
 def test_a_point_is_finished_by_its_marker_and_not_by_the_exit_code(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "ok", "bad exit", "leave ranks")
     told: list[str] = []
-    assert run_points(plan, [SLOT], grace=0.2, finished=lambda point: told.append(point.id))
+    assert run_points(plan, [SLOT], grace=0.2, on_finished=lambda point: told.append(point.id))
     assert statuses(plan) == ["finished", "finished", "failed"]
     assert told == ["p0", "p1"]
     assert started(plan) == ["p0", "p1", "p2", "p2"]
@@ -105,7 +105,7 @@ def test_what_follows_on_a_finished_point_may_fail(tmp_path: Path, caplog: pytes
     def fail(point: Point) -> None:
         raise OSError("no space")
 
-    assert run_points(plan, [SLOT], grace=0.2, finished=fail)
+    assert run_points(plan, [SLOT], grace=0.2, on_finished=fail)
     assert statuses(plan) == ["finished", "finished"]
     assert caplog.text.count("OSError: no space") == 2
 

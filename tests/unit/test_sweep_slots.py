@@ -157,6 +157,7 @@ def test_points_are_launched_by_deepspeed_on_ports_of_their_own(
     first, second = (launch.command(plan, plan.points[0], slot) for _ in range(2))
     assert Path(first[0]).name == "deepspeed" and first[1] == "--master_port"
     assert first[2] != second[2]
+    assert first[3:6] == ["--module", launch.RUN, "--config"]
     env = launch.environment(slot)
     assert "RANK" not in env and "MASTER_PORT" not in env
     assert (env["LOCAL_SIZE"], env["DIT_BOOTH_SLOT"]) == ("2", "cpu")
