@@ -1,4 +1,4 @@
-"""Run a whole study, the same as ``dit-booth sweep``; see `dit_booth.study.command`.
+"""Run a sweep, the same as ``dit-booth sweep``; see `dit_booth.study.command`.
 
 python experiments/sweep.py experiments/sweeps/schedule.yaml --dry-run
 python experiments/sweep.py experiments/sweeps/schedule.yaml

@@ -24,9 +24,9 @@ import yaml
 from dit_booth.files import write_text
 from dit_booth.study.board import write_hparams
 from dit_booth.study.description import Description, read_description
-from dit_booth.study.folder import check_name, running
+from dit_booth.study.folder import check_name, shared_folder
 from dit_booth.study.launch import run_points
-from dit_booth.study.plan import Plan, plan_sweep
+from dit_booth.study.plan import SweepPlan, plan_sweep
 from dit_booth.study.rows import is_finished, row_of, write_rows
 from dit_booth.study.show import show_plan, show_rows
 from dit_booth.study.slots import hostfile_slots, local_slots
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str]) -> SweepArguments:
 
 
 def sweep(arguments: SweepArguments) -> int:
-    """Plan the sweep, then show, emit or run it.
+    """SweepPlan the sweep, then show, emit or run it.
 
     Returns:
         0: all points are finished, or nothing was to be run; 1: points failed; 2: wrong description; 130: interrupted.
@@ -85,7 +85,7 @@ def sweep(arguments: SweepArguments) -> int:
         if arguments.dry_run:
             print(show_plan(plan))
             return 0
-        with running(plan):
+        with shared_folder(plan):
             record(plan.folder / "sweep.yaml", description, arguments)
             if arguments.emit:
                 from dit_booth.study.emit import emit
@@ -98,7 +98,7 @@ def sweep(arguments: SweepArguments) -> int:
         return 2
 
 
-def plan_of(arguments: SweepArguments) -> tuple[Plan, Description]:
+def plan_of(arguments: SweepArguments) -> tuple[SweepPlan, Description]:
     """Read the description and plan it.
 
     Raises:
@@ -124,7 +124,7 @@ def record(file: Path, description: Description, arguments: SweepArguments) -> N
         write_text(file, text)
 
 
-def run(plan: Plan, arguments: SweepArguments) -> int:
+def run(plan: SweepPlan, arguments: SweepArguments) -> int:
     """Run the missing points and print the table; returns the exit code."""
     complete = True
     if all(is_finished(plan.run_folder(point)) for point in plan.points):

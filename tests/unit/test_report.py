@@ -363,7 +363,7 @@ def test_what_is_missing_is_one_line(copy: Path, tmp_path: Path, caplog: pytest.
     assert "give it alone" in errors(copy, caplog, str(copy / "points" / "p0s0"))
     assert "max_mb is 0" in errors(copy, caplog, "--max-mb", "0")
     shutil.rmtree(copy / "points" / "p1s0")
-    assert "p1s0 is not there, and the point is finished" in errors(copy, caplog)
+    assert "p1s0 is missing, but the point is finished" in errors(copy, caplog)
 
 
 def test_a_broken_video_costs_its_place_only(copy: Path):

@@ -114,7 +114,7 @@ def test_sweeps_and_their_bases_are_found_by_name_in_the_package(tmp_path: Path)
         ({"grid": [1]}, r"grid holds a list; write `option: \.\.\.` lines"),
         ({"zip": {"a": [1, 2], "b": [1]}}, r"zip differ in length \(a: 2, b: 1\)"),
         ({"list": [3]}, r"list must hold entries"),
-        ({"seeds": [0, 0]}, r"with a number twice"),
+        ({"seeds": [0, 0]}, r"which names a seed twice"),
         ({"seeds": 3}, r"seeds is 3; write a list of whole numbers"),
         ({"seeds": [True]}, r"seeds is \[True\]"),
         ({"launcher": "torchrun"}, r"launcher is 'torchrun'; use deepspeed or python"),
