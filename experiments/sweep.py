@@ -1,4 +1,4 @@
-"""Run a whole study, the same as ``dit-booth sweep``; see `dit_booth.study.command`.
+"""Run a sweep, the same as ``dit-booth sweep``; see `dit_booth.commands.sweep`.
 
 python experiments/sweep.py experiments/sweeps/schedule.yaml --dry-run
 python experiments/sweep.py experiments/sweeps/schedule.yaml
@@ -6,7 +6,7 @@ python experiments/sweep.py experiments/sweeps/schedule.yaml
 
 import sys
 
-from dit_booth.study.command import main
+from dit_booth.commands.sweep import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -128,7 +128,7 @@ class Sweep:
 
 def is_rank(command: str) -> bool:
     """A process that trains, not a launcher that names it."""
-    return "experiments/run.py" in command and "deepspeed" not in command
+    return "dit_booth.run" in command and "deepspeed" not in command
 
 
 def without_measures(value: Any) -> Any:

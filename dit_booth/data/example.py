@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -121,7 +121,13 @@ class Batch:
         return self._map_tensors(Tensor.pin_memory)
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, video=function(self.video), image=function(self.image))
+        return replace(
+            self,
+            video=function(self.video),
+            image=function(self.image),
+            mask=function(self.mask),
+            mask_frames=function(self.mask_frames),
+        )
 
 
 def collate(examples: Sequence[Example]) -> Batch:

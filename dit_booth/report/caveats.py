@@ -1,4 +1,4 @@
-"""What a reader must know before believing the table, in plain words, from the data alone."""
+"""Limits of the conclusions from a table, as sentences derived from the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FEW_PROMPTS = 30
 
 
 def caveats(study: Study, table: Table) -> list[str]:
-    """Sentences, the gravest first; none where there is nothing to say."""
+    """Return sentences, the most serious first; empty if nothing limits the conclusions."""
     said = [*_absent(study, table)]
     if table.rows:
         said += [*_seeds(table), *_prompts(table), *_comparisons(table), *_setting(study)]

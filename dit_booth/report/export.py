@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from dit_booth.report.study import COSTS, Group
 from dit_booth.report.svg import DASH, MINUS
-from dit_booth.report.table import Measure, Row, Table
+from dit_booth.report.table import Measure, ResultRow, Table
 
 _TEX = {
     "\\": r"\textbackslash{}",
@@ -33,7 +33,7 @@ _TEX = {
 
 
 def to_csv(table: Table) -> str:
-    """A line per variant: means, ends of the intervals, paired differences with theirs, costs; the unknown is empty."""
+    """Return a CSV line per variant: means, differences, their intervals, and costs; unknown cells are empty."""
     costs = [name for name in COSTS if any(name in row.costs for row in table.rows)]
     header = ["variant", "status", "baseline", "seeds", "prompts"]
     for m in table.metrics:
@@ -54,7 +54,7 @@ def to_csv(table: Table) -> str:
     return out.getvalue()
 
 
-def _csv_row(table: Table, row: Row, costs: Sequence[str]) -> list[str]:
+def _csv_row(table: Table, row: ResultRow, costs: Sequence[str]) -> list[str]:
     cells = [row.group.label, row.group.status, str(int(row is table.baseline))]
     cells += [str(len(row.group.finished)), row.prompts]
     for m in table.metrics:
@@ -73,7 +73,7 @@ def _number(value: float) -> str:
 
 
 def to_latex(table: Table, notes: Sequence[str] = ()) -> str:
-    """Two booktabs tables: the results, and the differences to the baseline; `notes` become comments at the top."""
+    """Return two booktabs tables, results and differences to the baseline; `notes` become comments at the top."""
     columns = [*table.metrics, *table.costs]
     if not table.rows:
         return "\n".join(f"% {' '.join(note.split())}" for note in notes) + "\n"
@@ -110,7 +110,7 @@ def _head(measure: Measure) -> str:
     return tex(f"{measure.label}{unit}{' ' + measure.arrow if measure.arrow else ''}")
 
 
-def _result_cells(table: Table, row: Row) -> list[str]:
+def _result_cells(table: Table, row: ResultRow) -> list[str]:
     cells = [_first(row.group)]
     for m in table.metrics:
         e = row.quality.get(m.name)
@@ -123,7 +123,7 @@ def _result_cells(table: Table, row: Row) -> list[str]:
     return cells + [tex(m.text(row.costs.get(m.name, math.nan))) for m in table.costs]
 
 
-def _difference_cells(table: Table, row: Row) -> list[str]:
+def _difference_cells(table: Table, row: ResultRow) -> list[str]:
     cells = [_first(row.group)]
     for m in table.metrics:
         d = row.differences.get(m.name)
@@ -136,11 +136,11 @@ def _difference_cells(table: Table, row: Row) -> list[str]:
 
 
 def _first(group: Group) -> str:
-    """A line that begins with a bracket would be an option of the line before it."""
+    """Return a row's label, safe at the start of a line: a bracket would be an option of the line before."""
     label = tex(group.label)
     return f"{{}}{label}" if label.startswith(("[", "$^*$")) else label
 
 
 def tex(text: str) -> str:
-    """Text with everything escaped that LaTeX reads as a command."""
+    """Escape characters that are special in LaTeX."""
     return "".join(_TEX.get(c, c) for c in text)

@@ -1,11 +1,10 @@
-"""The page: everything of a study in one HTML file that loads nothing from anywhere."""
+"""The page: a whole study in one self-contained HTML file."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
@@ -21,14 +20,14 @@ from dit_booth.report.table import Measure, Table
 
 @dataclass(frozen=True)
 class Page:
-    """The HTML, and what had to be left out of it."""
+    """The HTML, and its samples with the number of rows that did not fit."""
 
     html: str
     samples: Samples
 
 
 def make_page(study: Study, table: Table, *, max_bytes: int) -> Page:
-    """Render; sample rows go, the last one first, until the page is no larger than `max_bytes`."""
+    """Render the page; sample rows are dropped, the last one first, until it has at most `max_bytes`."""
     styles = _styles(study)
     samples = read_samples([row.group for row in table.rows], styles, max_bytes)
     context = _context(study, table, styles)
@@ -40,14 +39,14 @@ def make_page(study: Study, table: Table, *, max_bytes: int) -> Page:
 
 
 def _styles(study: Study) -> dict[str, int]:
-    """A style for every group: 0, the neutral one, for the baseline."""
+    """Return a style index for every group; 0, the neutral one, for the baseline."""
     ordered = sorted(study.groups, key=lambda group: not group.baseline)
     first = 0 if any(group.baseline for group in study.groups) else 1
     return {group.id: number for number, group in enumerate(ordered, first)}
 
 
-def _context(study: Study, table: Table, styles: dict[str, int]) -> dict[str, Any]:
-    """What the template shows, all but the samples."""
+def _context(study: Study, table: Table, styles: dict[str, int]) -> dict[str, object]:
+    """Return the template's variables, except the samples."""
     return {
         "study": study,
         "table": table,
@@ -65,7 +64,7 @@ def _context(study: Study, table: Table, styles: dict[str, int]) -> dict[str, An
     }
 
 
-def _render(context: dict[str, Any], samples: Samples) -> str:
+def _render(context: dict[str, object], samples: Samples) -> str:
     folder = files("dit_booth.report") / "page"
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -82,19 +81,19 @@ def _render(context: dict[str, Any], samples: Samples) -> str:
 
 
 def _swatch(style: int) -> Markup:
-    """A row's mark, as the plots draw it."""
+    """Return a row's marker, as in the plots."""
     return element(
         "svg", marker(style, 7.0, 7.0, 4.6), viewBox="0 0 14 14", class_="swatch", aria_hidden="true"
     )
 
 
 def _breakable(label: str) -> Markup:
-    """A name that may be broken after its underscores."""
+    """Allow line breaks after the underscores of a name."""
     return escape(label).replace("_", Markup("_<wbr>"))
 
 
 def _facts(study: Study) -> list[tuple[str, str]]:
-    """The figures under the title."""
+    """Return (value, label) of the figures under the title."""
     points = study.points
     seeds = sorted({point.seed for point in points})
     prompts = sorted({score.n for point in points for score in point.scores.values()})
@@ -107,16 +106,16 @@ def _facts(study: Study) -> list[tuple[str, str]]:
 
 
 def _commands(study: Study) -> list[str]:
-    """How to repeat the study; for a sweep, one of its points too."""
+    """Return commands that repeat the study; for a sweep, one of its points, too."""
     example = next((point for point in study.points if point.finished), None)
     if example is None or len(study.commands) >= len(study.points):
         return list(study.commands)
-    alone = f"python experiments/run.py --config {example.folder / 'run.yaml'} --out FOLDER"
+    alone = f"dit-booth run --config {example.folder / 'run.yaml'} --out FOLDER"
     return [*study.commands, "", "# one point alone", alone]
 
 
 def _sharing(study: Study) -> str:
-    """What was trained once and used by several points, and what launching costs."""
+    """Return sentences about the training that sharing saved, and the cost of launching."""
     used = [(stage, point) for point in study.points for stage in point.stages if stage.address]
     known = [stage for stage, _ in used if not math.isnan(stage.seconds)]
     once = {(stage.name, stage.address): stage.seconds for stage in known}
@@ -146,5 +145,5 @@ def duration(seconds: float) -> str:
 
 
 def _number(measure: Measure, value: float) -> str:
-    """What a column sorts by; empty for what is unknown."""
+    """Return a cell's sort key; empty if unknown."""
     return "" if math.isnan(value) else repr(value)

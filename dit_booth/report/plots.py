@@ -11,7 +11,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from dit_booth.report.read import stage_losses
-from dit_booth.report.study import Group, Stage, Study
+from dit_booth.report.study import Group, StageResult, Study
 from dit_booth.report.svg import (
     Axis,
     classes,
@@ -22,7 +22,7 @@ from dit_booth.report.svg import (
     padded_log,
     text_width,
 )
-from dit_booth.report.table import Measure, Row, Table
+from dit_booth.report.table import Measure, ResultRow, Table
 
 Array = NDArray[np.float64]
 _SIDES = ((1, "start"), (-1, "end"))
@@ -31,7 +31,7 @@ _POINTS = 160  # of a curve, at most: more than a plot of this width can show
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A plot and the words under it."""
+    """A plot and its caption."""
 
     key: str
     svg: Markup
@@ -40,7 +40,7 @@ class Plot:
 
 @dataclass(frozen=True, kw_only=True)
 class _Dot:
-    row: Row
+    row: ResultRow
     style: int
     x: float  # pixels
     mean: float
@@ -50,7 +50,7 @@ class _Dot:
 
 
 def quality_plots(table: Table, styles: Mapping[str, int]) -> list[Plot]:
-    """A plot for every metric and cost that two or more rows have."""
+    """Return a plot for every metric and cost that two or more rows have."""
     return [
         _quality_plot(metric, cost, rows, styles, table.truth.get(metric.name))
         for metric in table.metrics
@@ -59,13 +59,13 @@ def quality_plots(table: Table, styles: Mapping[str, int]) -> list[Plot]:
     ]
 
 
-def _has(row: Row, metric: Measure, cost: Measure) -> bool:
+def _has(row: ResultRow, metric: Measure, cost: Measure) -> bool:
     quality = row.quality.get(metric.name)
     return quality is not None and math.isfinite(quality.mean) and cost.name in row.costs
 
 
 def _quality_plot(
-    metric: Measure, cost: Measure, rows: Sequence[Row], styles: Mapping[str, int], truth: float | None
+    metric: Measure, cost: Measure, rows: Sequence[ResultRow], styles: Mapping[str, int], truth: float | None
 ) -> Plot:
     costs = [row.costs[cost.name] for row in rows]
     log = max(costs) > 10 * min(costs) > 0
@@ -100,10 +100,10 @@ def _quality_plot(
 
 
 def _dots(
-    metric: Measure, cost: Measure, rows: Sequence[Row], styles: Mapping[str, int], x: Axis
+    metric: Measure, cost: Measure, rows: Sequence[ResultRow], styles: Mapping[str, int], x: Axis
 ) -> list[_Dot]:
-    """Rows as dots, from left to right; equal costs are moved apart, by a dot's width."""
-    placed: list[tuple[float, Row]] = sorted(
+    """Return rows as dots, from left to right; dots of equal cost are moved apart by their width."""
+    placed: list[tuple[float, ResultRow]] = sorted(
         ((x(row.costs[cost.name]), row) for row in rows), key=lambda p: p[0]
     )
     dots: list[_Dot] = []
@@ -128,7 +128,7 @@ def _dots(
 
 
 def _extent(dots: Sequence[_Dot]) -> tuple[float, float, bool]:
-    """The ends of the quality axis, and whether intervals are cut: those of two seeds can dwarf the differences."""
+    """Return the ends of the quality axis, and whether intervals are clipped (those of two seeds are very wide)."""
     core = [value for dot in dots for value in (dot.mean, *dot.seeds)]
     ends = [value for dot in dots for value in (dot.low, dot.high) if not math.isnan(value)]
     span = max(core) - min(core)
@@ -139,7 +139,7 @@ def _extent(dots: Sequence[_Dot]) -> tuple[float, float, bool]:
 
 
 def _bar(dot: _Dot, y: Axis) -> list[Markup]:
-    """The interval, with arrow heads where it leaves the plot, and the seeds as small dots."""
+    """Draw the interval, with arrow heads where it leaves the plot, and the seeds as small dots."""
     style = classes(dot.style)
     parts = []
     if not math.isnan(dot.low):
@@ -160,7 +160,7 @@ def _bar(dot: _Dot, y: Axis) -> list[Markup]:
 
 
 def _place_labels(dots: Sequence[_Dot], x: Axis, y: Axis) -> list[list[Markup]]:
-    """Each dot's name beside it, where no other name, dot or bar is; else none: the legend has it."""
+    """Place each dot's name beside it without overlap; a name that has no room is only in the legend."""
     taken = [(dot.x - 7, y(dot.mean) - 7, dot.x + 7, y(dot.mean) + 7) for dot in dots]
     for dot in dots:
         if not math.isnan(dot.low):
@@ -204,7 +204,7 @@ class _Curve:
 
 
 def loss_plots(study: Study, styles: Mapping[str, int]) -> list[Plot]:
-    """A plot for every stage; a training that points share is drawn once."""
+    """Return a plot for every stage; a training that points share is drawn once."""
     groups = [group for group in study.groups if group.finished] or list(study.groups)
     names = dict.fromkeys(stage.name for point in study.points for stage in point.stages)
     found = ((name, _curves(study, groups, name)) for name in names)
@@ -212,9 +212,9 @@ def loss_plots(study: Study, styles: Mapping[str, int]) -> list[Plot]:
 
 
 def _curves(study: Study, groups: Sequence[Group], name: str) -> list[_Curve]:
-    """The curves of a stage: trainings that the same groups use are the seeds of one curve.
+    """Return the curves of a stage: trainings that the same groups use are the seeds of one curve.
 
-    Trainings of points that did not finish would cut the others short: they count where nothing else is there.
+    Trainings of unfinished points would shorten the others, so they are used only if a group has no other.
     """
     users: dict[str, list[Group]] = {}
     losses: dict[str, list[tuple[int, float]]] = {}
@@ -233,7 +233,7 @@ def _curves(study: Study, groups: Sequence[Group], name: str) -> list[_Curve]:
     return [_curve(users[same[0]], [losses[training] for training in same]) for same in together.values()]
 
 
-def _training(stage: Stage, point: str) -> str:
+def _training(stage: StageResult, point: str) -> str:
     return f"{stage.name}-{stage.address}" if stage.address else f"{stage.name} of {point}"
 
 
@@ -255,7 +255,7 @@ def _curve(groups: Sequence[Group], trainings: Sequence[Sequence[tuple[int, floa
 
 
 def _smooth(values: Array, window: int) -> Array:
-    """Moving average around every step, over what there is of the window at the ends."""
+    """Return the centered moving average; at the ends, over the part of the window that exists."""
     kernel = np.ones(window)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 

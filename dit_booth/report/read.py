@@ -1,4 +1,4 @@
-"""Read a sweep's folder, or run folders, into the points that a report is made of. Nothing but files is read."""
+"""Read a sweep's folder, or run folders, into the points of a report."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 import yaml
 
 from dit_booth.cost.totals import training_costs
-from dit_booth.report.study import COSTS, PLACES, Group, Point, Prompt, Score, Stage, Study
+from dit_booth.report.study import COSTS, PLACES, Group, PointResult, PromptScores, Score, StageResult, Study
+from dit_booth.study.description import flatten
+
+JsonObject = dict[str, Any]
 
 
 def read_study(folders: Sequence[Path]) -> Study:
-    """A sweep's folder, or one run folder and more.
+    """Read a sweep's folder, or one or more run folders.
 
     Raises:
         ValueError: a folder is neither, or a file in it is missing or malformed; the message names it.
@@ -37,7 +40,7 @@ def read_study(folders: Sequence[Path]) -> Study:
 
 
 def read_sweep(folder: Path) -> Study:
-    """The points of ``sweep.jsonl``, in its order, with their run folders."""
+    """Read the points of ``sweep.jsonl``, in its order, with their run folders."""
     rows = list(read_lines(folder / "sweep.jsonl"))
     if not rows:
         raise ValueError(f"{folder / 'sweep.jsonl'} is empty; run the sweep: it writes a line for each point")
@@ -51,16 +54,16 @@ def read_sweep(folder: Path) -> Study:
         folder=folder,
         groups=tuple(_groups(points)),
         commands=(
-            str(described.get("command") or f"python experiments/sweep.py {shlex.quote(str(file))}"),
-            f"python -m dit_booth.report {folder} --csv --latex",
+            str(described.get("command") or f"dit-booth sweep {shlex.quote(str(file))}"),
+            f"dit-booth report {folder} --csv --latex",
         ),
         description=text,
     )
 
 
 def read_runs(folders: Sequence[Path]) -> Study:
-    """Run folders as points, a row each; the first one is the baseline."""
-    settings = [flat(read_yaml(folder / "run.yaml")) for folder in folders]
+    """Read run folders as points, one row each; the first one is the baseline."""
+    settings = [flatten(read_yaml(folder / "run.yaml")) for folder in folders]
     names = dict.fromkeys(name for setting in settings for name in setting if name not in PLACES)
     differing = [n for n in names if len({repr(setting.get(n)) for setting in settings}) > 1]
     points = []
@@ -74,7 +77,7 @@ def read_runs(folders: Sequence[Path]) -> Study:
             costs = _costs({**cost, **training_costs(cost.get("stages") or [])}, str(file))
             stages = tuple(_stage(stage, str(file)) for stage in cost.get("stages") or ()) or stages
         points.append(
-            Point(
+            PointResult(
                 id=str(folder),
                 label=folder.resolve().name,
                 group=str(folder),
@@ -94,12 +97,12 @@ def read_runs(folders: Sequence[Path]) -> Study:
         sweep=False,
         folder=folders[0],
         groups=tuple(_groups(points)),
-        commands=tuple(f"python experiments/run.py --config {folder / 'run.yaml'}" for folder in folders),
+        commands=tuple(f"dit-booth run --config {folder / 'run.yaml'}" for folder in folders),
     )
 
 
-def stage_losses(study: Study, point: Point, stage: Stage) -> list[tuple[int, float]]:
-    """(step, loss) of a stage: from its own folder in the sweep, or else from the point's log."""
+def stage_losses(study: Study, point: PointResult, stage: StageResult) -> list[tuple[int, float]]:
+    """Return (step, loss) of a stage: from its folder in the sweep, else from the point's log."""
     own = study.folder / "stages" / f"{stage.name}-{stage.address}" / "metrics.jsonl"
     file = own if stage.address and own.is_file() else point.folder / "metrics.jsonl"
     if not file.is_file():
@@ -111,10 +114,10 @@ def stage_losses(study: Study, point: Point, stage: Stage) -> list[tuple[int, fl
     ]
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of every line of a JSON-lines file; a last line still being written is left out."""
+def read_lines(file: Path) -> Iterator[tuple[int, JsonObject]]:
+    """Iterate over (line number, object) of a JSON-lines file; an incomplete last line is left out."""
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file; is it another program's folder, or was it moved?")
+        raise ValueError(f"{file}: no such file; is this a folder of another program, or was the file moved?")
     text = file.read_text()
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
@@ -125,14 +128,14 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             if number == len(lines) and not text.endswith("\n"):
                 return
-            raise ValueError(f"{file}:{number}: not JSON ({error.msg}); mend or remove the line") from error
+            raise ValueError(f"{file}:{number}: not JSON ({error.msg}); repair or remove the line") from error
         if not isinstance(value, dict):
             raise ValueError(f"{file}:{number}: holds a {type(value).__name__}; each line is one object")
         yield number, value
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML mapping; ValueError, in one line, for anything else."""
+def read_yaml(file: Path) -> JsonObject:
+    """Read a YAML mapping. ValueError, in one line, for anything else."""
     try:
         value = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -142,29 +145,18 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; ValueError, in one line, for anything else."""
+def read_json(file: Path) -> JsonObject:
+    """Read a JSON object. ValueError, in one line, for anything else."""
     try:
         value = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON ({error.msg}); mend or remove it") from error
+        raise ValueError(f"{file}: not JSON ({error.msg}); repair or remove it") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds a {type(value).__name__}; it must be one object")
     return value
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
-    out: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
-def _sweep_point(sweep: Path, row: dict[str, Any], where: str) -> Point:
+def _sweep_point(sweep: Path, row: JsonObject, where: str) -> PointResult:
     needed: dict[str, type] = {"point": str, "group": str, "status": str, "seed": int}
     optional: dict[str, type] = {"options": dict, "metrics": dict, "error": list, "stages": list}
     for name, kind in {**needed, **optional}.items():
@@ -174,12 +166,12 @@ def _sweep_point(sweep: Path, row: dict[str, Any], where: str) -> Point:
     finished = row["status"] == "finished"
     if finished and not folder.is_dir():
         raise ValueError(
-            f"{where}: {folder} is not there, and the point is finished; restore it, or run it again"
+            f"{where}: {folder} is missing, but the point is finished; restore it, or run the sweep again"
         )
     cost, settings = folder / "cost.json", folder / "run.yaml"
-    if finished and "train_seconds" not in row and cost.is_file():  # a row of an older version
+    if finished and "train_seconds" not in row and cost.is_file():  # rows that lack the sums
         row = {**row, **training_costs(read_json(cost).get("stages") or [])}
-    return Point(
+    return PointResult(
         id=row["point"],
         label=str(row.get("label") or row["point"]),
         group=row["group"],
@@ -194,15 +186,15 @@ def _sweep_point(sweep: Path, row: dict[str, Any], where: str) -> Point:
         stages=tuple(_stage(stage, where) for stage in row.get("stages") or ()),
         launch_seconds=_number(row, "launch_seconds", where),
         prompts=tuple(_prompts(folder / "samples" / "metrics.jsonl")) if finished else (),
-        settings=flat(read_yaml(settings)) if settings.is_file() else {},
+        settings=flatten(read_yaml(settings)) if settings.is_file() else {},
     )
 
 
-def _costs(row: Mapping[str, Any], where: str) -> dict[str, float]:
+def _costs(row: Mapping[str, object], where: str) -> dict[str, float]:
     return {name: _number(row, name, where) for name in COSTS if row.get(name) is not None}
 
 
-def _scores(metrics: dict[str, Any], where: str) -> dict[str, Score]:
+def _scores(metrics: JsonObject, where: str) -> dict[str, Score]:
     for name, value in metrics.items():
         if not isinstance(value, dict) or not isinstance(value.get("n"), int):
             raise ValueError(f"{where}: metric {name} is {value!r}; it must have mean, stderr and n")
@@ -212,10 +204,10 @@ def _scores(metrics: dict[str, Any], where: str) -> dict[str, Score]:
     }
 
 
-def _stage(stage: Any, where: str) -> Stage:
+def _stage(stage: object, where: str) -> StageResult:
     if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
         raise ValueError(f"{where}: a stage is {stage!r}; it must have a name")
-    return Stage(
+    return StageResult(
         name=stage["name"],
         address=str(stage.get("address") or ""),
         steps=int(stage.get("steps") or 0),
@@ -225,7 +217,7 @@ def _stage(stage: Any, where: str) -> Stage:
     )
 
 
-def _number(row: Mapping[str, Any], name: str, where: str) -> float:
+def _number(row: Mapping[str, object], name: str, where: str) -> float:
     value = row.get(name)
     if value is None:
         return math.nan
@@ -234,13 +226,13 @@ def _number(row: Mapping[str, Any], name: str, where: str) -> float:
     return float(value)
 
 
-def _prompts(file: Path) -> Iterator[Prompt]:
-    """The rows of a sample folder's ``metrics.jsonl``; a run may have sampled nothing."""
+def _prompts(file: Path) -> Iterator[PromptScores]:
+    """Iterate over the rows of a sample folder's ``metrics.jsonl``; none if nothing was sampled."""
     if not file.is_file():
         return
     for index, (number, line) in enumerate(read_lines(file)):
         scores = {name: value for name, value in line.items() if name not in ("key", "caption")}
-        yield Prompt(
+        yield PromptScores(
             index=index,
             key=str(line.get("key", index)),
             caption=str(line.get("caption", "")),
@@ -248,8 +240,8 @@ def _prompts(file: Path) -> Iterator[Prompt]:
         )
 
 
-def _run_log(file: Path) -> tuple[dict[str, Score], tuple[Stage, ...]]:
-    """The last ``samples`` line of a run's log, and its stages."""
+def _run_log(file: Path) -> tuple[dict[str, Score], tuple[StageResult, ...]]:
+    """Return the scores in a run's log (its last ``samples`` line), and its stages."""
     scores: dict[str, Score] = {}
     seconds: dict[str, list[float]] = {}
     for number, line in read_lines(file):
@@ -260,15 +252,15 @@ def _run_log(file: Path) -> tuple[dict[str, Score], tuple[Stage, ...]]:
                 _number(line, "seconds", f"{file}:{number}")
             )
     stages = tuple(
-        Stage(name=name, steps=len(own), seconds=sum(own), step_seconds=sorted(own)[len(own) // 2])
+        StageResult(name=name, steps=len(own), seconds=sum(own), step_seconds=sorted(own)[len(own) // 2])
         for name, own in seconds.items()
     )
     return scores, stages
 
 
-def _groups(points: Sequence[Point]) -> Iterator[Group]:
-    """Points by group, in the order of their first points, each with a label that no other group has."""
-    members: dict[str, list[Point]] = {}
+def _groups(points: Sequence[PointResult]) -> Iterator[Group]:
+    """Iterate over groups in the order of their first points; labels are made unique."""
+    members: dict[str, list[PointResult]] = {}
     for point in points:
         members.setdefault(point.group, []).append(point)
     labels = {group: _label(own) for group, own in members.items()}
@@ -278,8 +270,8 @@ def _groups(points: Sequence[Point]) -> Iterator[Group]:
         yield Group(id=group, label=label, points=tuple(sorted(own, key=lambda point: point.seed)))
 
 
-def _label(points: Sequence[Point]) -> str:
-    """The points' common label, or the options where their labels name the seed."""
+def _label(points: Sequence[PointResult]) -> str:
+    """Return the points' common label, or their options if labels differ between seeds."""
     if len({point.label for point in points}) == 1 or not points[0].options:
         return points[0].label
     return ", ".join(f"{name.split('.')[-1]} {value}" for name, value in points[0].options.items())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dit_booth.data.video import probe
-from dit_booth.report.study import Group, Point
+from dit_booth.report.study import Group, PointResult
 
 PROMPTS = 8
 _TINY = 128  # videos of fewer pixels are enlarged with square pixels
@@ -49,13 +49,13 @@ class Samples:
     styles: tuple[int, ...] = ()
     rows: tuple[SampleRow, ...] = ()
     seeds: tuple[int, ...] = ()
-    """The seed of each group's videos: the same one, where they have one in common."""
+    """Seed of each group's videos; the lowest common one if there is one."""
     dropped: int = 0
     unreadable: tuple[str, ...] = field(default_factory=tuple)
 
 
 def read_samples(groups: Sequence[Group], styles: dict[str, int], budget: int) -> Samples:
-    """The grid of the groups' first prompts, as many as `budget` characters hold."""
+    """Read the grid of the groups' first prompts, at most `budget` characters."""
     shown = [group for group in groups if any(point.prompts for point in group.finished)]
     if not shown:
         return Samples()
@@ -85,15 +85,15 @@ def _common_seed(groups: Sequence[Group]) -> int | None:
     return min(common, default=None)
 
 
-def _point(group: Group, seed: int | None) -> Point:
+def _point(group: Group, seed: int | None) -> PointResult:
     sampled = [point for point in group.finished if point.prompts]
     return next((point for point in sampled if point.seed == seed), sampled[0])
 
 
 def _row(
-    key: str, caption: str, groups: Sequence[Group], points: Sequence[Point], styles: dict[str, int]
+    key: str, caption: str, groups: Sequence[Group], points: Sequence[PointResult], styles: dict[str, int]
 ) -> SampleRow:
-    """The image prompt and the ground truth are any point's: all points of a prompt were given the same."""
+    """Return a prompt's row; image prompt and ground truth are the same in all points, so any point's are taken."""
     places = [
         (p.folder / "samples", next((f"{q.index:03d}" for q in p.prompts if q.key == key), ""))
         for p in points
@@ -124,7 +124,7 @@ def _video(files: Sequence[Path], style: int) -> Cell:
         return Cell(missing="not saved", style=style)
     try:
         info = probe(file)
-    except ValueError as error:  # one bad video is no reason to have no page
+    except ValueError as error:  # one unreadable video must not prevent the page
         return Cell(missing=str(error), style=style)
     return Cell(
         uri=_uri(file.read_bytes(), "video/mp4"),

@@ -1,28 +1,27 @@
-"""Which settings differ between the rows, and which all points share."""
+"""Compare settings: those that differ between rows, and those that all points share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from dit_booth.report.study import PLACES, Group, Study
 from dit_booth.report.svg import DASH
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Names to values as text: swept options and others that differ (a value for each group), and common ones."""
+class SettingsComparison:
+    """Settings by name, as text; `swept` and `following` have a value for each group."""
 
     swept: dict[str, tuple[str, ...]]
     following: dict[str, tuple[str, ...]]
-    """Not swept by name, but different: what a swept option brings along."""
+    """Settings that were not swept but differ, because a swept option changes them."""
     by_seed: dict[str, str]
-    """Those that differ between the seeds of a row."""
+    """Settings that differ between the seeds of a row."""
     common: dict[str, str]
 
 
-def compare_settings(study: Study) -> Settings:
-    """Over all points, finished or not, that have settings."""
+def compare_settings(study: Study) -> SettingsComparison:
+    """Compare all points that have settings, finished or not."""
     points = [point for point in study.points if point.settings]
     names = dict.fromkeys(name for point in points for name in point.settings if name not in PLACES)
     swept = dict.fromkeys(name for group in study.groups for name in group.options)
@@ -37,7 +36,7 @@ def compare_settings(study: Study) -> Settings:
             by_seed[name] = ", ".join(dict.fromkeys(as_text(value) for value in values))
         elif name not in swept:
             following[name] = tuple(_of_group(group, name) for group in study.groups)
-    return Settings(
+    return SettingsComparison(
         swept={n: tuple(as_text(group.options.get(n)) for group in study.groups) for n in swept},
         following=following,
         by_seed=by_seed,
@@ -54,8 +53,8 @@ def _of_group(group: Group, name: str) -> str:
     return next((as_text(point.settings.get(name)) for point in group.points if point.settings), DASH)
 
 
-def as_text(value: Any) -> str:
-    """A setting's value, as short as it is clear."""
+def as_text(value: object) -> str:
+    """Return a setting's value as short text."""
     if value is None:
         return DASH
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a report is made of: points (one run each), groups (points that differ in the seed only), the study."""
+"""The contents of a report: points (one run each), groups (points that differ in the seed only), the study."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every")
-"""Settings that change no result."""
+"""Settings that do not change results."""
 COSTS = (
     "trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "train_flops", "train_seconds",
     "wall_seconds",
@@ -18,7 +17,7 @@ COSTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A metric of one point: its mean over prompts, the standard error of that (NaN for one prompt), their number."""
+    """A metric of one point: mean over `n` prompts, and its standard error (NaN for one prompt)."""
 
     mean: float
     stderr: float = math.nan
@@ -26,8 +25,8 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One sampled video of a point: its number (that of its file), its prompt and its scores."""
+class PromptScores:
+    """One sampled video of a point: its index (as in its file name), its prompt and its scores."""
 
     index: int
     key: str
@@ -36,7 +35,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageResult:
     """A stage of a point; equal addresses are one training."""
 
     name: str
@@ -48,7 +47,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class PointResult:
     """One run of a sweep: a row of ``sweep.jsonl`` and what lies in its run folder."""
 
     id: str
@@ -59,13 +58,13 @@ class Point:
     status: str = "finished"
     baseline: bool = False
     error: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[StageResult, ...] = ()
     launch_seconds: float = math.nan
-    prompts: tuple[Prompt, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
+    prompts: tuple[PromptScores, ...] = ()
+    settings: dict[str, object] = field(default_factory=dict)
     """`run.yaml`, flat: ``{"stages.fine.steps": 150}``."""
 
     @property
@@ -79,20 +78,20 @@ class Group:
 
     id: str
     label: str
-    points: tuple[Point, ...]
+    points: tuple[PointResult, ...]
 
     @property
-    def finished(self) -> tuple[Point, ...]:
+    def finished(self) -> tuple[PointResult, ...]:
         return tuple(point for point in self.points if point.finished)
 
     @property
     def status(self) -> str:
-        """That of all its points, or how many have which: ``1 failed, 1 waiting``."""
+        """Status of all points, or a count of each: ``1 failed, 1 waiting``."""
         counts = Counter(point.status for point in self.points)
         return ", ".join(f"{n} {status}" if len(counts) > 1 else status for status, n in counts.items())
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         return self.points[0].options
 
     @property
@@ -102,18 +101,18 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """All that a page shows."""
+    """Everything that a page shows."""
 
     title: str
     folder: Path
     groups: tuple[Group, ...]
     about: str = ""
     sweep: bool = True
-    """Whether it is a sweep's folder; else run folders."""
+    """True for a sweep's folder, false for run folders."""
     commands: tuple[str, ...] = ()
     description: str = ""
-    """The sweep's own description, as its file has it."""
+    """Text of ``sweep.yaml``."""
 
     @property
-    def points(self) -> tuple[Point, ...]:
+    def points(self) -> tuple[PointResult, ...]:
         return tuple(point for group in self.groups for point in group.points)

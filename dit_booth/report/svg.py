@@ -26,12 +26,12 @@ def element(name: str, *children: str, **attributes: str | float) -> Markup:
 
 
 def classes(style: int) -> str:
-    """The style sheet's classes of a row's style: its colour, and its dash where colours begin again."""
+    """Return a style's CSS classes: its color, and its dash pattern where colors repeat."""
     return f"c{style % COLOURS} d{style // COLOURS % 3}"
 
 
 def marker(style: int, x: float, y: float, r: float = 5.0) -> Markup:
-    """A row's mark: each style has another shape and another colour."""
+    """Draw a row's marker; styles differ in shape and color."""
     corners: dict[int, list[tuple[float, float]]] = {
         1: [(-1, -1), (1, -1), (1, 1), (-1, 1)],
         2: [(0, -1.25), (1.2, 0.95), (-1.2, 0.95)],
@@ -49,7 +49,7 @@ def marker(style: int, x: float, y: float, r: float = 5.0) -> Markup:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Values from `low` to `high` on pixels from `start` to `end`, on a logarithmic scale where `log`."""
+    """A map from values `low` to `high` to pixels `start` to `end`; logarithmic if `log`."""
 
     low: float
     high: float
@@ -80,9 +80,9 @@ class Axis:
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
     def labelled_ticks(self, scale: float = 1.0) -> list[tuple[float, str]]:
-        """Ticks with their numbers in units of `scale` (0: each with its own SI prefix).
+        """Return ticks with labels in units of `scale` (0: each with its own SI prefix).
 
-        All have equally many decimals, unless they are decades apart.
+        All have the same number of decimals, unless they are decades apart.
         """
         ticks = self.ticks()
         if not scale:
@@ -96,20 +96,20 @@ class Axis:
 
 
 def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
-    """The ends of a linear axis around some values."""
+    """Return the ends of a linear axis around `values`."""
     low, high = min(values), max(values)
     room = (high - low) * share or abs(high) * 0.1 or 1.0
     return low - room, high + room
 
 
 def padded_log(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
-    """The ends of a logarithmic axis around some values."""
+    """Return the ends of a logarithmic axis around `values`."""
     low, high = padded([math.log(value) for value in values], share)
     return math.exp(low), math.exp(high)
 
 
 def frame(x: Axis, y: Axis, x_label: str, y_label: str, x_scale: float = 1.0) -> Markup:
-    """Grid lines, ticks, their numbers (those of x in units of `x_scale`), and the labels of both axes."""
+    """Draw grid lines, ticks with labels (x in units of `x_scale`), and the titles of both axes."""
     left, bottom, right, top = x.start, y.start, x.end, y.end
     parts = []
     for value, text in y.labelled_ticks():
@@ -127,17 +127,17 @@ def frame(x: Axis, y: Axis, x_label: str, y_label: str, x_scale: float = 1.0) ->
 
 
 def si_prefix(value: float) -> tuple[float, str]:
-    """The largest SI prefix that leaves a count at 1 or more: 1.3e6 -> (1e6, "M")."""
+    """Return the largest SI prefix at which a count is at least 1: 1.3e6 -> (1e6, "M")."""
     prefixes = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
     return next((prefix for prefix in prefixes if value >= prefix[0]), (1.0, ""))
 
 
 def with_prefix(value: float) -> str:
-    """Three digits and an SI prefix: ``40``, ``1.26 k``, ``15.9 M``."""
+    """Format a value with three digits and an SI prefix: ``40``, ``1.26 k``, ``15.9 M``."""
     scale, prefix = si_prefix(value)
     return f"{value / scale:.3g} {prefix}".rstrip()
 
 
 def text_width(text: str, size: float = 12.0) -> float:
-    """About how wide a text is in the page's sans serif."""
+    """Estimate the width of a text in the page's sans serif, in pixels."""
     return 0.56 * size * len(text)

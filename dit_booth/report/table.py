@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dit_booth.report.study import COSTS, Group, Point, Score, Study
+from dit_booth.report.study import COSTS, Group, PointResult, Score, Study
 from dit_booth.report.svg import DASH, MINUS, si_prefix, with_prefix
 from dit_booth.study.statistics import Difference, Estimate, from_stderr, paired_difference, t_interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A column: what it is called, its unit, which way is better (+1, -1, 0: neither), and how it is written."""
+    """A column: name, unit, better direction (+1, -1, 0: neither) and number format."""
 
     name: str
     label: str
@@ -27,7 +27,7 @@ class Measure:
     """
 
     def text(self, value: float) -> str:
-        """The value as the table, the page and the LaTeX file write it."""
+        """Format a value, as in the page and the LaTeX file."""
         if math.isnan(value):
             return DASH
         if math.isinf(value):
@@ -38,7 +38,7 @@ class Measure:
         return text.replace("-", "" if float(text) == 0 else MINUS)
 
     def signed(self, value: float) -> str:
-        """The same for a difference."""
+        """Format a difference, with its sign."""
         text = self.text(value)
         return f"+{text}" if value > 0 and any(digit in text for digit in "123456789∞") else text
 
@@ -72,19 +72,19 @@ _COSTS = {  # wall time is in the CSV only: a stage that points share is in that
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A group's numbers; a metric that it lacks is absent."""
+class ResultRow:
+    """Metrics, costs and differences of a group; missing metrics are absent."""
 
     group: Group
     quality: dict[str, Estimate] = field(default_factory=dict)
     seeds: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    """For each metric the seeds and their means."""
+    """(seed, mean) pairs by metric."""
     costs: dict[str, float] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
 
     @property
     def prompts(self) -> str:
-        """How many prompts a seed has: one number, or the smallest and the largest."""
+        """Number of prompts per seed, or its smallest and largest value."""
         counts = sorted({score.n for point in self.group.finished for score in point.scores.values()})
         return DASH.join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "0"
 
@@ -93,18 +93,18 @@ class Row:
 class Table:
     """Rows are the groups with a finished point; `truth` are the ground truth's own scores, where known.
 
-    The `absent` are the others: they are listed with what became of them, and have no numbers.
+    The `absent` are the others: they are listed with their status only.
     """
 
     metrics: tuple[Measure, ...]
     costs: tuple[Measure, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     absent: tuple[Group, ...]
-    baseline: Row | None
+    baseline: ResultRow | None
     truth: dict[str, float]
 
     def best(self, metric: Measure) -> frozenset[str]:
-        """Groups with the best mean, as written; none where there is no better, or no difference."""
+        """Return the groups with the best mean, after rounding; empty if no direction is better, or all are equal."""
         means = {
             row.group.id: row.quality[metric.name].mean for row in self.rows if metric.name in row.quality
         }
@@ -115,16 +115,16 @@ class Table:
         return frozenset(group for group, mean in known.items() if metric.text(mean) == top)
 
     @property
-    def others(self) -> tuple[Row, ...]:
+    def others(self) -> tuple[ResultRow, ...]:
         """Rows to compare with the baseline."""
         return tuple(row for row in self.rows if self.baseline and row.group.id != self.baseline.group.id)
 
 
 def make_table(study: Study, baseline: str = "") -> Table:
-    """The table of a study; `baseline` is a row's label or id, and empty for the one that the sweep names.
+    """Make the table of a study; `baseline` is a row's label or id, or empty for the sweep's own.
 
     Raises:
-        ValueError: no row is called so.
+        ValueError: no row has this label or id.
     """
     groups = [group for group in study.groups if group.finished]
     chosen = _baseline(groups, study.groups, baseline)
@@ -158,7 +158,7 @@ def _baseline(groups: Sequence[Group], every: Sequence[Group], name: str) -> Gro
     return found[0] if found[0] in groups else None
 
 
-def _row(group: Group, baseline: Group | None) -> Row:
+def _row(group: Group, baseline: Group | None) -> ResultRow:
     points = group.finished
     names = dict.fromkeys(name for point in points for name in point.scores)
     seeds = {n: [(p.seed, p.scores[n].mean) for p in points if n in p.scores] for n in names}
@@ -168,7 +168,7 @@ def _row(group: Group, baseline: Group | None) -> Row:
     found = (
         {n: _difference(points, baseline.finished, n) for n in names} if baseline not in (None, group) else {}
     )
-    return Row(
+    return ResultRow(
         group=group,
         quality={n: _estimate([p.scores[n] for p in points if n in p.scores]) for n in names},
         seeds=seeds,
@@ -178,14 +178,14 @@ def _row(group: Group, baseline: Group | None) -> Row:
 
 
 def _estimate(scores: Sequence[Score]) -> Estimate:
-    """Over seeds; over the prompts of a single seed."""
+    """Estimate a mean over seeds, or over the prompts of a single seed."""
     if len(scores) == 1:
         return from_stderr(scores[0].mean, scores[0].stderr, scores[0].n, "prompts")
     return t_interval([score.mean for score in scores], "seeds")
 
 
-def _difference(ours: Sequence[Point], baseline: Sequence[Point], name: str) -> Difference | None:
-    """Paired by prompt where the scores of every prompt are there, by seed at least."""
+def _difference(ours: Sequence[PointResult], baseline: Sequence[PointResult], name: str) -> Difference | None:
+    """Return the difference paired by prompt where its scores are known, else by seed."""
     by_prompt = paired_difference(_by_prompt(ours, name), _by_prompt(baseline, name))
     if by_prompt:
         return by_prompt
@@ -196,7 +196,7 @@ def _difference(ours: Sequence[Point], baseline: Sequence[Point], name: str) -> 
     return Difference(by_seed.seeds, None) if by_seed and by_seed.seeds else None
 
 
-def _by_prompt(points: Sequence[Point], name: str) -> dict[int, dict[str, float]]:
+def _by_prompt(points: Sequence[PointResult], name: str) -> dict[int, dict[str, float]]:
     return {
         point.seed: {prompt.key: prompt.scores[name] for prompt in point.prompts if name in prompt.scores}
         for point in points
@@ -204,14 +204,14 @@ def _by_prompt(points: Sequence[Point], name: str) -> dict[int, dict[str, float]
 
 
 def _columns(names: Sequence[str]) -> tuple[Measure, ...]:
-    """Known metrics in their usual order, then the others, of which no direction is known."""
+    """Return columns: known metrics in their usual order, then the others, without a better direction."""
     known = [measure for measure in _METRICS if measure.name in names]
     others = set(names) - {measure.name for measure in known}
     return (*known, *(Measure(name=n, label=n.replace("_", " ")) for n in names if n in others))
 
 
 def _cost_column(name: str, values: Sequence[float]) -> Measure:
-    """A cost column in the unit in which its largest value reads well."""
+    """Return a cost column in a unit that suits its largest value."""
     label, unit = _COSTS[name]
     largest = max(values)
     scale, prefix = (1.0, "") if unit else si_prefix(largest)

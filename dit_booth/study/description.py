@@ -1,9 +1,9 @@
-"""A sweep's description: one YAML file that spans points over any options of a run.
+"""A sweep's description: one YAML file that varies any options of a run.
 
-    base: ../configs/demo.yaml            # the run that all points start from; relative to this file
+    base: ../configs/demo.yaml            # the run that all points start from: relative to this file, or a packaged one
     options: {stages.fine.steps: 150}     # what all points set
     grid: {kv_concat.update: [first_frame_value, direct]}      # every combination
-    zip: {stages.fine.lr: [1e-4, 1e-3], stages.fine.steps: [300, 150]}     # lists in step
+    zip: {stages.fine.lr: [1e-4, 1e-3], stages.fine.steps: [300, 150]}     # element by element
     list: [{label: no image, strategy: none}, {label: fine, strategy: kv_concat}]     # one after the other
     seeds: [0, 1]                         # of training and of sampling
     baseline: {kv_concat.update: first_frame_value}
@@ -17,65 +17,73 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from dit_booth.errors import suggest
+from dit_booth.files import packaged
+
 SEEDS = ("train.seed", "sample.seed")
-"""What `seeds` sets."""
+"""Options that `seeds` sets."""
 LAUNCHERS = ("deepspeed", "python")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """A description that has been read and checked, except for the options, which the run's own parser checks."""
+    """A checked description; its options are checked later, by the run's own parser."""
 
     name: str
     base: str
     about: str = ""
-    options: Mapping[str, Any]
-    grid: Mapping[str, Sequence[Any]]
-    zip: Mapping[str, Sequence[Any]]
-    list: Sequence[Mapping[str, Any]]
+    options: Mapping[str, object]
+    grid: Mapping[str, Sequence[object]]
+    zip: Mapping[str, Sequence[object]]
+    list: Sequence[Mapping[str, object]]
     seeds: tuple[int, ...]
-    baseline: Mapping[str, Any] | str | None = None
+    baseline: Mapping[str, object] | str | None = None
     launcher: str = "deepspeed"
     ranks: int = 1
 
-    def as_dict(self) -> dict[str, Any]:
-        """What ``sweep.yaml`` holds."""
+    def as_dict(self) -> dict[str, object]:
+        """Return plain containers, as in ``sweep.yaml``."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One combination: its label, the options that it sets itself, and its seed."""
+    """One combination: its label, the options that distinguish it, and its seed."""
 
     label: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     seed: int | None
 
 
 def read_description(file: Path, override: Path | None = None) -> Description:
-    """Read a sweep's file, and one with other values over it.
+    """Read a sweep's file, and apply the values of an override file.
 
-    The override has the same keys; its ``options`` are added to the sweep's, and its ``sweeps: {NAME: {...}}`` hold
-    what is for one sweep only. ValueError: a key is unknown, or a value is not what it must be.
+    A path that is no file names a packaged sweep, with or without ``.yaml``. The override has the same keys; its
+    ``options`` are added to the sweep's, and its ``sweeps: {NAME: {...}}`` apply to the sweep of that name only.
+
+    Raises:
+        ValueError: a key is unknown, or a value has a wrong type.
     """
+    file = find_sweep(file)
     settings = _read(file)
-    settings.pop("command", None)  # the copy in a sweep's folder begins with it
+    settings.pop("command", None)  # in the copy that lies in a sweep's folder
     _check_keys(settings, str(file))
     name = str(settings.get("name") or file.stem)
-    base = _relative(settings.get("base"), file)
+    base = _base(settings.get("base"), file)
     if override is not None:
+        override = find_sweep(override)
         over = _read(override)
-        sections = over.pop("sweeps", None) or {}
+        sections = _mapping(over.pop("sweeps", None) or {}, f"{override}, sweeps")
         _check_keys(over, str(override))
-        for more in (over, sections.get(settings.get("name") or file.stem) or {}):
-            _check_keys(more, f"{override}, sweeps.{name}")
-            base = _relative(more["base"], override) if more.get("base") else base
-            both = {**_flat(settings.get("options") or {}), **_flat(more.get("options") or {})}
-            settings = {**settings, **more, "options": both}
+        own = _mapping(sections.get(name) or {}, f"{override}, sweeps.{name}")
+        _check_keys(own, f"{override}, sweeps.{name}")
+        for values in (over, own):
+            base = _base(values["base"], override) if values.get("base") else base
+            options = {**_options(settings, "options"), **_options(values, "options")}
+            settings = {**settings, **values, "options": options}
         name = str(over.get("name") or f"{name}-{override.stem}")
     if not base:
         raise ValueError(
@@ -84,8 +92,18 @@ def read_description(file: Path, override: Path | None = None) -> Description:
     return _checked(file, name, base, settings)
 
 
+def find_sweep(file: Path) -> Path:
+    """Return `file` if there is one, else the packaged sweep of that name. ValueError: there is neither."""
+    found = file if file.is_file() else find_packaged(str(file), "sweeps")
+    if found is None:
+        known = [*file.parent.glob("*.yaml"), *packaged("sweeps").glob("*.yaml")]
+        near = suggest(file.stem, [path.stem for path in known])
+        raise ValueError(f"{file} is neither a file nor a packaged sweep{near}")
+    return found
+
+
 def variants(description: Description) -> list[Variant]:
-    """All points, seeds innermost. ValueError: two of them are the same."""
+    """Return all points, seeds innermost. ValueError: an option is in two of grid, zip and list."""
     d = description
     rows = [dict(zip(d.grid, values, strict=True)) for values in itertools.product(*d.grid.values())]
     zipped = [dict(zip(d.zip, values, strict=True)) for values in zip(*d.zip.values(), strict=True)] or [{}]
@@ -93,8 +111,8 @@ def variants(description: Description) -> list[Variant]:
     out = []
     for entry, zips, row, seed in itertools.product(d.list or [{}], zipped, rows, d.seeds or [None]):
         own = {name: value for name, value in entry.items() if name != "label"}
-        said = [str(entry["label"])] if "label" in entry else _say(own, short)
-        label = ", ".join([*said, *_say(zips, short), *_say(row, short)]) or d.name
+        first = [str(entry["label"])] if "label" in entry else _assignments(own, short)
+        label = ", ".join([*first, *_assignments(zips, short), *_assignments(row, short)]) or d.name
         clash = {*own} & {*zips} | {*own} & {*row} | {*zips} & {*row}
         if clash:
             raise ValueError(
@@ -104,39 +122,46 @@ def variants(description: Description) -> list[Variant]:
     return out
 
 
-def _checked(file: Path, name: str, base: str, settings: Mapping[str, Any]) -> Description:
+def _checked(file: Path, name: str, base: str, settings: Mapping[str, object]) -> Description:
     seeds = settings.get("seeds") or []
     if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"{file}: seeds is {seeds!r}; write a list of whole numbers such as [0, 1]")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{file}: seeds is {seeds!r}, with a number twice; name each once")
-    grid, zipped = (_lists(settings.get(key), f"{file}: {key}") for key in ("grid", "zip"))
+        raise ValueError(f"{file}: seeds is {seeds!r}, which names a seed twice; name each once")
+    grid, zipped = (_lists(settings, key, file) for key in ("grid", "zip"))
     if len({len(values) for values in zipped.values()}) > 1:
         lengths = ", ".join(f"{key}: {len(values)}" for key, values in zipped.items())
-        raise ValueError(f"{file}: the lists of zip differ in length ({lengths}); they are read in step")
+        raise ValueError(
+            f"{file}: the lists of zip differ in length ({lengths}); give as many values for each option"
+        )
     entries = settings.get("list") or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{file}: list must hold entries such as {{label: ..., option: value}}")
     launcher, ranks = settings.get("launcher", "deepspeed"), settings.get("ranks", 1)
-    if launcher not in LAUNCHERS:
+    if not isinstance(launcher, str) or launcher not in LAUNCHERS:
         raise ValueError(f"{file}: launcher is {launcher!r}; use {' or '.join(LAUNCHERS)}")
-    if type(ranks) is not int or ranks < 1 or (ranks > 1 and launcher == "python"):
+    if (
+        not isinstance(ranks, int)
+        or isinstance(ranks, bool)
+        or ranks < 1
+        or (ranks > 1 and launcher == "python")
+    ):
         raise ValueError(
             f"{file}: ranks is {ranks!r}; use 1 or more, and launcher deepspeed for more than one"
         )
     baseline = settings.get("baseline")
     if isinstance(baseline, dict):
-        baseline = _flat(baseline)
+        baseline = flatten(baseline)
     elif baseline is not None and not isinstance(baseline, str):
         raise ValueError(f"{file}: baseline is {baseline!r}; name the options of a point, or its label")
     return Description(
         name=name,
         base=base,
         about=str(settings.get("about") or ""),
-        options=_flat(settings.get("options") or {}),
+        options=_options(settings, "options"),
         grid=grid,
         zip=zipped,
-        list=[_flat(entry) for entry in entries],
+        list=[_named(entry) for entry in entries],
         seeds=tuple(seeds),
         baseline=baseline,
         launcher=launcher,
@@ -144,26 +169,25 @@ def _checked(file: Path, name: str, base: str, settings: Mapping[str, Any]) -> D
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        near = _near(file.stem, [path.stem for path in file.parent.glob("*.yaml")])
-        raise ValueError(f"{file} is not a file{near}")
+def _read(file: Path) -> dict[str, object]:
     try:
         settings = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    return _mapping(settings, str(file))
+
+
+def _mapping(settings: object, where: str) -> dict[str, object]:
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds a {type(settings).__name__}; write `key: value` lines")
+        raise ValueError(f"{where} holds a {type(settings).__name__}; write `key: value` lines")
     return settings
 
 
-def _check_keys(settings: Any, where: str) -> None:
-    if not isinstance(settings, dict):
-        raise ValueError(f"{where} holds a {type(settings).__name__}; write `key: value` lines")
+def _check_keys(settings: Mapping[str, object], where: str) -> None:
     known = [field.name for field in fields(Description)]
     for key in settings:
         if key not in known:
-            raise ValueError(f"{where}: {key!r} is no key of a sweep{_near(str(key), known)}; options of the run"
+            raise ValueError(f"{where}: {key!r} is no key of a sweep{suggest(str(key), known)}; options of the run"
                              " belong under options, grid, zip or list")  # fmt: skip
     for key in ("options", "grid", "zip"):
         if not isinstance(settings.get(key) or {}, dict):
@@ -172,33 +196,55 @@ def _check_keys(settings: Any, where: str) -> None:
             )
 
 
-def _lists(values: Any, where: str) -> dict[str, list[Any]]:
-    flat = _flat(values or {})
-    for name, value in flat.items():
+def _lists(settings: Mapping[str, object], key: str, file: Path) -> dict[str, list[object]]:
+    lists: dict[str, list[object]] = {}
+    for name, value in _options(settings, key).items():
         if not isinstance(value, list) or not value:
-            raise ValueError(f"{where}.{name} is {value!r}; write the list of its values")
-    return flat
+            raise ValueError(f"{file}: {key}.{name} is {value!r}; write the list of its values")
+        lists[name] = value
+    return lists
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``; dotted names stay as they are, dashes become underscores."""
-    out: dict[str, Any] = {}
+def _options(settings: Mapping[str, object], key: str) -> dict[str, object]:
+    """Return a section of options by their dotted names; empty if there is none."""
+    section = settings.get(key) or {}
+    assert isinstance(section, dict), "checked by _check_keys"
+    return _named(section)
+
+
+def _named(options: Mapping[str, object]) -> dict[str, object]:
+    """Return options by their dotted names; dashes become underscores, as on the command line."""
+    return {name.replace("-", "_"): value for name, value in flatten(options).items()}
+
+
+def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``; names that are dotted already stay as they are."""
+    out: dict[str, object] = {}
     for key, value in settings.items():
-        name = f"{prefix}{key}".replace("-", "_")
         if isinstance(value, dict):
-            out |= _flat(value, f"{name}.")
+            out |= flatten(value, f"{prefix}{key}.")
         else:
-            out[name] = value
+            out[f"{prefix}{key}"] = value
     return out
 
 
-def _relative(base: Any, file: Path) -> str:
-    """A configuration named in a sweep's file stands beside that file."""
-    return str(file.parent / str(base)) if base else ""
+def _base(base: object, file: Path) -> str:
+    """Return the path of the configuration that `file` names: relative to it, or a packaged one by its name."""
+    if not base:
+        return ""
+    beside = file.parent / str(base)
+    found = beside if beside.is_file() else find_packaged(str(base), "configs")
+    return str(found or beside)
+
+
+def find_packaged(name: str, folder: str) -> Path | None:
+    """Return the packaged file of that name (with or without ``.yaml``) in ``configs`` or ``sweeps``."""
+    files = (packaged(f"{folder}/{name}{suffix}") for suffix in ("", ".yaml"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted name, or as many parts as tell it from the others."""
+    """Return for each dotted name its shortest end that no other name has."""
     out = {}
     for name in dict.fromkeys(names):
         parts = name.split(".")
@@ -208,14 +254,9 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _say(options: Mapping[str, Any], short: Mapping[str, str]) -> list[str]:
+def _assignments(options: Mapping[str, object], short: Mapping[str, str]) -> list[str]:
+    """Return ``name=value`` for each option, as a label shows it."""
     return [
         f"{short[name]}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in options.items()
     ]
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    from dit_booth.errors import suggest  # imports PyTorch: only where there is an error to word
-
-    return suggest(name, known)

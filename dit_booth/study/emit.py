@@ -1,7 +1,7 @@
-"""A sweep as a list of jobs for something else to run: a Slurm script, or a shell script.
+"""Write a sweep as a list of jobs: a Slurm script, or a shell script.
 
-A stage that several points share is a job of its own, and what builds on it depends on that job. A stage that only one
-point has is trained in the point's job. All jobs may be submitted again: what is finished is left alone.
+A stage that several points share is a separate job, on which its points depend; other stages are trained in their
+point's job. All jobs may be submitted again: finished work is skipped.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from dit_booth.study.launch import title, write_settings
-from dit_booth.study.plan import PROGRAM, Plan, Point
+from dit_booth.study.launch import RUN, title, write_settings
+from dit_booth.study.plan import Point, SweepPlan
 from dit_booth.study.rows import stage_finished, status_of
 
 Kind = Literal["slurm", "shell"]
@@ -21,7 +20,7 @@ Kind = Literal["slurm", "shell"]
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and the names of the jobs that must have ended well before it."""
+    """A command, and the names of the jobs that must succeed before it."""
 
     name: str
     about: str
@@ -29,8 +28,8 @@ class Job:
     after: tuple[str, ...]
 
 
-def jobs_of(plan: Plan, kind: Kind) -> list[Job]:
-    """What is missing, in an order in which every job stands behind those that it depends on."""
+def jobs_of(plan: SweepPlan, kind: Kind) -> list[Job]:
+    """Return the missing jobs; each comes after those that it depends on."""
     uses, jobs, stage_jobs = plan.uses(), list[Job](), dict[str, str]()
     for point in plan.points:
         if status_of(plan, point) == "finished":
@@ -63,21 +62,21 @@ def jobs_of(plan: Plan, kind: Kind) -> list[Job]:
     return jobs
 
 
-def emit(plan: Plan, kind: Kind) -> str:
-    """The script. Run it where the sweep was planned: its paths are relative to that folder."""
+def emit(plan: SweepPlan, kind: Kind) -> str:
+    """Return the script. Run it in the folder in which the sweep was planned: paths are relative to it."""
     jobs = jobs_of(plan, kind)
     lines = _slurm(plan, jobs) if kind == "slurm" else _shell(jobs)
-    return "\n".join([f"#!/usr/bin/env bash\n# Sweep {plan.name}: {len(jobs)} jobs. Made by experiments/sweep.py --emit"
+    return "\n".join([f"#!/usr/bin/env bash\n# Sweep {plan.name}: {len(jobs)} jobs. Made by dit-booth sweep --emit"
                       f" {kind}; afterwards run the sweep itself to collect the rows.", *lines]) + "\n"  # fmt: skip
 
 
-def _slurm(plan: Plan, jobs: list[Job]) -> Iterator[str]:
+def _slurm(plan: SweepPlan, jobs: list[Job]) -> Iterator[str]:
     yield "set -euo pipefail"
     yield '# With options of your cluster: SBATCH="sbatch --partition=gpu --time=12:00:00" bash THIS'
     yield "SBATCH=${SBATCH:-sbatch}"
     for job in jobs:
         after = ""
-        if job.after:  # what depends on a job that failed ends too, and does not wait for ever
+        if job.after:  # dependents of a failed job are cancelled, else they wait forever
             names = ":".join(f"${name}" for name in job.after)
             after = f" --dependency=afterok:{names} --kill-on-invalid-dep=yes"
         yield f"\n# {job.about}"
@@ -97,24 +96,20 @@ def _shell(jobs: list[Job]) -> Iterator[str]:
     yield "exit $failed"
 
 
-def _command(plan: Plan, kind: Kind, point: Point, number: int, more: str = "") -> str:
-    """`number`: the job's; two jobs on one machine must not meet at one port."""
+def _command(plan: SweepPlan, kind: Kind, point: Point, number: int, flags: str = "") -> str:
+    """Return a job's command; `number` selects its port, which jobs on one machine must not share."""
     config = shlex.quote(str(plan.run_folder(point) / "run.yaml"))
-    start = "python"
+    start = "dit-booth run"
     if plan.launcher == "deepspeed":
-        start = f"deepspeed --master_port {29500 + number} {_ranks(plan.ranks, kind)}"
-    return f"{start} {shlex.quote(_program())} --config {config} {more}".rstrip()
+        start = f"deepspeed --master_port {29500 + number} {_ranks(plan.ranks, kind)} --module {RUN}"
+    return f"{start} --config {config} {flags}".rstrip()
 
 
 def _ranks(ranks: int, kind: Kind) -> str:
-    """Without a number, DeepSpeed starts a rank on every GPU that it sees.
+    """Return the flag for the number of ranks; without it, DeepSpeed starts a rank on every visible GPU.
 
-    With one it takes the machine's first GPUs and ignores CUDA_VISIBLE_DEVICES, in which Slurm names those of the job,
-    exactly as many as `ranks`.
+    With it, DeepSpeed takes the machine's first GPUs and ignores CUDA_VISIBLE_DEVICES, in which
+    Slurm names the job's GPUs (as many as `ranks`).
     """
     flag = f"--num_gpus {ranks}"
     return flag if kind == "shell" else f'$([ -n "${{CUDA_VISIBLE_DEVICES:-}}" ] || echo {flag})'
-
-
-def _program() -> str:
-    return str(PROGRAM.relative_to(Path.cwd())) if PROGRAM.is_relative_to(Path.cwd()) else str(PROGRAM)

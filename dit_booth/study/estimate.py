@@ -1,4 +1,4 @@
-"""What training stages will cost that nobody has measured yet: their FLOPs, and the rate at which they may be done.
+"""Estimate the cost of stages that were not measured yet: their FLOPs, and the rate at which they may be trained.
 
 FLOPs are counted on the meta device with the encoders' sizes (`dit_booth.cost.describe`); nothing is loaded.
 """
@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -17,7 +17,7 @@ from dit_booth.config import RunConfig
 from dit_booth.config.parse import parse, to_argv
 from dit_booth.cost import describe
 from dit_booth.cost.flops import Flops
-from dit_booth.study.plan import Plan
+from dit_booth.study.plan import SweepPlan
 from dit_booth.study.rows import read_json
 from dit_booth.training.address import Stage, stages_of
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
@@ -30,14 +30,14 @@ FACTOR, CHANNELS = 8, 4  # of Stable Diffusion's autoencoder: that of a file is 
 
 @dataclass(frozen=True)
 class Rate:
-    """FLOP/s of one point's training, and what says so."""
+    """FLOP/s of one point's training, and the basis of this figure."""
 
     flops: float
     basis: str
 
 
-def rate_of(plan: Plan) -> Rate:
-    """That of the plan's finished stages (median), or what this machine's device may reach."""
+def rate_of(plan: SweepPlan) -> Rate:
+    """Return the median rate of the plan's finished stages, or an assumed one for this machine's device."""
     folders = {plan.stage_folder(stage) for point in plan.points for stage in point.stages}
     costs = [read_json(folder / "cost.json") for folder in sorted(folders)]
     known = [cost["flops_per_step"] / cost["step_seconds"] for cost in costs if cost.get("step_seconds")]
@@ -53,7 +53,7 @@ def rate_of(plan: Plan) -> Rate:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of the best of a few large matrix products, in the type in which the device trains."""
+    """Measure the best FLOP/s of a few large matrix products, in the dtype in which the device trains."""
     n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = float("inf")
@@ -64,8 +64,8 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * n**3 / best
 
 
-def flops_of_steps(plan: Plan, keys: Sequence[str]) -> dict[str, float]:
-    """FLOPs of an optimizer step of stages, by their keys. Points that differ in the seed only count once."""
+def flops_of_steps(plan: SweepPlan, keys: Sequence[str]) -> dict[str, float]:
+    """Count FLOPs per optimizer step of stages, by key; only once for points that differ in the seed."""
     counted: dict[tuple[str, str], float] = {}
     out: dict[str, float] = {}
     for point in plan.points:
@@ -81,7 +81,7 @@ def flops_of_steps(plan: Plan, keys: Sequence[str]) -> dict[str, float]:
 
 
 def flops_of_step(config: RunConfig, of: Stage) -> float:
-    """FLOPs of forward and backward of a stage's optimizer step; encoders and autoencoder are not counted."""
+    """Count FLOPs of forward and backward in a stage's optimizer step, without encoders and autoencoder."""
     stage, encoders = stage_config(config, of.name), describe.Encoders.of(config.clip)
     latents = latents_of(config)
     root = describe.build(config, latents, encoders=encoders)
@@ -104,20 +104,20 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
 
 
 def latents_of(config: RunConfig) -> describe.Latents:
-    """Channels, height and width of a frame's latents."""
+    """Return channels, height and width of a frame's latents."""
     if config.autoencoder.kind == "pixel":
         patch = config.autoencoder.patch
         return 3 * patch**2, config.data.size // patch, config.data.size // patch
     return CHANNELS, config.data.size // FACTOR, config.data.size // FACTOR
 
 
-def config_of(settings: Mapping[str, Any]) -> RunConfig:
-    """The run of a point, from all its settings."""
+def config_of(settings: Mapping[str, object]) -> RunConfig:
+    """Return the configuration of a point's run."""
     return parse(to_argv(_given(settings)))
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a command line has them: what is empty is left out."""
+def _given(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return settings without empty values, which a command line cannot express."""
     return {
         name: _given(value) if isinstance(value, dict) else value
         for name, value in settings.items()

@@ -1,4 +1,4 @@
-"""Whose a sweep's folder is: the sweep's of one name, and at a time that of processes that run the same points."""
+"""Ownership of a sweep's folder: one sweep by name, and one set of points at any moment."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import yaml
 
 from dit_booth.files import Lock
-from dit_booth.study.plan import Plan
+from dit_booth.study.plan import SweepPlan
 
 RUNNING = "running"
-"""File in a sweep's folder that its processes lock together; it says which points they run."""
+"""File in a sweep's folder that its processes lock together; it identifies their points."""
 
 
 def check_name(folder: Path, name: str) -> None:
-    """ValueError: the folder holds the sweep of another name, whose table would be replaced."""
+    """Raise ValueError if the folder holds a sweep of another name, whose table would be replaced."""
     file = folder / "sweep.yaml"
     there = (yaml.safe_load(file.read_text()) or {}).get("name") if file.is_file() else None
     if there not in (None, name):
@@ -29,20 +29,22 @@ def check_name(folder: Path, name: str) -> None:
 
 
 @contextmanager
-def running(plan: Plan) -> Iterator[None]:
+def shared_folder(plan: SweepPlan) -> Iterator[None]:
     """Share the folder with the processes that run the same points there.
 
-    ValueError: other points are being run there, so that two tables would take turns in one file. Once they are not, a
-    changed description may go on in the folder: what it shares with the one before is there by its address.
+    A changed description may use the folder once those have ended: shared stages are found by their address.
+
+    Raises:
+        ValueError: processes are running other points there; two tables would replace each other in one file.
     """
     points = json.dumps([str(plan.store), *sorted(point.id for point in plan.points)])
     identity = hashlib.sha256(points.encode()).hexdigest()[:12]
     lock = Lock(plan.folder, RUNNING)
-    for _ in range(5):  # more than once: another process may just be coming in
+    for _ in range(5):  # another process may be entering at this moment
         if lock.share() and lock.owner().split()[-1:] == [identity]:
             break
         lock.release()
-        if lock.take(identity):  # nobody is there
+        if lock.take(identity):  # no process is there
             lock.share()
             break
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The plan of a sweep: every point's settings and the addresses of its stages, checked by the parser that runs have.
+"""The plan of a sweep: every point's settings and the addresses of its stages, checked by the parser of runs.
 
 A plan is kept in ``plan.json`` with the sizes and times of all files that it was made from, so that the same sweep is
 planned once: without PyTorch and its strategies, repeating a finished sweep takes a moment.
@@ -13,19 +13,26 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dit_booth.data.listing import files_of
-from dit_booth.files import given_or_packaged, write_text
-from dit_booth.study.description import SEEDS, Description, Variant, variants
+from dit_booth.files import PACKAGE, given_or_packaged, write_text
+from dit_booth.study.description import SEEDS, Description, Variant, flatten, variants
 
 if TYPE_CHECKING:
     from dit_booth.config import RunConfig
 
 FORMAT = 2
-REPOSITORY = Path(__file__).parents[2]
-PROGRAM = REPOSITORY / "experiments" / "run.py"
+WEIGHTS_AND_DATA = (
+    "weights",
+    "strategy_weights",
+    "clip.pretrained",
+    "autoencoder.path",
+    "data.triplets.root",
+)
+"""Options that may name files on which a plan depends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +50,21 @@ class StageRef:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One run: what differs from the others, and all settings (what ``run.yaml`` holds, without its folders)."""
+    """One run: the options that distinguish it, and all settings (``run.yaml`` without its folders)."""
 
     id: str
     label: str
     group: str
     seed: int
     baseline: bool
-    options: dict[str, Any]
+    options: dict[str, object]
     stages: tuple[StageRef, ...]
-    settings: dict[str, Any]
+    settings: dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A sweep's points, and where everything lies."""
+class SweepPlan:
+    """A sweep's points, its folders and its launcher."""
 
     name: str
     folder: Path
@@ -73,14 +80,15 @@ class Plan:
         return self.store / stage.key
 
     def uses(self) -> Counter[str]:
-        """How many points have each stage, by its key."""
+        """Count the points of each stage, by its key."""
         return Counter(stage.key for point in self.points for stage in point.stages)
 
 
-def plan_sweep(description: Description, folder: Path, store: Path) -> Plan:
-    """The plan that ``plan.json`` has, if nothing that it was made from has changed; else a new one.
+def plan_sweep(description: Description, folder: Path, store: Path) -> SweepPlan:
+    """Return the plan in ``plan.json`` if none of its inputs has changed; else make a new one.
 
-    ValueError: an option is unknown or has a wrong value, two points are the same, or the baseline is none of them.
+    Raises:
+        ValueError: an option is unknown or has a wrong value, two points are the same, or no point is the baseline.
     """
     file = folder / "plan.json"
     points = _kept(file, description)
@@ -93,7 +101,7 @@ def plan_sweep(description: Description, folder: Path, store: Path) -> Plan:
             "data": _data(_lists(points)),
         }
         write_text(file, json.dumps({**known, "points": [asdict(point) for point in points]}) + "\n")
-    return Plan(
+    return SweepPlan(
         name=description.name,
         folder=folder,
         store=store,
@@ -107,7 +115,7 @@ def plan_sweep(description: Description, folder: Path, store: Path) -> Plan:
 
 
 def expand(description: Description) -> list[Point]:
-    """Every point of a description, checked by the parser that a run has."""
+    """Return every point of a description, checked by the parser of runs."""
     points = [_point(description, variant) for variant in variants(description)]
     seen: dict[str, Point] = {}
     for point in points:
@@ -132,7 +140,7 @@ def _point(description: Description, variant: Variant) -> Point:
         raise ValueError(f"{where}: {error}") from error
     settings = config.as_dict()
     own = decisive(settings)
-    unseeded = {name: value for name, value in _flat(own).items() if name not in SEEDS}
+    unseeded = {name: value for name, value in flatten(own).items() if name not in SEEDS}
     return Point(
         id=digest([own, [stage.address for stage in stages]], 10),
         label=variant.label,
@@ -146,7 +154,7 @@ def _point(description: Description, variant: Variant) -> Point:
 
 
 def _configure(description: Description, variant: Variant, where: str) -> RunConfig:
-    """The run of a point, by the program's own parser."""
+    """Return the configuration of a point's run, made by the parser of runs."""
     from dit_booth.config.parse import parse, to_argv
     from dit_booth.strategy import names_in, registered
 
@@ -164,36 +172,36 @@ def _configure(description: Description, variant: Variant, where: str) -> RunCon
             return parse(["--config", description.base, *to_argv(options)])
     except SystemExit:
         raise ValueError(
-            f"{where}: {_unknown(description, options) or _last_words(said.getvalue())}"
+            f"{where}: {_unknown(description, options) or _tyro_error(said.getvalue())}"
         ) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _unknown(description: Description, options: Mapping[str, Any]) -> str:
-    """The first option that no run with these strategies has, and the nearest that it has."""
+def _unknown(description: Description, options: Mapping[str, object]) -> str:
+    """Return a message for the first unknown option, with its nearest matches; empty if all are known."""
     from dit_booth.config import RunConfig
     from dit_booth.config.parse import config_class, read_yaml
     from dit_booth.errors import suggest
 
     base = read_yaml(description.base)
     strategy = str(options.get("strategy") or base.get("strategy") or RunConfig.strategy)
-    known = _flat(config_class(strategy)().as_dict())
+    known = flatten(config_class(strategy)().as_dict())
     for name in options:
         if name not in known:
             return f"option {name!r} is unknown to a run of {strategy!r}{suggest(name, known)}"
     return ""
 
 
-def _last_words(text: str) -> str:
-    """What tyro says in a box, in one line."""
+def _tyro_error(text: str) -> str:
+    """Return the text of tyro's error box in one line."""
     lines = [line.strip("╭╮╰╯─│ ") for line in text.splitlines()]
     return " ".join(line for line in lines if line and "--help" not in line)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The parser's hints are for a command line; a sweep's error names the point."""
+    """Disable the parser's log: its hints are about a command line."""
     old = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -203,7 +211,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _with_baseline(description: Description, points: list[Point]) -> list[Point]:
-    """The points of the baseline's group, marked."""
+    """Return the points, those of the baseline's group marked."""
     baseline = description.baseline
     if baseline is None:
         return points
@@ -222,32 +230,34 @@ def _with_baseline(description: Description, points: list[Point]) -> list[Point]
     return [Point(**{**vars(point), "baseline": point.group in groups}) for point in points]
 
 
-def _matches(point: Point, name: str, value: Any) -> bool:
+def _matches(point: Point, name: str, value: object) -> bool:
     try:
         return str(_lookup(point.settings, name)) == str(value)
     except KeyError:
         return False
 
 
-def _lookup(settings: Mapping[str, Any], name: str) -> Any:
-    value: Any = settings
+def _lookup(settings: Mapping[str, object], name: str) -> object:
+    """Return the value of a dotted name. KeyError: there is none."""
+    value: object = settings
     for part in name.split("."):
+        if not isinstance(value, dict):
+            raise KeyError(name)
         value = value[part]
     return value
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in settings.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
+def _texts(settings: Mapping[str, object], *names: str) -> list[str]:
+    """Return the values of options as text, the items of a list one by one."""
+    values = (_lookup(settings, name) for name in names)
+    return [str(item) for value in values for item in (value if isinstance(value, list) else [value])]
 
 
 # ---- the kept plan -----------------------------------------------------------------------------------------
 
 
 def _kept(file: Path, description: Description) -> list[Point] | None:
-    """The points of ``plan.json``, unless the description or a file that they were made from is another one now."""
+    """Return the points in ``plan.json``; None if the description or an input file has changed."""
     if not file.is_file():
         return None
     kept = json.loads(file.read_text())
@@ -264,43 +274,50 @@ def _kept(file: Path, description: Description) -> list[Point] | None:
 
 
 def _inputs(points: list[Point], description: Description) -> list[str]:
-    """The files and folders that a plan depends on: settings, weights, lists of data, and the code that reads them."""
-
+    """Return the files and folders that a plan depends on: settings, weights, and the code that reads them."""
     files = {*_chain(Path(description.base))}
     for point in points:
         settings = point.settings
-        files |= {given_or_packaged(settings["ds_config"], "configs"), *map(Path, settings["plugin"])}
-        named = [settings["weights"], *settings["strategy_weights"], settings["clip"]["pretrained"]]
-        named += [settings["autoencoder"]["path"], settings["data"]["triplets"]["root"]]
-        for name in named:
-            path = Path(str(name).removeprefix("local-dir:")).expanduser()
+        files |= {given_or_packaged(name, "configs") for name in _texts(settings, "ds_config")}
+        files |= {Path(name) for name in _texts(settings, "plugin")}
+        for name in _texts(settings, *WEIGHTS_AND_DATA):
+            path = Path(name.removeprefix("local-dir:")).expanduser()
             if name and path.exists():
                 files |= {path, *(path.iterdir() if path.is_dir() else ())}
-    code = [path for part in ("dit_booth", "strategies") for path in (REPOSITORY / part).rglob("*")]
+    code = [path for folder in _code_folders() for path in folder.rglob("*")]
     files |= {path for path in code if path.suffix in (".py", ".safetensors") or path.is_dir()}
     return sorted(str(path) for path in files if "__pycache__" not in path.parts)
 
 
+def _code_folders() -> list[Path]:
+    """Return the package's folder and that of its strategies, which lies beside it in a checkout."""
+    strategies = find_spec("dit_booth.strategies")
+    assert strategies is not None and strategies.submodule_search_locations
+    return [PACKAGE, *map(Path, strategies.submodule_search_locations)]
+
+
 def _lists(points: list[Point]) -> list[list[str]]:
-    """The lists of training data in files: each with the data set's folder."""
-    data = [point.settings["data"] for point in points]
+    """Return (folder, CSV file) of all data sets in files."""
     roots = {
-        (section["triplets"]["root"], section["triplets"]["csv"])
-        for section in data
-        if section["kind"] != "toyworld"
+        (
+            str(_lookup(point.settings, "data.triplets.root")),
+            str(_lookup(point.settings, "data.triplets.csv")),
+        )
+        for point in points
+        if _lookup(point.settings, "data.kind") != "toyworld"
     }
     return [[root, str(file)] for root, csv in sorted(roots) for file in sorted(Path(root).glob(csv))]
 
 
 def _data(lists: Iterable[list[str]]) -> list[list[str]]:
-    """The same with the hash of the files that each list names."""
+    """Add to each (folder, CSV file) the hash of the files that it names."""
     return [
         [root, file, files_of(Path(root), Path(file)) if Path(file).is_file() else ""] for root, file in lists
     ]
 
 
 def _chain(file: Path) -> list[Path]:
-    """A configuration file, and those that it extends."""
+    """Return a configuration file and those that it extends."""
     import yaml
 
     parent = (yaml.safe_load(file.read_text()) or {}).get("extends")
@@ -308,7 +325,7 @@ def _chain(file: Path) -> list[Path]:
 
 
 def _stamps(paths: list[str]) -> dict[str, list[int] | None]:
-    """Size and time of change of each; nothing for one that is gone."""
+    """Return size and modification time of each file; None for a missing one."""
     out: dict[str, list[int] | None] = {}
     for path in paths:
         try:

@@ -1,21 +1,20 @@
-"""What a sweep says on the terminal: its plan with the estimated cost, and how it stands."""
+"""Terminal output of a sweep: its plan with the estimated cost, and the table of its points."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from dit_booth.study.launch import title
-from dit_booth.study.plan import Plan, StageRef
-from dit_booth.study.processes import ending
-from dit_booth.study.rows import FAILED, in_use, read_json, stage_finished, status_of, steps_done
+from dit_booth.study.plan import StageRef, SweepPlan
+from dit_booth.study.processes import exit_text
+from dit_booth.study.rows import FAILED, SweepRow, in_use, read_json, stage_finished, status_of, steps_done
 
 SCORES = ("palette", "shape", "clip_i", "clip_t", "psnr", "motion")
-"""Scores of the table on the terminal; the report has all."""
+"""Scores shown on the terminal; the report has all."""
 
 
-def show_plan(plan: Plan) -> str:
-    """Points, stages, what is shared, what is already there, and what the rest is estimated to cost."""
+def show_plan(plan: SweepPlan) -> str:
+    """Return the points and stages as text: what is shared, what is finished, and the estimated cost of the rest."""
     lines = [
         f"sweep {plan.name}: {len(plan.points)} points in {plan.folder}, stages in {plan.store}",
         "",
@@ -43,23 +42,23 @@ def show_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _estimate(plan: Plan, missing: Mapping[str, int]) -> list[str]:
-    """What the missing steps (by stage) are estimated to take, and on what that rests."""
+def _estimate(plan: SweepPlan, missing: Mapping[str, int]) -> list[str]:
+    """Return the estimated duration of the missing steps (by stage), and its basis."""
     measured = step_seconds(plan)
     speeds = {key: measured.get(key) or measured.get(key.partition("-")[0]) for key in missing}
     known = {key: speed for key, speed in speeds.items() if speed}
     total, lines = sum(missing[key] * speed for key, speed in known.items()), list[str]()
     if known:
         lines.append(f"  {sum(missing[key] for key in known)} steps by step times of finished stages")
-    open_ = [key for key in missing if key not in known]
-    if open_:
+    unknown = [key for key in missing if key not in known]
+    if unknown:
         from dit_booth.study.estimate import flops_of_steps, rate_of  # PyTorch, and seconds of counting
 
-        flops, rate = flops_of_steps(plan, open_), rate_of(plan)
-        work = sum(missing[key] * flops[key] for key in open_)
+        flops, rate = flops_of_steps(plan, unknown), rate_of(plan)
+        work = sum(missing[key] * flops[key] for key in unknown)
         total += work / rate.flops
         lines.append(
-            f"  {sum(missing[key] for key in open_)} steps by their FLOPs ({work:.3g}, counted without encoders) at"
+            f"  {sum(missing[key] for key in unknown)} steps by their FLOPs ({work:.3g}, counted without encoders) at"
             f" {rate.flops / 1e12:.3g} TFLOP/s, {rate.basis}"
         )
     if missing:
@@ -68,34 +67,40 @@ def _estimate(plan: Plan, missing: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def show_rows(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of all points with a few scores, failures with their last words, and where everything is."""
+def show_rows(plan: SweepPlan, rows: Sequence[SweepRow]) -> str:
+    """Return a table of all points with a few scores and the last lines of failures, and where the files are."""
     names = [name for name in SCORES if any(name in row["metrics"] for row in rows)]
     width = max(len(f"{row['label']}, seed {row['seed']}") for row in rows)
     lines = [f"{'point':{width}}  {'status':9}" + "".join(f"{name:>11}" for name in names)]
     for row in rows:
-        scores = "".join(f"{row['metrics'].get(name, {}).get('mean', float('nan')):11.3f}" for name in names)
         label = f"{row['label']}, seed {row['seed']}"
-        told = scores if row["metrics"] else _ending(plan, row)
-        lines.append(f"{label:{width}}  {row['status']:9}{told}".rstrip())
+        result = (
+            "".join(f"{_mean(row, name):11.3f}" for name in names) if row["metrics"] else _exit(plan, row)
+        )
+        lines.append(f"{label:{width}}  {row['status']:9}{result}".rstrip())
         lines += [f"    {line}" for line in row["error"][-2:]]
     launches = [row["launch_seconds"] for row in rows if row["launch_seconds"]]
     if launches:
         lines.append(f"launching a point took {min(launches):.0f} to {max(launches):.0f} s")
-    lines.append(f"rows: {plan.folder / 'sweep.jsonl'}; page: python -m dit_booth.report {plan.folder}")
+    lines.append(f"rows: {plan.folder / 'sweep.jsonl'}; page: dit-booth report {plan.folder}")
     return "\n".join(lines)
 
 
-def _ending(plan: Plan, row: Mapping[str, Any]) -> str:
-    """How a point that failed ended: of one that was killed it may be all that is known."""
+def _mean(row: SweepRow, name: str) -> float:
+    mean = row["metrics"][name]["mean"] if name in row["metrics"] else None
+    return float("nan") if mean is None else mean
+
+
+def _exit(plan: SweepPlan, row: SweepRow) -> str:
+    """Return the exit code of a failed point, for a killed one all that is known; else nothing."""
     if row["status"] != "failed":
         return ""
     code = read_json(plan.folder / row["run"] / FAILED).get("exit")
-    return "" if code is None else f"  ({ending(code)})"
+    return "" if code is None else f"  ({exit_text(code)})"
 
 
-def step_seconds(plan: Plan) -> dict[str, float]:
-    """Measured seconds of a step: of each finished stage by its key, and by stage name the slowest that is known."""
+def step_seconds(plan: SweepPlan) -> dict[str, float]:
+    """Return measured seconds per step: of finished stages by key, and by stage name the slowest one's."""
     out: dict[str, float] = {}
     for point in plan.points:
         for stage in point.stages:
@@ -106,7 +111,7 @@ def step_seconds(plan: Plan) -> dict[str, float]:
     return out
 
 
-def _state(plan: Plan, stage: StageRef, there: int) -> str:
+def _state(plan: SweepPlan, stage: StageRef, there: int) -> str:
     if stage_finished(plan, stage):
         return "finished"
     if in_use(plan.stage_folder(stage)):

@@ -1,4 +1,4 @@
-"""Where points run: devices of this machine or of others, one slot for each point that runs at a time."""
+"""Slots for points: each is a set of devices, of this machine or another, that runs one point at a time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ RANK = (
     "CROSS_RANK",
     "CROSS_SIZE",
 )
-"""Variables of a launcher that started this process: a point's launcher sets its own."""
+"""Variables set by the launcher of this process; a point's launcher sets its own."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one point runs at a time."""
+    """Devices that run one point at a time: launcher flags and environment that select them."""
 
     name: str
     flags: tuple[str, ...] = ()
@@ -37,16 +37,16 @@ class Slot:
 
     @property
     def ahead(self) -> bool:
-        """Whether a point can be launched before it is its turn (pdsh does not pass on the byte that tells it so)."""
+        """Whether points can be launched before their turn; pdsh does not pass on the byte that signals it."""
         return not self.flags
 
     def places(self) -> set[tuple[str, str]]:
-        """Its devices, each with its machine."""
+        """Return (machine, device) of each device."""
         return places(socket.gethostname(), self.name)
 
 
 def environment(slot: Slot) -> dict[str, str]:
-    """This process's, without what a launcher has set, with the slot's."""
+    """Return this process's environment without a launcher's variables, with the slot's."""
     own = {name: value for name, value in os.environ.items() if name not in (*RANK, TURN)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}"  # the launcher calls `python` by name
     turn = {TURN: "1"} if slot.ahead else {}
@@ -54,17 +54,17 @@ def environment(slot: Slot) -> dict[str, str]:
 
 
 def places(host: str, slot: str) -> set[tuple[str, str]]:
-    """Devices and their machine: of ``gpu:0,1`` and ``cpu`` it is `host`, of ``worker-1:0,1`` the one named."""
+    """Return (machine, device) pairs: `host` for ``gpu:0,1`` and ``cpu``, the named one for ``worker-1:0,1``."""
     machine, _, devices = slot.rpartition(":")
     return {(host if machine in ("", "gpu") else machine, device) for device in devices.split(",")}
 
 
 def local_slots(ranks: int, devices: Sequence[str] | None) -> list[Slot]:
-    """This machine's GPUs, `ranks` for each point; without any, one slot on the CPU. ValueError: too few devices."""
+    """Return slots of `ranks` GPUs of this machine; one CPU slot if there are none. ValueError: too few devices."""
     if devices is None:
         devices = visible_devices()
     if not devices:
-        return [Slot("cpu", env={"LOCAL_SIZE": str(ranks)})]  # so many ranks DeepSpeed starts on a CPU
+        return [Slot("cpu", env={"LOCAL_SIZE": str(ranks)})]  # DeepSpeed's number of ranks on a CPU
     if len(devices) < ranks:
         raise ValueError(
             f"ranks is {ranks} and devices are {','.join(devices)}; give as many devices, or fewer ranks"
@@ -74,7 +74,7 @@ def local_slots(ranks: int, devices: Sequence[str] | None) -> list[Slot]:
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """Return the GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     if not torch.cuda.is_available():
@@ -84,9 +84,10 @@ def visible_devices() -> list[str]:
 
 
 def hostfile_slots(ranks: int, hostfile: Path, launcher: str = "deepspeed") -> list[Slot]:
-    """The devices of a hostfile's machines (``name slots=8`` lines), `ranks` of one machine for each point.
+    """Return slots of `ranks` devices each on a hostfile's machines (``name slots=8`` lines).
 
-    ValueError: the file is none or wrong, or points cannot be started on other machines.
+    Raises:
+        ValueError: the file is missing or malformed, or points cannot be started on other machines.
     """
     if launcher != "deepspeed":
         raise ValueError(

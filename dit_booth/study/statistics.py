@@ -39,10 +39,10 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval; false where there is no interval.
+        """True if 0 lies outside the interval; false if there is no interval.
 
-        False, too, where two values are equal but for rounding: of a metric with few values (a share of a dozen
-        prompts) two seeds often are, by chance, so the width of nothing is no measure of how seeds differ.
+        False, too, for two values that are equal up to rounding: for a metric with few possible values (a share of a
+        dozen prompts) this often happens by chance, and a width of zero does not measure how seeds differ.
         """
         by_chance = self.n < 3 and self.half <= 1e-9 * abs(self.mean)
         return abs(self.mean) > self.half and not by_chance  # false for NaN
@@ -61,7 +61,7 @@ class Difference:
 
     @property
     def main(self) -> Estimate:
-        """The stricter one, over seeds, where it exists."""
+        """The estimate over seeds, which is stricter, if it exists; else the one over prompts."""
         main = self.seeds or self.prompts
         assert main is not None
         return main
@@ -75,12 +75,12 @@ class Difference:
 
 
 def t_quantile(n: int) -> float:
-    """How many standard errors of a mean of `n` values the 95 % interval reaches to each side."""
+    """Return the half width of the 95 % interval of a mean of `n` values, in standard errors."""
     return float(stdtrit(n - 1, (1 + LEVEL) / 2)) if n > 1 else math.nan
 
 
 def t_interval(values: Iterable[float], over: Over) -> Estimate:
-    """Mean and 95 % Student t-interval; no width for a single value, or where one is not finite."""
+    """Return mean and 95 % Student t-interval; its width is NaN for a single value, or if one is not finite."""
     array = np.array(list(values), dtype=np.float64)
     assert len(array), "a mean needs a value"
     if len(array) == 1 or not np.isfinite(array).all():
@@ -91,12 +91,12 @@ def t_interval(values: Iterable[float], over: Over) -> Estimate:
 
 
 def from_stderr(mean: float, stderr: float, n: int, over: Over) -> Estimate:
-    """The same interval, from a mean's standard error."""
+    """Return the 95 % Student t-interval, from a mean's standard error."""
     return Estimate(mean, t_quantile(n) * stderr, n, over)
 
 
 def paired_difference(ours: Scores, baseline: Scores) -> Difference | None:
-    """`ours` minus `baseline`, on the seeds and prompts that both have; None where they share none.
+    """Return `ours` minus `baseline` on the seeds and prompts that both have; None if they share none.
 
     Over seeds: the mean difference over a seed's prompts is one value. Over prompts: the mean difference over a
     prompt's seeds is one value, so the seeds of a prompt never count as independent.

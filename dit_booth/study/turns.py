@@ -1,6 +1,6 @@
-"""Turns on devices: a sweep launches a point while another is still on its devices, and the point waits for its turn.
+"""Turns on devices: a sweep launches a point while another still uses its devices; the point then waits for its turn.
 
-A launch is seconds of imports and building that need no device. Standard library only, like `dit_booth.files`.
+Launching takes seconds of imports and building that need no device. Standard library only, like `dit_booth.files`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import time
 from typing import IO
 
 TURN = "DIT_BOOTH_TURN"
-"""Environment variable: this process is to wait for its turn."""
+"""Environment variable that tells a process to wait for its turn."""
 
 
 def await_turn() -> float:
-    """Wait until it is this rank's turn, if a sweep has launched it; the seconds that it waited.
+    """Wait for this rank's turn if a sweep launched it early. Returns the seconds waited.
 
-    The turn is a byte on the standard input, which launchers hand down to their ranks. KeyboardInterrupt: there will be
-    none, because the sweep has ended.
+    The signal is a byte on the standard input, which launchers pass on to their ranks.
+
+    Raises:
+        KeyboardInterrupt: the sweep has ended, so no signal will come.
     """
     if TURN not in os.environ:
         return 0.0
@@ -30,6 +32,6 @@ def await_turn() -> float:
 
 
 def give_turn(pipe: IO[bytes], ranks: int) -> None:
-    """Let a launcher's ranks go on: `pipe` is its standard input."""
-    with contextlib.suppress(BrokenPipeError), pipe:  # who is gone is judged by what it left, like any other
+    """Let a launcher's ranks continue; `pipe` is its standard input."""
+    with contextlib.suppress(BrokenPipeError), pipe:  # a process that has ended is judged by its files
         pipe.write(b"." * ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,7 @@ from dit_booth.study import launch
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sweeps launch the stub instead of run.py."""
-    file = tmp_path / "stub.py"
-    file.write_text(STUB)
-    monkeypatch.setattr(launch, "PROGRAM", file)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    """Sweeps launch the stub instead of `dit_booth.run`."""
+    (tmp_path / "run_stub.py").write_text(STUB)
+    monkeypatch.setattr(launch, "RUN", "run_stub")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from dit_booth.files import read_lines
 from dit_booth.study import launch
-from dit_booth.study.plan import Plan, Point, StageRef
+from dit_booth.study.plan import Point, StageRef, SweepPlan
 from dit_booth.study.rows import ROWS
 from dit_booth.study.slots import Slot
 
@@ -77,7 +77,7 @@ sys.exit(1 if act == "bad exit" else 0)
 SLOT = Slot("cpu")
 
 
-def plan_of(folder: Path, *acts: str, stages: tuple[tuple[str, ...], ...] = ()) -> Plan:
+def plan_of(folder: Path, *acts: str, stages: tuple[tuple[str, ...], ...] = ()) -> SweepPlan:
     points = []
     for number, act in enumerate(acts):
         keys = stages[number] if stages else ()
@@ -94,16 +94,16 @@ def plan_of(folder: Path, *acts: str, stages: tuple[tuple[str, ...], ...] = ()) 
                 settings=settings,
             )
         )
-    return Plan(
+    return SweepPlan(
         name="s", folder=folder, store=folder / "stages", launcher="python", ranks=1, points=tuple(points)
     )
 
 
-def started(plan: Plan) -> list[str]:
+def started(plan: SweepPlan) -> list[str]:
     return [line["point"] for line in read_lines(plan.folder / "points" / "log")]
 
 
-def statuses(plan: Plan) -> list[str]:
+def statuses(plan: SweepPlan) -> list[str]:
     return [row["status"] for row in read_lines(plan.folder / ROWS)]
 
 
@@ -125,20 +125,20 @@ def stop_when(file: Path) -> None:
     threading.Thread(target=interrupt, daemon=True).start()
 
 
-def another_sweep(plan: Plan) -> subprocess.Popen[bytes]:
+def another_sweep(plan: SweepPlan) -> subprocess.Popen[bytes]:
     """A process that runs the same plan, on a device of its own."""
     other = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pickle; from pathlib import Path;"
-        "from dit_booth.study import launch; launch.PROGRAM = Path(sys.argv[2]);"
+        "from dit_booth.study import launch; launch.RUN = sys.argv[2];"
         "plan = pickle.loads(Path(sys.argv[3]).read_bytes());"
         "print(launch.run_points(plan, [launch.Slot('theirs')], grace=0.2))"
     )
     (plan.folder / "plan").write_bytes(pickle.dumps(plan))
     root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", other, root, str(launch.PROGRAM), str(plan.folder / "plan")]
+    command = [sys.executable, "-c", other, root, launch.RUN, str(plan.folder / "plan")]
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
-def launched(plan: Plan) -> list[str]:
+def launched(plan: SweepPlan) -> list[str]:
     file = plan.folder / "points" / "launched"
     return file.read_text().split() if file.is_file() else []

@@ -23,7 +23,7 @@ TWO = {
     ("trained", 0): [7.0, 16.0],
     ("trained", 1): [9.0, 20.0],
 }
-COMMAND = "python experiments/sweep.py experiments/sweeps/query_projection.yaml --override big.yaml"
+COMMAND = "dit-booth sweep query_projection --override big.yaml"
 CAPTIONS = ["a ring is shrinking on stone", "a <b>circle</b> & a square"]
 
 

@@ -1,4 +1,4 @@
-"""What `python -m dit_booth.cost.describe` counts: the paper's figures, and those of a run."""
+"""What `dit-booth describe` counts: the paper's figures, and those of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAPER = {  # DiT, table 1 and section 4: million parameters, and "Gflops", which
 
 @pytest.fixture(scope="module")
 def table() -> dict[tuple[str, int], Cost]:
-    """What ``python -m dit_booth.cost.describe`` prints of DiT's sizes."""
+    """What ``dit-booth describe`` prints of DiT's sizes."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert main([]) == 0
     line = r"DiT-(\w+)/(\d) +([\d.]+) M parameters +([\d.]+) G multiply-adds +([\d.]+) GFLOPs"

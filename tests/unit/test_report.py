@@ -12,7 +12,7 @@ import pytest
 import torch
 from sweep_folder import COMMAND, TWO, fail, read_rows, write_lines, write_rows, write_sweep
 
-from dit_booth.report.__main__ import main
+from dit_booth.commands.report import main
 from dit_booth.report.export import tex
 
 torch.set_num_threads(1)
@@ -91,8 +91,8 @@ def test_the_page_says_what_was_swept_and_how_to_repeat_it(sweep: Path):
     for fact in ("2</b> variants", "2</b> seeds", "2</b> prompts", "4 of 4</b> points finished"):
         assert fact in page
     assert f"<pre>{COMMAND}\n" in page
-    assert f"python -m dit_booth.report {sweep} --csv --latex" in page
-    assert f"run.py --config {sweep}/points/p0s0/run.yaml" in page
+    assert f"dit-booth report {sweep} --csv --latex" in page
+    assert f"dit-booth run --config {sweep}/points/p0s0/run.yaml" in page
     assert "<code>kv_concat.query</code></dt><dd>kept · trained</dd>" in page
 
 
@@ -363,7 +363,7 @@ def test_what_is_missing_is_one_line(copy: Path, tmp_path: Path, caplog: pytest.
     assert "give it alone" in errors(copy, caplog, str(copy / "points" / "p0s0"))
     assert "max_mb is 0" in errors(copy, caplog, "--max-mb", "0")
     shutil.rmtree(copy / "points" / "p1s0")
-    assert "p1s0 is not there, and the point is finished" in errors(copy, caplog)
+    assert "p1s0 is missing, but the point is finished" in errors(copy, caplog)
 
 
 def test_a_broken_video_costs_its_place_only(copy: Path):

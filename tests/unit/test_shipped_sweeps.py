@@ -16,7 +16,7 @@ from dit_booth.cost import describe
 from dit_booth.strategy import names_in
 from dit_booth.study.description import read_description
 from dit_booth.study.estimate import config_of, flops_of_step, latents_of
-from dit_booth.study.plan import Plan, expand
+from dit_booth.study.plan import SweepPlan, expand
 from dit_booth.training.address import stages_of
 from dit_booth.training.stage import schedule_of, set_trainable, stage_config, trainable_globs
 from dit_booth.training.stage_cost import count_flops
@@ -38,12 +38,12 @@ NAMES = {
 
 
 @cache
-def planned(file: Path, override: Path | None = None) -> Plan:
+def planned(file: Path, override: Path | None = None) -> SweepPlan:
     """The plan of the first seed."""
     d = read_description(file, override)
     assert override or d.seeds == (0, 1)
     d = replace(d, seeds=(0,))
-    return Plan(
+    return SweepPlan(
         name=d.name, folder=Path(), store=Path(), launcher=d.launcher, ranks=d.ranks, points=tuple(expand(d))
     )
 

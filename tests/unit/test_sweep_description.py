@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dit_booth.study.command import arguments, record
+from dit_booth.commands.sweep import parse, record
 from dit_booth.study.description import Description, read_description, variants
+
+ROOT = Path(__file__).parents[2]
 
 
 def described(folder: Path, settings: dict[str, Any], override: dict[str, Any] | None = None) -> Description:
@@ -85,6 +87,21 @@ def test_an_override_goes_over_all_sweeps_and_its_section_over_this_one(tmp_path
     assert read.name == "study-full"  # a folder of its own
 
 
+def test_sweeps_and_their_bases_are_found_by_name_in_the_package(tmp_path: Path) -> None:
+    packaged = read_description(Path("schedule"), Path("full.yaml"))
+    assert packaged.name == "schedule-full"
+    assert Path(packaged.base).resolve() == ROOT / "experiments/configs/videobooth_unet.yaml"
+    for name in ("demo", "demo.yaml"):
+        base = described(tmp_path, {"base": name}).base
+        assert Path(base).resolve() == ROOT / "experiments/configs/demo.yaml"
+    (tmp_path / "demo").write_text("")
+    assert described(tmp_path, {"base": "demo"}).base == str(tmp_path / "demo"), (
+        "a file beside it comes first"
+    )
+    with pytest.raises(ValueError, match="scedule is neither a file nor a packaged sweep; nearest: schedule"):
+        read_description(Path("scedule"))
+
+
 # ---- what is wrong -----------------------------------------------------------------------------------------
 
 
@@ -97,7 +114,7 @@ def test_an_override_goes_over_all_sweeps_and_its_section_over_this_one(tmp_path
         ({"grid": [1]}, r"grid holds a list; write `option: \.\.\.` lines"),
         ({"zip": {"a": [1, 2], "b": [1]}}, r"zip differ in length \(a: 2, b: 1\)"),
         ({"list": [3]}, r"list must hold entries"),
-        ({"seeds": [0, 0]}, r"with a number twice"),
+        ({"seeds": [0, 0]}, r"which names a seed twice"),
         ({"seeds": 3}, r"seeds is 3; write a list of whole numbers"),
         ({"seeds": [True]}, r"seeds is \[True\]"),
         ({"launcher": "torchrun"}, r"launcher is 'torchrun'; use deepspeed or python"),
@@ -119,7 +136,9 @@ def test_an_option_in_two_places_is_an_error(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
     described(tmp_path, {})
-    with pytest.raises(ValueError, match=r"studi\.yaml is not a file; nearest: study"):
+    with pytest.raises(
+        ValueError, match=r"studi\.yaml is neither a file nor a packaged sweep; nearest: study"
+    ):
         read_description(tmp_path / "studi.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match="is not YAML"):
@@ -139,13 +158,13 @@ def test_the_copy_in_the_sweeps_folder_can_be_read_and_says_how_it_came_about(
     read = described(tmp_path, settings, {"base": "other.yaml", "ranks": 2} if with_override else None)
     flags = ["--override", str(tmp_path / "full.yaml")] if with_override else []
     flags += ["--out", str(tmp_path / "my out"), "--store", str(tmp_path / "stages")]
-    given = arguments([str(tmp_path / "study.yaml"), *flags, "--devices", "0"])
+    given = parse([str(tmp_path / "study.yaml"), *flags, "--devices", "0"])
     copy = given.out / "sweep.yaml"
     record(copy, read, given)
     said = yaml.safe_load(copy.read_text())["command"]
-    assert shlex.split(said) == ["python", "experiments/sweep.py", str(tmp_path / "study.yaml"), *flags]
+    assert shlex.split(said) == ["dit-booth", "sweep", str(tmp_path / "study.yaml"), *flags]
     again = read_description(copy)
     assert Path(again.base).resolve() == Path(read.base).resolve()
     assert replace(again, base=read.base) == read
-    record(copy, again, arguments([str(copy), "--out", str(given.out)]))
+    record(copy, again, parse([str(copy), "--out", str(given.out)]))
     assert yaml.safe_load(copy.read_text())["command"] == said

@@ -18,7 +18,7 @@ from dit_booth.cost.describe import Encoders
 from dit_booth.models.encoder_config import ClipConfig
 from dit_booth.study import estimate
 from dit_booth.study.description import read_description
-from dit_booth.study.plan import Plan, plan_sweep
+from dit_booth.study.plan import SweepPlan, plan_sweep
 from dit_booth.study.show import show_plan
 from dit_booth.training.address import stages_of
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
@@ -63,7 +63,7 @@ def test_encoders_have_their_model_s_sizes() -> None:
     assert Encoders.of(ClipConfig(model="dit-booth-tiny")) == tiny
 
 
-def planned(folder: Path, **changes: Any) -> Plan:
+def planned(folder: Path, **changes: Any) -> SweepPlan:
     options = {"stages.coarse.steps": 40, "stages.fine.steps": 20, "dit.depth": 1, "weights": "none"}
     description = {
         "base": DEMO,

@@ -13,33 +13,33 @@ from typing import Any
 import pytest
 import yaml
 
-from dit_booth.study.command import main
-from dit_booth.study.folder import running
-from dit_booth.study.plan import Plan, Point
+from dit_booth.commands.sweep import main
+from dit_booth.study.folder import shared_folder
+from dit_booth.study.plan import Point, SweepPlan
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import pickle, sys
 from pathlib import Path
-from dit_booth.study.folder import running
-with running(pickle.loads(bytes.fromhex(sys.argv[1]))):
+from dit_booth.study.folder import shared_folder
+with shared_folder(pickle.loads(bytes.fromhex(sys.argv[1]))):
     print("in", flush=True)
     sys.stdin.read()
 """
 
 
-def plan_of(folder: Path, *points: str) -> Plan:
+def plan_of(folder: Path, *points: str) -> SweepPlan:
     made = [
         Point(id=p, label=p, group=p, seed=0, baseline=False, options={}, stages=(), settings={})
         for p in points
     ]
-    return Plan(
+    return SweepPlan(
         name="s", folder=folder, store=folder / "stages", launcher="python", ranks=1, points=tuple(made)
     )
 
 
 @contextmanager
-def held(plan: Plan) -> Iterator[subprocess.Popen[str]]:
+def held(plan: SweepPlan) -> Iterator[subprocess.Popen[str]]:
     """Another process runs a plan."""
     import pickle
 
@@ -59,12 +59,12 @@ def test_the_same_points_are_shared_and_others_wait(tmp_path: Path) -> None:
     with held(ours) as first, held(ours):
         for other in (more, replace(ours, store=tmp_path / "elsewhere")):
             says = f"run with other points .begun by process {first.pid} on"
-            with pytest.raises(ValueError, match=says), running(other):
+            with pytest.raises(ValueError, match=says), shared_folder(other):
                 pass
-        with running(replace(ours, points=ours.points[::-1])):
+        with shared_folder(replace(ours, points=ours.points[::-1])):
             pass
     with (
-        running(more),
+        shared_folder(more),
         pytest.raises(AssertionError),
         held(ours),
     ):  # those have ended, and now these points run

@@ -19,7 +19,7 @@ from dit_booth.study import launch
 from dit_booth.study.board import write_hparams
 from dit_booth.study.launch import run_points
 from dit_booth.study.plan import Point
-from dit_booth.study.processes import end_groups, ending, last_words
+from dit_booth.study.processes import end_groups, error_lines, exit_text
 from dit_booth.study.rows import ALL_COSTS, FAILED, LAUNCH, ROWS
 from dit_booth.study.slots import Slot
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("stub")
 def test_a_point_is_finished_by_its_marker_and_not_by_the_exit_code(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "ok", "bad exit", "leave ranks")
     told: list[str] = []
-    assert run_points(plan, [SLOT], grace=0.2, finished=lambda point: told.append(point.id))
+    assert run_points(plan, [SLOT], grace=0.2, on_finished=lambda point: told.append(point.id))
     assert statuses(plan) == ["finished", "finished", "failed"]
     assert told == ["p0", "p1"]
     assert started(plan) == ["p0", "p1", "p2", "p2"]
@@ -62,11 +62,11 @@ def test_the_last_words_of_a_run(tmp_path: Path) -> None:
         out.write(
             "\n".join([f"line {n}" for n in range(20)]) + "\n[x] [INFO] [launch.py:253:sigkill_handler] bye\n"
         )
-    assert last_words(log, start) == [f"line {n}" for n in range(12, 20)]
+    assert error_lines(log, start) == [f"line {n}" for n in range(12, 20)]
     with log.open("a") as out:
         out.write("error: a\nerror: a\nerror on rank 1: b\nthe end\n")
-    assert last_words(log, start) == ["error: a", "error on rank 1: b"]
-    assert last_words(log, log.stat().st_size) == ["it ended without a word (killed?)"]
+    assert error_lines(log, start) == ["error: a", "error on rank 1: b"]
+    assert error_lines(log, log.stat().st_size) == ["it ended without output (killed?)"]
 
 
 KILLED = """\
@@ -81,7 +81,7 @@ BAR = "coarse:  25%|##        | 10/40 [00:01<00:03, 8.0step/s]"
 def test_the_last_words_of_a_killed_rank_are_its_exit_code(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(KILLED % BAR)
-    words = last_words(log, 0)
+    words = error_lines(log, 0)
     assert words[:2] == ["first step of coarse after 9.8 s", BAR], "a progress bar is one line"
     assert words[2].endswith("exits with return code = -9") and len(words) == 3
 
@@ -90,11 +90,11 @@ def test_a_traceback_is_not_displaced_by_a_line_that_looks_like_an_error(tmp_pat
     log = tmp_path / "log"
     trace = ["error_handler: installed", "Traceback (most recent call last):", "RuntimeError: no"]
     log.write_text("\r\n".join(trace))
-    assert last_words(log, 0) == trace
+    assert error_lines(log, 0) == trace
 
 
 def test_how_a_launcher_ended() -> None:
-    told = [ending(code) for code in (1, -9, 137, 247, 0, 255)]
+    told = [exit_text(code) for code in (1, -9, 137, 247, 0, 255)]
     killed = [f"exit code {code}: SIGKILL" for code in (-9, 137, 247)]
     assert told == ["exit code 1", *killed, "exit code 0", "exit code 255"]
 
@@ -105,7 +105,7 @@ def test_what_follows_on_a_finished_point_may_fail(tmp_path: Path, caplog: pytes
     def fail(point: Point) -> None:
         raise OSError("no space")
 
-    assert run_points(plan, [SLOT], grace=0.2, finished=fail)
+    assert run_points(plan, [SLOT], grace=0.2, on_finished=fail)
     assert statuses(plan) == ["finished", "finished"]
     assert caplog.text.count("OSError: no space") == 2
 
@@ -215,7 +215,7 @@ def test_a_point_that_waits_starts_elsewhere_where_a_slot_is_empty(
         ("(p0)", "started on x"),
         ("(p1)", "started on y"),
         ("(p2)", "started on x ahead of its turn"),
-        ("(p2)", "started too soon, for another place is free"),
+        ("(p2)", "ended while waiting, because another slot is free"),
         ("(p2)", "started on y"),
     ]
     assert read_lines(plan.folder / "points" / "log")[-1]["slot"] == "y"

@@ -18,7 +18,7 @@ from dit_booth.data import listing
 from dit_booth.study import plan as planning
 from dit_booth.study.description import Description, read_description
 from dit_booth.study.emit import emit, jobs_of
-from dit_booth.study.plan import Plan, expand, plan_sweep
+from dit_booth.study.plan import SweepPlan, expand, plan_sweep
 from dit_booth.study.rows import FAILED, row_of, status_of, write_rows
 from dit_booth.study.show import show_plan, show_rows
 
@@ -38,16 +38,16 @@ def described(folder: Path, **changes: Any) -> Description:
     return read_description(file)
 
 
-def planned(folder: Path, **changes: Any) -> Plan:
+def planned(folder: Path, **changes: Any) -> SweepPlan:
     return plan_sweep(described(folder, **changes), folder / "sweep", folder / "sweep" / "stages")
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def study(tmp_path_factory: pytest.TempPathFactory) -> SweepPlan:
     return planned(tmp_path_factory.mktemp("study"))
 
 
-def placed(study: Plan, folder: Path) -> Plan:
+def placed(study: SweepPlan, folder: Path) -> SweepPlan:
     """The same plan in a folder of its own."""
     return replace(study, folder=folder, store=folder / "stages")
 
@@ -55,7 +55,7 @@ def placed(study: Plan, folder: Path) -> Plan:
 # ---- points and stages -------------------------------------------------------------------------------------
 
 
-def test_fine_points_share_one_coarse_stage_for_each_seed(study: Plan) -> None:
+def test_fine_points_share_one_coarse_stage_for_each_seed(study: SweepPlan) -> None:
     assert len(study.points) == 8
     uses = study.uses()
     assert sorted(uses.values()) == [1] * 8 + [4, 4]
@@ -63,7 +63,7 @@ def test_fine_points_share_one_coarse_stage_for_each_seed(study: Plan) -> None:
         assert len({p.stages[0].key for p in study.points if p.seed == seed}) == 1
 
 
-def test_points_of_one_group_differ_in_the_seed_only(study: Plan) -> None:
+def test_points_of_one_group_differ_in_the_seed_only(study: SweepPlan) -> None:
     groups: dict[str, list[int]] = {}
     for point in study.points:
         groups.setdefault(point.group, []).append(point.seed)
@@ -93,7 +93,7 @@ def test_engines_are_an_axis_whose_stages_are_told_by_their_content(tmp_path: Pa
     assert without == without[:1] * 7, "they differ in nothing else"
 
 
-def test_a_sampling_option_changes_the_point_and_no_stage(study: Plan, tmp_path: Path) -> None:
+def test_a_sampling_option_changes_the_point_and_no_stage(study: SweepPlan, tmp_path: Path) -> None:
     options = {**STUDY["options"], "guidance.scale": 5}
     other = planned(tmp_path, options=options, grid={}, seeds=[0], baseline=None).points[0]
     same = planned(tmp_path, grid={}, seeds=[0], baseline=None).points[0]
@@ -140,7 +140,7 @@ def test_what_is_wrong_is_said_before_anything_starts(
 # ---- the kept plan -----------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_made_once(study: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_made_once(study: SweepPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(description: Description) -> None:
         raise AssertionError("planned again")
 
@@ -180,7 +180,7 @@ def test_a_kept_plan_sees_a_replaced_video(tmp_path: Path) -> None:
     assert after.stages != before.stages and after.id != before.id
 
 
-def test_a_kept_plan_needs_no_pytorch(study: Plan) -> None:
+def test_a_kept_plan_needs_no_pytorch(study: SweepPlan) -> None:
     code = (
         "import sys; from pathlib import Path; from dit_booth.study.description import read_description;"
         "from dit_booth.study.plan import plan_sweep; from dit_booth.study.rows import write_rows;"
@@ -198,7 +198,7 @@ def test_a_kept_plan_needs_no_pytorch(study: Plan) -> None:
 # ---- what is there -----------------------------------------------------------------------------------------
 
 
-def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) -> None:
+def test_rows_are_a_function_of_the_points_files(study: SweepPlan, tmp_path: Path) -> None:
     plan = placed(study, tmp_path)
     first, second = plan.points[:2]
     folder = plan.run_folder(first)
@@ -242,7 +242,9 @@ def test_rows_are_a_function_of_the_points_files(study: Plan, tmp_path: Path) ->
     assert "failed     (exit code 247: SIGKILL)\n" in said
 
 
-def test_training_costs_are_those_of_all_stages_whoever_trained_them(study: Plan, tmp_path: Path) -> None:
+def test_training_costs_are_those_of_all_stages_whoever_trained_them(
+    study: SweepPlan, tmp_path: Path
+) -> None:
     plan = placed(study, tmp_path)
     for wall, point in enumerate(plan.points[:2]):
         costs = [
@@ -260,7 +262,7 @@ def test_training_costs_are_those_of_all_stages_whoever_trained_them(study: Plan
     ]
 
 
-def test_the_plan_says_what_is_shared_there_and_left(study: Plan, tmp_path: Path) -> None:
+def test_the_plan_says_what_is_shared_there_and_left(study: SweepPlan, tmp_path: Path) -> None:
     plan = placed(study, tmp_path)
     said = show_plan(plan)
     assert "steps to train: 240 of 240; with no stage shared there would be 480" in said
@@ -284,7 +286,7 @@ def test_the_plan_says_what_is_shared_there_and_left(study: Plan, tmp_path: Path
 # ---- job lists ---------------------------------------------------------------------------------------------
 
 
-def test_shared_stages_are_jobs_that_points_depend_on(study: Plan, tmp_path: Path) -> None:
+def test_shared_stages_are_jobs_that_points_depend_on(study: SweepPlan, tmp_path: Path) -> None:
     plan = placed(study, tmp_path)
     jobs = {job.name: job for job in jobs_of(plan, "shell")}
     assert len(jobs) == 10
@@ -309,7 +311,7 @@ wc -l < calls
 """
 
 
-def test_the_slurm_script_submits_a_chain_of_jobs(study: Plan, tmp_path: Path) -> None:
+def test_the_slurm_script_submits_a_chain_of_jobs(study: SweepPlan, tmp_path: Path) -> None:
     plan = replace(placed(study, tmp_path), ranks=2)
     fake = tmp_path / "sbatch"
     fake.write_text(SBATCH)
@@ -330,21 +332,23 @@ def test_the_slurm_script_submits_a_chain_of_jobs(study: Plan, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("visible", "flags"), [("3,4", []), ("", ["--num_gpus", "2"])])
-def test_slurm_s_choice_of_gpus_is_kept(study: Plan, tmp_path: Path, visible: str, flags: list[str]) -> None:
+def test_slurm_s_choice_of_gpus_is_kept(
+    study: SweepPlan, tmp_path: Path, visible: str, flags: list[str]
+) -> None:
     """With --num_gpus DeepSpeed ignores CUDA_VISIBLE_DEVICES, and all jobs of a machine would meet on its first."""
     plan = replace(placed(study, tmp_path), ranks=2)
     for job in jobs_of(plan, "slurm"):
         fake = f"deepspeed() {{ echo $@; }}; {job.command}"
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
         said = subprocess.run(["sh", "-c", fake], env=env, capture_output=True, text=True).stdout.split()
-        assert said[2 : said.index("experiments/run.py")] == flags
+        assert said[2 : said.index("--module")] == flags
 
 
-def test_the_shell_script_skips_what_depends_on_a_failed_job(study: Plan, tmp_path: Path) -> None:
+def test_the_shell_script_skips_what_depends_on_a_failed_job(study: SweepPlan, tmp_path: Path) -> None:
     points = tuple(point for point in study.points if point.seed == 0)
     plan = replace(placed(study, tmp_path), launcher="python", points=points)
     coarse = plan.points[0].stages[0].name
-    script = emit(plan, "shell").replace("python experiments/run.py", "run")
+    script = emit(plan, "shell").replace("dit-booth run", "run")
     fake = f'run() {{ echo "$@"; case "$*" in *--stop-after*) return ${{FAIL:-0}};; esac; }}\n{script}'
     ran = subprocess.run(["bash", "-c", fake], capture_output=True, text=True)
     assert (ran.returncode, len(ran.stdout.splitlines())) == (0, 5)

@@ -15,7 +15,7 @@ from launch_stub import SLOT, another_sweep, launched, plan_of, started, statuse
 from dit_booth.files import Lock, read_lines
 from dit_booth.study import launch
 from dit_booth.study.launch import RESERVED, is_taken, places_taken, run_points
-from dit_booth.study.plan import Plan
+from dit_booth.study.plan import SweepPlan
 from dit_booth.study.slots import Slot, hostfile_slots, local_slots, places
 
 pytestmark = pytest.mark.usefixtures("stub")
@@ -150,13 +150,14 @@ def test_slots_of_a_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_points_are_launched_by_deepspeed_on_ports_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan(**{**vars(plan_of(tmp_path, "ok")), "launcher": "deepspeed"})
+    plan = SweepPlan(**{**vars(plan_of(tmp_path, "ok")), "launcher": "deepspeed"})
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("MASTER_PORT", "29500")
     (slot,) = local_slots(2, [])
-    first, second = (launch.command(plan, plan.points[0], slot) for _ in range(2))
+    first, second = (launch.run_command(plan, plan.points[0], slot) for _ in range(2))
     assert Path(first[0]).name == "deepspeed" and first[1] == "--master_port"
     assert first[2] != second[2]
+    assert first[3:6] == ["--module", launch.RUN, "--config"]
     env = launch.environment(slot)
     assert "RANK" not in env and "MASTER_PORT" not in env
     assert (env["LOCAL_SIZE"], env["DIT_BOOTH_SLOT"]) == ("2", "cpu")

@@ -15,7 +15,9 @@ from dit_booth.sampling.video import Video
 
 @pytest.fixture
 def video() -> Video:
-    grey = torch.linspace(-1, 1, 20).expand(16, 20)  # without fine colours, which H.264 stores at half the size
+    grey = torch.linspace(-1, 1, 20).expand(
+        16, 20
+    )  # without fine colours, which H.264 stores at half the size
     frames = torch.stack([grey.roll(4 * i, dims=1).expand(3, 16, 20) for i in range(5)])
     return Video.from_tensor(frames, fps=4, text="a <star>", image=torch.ones(3, 8, 8))
 
