@@ -16,14 +16,14 @@ from dit_booth.data.readers.triplets import check_caption
 from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
 from dit_booth.inject import Reference
-from dit_booth.models.autoencoder import Autoencoder, build_autoencoder
+from dit_booth.models.autoencoder.model import Autoencoder, build_autoencoder
 from dit_booth.models.clip.encoders import NULL_PROMPT, ImageEncoder, Prompt, build_clip
 from dit_booth.models.clip.tokenizer import check_subject
 from dit_booth.models.dit.model import VideoDiT
 from dit_booth.models.fingerprint import warn_of_another_base
 from dit_booth.models.injected import Injected, gather_sites
+from dit_booth.models.pretrained import load_pretrained, load_strategy_weights, read_strategy_weights
 from dit_booth.models.unet.model import VideoUNet
-from dit_booth.models.weights import load_start, load_strategies, read_strategies
 from dit_booth.strategy import create, find
 
 
@@ -86,7 +86,7 @@ def build(config: RunConfig) -> Components:
     text, image_encoder = build_clip(config.clip)
     autoencoder = build_autoencoder(config.autoencoder)
     backbone = build_backbone(config, autoencoder.channels, text.width, text.embed_dim)
-    taps = load_start(backbone, text, config.weights, config.backbone)
+    taps = load_pretrained(backbone, text, config.weights, config.backbone)
     sites = gather_sites(
         backbone,
         text,
@@ -96,10 +96,12 @@ def build(config: RunConfig) -> Components:
         frames=config.data.frames,
     )
     strategy = create(find(config.strategy), config.options(), sites, config.train.seed)
-    sourced = load_strategies(strategy, taps, f"weights={config.weights}", optional=True)
+    sourced = load_strategy_weights(strategy, taps, f"weights={config.weights}", optional=True)
     for source in config.strategy_weights:
         warn_of_another_base(source, backbone, strategy)
-        sourced |= load_strategies(strategy, read_strategies(source), f"strategy_weights {source}")
+        sourced |= load_strategy_weights(
+            strategy, read_strategy_weights(source), f"strategy_weights {source}"
+        )
     model = Injected(backbone, text, strategy, text.tokenize([NULL_PROMPT]))
     return Components(config, model, autoencoder, image_encoder, make_objective(config.objective), sourced)
 

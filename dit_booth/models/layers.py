@@ -25,7 +25,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def keep_einops_whole() -> None:
+def allow_einops_in_graph() -> None:
     """Let torch.compile take einops' functions as they are: to trace their parser is four fifths of a compilation."""
     for function in (rearrange, repeat):
         torch.compiler.allow_in_graph(function)

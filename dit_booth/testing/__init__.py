@@ -28,14 +28,16 @@ from dit_booth.config import STAGES, DataConfig, RunConfig, StageName, TrainConf
 from dit_booth.config.parse import config_class
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.inject import Reference
-from dit_booth.models.autoencoder import build_autoencoder
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.autoencoder.model import build_autoencoder
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import NULL_PROMPT, ImageEncoder, Prompt, TextEncoder, build_clip
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
-from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.injected import Injected, Prediction, gather_sites
-from dit_booth.models.layers import keep_einops_whole
+from dit_booth.models.layers import allow_einops_in_graph
+from dit_booth.models.pretrained import load_strategy_weights, read_strategy_weights
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
-from dit_booth.models.weights import load_strategies, load_strictly, part, read, read_strategies, write
+from dit_booth.models.weights import load_strictly, part, read, write
 from dit_booth.strategy import Strategy, StrategyConfig, create, find
 from dit_booth.testing.template import Template
 from dit_booth.training.stage import set_trainable, trainable_globs
@@ -279,7 +281,7 @@ def saved_and_loaded_is_the_same(make: Callable[..., Trial]) -> None:
         assert keys == set(run.model.strategy.state_dict())
         if keys:
             assert worst(other(other.reference()), expected) > 1e-6, "loading must be what makes them equal"
-            load_strategies(other.model.strategy, read_strategies(str(file)), "saved")
+            load_strategy_weights(other.model.strategy, read_strategy_weights(str(file)), "saved")
             load_strictly(other.model.strategy, read(file), "saved")
     assert torch.equal(other(other.reference()), expected), "loaded, it computes something else"
 
@@ -361,7 +363,7 @@ def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> 
     for compiled in (False, True):
         if compiled:
             torch.compiler.reset()
-            keep_einops_whole()
+            allow_einops_in_graph()
             backbone = run.model.backbone
             part = (
                 backbone.compile_blocks

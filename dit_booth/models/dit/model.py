@@ -16,7 +16,7 @@ from dit_booth.inject import Injection, Latents, Modulation, Site, no_injection
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.blocks import BlockModulation, DiTBlock, Modulate, Step, TokenConv
 from dit_booth.models.dit.config import SIZES, DiTConfig
-from dit_booth.models.layers import keep_einops_whole, timestep_embedding
+from dit_booth.models.layers import allow_einops_in_graph, timestep_embedding
 from dit_booth.models.positions import grid_embedding, rotary_3d, rotary_time, time_embedding
 
 __all__ = ["SIZES", "DiTConfig", "VideoDiT"]
@@ -139,7 +139,7 @@ class VideoDiT(nn.Module):
         # A tap that reads its own site's name is compiled anew for each block: leave room for that.
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(self.blocks))
-        keep_einops_whole()
+        allow_einops_in_graph()
         for block in self.blocks:
             block.compile(**{"fullgraph": True, "dynamic": False, **options})
 
