@@ -19,7 +19,7 @@ from dit_booth.attention import FramePlan
 from dit_booth.diffusion import DiscreteSchedule, guide, scaled_linear_betas
 from dit_booth.inject import Condition, Injection, Latents, Reference, Sites
 from dit_booth.models.clip.encoders import Text
-from dit_booth.models.unet.blocks import Step
+from dit_booth.models.unet.blocks import UNetInputs
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.models.upstream.stable_diffusion import from_diffusers
 from dit_booth.models.weights import load_strictly
@@ -142,5 +142,5 @@ class Ours:
         x = rearrange(self.tensors["inputs.block_in"], "b n c -> b 1 n c")
         inject = self.bind(Condition(latent=torch.zeros(1)))
         text = torch.zeros(len(x), 1, self.unet.config.text_dim, dtype=self.dtype)
-        step = Step(torch.zeros(1), text, FramePlan("self").frames(1), inject)
+        step = UNetInputs(torch.zeros(1), text, FramePlan("self").frames(1), inject)
         return block(x, step)[:, 0]
