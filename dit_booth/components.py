@@ -20,14 +20,15 @@ from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
 from dit_booth.inject import Dims, Reference
 from dit_booth.models.assemble import Backbone, assemble
-from dit_booth.models.autoencoder import Autoencoder, build_autoencoder
+from dit_booth.models.autoencoder.model import Autoencoder, build_autoencoder
 from dit_booth.models.clip.encoders import ImageEncoder, Prompt, build_clip
 from dit_booth.models.clip.tokenizer import check_subject
 from dit_booth.models.dit.model import VideoDiT
 from dit_booth.models.fingerprint import metadata, warn_of_another_base
 from dit_booth.models.injected import Injected
+from dit_booth.models.pretrained import load_pretrained, load_strategy_weights, read_strategy_weights
 from dit_booth.models.unet.model import VideoUNet
-from dit_booth.models.weights import load_start, load_strategies, part, read_strategies, write
+from dit_booth.models.weights import part, write
 
 
 @dataclass
@@ -115,13 +116,15 @@ def build(config: RunConfig) -> Components:
     text, image_encoder = build_clip(config.clip)
     autoencoder = build_autoencoder(config.autoencoder)
     backbone = build_backbone(config, autoencoder.channels, text.width, text.embed_dim)
-    taps = load_start(backbone, text, config.weights, config.backbone)
+    taps = load_pretrained(backbone, text, config.weights, config.backbone)
     dims = Dims(image_encoder.width, image_encoder.embed_dim, autoencoder.channels, config.data.frames)
     model = assemble(backbone, text, config.strategy, dims, options=config.options(), seed=config.train.seed)
-    loaded = load_strategies(model.strategy, taps, f"weights={config.weights}", optional=True)
+    loaded = load_strategy_weights(model.strategy, taps, f"weights={config.weights}", optional=True)
     for source in config.strategy_weights:
         warn_of_another_base(source, backbone, model.strategy)
-        loaded |= load_strategies(model.strategy, read_strategies(source), f"strategy_weights {source}")
+        loaded |= load_strategy_weights(
+            model.strategy, read_strategy_weights(source), f"strategy_weights {source}"
+        )
     return Components(config, model, autoencoder, image_encoder, make_objective(config.objective), loaded)
 
 

@@ -19,8 +19,9 @@ from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.errors import SEED, check_ranges
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.dit.model import DiTConfig
-from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.unet.model import UNetConfig
 from dit_booth.strategy import StrategyConfig, names_in
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 IdentityDict = Mapping[str, Any]
 """Ground-truth parameters of a subject and its scene by name (see `toyworld.Identity`)."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,5 +306,5 @@ class _CountFrom(Sampler[int]):
         return itertools.count(self.start)
 
 
-def _identity(batch: Batch) -> Batch:
+def _identity(batch: T) -> T:
     return batch

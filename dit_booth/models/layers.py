@@ -25,10 +25,10 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def keep_einops_whole() -> None:
-    """Let torch.compile take einops' functions as they are: to trace their parser is four fifths of a compilation."""
+def allow_einops_in_graph() -> None:
+    """Keep torch.compile from tracing einops' parser, which would take most of the compilation."""
     for function in (rearrange, repeat):
-        torch.compiler.allow_in_graph(function)
+        torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
 class HeadNorm(NamedTuple):
@@ -50,7 +50,7 @@ class HeadNorm(NamedTuple):
 
 
 class Projected(Segment):
-    """An attention's own keys and values, projected when first read: a tap that brings others saves the work."""
+    """Keys and values of an attention, projected on first access: a tap that replaces them saves the work."""
 
     @classmethod
     def later(cls, k: Callable[[], Tensor], v: Callable[[], Tensor], frames: Frames) -> Projected:
@@ -60,7 +60,7 @@ class Projected(Segment):
         return self
 
     def __getattr__(self, name: str) -> Tensor:
-        """Called where there is no k or v yet."""
+        """Project k or v on first access."""
         if name not in ("k", "v"):
             raise AttributeError(name)
         value: Tensor = self.__dict__["project"][name]()

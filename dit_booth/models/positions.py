@@ -1,7 +1,7 @@
-"""Where a token stands: sin-cos embeddings of place and time, and rotary angles.
+"""Positions of tokens: sin-cos embeddings of grid and frame positions, and rotary angles.
 
-All of them are functions of the shape at hand, so any size and length works. Beyond the training size both
-extrapolate: positions go on at the training spacing, nothing is interpolated (see docs/dit.md).
+All are functions of the shape, so any size and length works. Beyond the training size both extrapolate: positions
+continue at the training spacing, nothing is interpolated (see docs/dit.md).
 """
 
 from __future__ import annotations
@@ -34,47 +34,49 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a cached table must serve training, too
-def grid_embedding(height: int, width: int, dim: int, device: torch.device, times: range | None) -> Tensor:
-    """Place and, of frames at `times`, time of every token: (f n d), float32. Without times: (1 n d)."""
+def grid_embedding(
+    height: int, width: int, dim: int, device: torch.device, frame_positions: range | None
+) -> Tensor:
+    """Sin-cos embedding of every token's place and frame: (f n d), float32. Without frame positions: (1 n d)."""
     place = rearrange(sincos_2d(height, width, dim, device), "n d -> 1 n d")
-    return place if times is None else place + time_embedding(times, dim, device)
+    return place if frame_positions is None else place + frame_embedding(frame_positions, dim, device)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def time_embedding(times: range, dim: int, device: torch.device) -> Tensor:
-    """Sin-cos embedding of frames at `times`: (f 1 d), float32."""
-    position = torch.arange(times.start, times.stop, device=device)
+def frame_embedding(frame_positions: range, dim: int, device: torch.device) -> Tensor:
+    """Sin-cos embedding of the frames: (f 1 d), float32."""
+    position = torch.arange(frame_positions.start, frame_positions.stop, device=device)
     return rearrange(sincos(position, dim).float(), "f d -> f 1 d")
 
 
 class Rotary(NamedTuple):
-    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34) of f groups of n tokens, shared by all heads."""
+    """Rotary angles (RoFormer, arXiv 2104.09864, eq. 34) of f groups of n tokens, shared by all heads."""
 
     cos: Tensor  # f n 1 d/2
     sin: Tensor  # f n 1 d/2
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rotate x (b g m k d): group i as frame i, its tokens as the grid's.
+        """Rotate x (b g m k d): group i as frame i, token j as place j of the grid.
 
-        What has no place in the grid (another number of tokens: a token bank) stays as it is; one group alone, a
-        reference, is turned as frame 0.
+        Groups with another number of tokens than the grid (a token bank) stay as they are; a single group (a
+        reference) is rotated as frame 0.
         """
         groups = x.shape[1]
         if x.shape[2] != self.cos.shape[1] or groups > self.cos.shape[0]:
             return x
         cos, sin = self.cos[:groups], self.sin[:groups]
         first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        turned = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
-        return torch.cat(turned, dim=-1).to(x.dtype)
+        rotated = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
+        return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def rotary_3d(
-    times: range, height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
+    frame_positions: range, height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
 ) -> Rotary:
-    """Angles of time, row and column for heads of width `dim`: a third of its pairs each, time taking the rest.
+    """Angles of frame, row and column for heads of width `dim`: a third of the pairs each, the rest to the frame.
 
     ValueError: an odd width, or one with no pair for each of the three axes.
     """
@@ -83,11 +85,11 @@ def rotary_3d(
             f"rotary positions need heads of an even width of 6 or more, not {dim}; change the number of heads"
         )
     each = dim // 6
-    time = _angles(times, dim // 2 - 2 * each, device)
+    frame = _angles(frame_positions, dim // 2 - 2 * each, device)
     row, column = _angles(range(height), each, device), _angles(range(width), each, device)
-    shape = (len(times), height, width)
+    shape = (len(frame_positions), height, width)
     parts = (
-        rearrange(time, "f p -> f 1 1 p").expand(*shape, -1),
+        rearrange(frame, "f p -> f 1 1 p").expand(*shape, -1),
         rearrange(row, "h p -> 1 h 1 p").expand(*shape, -1),
         rearrange(column, "w p -> 1 1 w p").expand(*shape, -1),
     )
@@ -96,13 +98,15 @@ def rotary_3d(
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def rotary_time(times: range, dim: int, device: torch.device, dtype: torch.dtype, *, apart: bool) -> Rotary:
-    """Angles of time alone, for attention along the frames of one place, which are one group (1 f 1 d/2).
+def rotary_frames(
+    frame_positions: range, dim: int, device: torch.device, dtype: torch.dtype, *, group_per_frame: bool
+) -> Rotary:
+    """Angles of the frame alone, for temporal attention, where the frames are one group (1 f 1 d/2).
 
-    apart: each is a group of its own (f 1 1 d/2).
+    group_per_frame: every frame is a group (f 1 1 d/2).
     """
-    angle = _angles(times, dim // 2, device)
-    return _rotary(rearrange(angle, "f p -> f 1 1 p" if apart else "f p -> 1 f 1 p"), dtype)
+    angle = _angles(frame_positions, dim // 2, device)
+    return _rotary(rearrange(angle, "f p -> f 1 1 p" if group_per_frame else "f p -> 1 f 1 p"), dtype)
 
 
 def _angles(positions: range, pairs: int, device: torch.device) -> Tensor:

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from dit_booth.errors import suggest
 from dit_booth.inject import Dims
 from dit_booth.models.assemble import Backbone, assemble
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import build_clip
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
-from dit_booth.models.encoder_config import ClipConfig
 from dit_booth.models.injected import Injected
+from dit_booth.models.pretrained import load_pretrained
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
-from dit_booth.models.weights import load_start
 from dit_booth.strategy import StrategyConfig
 
 TINY = ClipConfig(model="dit-booth-tiny", pretrained="none")
@@ -103,6 +103,6 @@ def create_model(
     text, image = build_clip(replace(entry.clip, pretrained="embedded" if pretrained else "none"))
     backbone = entry.build(text.width, text.embed_dim)
     if pretrained:
-        load_start(backbone, text, "embedded", "dit" if isinstance(backbone, VideoDiT) else "unet")
+        load_pretrained(backbone, text, "embedded", "dit" if isinstance(backbone, VideoDiT) else "unet")
     dims = Dims(image.width, image.embed_dim, entry.channels, frames)
     return assemble(backbone, text, strategy, dims, options=options, seed=seed)

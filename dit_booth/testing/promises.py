@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit_booth.models.dit.model import VideoDiT
-from dit_booth.models.layers import keep_einops_whole
-from dit_booth.models.weights import load_strategies, load_strictly, part, read, read_strategies, write
+from dit_booth.models.layers import allow_einops_in_graph
+from dit_booth.models.pretrained import load_strategy_weights, read_strategy_weights
+from dit_booth.models.weights import load_strictly, part, read, write
 from dit_booth.strategy import Strategy, StrategyConfig
 from dit_booth.testing.tiny import BACKBONES, Trial, trial, worst
 
@@ -88,7 +89,7 @@ def saved_and_loaded_is_the_same(make: Callable[..., Trial]) -> None:
         assert keys == set(run.model.strategy.state_dict())
         if keys:
             assert worst(other(other.reference()), expected) > 1e-6, "loading must be what makes them equal"
-            load_strategies(other.model.strategy, read_strategies(str(file)), "saved")
+            load_strategy_weights(other.model.strategy, read_strategy_weights(str(file)), "saved")
             load_strictly(other.model.strategy, read(file), "saved")
     assert torch.equal(other(other.reference()), expected), "loaded, it computes something else"
 
@@ -169,7 +170,7 @@ def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> 
     for compiled in (False, True):
         if compiled:
             torch.compiler.reset()
-            keep_einops_whole()
+            allow_einops_in_graph()
             backbone = run.model.backbone
             part = (
                 backbone.compile_blocks

@@ -16,10 +16,11 @@ from dit_booth.config.parse import config_class
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.inject import Dims, Reference
 from dit_booth.models.assemble import Backbone, assemble
-from dit_booth.models.autoencoder import build_autoencoder
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.autoencoder.model import build_autoencoder
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import ImageEncoder, Prompt, TextEncoder, build_clip
 from dit_booth.models.dit.model import DiTConfig
-from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.injected import Injected, Prediction
 from dit_booth.models.unet.model import UNetConfig
 from dit_booth.strategy import Strategy, StrategyConfig, find

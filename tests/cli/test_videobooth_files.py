@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dit_booth.config.parse import parse
 from dit_booth.data.video import probe
-from dit_booth.models.upstream.unet import export_diffusers_unet, export_videobooth
+from dit_booth.models.upstream.stable_diffusion import to_diffusers
+from dit_booth.models.upstream.videobooth import to_videobooth
 from dit_booth.models.weights import part
 
 pytestmark = pytest.mark.slow
@@ -82,7 +83,7 @@ def test_the_recipe_trains_both_stages_from_stable_diffusion_and_elite(
     assert "ELITE's mapper; the text attention's K/V stay the backbone's" in said
     assert "first step of coarse" in said and "first step of fine" in said
     ours, image = written(run), official.image_unet().from_pretrained(files / "sd" / "unet").state_dict()
-    spatial = export_diffusers_unet(part(ours, "backbone."))
+    spatial = to_diffusers(part(ours, "backbone."))
     assert set(spatial) == set(image) and all(torch.equal(spatial[name], image[name]) for name in image)
     # A step at 1e-4 moves a parameter by about as much (AdamW), from where the official files put it.
     elite = torch.load(files / "global_mapper.pt")["mapping_patch_2.3.weight"]
@@ -101,7 +102,7 @@ def test_sampling_from_videobooths_files(files: Path, python: Callable[..., str]
     start = ["--weights", unet, "--strategy-weights", mapper]
     said = python("experiments/run.py", "--config", SAMPLING, *tiny(files), *start, "--out", str(run))
     assert "first step" not in said, "nothing is trained"
-    exported = export_videobooth(written(run))
+    exported = to_videobooth(written(run))
     for key, file in (("ema_unet", unet), ("ema", mapper)):
         state = torch.load(file)[key]
         assert set(exported[key]) == set(state)

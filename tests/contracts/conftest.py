@@ -17,8 +17,9 @@ from dit_booth.components import Components, build
 from dit_booth.config import DataConfig, RunConfig, TrainConfig
 from dit_booth.config.parse import config_class
 from dit_booth.inject import Reference
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import Prompt
-from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.unet.model import UNetConfig
 from dit_booth.models.weights import write
 from dit_booth.strategy import StrategyConfig

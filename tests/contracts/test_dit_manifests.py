@@ -14,11 +14,11 @@ from dit_booth.config.parse import parse
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.upstream.dit import (
-    channels_of,
-    config_of,
     from_official,
+    infer_channels,
+    infer_config,
     inflate,
-    is_official,
+    is_official_dit,
     to_official,
 )
 from dit_booth.models.weights import ASSETS, load_strictly, part, read
@@ -42,11 +42,11 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(("name", "side"), [("dit_xl2_256", 16), ("dit_xl2_512", 32)])
 def test_dit_xl2_loads_strictly_and_is_exported_as_it_was(name: str, side: int) -> None:
     official = manifest(name)
-    assert is_official(official)
+    assert is_official_dit(official)
     count = sum(math.prod(s) for key, s in shapes(official).items() if key != "pos_embed")
     assert (len(official), count) == (292, 674_834_720), "675 M, as in table 1"
     state = from_official(official)
-    config, channels = config_of(state), channels_of(state)
+    config, channels = infer_config(state), infer_channels(state)
     assert config == DiTConfig(
         depth=28,
         hidden=1152,

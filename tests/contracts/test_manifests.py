@@ -16,13 +16,8 @@ from dit_booth.inject import Site, Sites
 from dit_booth.models.clip.encoders import TextEncoder
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.models.upstream.clip import from_transformers, to_transformers
-from dit_booth.models.upstream.unet import (
-    export_diffusers_unet,
-    export_videobooth,
-    from_diffusers_unet,
-    from_videobooth,
-    unlike_diffusers,
-)
+from dit_booth.models.upstream.stable_diffusion import find_unet_mismatches, from_diffusers, to_diffusers
+from dit_booth.models.upstream.videobooth import from_videobooth, to_videobooth
 from dit_booth.strategy import Strategies
 
 Shapes = dict[str, tuple[int, ...]]
@@ -80,8 +75,8 @@ def test_the_manifests_are_whole(name: str) -> None:
 @pytest.mark.parametrize("watermark", [False, True])
 def test_the_unet_of_stable_diffusion(watermark: bool) -> None:
     own, image = unet(watermark).state_dict(), manifest("sd14_unet")
-    assert shapes(from_diffusers_unet(image, own)) == shapes(own)
-    assert shapes(export_diffusers_unet(own)) == shapes(image)
+    assert shapes(from_diffusers(image, own)) == shapes(own)
+    assert shapes(to_diffusers(own)) == shapes(image)
 
 
 def test_the_configuration_of_stable_diffusion_is_the_default() -> None:
@@ -105,7 +100,7 @@ def test_the_configuration_of_stable_diffusion_is_the_default() -> None:
         "sample_size": 64,
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     }
-    assert unlike_diffusers(settings, UNetConfig()) == []
+    assert find_unet_mismatches(settings, UNetConfig()) == []
 
 
 def test_the_unet_of_videobooth() -> None:
@@ -122,10 +117,10 @@ def test_the_mapper_of_videobooth() -> None:
 
 def test_both_files_are_exported_as_they_were() -> None:
     whole = nn.ModuleDict({"backbone": unet(True), "strategy": strategies()}).state_dict()
-    files = export_videobooth(whole)
+    files = to_videobooth(whole)
     assert shapes(files["ema_unet"]) == shapes(manifest("videobooth_unet"))
     assert shapes(files["ema"]) == shapes(manifest("videobooth_mapper"))
-    with_taps = export_videobooth(whole, taps_in_unet=True)["ema_unet"]
+    with_taps = to_videobooth(whole, taps_in_unet=True)["ema_unet"]
     split = from_videobooth(with_taps)
     assert shapes(split.backbone) == shapes(files["ema_unet"])
     taps = {name: s for name, s in shapes(strategies().state_dict()).items() if ".taps." in name}

@@ -21,7 +21,7 @@ from dit_booth.attention import FramePlan, Segment
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import QKV, Condition, Injection, Role, no_injection
 from dit_booth.models.layers import Attention
-from dit_booth.models.unet.blocks import Step, TransformerBlock
+from dit_booth.models.unet.blocks import TransformerBlock, UNetInputs
 from dit_booth.models.unet.model import UNetConfig
 
 
@@ -122,7 +122,7 @@ class Original:
         own = {k.removeprefix(f"{name}."): w for k, w in self.weights.items() if k.startswith(f"{name}.")}
         block.load_state_dict(own, assign=True)
         texts = Injection({f"{name}.attn2": [(TextOfEachFrame(block.attn2, text), Condition())]})
-        return block(x, Step(x[:, 0, 0], text[:, 0], plan, texts))
+        return block(x, UNetInputs(x[:, 0, 0], text[:, 0], plan, texts))
 
     def dense(self) -> Tensor:
         """The naive computation of the same."""

@@ -19,9 +19,9 @@ from dit_booth.attention import FramePlan
 from dit_booth.diffusion import DiscreteSchedule, guide, scaled_linear_betas
 from dit_booth.inject import Condition, Injection, Latents, Reference, Sites
 from dit_booth.models.clip.encoders import Text
-from dit_booth.models.unet.blocks import Step
+from dit_booth.models.unet.blocks import UNetInputs
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
-from dit_booth.models.upstream.unet import from_diffusers_unet
+from dit_booth.models.upstream.stable_diffusion import from_diffusers
 from dit_booth.models.weights import load_strictly
 from dit_booth.strategy import Strategies
 
@@ -64,7 +64,7 @@ class Ours:
             )
         )
         weights = {k.removeprefix("weights."): x for k, x in tensors.items() if k.startswith("weights.")}
-        load_strictly(self.unet, from_diffusers_unet(weights, self.unet.state_dict()), "golden")
+        load_strictly(self.unet, from_diffusers(weights, self.unet.state_dict()), "golden")
         self.dtype = tensors["inputs.init_noise"].dtype
         self.unet.to(self.dtype)
         sites = Sites((*self.unet.sites(),), image_dim=8, image_embed_dim=8, latent_channels=9, frames=1)
@@ -142,5 +142,5 @@ class Ours:
         x = rearrange(self.tensors["inputs.block_in"], "b n c -> b 1 n c")
         inject = self.bind(Condition(latent=torch.zeros(1)))
         text = torch.zeros(len(x), 1, self.unet.config.text_dim, dtype=self.dtype)
-        step = Step(torch.zeros(1), text, FramePlan("self").frames(1), inject)
+        step = UNetInputs(torch.zeros(1), text, FramePlan("self").frames(1), inject)
         return block(x, step)[:, 0]

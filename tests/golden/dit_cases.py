@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 from dit_booth.diffusion import guide
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.model import VideoDiT
-from dit_booth.models.upstream.dit import channels_of, config_of, from_official
+from dit_booth.models.upstream.dit import from_official, infer_channels, infer_config
 from dit_booth.models.weights import load_strictly
 
 DIT_GUIDED = 3  # channels that DiT's released code guides; Latte's guides all
@@ -45,12 +45,12 @@ def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:
 def build(info: Info, weights: Tensors) -> VideoDiT:
     """The model that the weights belong to; only its heads are in the json alone."""
     state = from_official(weights)
-    config, channels = config_of(state, heads=info["config"]["num_heads"]), channels_of(state)
+    config, channels = infer_config(state, heads=info["config"]["num_heads"]), infer_channels(state)
     pooled = state["text_embedder.weight"].shape[1] if "text_embedder.weight" in state else 1
     dit = VideoDiT(
         config,
-        channels=channels.entering,
-        out_channels=channels.leaving,
+        channels=channels.latent,
+        out_channels=channels.output,
         text_dim=1,
         text_embed_dim=pooled,
     )

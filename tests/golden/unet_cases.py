@@ -25,13 +25,13 @@ from dit_booth.inject import Injection, Reference, Site, Sites
 from dit_booth.models.clip.encoders import Prompt, Text
 from dit_booth.models.injected import Injected
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
-from dit_booth.models.upstream.unet import SAME, unlike
+from dit_booth.models.upstream.stable_diffusion import FIXED_SETTINGS, find_unsupported
 from dit_booth.strategy import Strategies, Strategy
 
 INJECTED = ("to_k_new", "to_v_new", "to_k_exemplar", "to_v_exemplar", "to_k_global", "to_v_global")
 STAGES = {"plain": (), "coarse": ("token_replacement",), "fine": ("token_replacement", "kv_concat")}
 RELEASED_GUIDED = 3  # channels that the released code guides
-FIXED = {k: v for k, v in SAME.items() if k != "mid_block_type"} | {"upcast_attention": False}
+FIXED = {k: v for k, v in FIXED_SETTINGS.items() if k != "mid_block_type"} | {"upcast_attention": False}
 """Of the original's configuration: what this U-Net is, and an absent entry means (its mid block has one kind)."""
 
 Conditioning = tuple[Tensor, Tensor, Tensor]
@@ -232,7 +232,7 @@ def config_of(upstream: Mapping[str, Any], weights: Mapping[str, Tensor]) -> UNe
 
     ValueError: the original is something that this U-Net is not.
     """
-    if others := unlike(upstream, FIXED):
+    if others := find_unsupported(upstream, FIXED):
         raise ValueError("; ".join(others))
     levels = range(len(upstream["block_out_channels"]))
     attends = tuple(any(k.startswith(f"down_blocks.{i}.attentions.") for k in weights) for i in levels)

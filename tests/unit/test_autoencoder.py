@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dit_booth.models.autoencoder import Autoencoder, build_autoencoder
-from dit_booth.models.encoder_config import AutoencoderConfig
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.autoencoder.model import Autoencoder, build_autoencoder
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -253,9 +253,10 @@ def test_help_stays_fast():
     """Importing the configurations loads nothing heavy; the encoders wait for the libraries below them."""
     script = """if True:
         import sys
-        from dit_booth.models import encoder_config
+        from dit_booth.models.autoencoder import config
+        from dit_booth.models.clip import config
         assert "torch" not in sys.modules
-        from dit_booth.models import autoencoder
+        from dit_booth.models.autoencoder import model
         from dit_booth.models.clip import encoders
         assert not {"open_clip", "diffusers", "transformers"} & set(sys.modules)
     """

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dit_booth.models.clip import weights as clip_weights
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import ImageEncoder, TextEncoder, build_clip
 from dit_booth.models.clip.weights import build_clip_model, clip_state_dict
-from dit_booth.models.encoder_config import ClipConfig
 
 RANDOM = ClipConfig(pretrained="none")
 

@@ -25,8 +25,9 @@ from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.files import packaged
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.dit.config import DiTConfig
-from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.models.unet.config import UNetConfig
 
 

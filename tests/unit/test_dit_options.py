@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dit_booth.attention.plans import with_context
 from dit_booth.inject import Injection, Latents, Modulation
 from dit_booth.models.clip.encoders import Text
-from dit_booth.models.dit.blocks import DiTBlock, Step, SwiGLU, TokenConv
+from dit_booth.models.dit.blocks import DiTBlock, DiTInputs, SwiGLU, TokenConv
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 
 torch.set_num_threads(1)
@@ -254,7 +254,7 @@ def test_in_context_equals_one_long_sequence() -> None:
     for p in block.parameters():
         p.normal_(std=0.2)
     x, text, c = (torch.randn(2, 1, n, 32, dtype=F64) for n in (6, 5, 1))
-    step = Step(c[:, 0, 0], ((0,),))
+    step = DiTInputs(c[:, 0, 0], ((0,),))
     got_x, got_text = block(x.clone(), text.clone(), step, Injection({}))
     mod = block.modulation(step.c, Injection({}))
     both = torch.cat([x, text], dim=2)[:, 0]  # b n d

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
-from dit_booth.models.upstream.dit import channels_of, config_of, from_official, inflate, to_official
-from dit_booth.models.weights import load_start, load_strictly
+from dit_booth.models.pretrained import load_pretrained
+from dit_booth.models.upstream.dit import from_official, infer_channels, infer_config, inflate, to_official
+from dit_booth.models.weights import load_strictly
 
 torch.set_num_threads(1)
 SHAPE: dict[str, Any] = {"depth": 2, "hidden": 24, "heads": 2}
@@ -52,8 +53,8 @@ def inputs(frames: int = 3, side: int = 6) -> tuple[Tensor, Tensor, Text]:
 def test_names_go_there_and_back() -> None:
     state = official()
     ours = from_official(state)
-    assert config_of(ours, heads=2) == replace(IMAGE, head_text=True)
-    assert channels_of(ours) == (3, 6)
+    assert infer_config(ours, heads=2) == replace(IMAGE, head_text=True)
+    assert infer_channels(ours) == (3, 6)
     back = to_official(ours, height=4, width=4)
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
@@ -65,7 +66,7 @@ def test_latte_goes_there_and_back(classes: int) -> None:
     state = to_official(randomised(VideoDiT(config, **WIDTHS)).state_dict(), height=4, width=4, frames=3)
     assert ("y_embedder.embedding_table.weight" in state) == bool(classes), "a table of no class is none"
     ours = from_official(state)
-    assert config_of(ours, heads=2) == config
+    assert infer_config(ours, heads=2) == config
     back = to_official(ours, height=4, width=4, frames=3)
     assert set(back) == set(state) and all(torch.equal(back[name], state[name]) for name in state)
     assert state["temp_embed"].shape == (1, 3, 24)
@@ -80,10 +81,8 @@ def test_positions_of_another_kind_are_refused(name: str) -> None:
 
 
 def test_the_heads_of_an_unknown_size_must_be_given() -> None:
-    with pytest.raises(
-        ValueError, match="no size of DiT's has depth 2 and width 24; give the number of heads"
-    ):
-        config_of(from_official(official()))
+    with pytest.raises(ValueError, match="no DiT size has depth 2 and width 24; give the number of heads"):
+        infer_config(from_official(official()))
 
 
 # ---- inflation ---------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ def test_a_run_starts_from_the_official_pickle(tmp_path: Path, averaged: bool) -
     torch.save({"model": {}, "ema": state} if averaged else state, file)
     dit = VideoDiT(VIDEO["first"], **WIDTHS)
     expected = inflate(from_official(state), dit.state_dict(), VIDEO["first"])
-    assert load_start(dit, nn.Module(), str(file), "dit") == {}
+    assert load_pretrained(dit, nn.Module(), str(file), "dit") == {}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in dit.state_dict().items())
 
 
@@ -174,6 +173,6 @@ def test_another_size_is_an_error_that_lists_what_differs(tmp_path: Path) -> Non
     torch.save(official(), tmp_path / "DiT.pt")
     dit = VideoDiT(replace(VIDEO["first"], depth=3), **WIDTHS)
     with pytest.raises(ValueError, match=r"DiT\.pt for the dit backbone"):
-        load_start(dit, nn.Module(), str(tmp_path / "DiT.pt"), "dit")
+        load_pretrained(dit, nn.Module(), str(tmp_path / "DiT.pt"), "dit")
     with pytest.raises(ValueError, match="these are DiT's weights; set --backbone dit"):
-        load_start(nn.Linear(1, 1), nn.Module(), str(tmp_path / "DiT.pt"), "unet")
+        load_pretrained(nn.Linear(1, 1), nn.Module(), str(tmp_path / "DiT.pt"), "unet")

@@ -13,8 +13,9 @@ from dit_booth.components import Components, build
 from dit_booth.config import DataConfig, RunConfig, StageConfig
 from dit_booth.data.example import Batch, collate
 from dit_booth.diffusion.objective_config import ObjectiveConfig
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import NULL_PROMPT
-from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.training.inputs import Inputs, generator_of, make_inputs
 
 torch.set_num_threads(1)

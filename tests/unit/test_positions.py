@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from spies import worst
 
-from dit_booth.models.positions import grid_embedding, rotary_3d, rotary_time
+from dit_booth.models.positions import grid_embedding, rotary_3d, rotary_frames
 
 torch.set_num_threads(1)
 CPU, F64 = torch.device("cpu"), torch.float64
@@ -78,6 +78,6 @@ def test_what_has_no_place_in_the_grid_is_not_turned() -> None:
 
 
 def test_time_alone_is_the_same_in_one_group_and_apart() -> None:
-    whole, apart = (rotary_time(range(3), 8, CPU, F64, apart=flag) for flag in (False, True))
+    whole, apart = (rotary_frames(range(3), 8, CPU, F64, group_per_frame=flag) for flag in (False, True))
     x = torch.randn(2, 1, 3, 2, 8, dtype=F64)
     assert torch.equal(whole.apply(x), apart.apply(x.transpose(1, 2)).transpose(1, 2))

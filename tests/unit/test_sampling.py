@@ -18,8 +18,9 @@ from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.diffusion.samplers import SamplerConfig
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import NULL_PROMPT
-from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
 from dit_booth.sampling.generate import generate
 from dit_booth.testing import trial
 

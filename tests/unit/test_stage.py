@@ -14,7 +14,8 @@ from torch import nn
 
 from dit_booth.components import build
 from dit_booth.config import DataConfig, RunConfig, StageConfig, StagesConfig
-from dit_booth.models.encoder_config import AutoencoderConfig, ClipConfig
+from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.unet.model import UNetConfig
 from dit_booth.models.weights import write
 from dit_booth.training.ema import Ema

@@ -15,7 +15,7 @@ import yaml
 from dit_booth.components import build
 from dit_booth.config.parse import parse
 from dit_booth.cost.describe import Encoders
-from dit_booth.models.encoder_config import ClipConfig
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.study import estimate
 from dit_booth.study.description import read_description
 from dit_booth.study.plan import SweepPlan, plan_sweep

@@ -22,7 +22,7 @@ from dit_booth.inject import (
     no_injection,
 )
 from dit_booth.models.clip.encoders import Text
-from dit_booth.models.unet.blocks import PointwiseFrameConv, Step
+from dit_booth.models.unet.blocks import PointwiseFrameConv, UNetInputs
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
 
 torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def frames_that_feel(unet: VideoUNet, changed: int) -> set[int]:
     moved[:, changed] *= -1
 
     def run(x: Tensor) -> Tensor:
-        return block(x, Step(x[:, 0, 0, 0], text.tokens[:1], unet.plan.frames(4), no_injection))
+        return block(x, UNetInputs(x[:, 0, 0, 0], text.tokens[:1], unet.plan.frames(4), no_injection))
 
     moves = (run(moved) - run(x)).abs().amax((0, 2, 3, 4))
     return {i for i in range(4) if moves[i] > 1e-9}
@@ -148,7 +148,9 @@ def test_positions_in_space_are_relative() -> None:
     for positions, knows in (("none", False), ("rotary", True)):
         unet = build(replace(WIDE, positions=positions))  # type: ignore[arg-type]
         transformer, text = unet.get_submodule("down_blocks.0.attentions.0"), inputs()[2]
-        step = unet.step(torch.zeros(1, 32).double(), text, Latents(torch.zeros(1, 3, 4, 5, 7)), no_injection)
+        step = unet.build_inputs(
+            torch.zeros(1, 32).double(), text, Latents(torch.zeros(1, 3, 4, 5, 7)), no_injection
+        )
         step = step._replace(text=text.tokens[:1])
         x = torch.randn(1, 3, 12, 5, 7, dtype=torch.float64)
         mirrored = transformer(x.flip(-1), step).flip(-1)
@@ -159,8 +161,11 @@ def test_a_context_stands_before_the_video_in_time() -> None:
     """The video's frames are where they are without it; the context's places are before 0."""
     unet, (_, t, text) = build(replace(WIDE, positions="rotary")), inputs()
     x = torch.zeros(2, 5, 4, 5, 7)
-    times = [unet.step(t, text, Latents(x, context=context), no_injection).times for context in (0, 2)]
-    assert times == [range(5), range(-2, 3)]
+    positions = [
+        unet.build_inputs(t, text, Latents(x, context=context), no_injection).frame_positions
+        for context in (0, 2)
+    ]
+    assert positions == [range(5), range(-2, 3)]
 
 
 def test_a_pointwise_convolution_of_frames_is_a_1x1_convolution() -> None:

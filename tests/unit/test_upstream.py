@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from dit_booth.inject import Site, Sites
 from dit_booth.models import weights
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import Text, TextEncoder, build_clip
-from dit_booth.models.encoder_config import ClipConfig
+from dit_booth.models.pretrained import load_pretrained, load_strategy_weights, read_strategy_weights
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
-from dit_booth.models.upstream.unet import (
-    export_diffusers_unet,
-    export_videobooth,
-    from_videobooth,
-    unlike_diffusers,
-)
-from dit_booth.models.weights import load_start, load_strategies, read_pickle, read_strategies
+from dit_booth.models.upstream.stable_diffusion import find_unet_mismatches, to_diffusers
+from dit_booth.models.upstream.videobooth import from_videobooth, to_videobooth
+from dit_booth.models.weights import read_pickle
 from dit_booth.strategy import Strategies
 
 torch.set_num_threads(1)
@@ -81,7 +78,7 @@ def test_a_still_video_is_the_image_models_output(
     image = official.randomised(official.image_unet(**official.TINY_UNET, use_linear_projection=linear))
     image.save_pretrained(tmp_path, safe_serialization=safetensors)
     video = VideoUNet(config(plan="self", linear_projection=linear))
-    assert load_start(video, text, str(tmp_path), "unet") == {}
+    assert load_pretrained(video, text, str(tmp_path), "unet") == {}
     x, tokens, t = torch.randn(2, 4, *size), torch.randn(2, 5, 128), torch.tensor([3.0, 871.0])
     expected = image(x, t, tokens).sample
     assert expected.abs().max() > 0.3
@@ -90,7 +87,7 @@ def test_a_still_video_is_the_image_models_output(
         assert ours.shape[1] == frames
         assert (ours - expected[:, None]).abs().max() <= 2e-5
     if size == (8, 8):
-        assert same(export_diffusers_unet(video.state_dict()), dict(image.state_dict()))
+        assert same(to_diffusers(video.state_dict()), dict(image.state_dict()))
 
 
 @pytest.mark.parametrize("safetensors", [True, False])
@@ -100,7 +97,7 @@ def test_a_pipelines_folder_brings_its_text_encoder(tmp_path: Path, safetensors:
     official.write_sd(tmp_path, safetensors=safetensors)
     text = build_clip(ClipConfig(pretrained="none"))[0]
     projection = text.text_projection.clone()
-    load_start(VideoUNet(config()), text, str(tmp_path), "unet")
+    load_pretrained(VideoUNet(config()), text, str(tmp_path), "unet")
     oracle = CLIPTextModel(CLIPTextConfig(**official.TINY_TEXT)).eval()
     prompt = text.tokenize(["a red dog runs", "None"])
     ends = (prompt.ids == 2047).int().argmax(dim=1)
@@ -119,7 +116,7 @@ def test_a_pipelines_folder_brings_its_text_encoder(tmp_path: Path, safetensors:
     assert (ours.pooled - pooled).abs().max() <= 2e-5
     before = text.ln_final.weight.clone()
     nn.init.ones_(text.ln_final.weight)
-    load_start(VideoUNet(config()), text, str(tmp_path / "unet"), "unet")
+    load_pretrained(VideoUNet(config()), text, str(tmp_path / "unet"), "unet")
     assert torch.equal(text.ln_final.weight, torch.ones_like(before)), "the U-Net's own folder has no text"
 
 
@@ -128,11 +125,11 @@ def test_a_configuration_that_shows_in_no_shape_is_compared(tmp_path: Path, text
     with pytest.raises(
         ValueError, match=r"config\.json: attention_head_dim is 2, unet\.heads is 4: set --unet.heads 2$"
     ):
-        load_start(VideoUNet(config(heads=4)), text, str(tmp_path), "unet")
+        load_pretrained(VideoUNet(config(heads=4)), text, str(tmp_path), "unet")
     with pytest.raises(ValueError, match=r"unet\.channels is \(8, 24\): set --unet\.channels 8 16"):
-        load_start(VideoUNet(config(channels=(8, 24))), text, str(tmp_path), "unet")
+        load_pretrained(VideoUNet(config(channels=(8, 24))), text, str(tmp_path), "unet")
     with pytest.raises(ValueError, match=r"unet\.positions is rotary: set --unet\.positions none"):
-        load_start(VideoUNet(config(heads=1, positions="rotary")), text, str(tmp_path), "unet")
+        load_pretrained(VideoUNet(config(heads=1, positions="rotary")), text, str(tmp_path), "unet")
     settings = json.loads((tmp_path / "config.json").read_text())
     for change, says in (
         ({"norm_num_groups": 8}, "set --unet.norm-groups 8"),
@@ -147,26 +144,26 @@ def test_a_configuration_that_shows_in_no_shape_is_compared(tmp_path: Path, text
             "set --unet.down-attention False True",
         ),
     ):
-        (found, *_) = unlike_diffusers({**settings, **change}, config())
+        (found, *_) = find_unet_mismatches({**settings, **change}, config())
         assert says in found
-    assert unlike_diffusers(settings, config()) == []
+    assert find_unet_mismatches(settings, config()) == []
 
 
 def test_a_folder_that_cannot_be_read(tmp_path: Path, text: TextEncoder) -> None:
     official.image_unet().save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match=r"holds a U-Net; set --backbone unet"):
-        load_start(nn.Linear(2, 2), text, str(tmp_path), "dit")
+        load_pretrained(nn.Linear(2, 2), text, str(tmp_path), "dit")
     with pytest.raises(ValueError, match=r"is an image U-Net; give its folder, with config\.json"):
         file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-        load_start(VideoUNet(config()), text, str(file), "unet")
+        load_pretrained(VideoUNet(config()), text, str(file), "unet")
     file.unlink()
     with pytest.raises(
         ValueError, match=r"unet has no diffusion_pytorch_model\.safetensors or diffusion_.*bin"
     ):
-        load_start(VideoUNet(config()), text, str(tmp_path), "unet")
+        load_pretrained(VideoUNet(config()), text, str(tmp_path), "unet")
     (tmp_path / "unet" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON"):
-        load_start(VideoUNet(config()), text, str(tmp_path), "unet")
+        load_pretrained(VideoUNet(config()), text, str(tmp_path), "unet")
 
 
 # ---- VideoBooth ----
@@ -196,12 +193,12 @@ def test_the_originals_u_net_goes_round(tmp_path: Path, text: TextEncoder, name:
             watermark=name.endswith("watermark"),
         )
     )
-    taps = load_start(unet, text, str(tmp_path / "unet.pt"), "unet")
+    taps = load_pretrained(unet, text, str(tmp_path / "unet.pt"), "unet")
     strategies = strategies_of(unet)
-    load_strategies(strategies, taps, "x")
+    load_strategy_weights(strategies, taps, "x")
     root = nn.ModuleDict({"backbone": unet, "strategy": strategies}).state_dict()
-    assert same(export_videobooth(root, taps_in_unet=True)["ema_unet"], original)
-    plain = export_videobooth(root)["ema_unet"]
+    assert same(to_videobooth(root, taps_in_unet=True)["ema_unet"], original)
+    plain = to_videobooth(root)["ema_unet"]
     assert set(original) - set(plain) == {
         k for k in original if k.split(".")[-2].endswith(("new", "exemplar", "global"))
     }
@@ -210,11 +207,11 @@ def test_the_originals_u_net_goes_round(tmp_path: Path, text: TextEncoder, name:
 def test_both_files_go_round(tmp_path: Path, text: TextEncoder) -> None:
     unet_file, mapper_file = official.write_videobooth(tmp_path)
     unet = VideoUNet(config(watermark=True))
-    assert load_start(unet, text, str(unet_file), "unet") == {}
+    assert load_pretrained(unet, text, str(unet_file), "unet") == {}
     strategies = strategies_of(unet)
-    load_strategies(strategies, read_strategies(str(mapper_file)), "x")
+    load_strategy_weights(strategies, read_strategy_weights(str(mapper_file)), "x")
     root = nn.ModuleDict({"backbone": unet, "strategy": strategies}).state_dict()
-    files = export_videobooth(root)
+    files = to_videobooth(root)
     assert same(files["ema_unet"], torch.load(unet_file)["ema_unet"])
     mapper = torch.load(mapper_file)
     assert same(files["ema"], mapper["ema"]), "the averages, not the last weights"
@@ -223,7 +220,9 @@ def test_both_files_go_round(tmp_path: Path, text: TextEncoder) -> None:
     flat = mapper["ema"][f"{site.replace('.', '_')}_attn2_to_k.weight"]
     assert torch.equal(root[f"strategy.token_replacement.taps.{site}.attn2.to_k_global.weight"], flat)
     save_file(mapper["ema"], tmp_path / "mapper.safetensors")  # converted by someone who trusts the pickle
-    assert same(read_strategies(str(tmp_path / "mapper.safetensors")), read_strategies(str(mapper_file)))
+    assert same(
+        read_strategy_weights(str(tmp_path / "mapper.safetensors")), read_strategy_weights(str(mapper_file))
+    )
 
 
 def test_the_taps_of_a_u_net_are_taken_as_far_as_its_strategies_run(
@@ -234,24 +233,26 @@ def test_the_taps_of_a_u_net_are_taken_as_far_as_its_strategies_run(
     state = {**torch.load(unet_file)["ema_unet"], **official.random_like(official.taps_in_unet(image), 8)}
     torch.save({"ema": state}, unet_file)
     unet = VideoUNet(config(watermark=True))
-    taps = load_start(unet, text, str(unet_file), "unet")
+    taps = load_pretrained(unet, text, str(unet_file), "unet")
     only_fine = strategies_of(unet, ("kv_concat",))
     with caplog.at_level(logging.INFO):
-        load_strategies(only_fine, taps, "weights=x", optional=True)
-    assert "weights=x: what it has for token_replacement is not used" in caplog.text
+        load_strategy_weights(only_fine, taps, "weights=x", optional=True)
+    assert "weights=x: tensors for token_replacement are not used" in caplog.text
     site = "mid_block.attentions.0.transformer_blocks.0.attn1"
     found = only_fine.state_dict()[f"kv_concat.taps.{site}.to_v_exemplar.weight"]
     assert torch.equal(found, state[f"{site}.to_v_exemplar.weight"])
     strategies = strategies_of(unet)
     words = strategies.part("token_replacement").state_dict()["mapper.mapping_0.0.weight"].clone()
-    load_strategies(strategies, read_strategies(str(unet_file)), "x")  # as a source of strategies alone
+    load_strategy_weights(
+        strategies, read_strategy_weights(str(unet_file)), "x"
+    )  # as a source of strategies alone
     assert torch.equal(strategies.state_dict()["token_replacement.mapper.mapping_0.0.weight"], words)
-    load_strategies(strategies_of(unet, ()), taps, "weights=x", optional=True)
+    load_strategy_weights(strategies_of(unet, ()), taps, "weights=x", optional=True)
     with pytest.raises(
         ValueError, match=r"x is for kv_concat, and the run's strategies are token_replacement"
     ):
         fine = {k: v for k, v in taps.items() if k.startswith("kv_concat")}
-        load_strategies(strategies_of(unet, ("token_replacement",)), fine, "x")
+        load_strategy_weights(strategies_of(unet, ("token_replacement",)), fine, "x")
 
 
 def test_elites_mapper_brings_its_mlps_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -260,7 +261,7 @@ def test_elites_mapper_brings_its_mlps_alone(tmp_path: Path, caplog: pytest.LogC
     strategies = strategies_of(VideoUNet(config()))
     before = {name: tensor.clone() for name, tensor in strategies.state_dict().items()}
     with caplog.at_level(logging.INFO):
-        load_strategies(strategies, read_strategies(str(tmp_path / "global_mapper.pt")), "x")
+        load_strategy_weights(strategies, read_strategy_weights(str(tmp_path / "global_mapper.pt")), "x")
     assert "ELITE's mapper; the text attention's K/V stay the backbone's" in caplog.text
     for name, tensor in strategies.state_dict().items():
         official_name = name.removeprefix("token_replacement.mapper.")
@@ -270,14 +271,14 @@ def test_elites_mapper_brings_its_mlps_alone(tmp_path: Path, caplog: pytest.LogC
 def test_later_sources_of_strategies_win_and_ours_are_read_as_they_are(tmp_path: Path) -> None:
     _, mapper = official.write_videobooth(tmp_path)
     first, second = strategies_of(VideoUNet(config())), strategies_of(VideoUNet(config()))
-    load_strategies(first, read_strategies(str(mapper)), "x")
+    load_strategy_weights(first, read_strategy_weights(str(mapper)), "x")
     weights.write(tmp_path / "strategy.safetensors", first.state_dict())
     for source in (tmp_path, tmp_path / "strategy.safetensors"):
-        load_strategies(second, read_strategies(str(source)), "x")
+        load_strategy_weights(second, read_strategy_weights(str(source)), "x")
         assert same(first.state_dict(), second.state_dict())
     other = {"shift.project.weight": torch.ones(2)}  # of someone's own strategy
     weights.write(tmp_path / "other.safetensors", other)
-    assert same(read_strategies(str(tmp_path / "other.safetensors")), other)
+    assert same(read_strategy_weights(str(tmp_path / "other.safetensors")), other)
 
 
 # ---- what is refused ----
@@ -288,16 +289,16 @@ def test_a_watermark_branch_and_positions_must_fit(tmp_path: Path, text: TextEnc
     with pytest.raises(
         ValueError, match=r"has a watermark branch, and .* is False; set --unet\.watermark True"
     ):
-        load_start(VideoUNet(config()), text, str(unet_file), "unet")
+        load_pretrained(VideoUNet(config()), text, str(unet_file), "unet")
     state = torch.load(unet_file)["ema_unet"]
     torch.save({"ema": {k: v for k, v in state.items() if "watermark" not in k}}, unet_file)
     with pytest.raises(
         ValueError, match=r"has no watermark branch, and .* is True; set --unet\.watermark False"
     ):
-        load_start(VideoUNet(config(watermark=True)), text, str(unet_file), "unet")
+        load_pretrained(VideoUNet(config(watermark=True)), text, str(unet_file), "unet")
     with pytest.raises(ValueError, match=r"knows no positions, and .* is rotary; set --unet\.positions none"):
-        load_start(VideoUNet(config(heads=1, positions="rotary")), text, str(unet_file), "unet")
-    load_start(VideoUNet(config()), text, str(unet_file), "unet")
+        load_pretrained(VideoUNet(config(heads=1, positions="rotary")), text, str(unet_file), "unet")
+    load_pretrained(VideoUNet(config()), text, str(unet_file), "unet")
 
 
 def test_what_is_missing_and_unexpected_is_listed(tmp_path: Path, text: TextEncoder) -> None:
@@ -308,7 +309,7 @@ def test_what_is_missing_and_unexpected_is_listed(tmp_path: Path, text: TextEnco
     state["rotary.freqs"], state["conv_out.bias"] = torch.zeros(2), torch.zeros(5)
     torch.save({"ema_unet": state}, unet_file)
     with pytest.raises(ValueError) as error:
-        load_start(unet, text, str(unet_file), "unet")
+        load_pretrained(unet, text, str(unet_file), "unet")
     for words in (
         "1 missing (conv_in.bias)",
         "1 unexpected (rotary.freqs)",
@@ -334,15 +335,15 @@ def test_what_is_missing_and_unexpected_is_listed(tmp_path: Path, text: TextEnco
     ):
         torch.save({"ema": change}, mapper_file)
         with pytest.raises(ValueError, match=says):
-            load_strategies(strategies_of(unet), read_strategies(str(mapper_file)), "x")
+            load_strategy_weights(strategies_of(unet), read_strategy_weights(str(mapper_file)), "x")
     with pytest.raises(ValueError, match=r"to_k_new\.weight is in the file twice"):
         dotted = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_k_new.weight": torch.zeros(1)}
         from_videobooth({**mapper, **dotted})
     with pytest.raises(
         ValueError, match=r"strategy\.adaln\.taps\.blocks\.0\.weight has no place in VideoBooth"
     ):
-        export_videobooth({"strategy.adaln.taps.blocks.0.weight": torch.zeros(1)})
+        to_videobooth({"strategy.adaln.taps.blocks.0.weight": torch.zeros(1)})
     with pytest.raises(
         ValueError, match=r"strategy_weights has 'nowhere\.pt', but nowhere\.pt is not a file"
     ):
-        read_strategies("nowhere.pt")
+        read_strategy_weights("nowhere.pt")

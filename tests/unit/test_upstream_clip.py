@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import ImageEncoder, TextEncoder, build_clip
 from dit_booth.models.clip.weights import build_clip_model
-from dit_booth.models.encoder_config import ClipConfig
 from dit_booth.models.upstream.clip import from_transformers, to_transformers
 
 torch.set_num_threads(1)

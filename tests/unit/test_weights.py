@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from dit_booth.files import write_text
-from dit_booth.models import weights
-from dit_booth.models.weights import load_start, load_strictly, part, read, write
+from dit_booth.models import pretrained, weights
+from dit_booth.models.pretrained import load_pretrained
+from dit_booth.models.weights import load_strictly, part, read, write
 
 
 def layer(seed: int = 0, width: int = 3) -> nn.Linear:
@@ -106,7 +107,7 @@ def test_partial_loading_forgives_only_what_is_missing() -> None:
         load_strictly(target, {}, "x")
 
 
-def test_load_start_takes_a_file_or_a_run_folder(tmp_path: Path) -> None:
+def test_load_pretrained_takes_a_file_or_a_run_folder(tmp_path: Path) -> None:
     backbone, text = layer(1), layer(2)
     file = tmp_path / "weights.safetensors"
     write(
@@ -119,31 +120,31 @@ def test_load_start_takes_a_file_or_a_run_folder(tmp_path: Path) -> None:
     )
     for source in (file, tmp_path):
         new, words = layer(8), layer(9)
-        load_start(new, words, str(source), "dit")
+        load_pretrained(new, words, str(source), "dit")
         assert torch.equal(new.weight, backbone.weight)
         assert torch.equal(words.weight, text.weight)
     write(file, {f"backbone.{k}": v for k, v in backbone.state_dict().items()})
     new, words = layer(8), layer(9)
-    load_start(new, words, str(file), "dit")
+    load_pretrained(new, words, str(file), "dit")
     assert torch.equal(new.weight, backbone.weight)
     assert torch.equal(words.weight, layer(9).weight), "a file without a text encoder leaves it"
-    load_start(new, words, "none", "dit")
+    load_pretrained(new, words, "none", "dit")
     assert torch.equal(new.weight, backbone.weight)
 
 
-def test_load_start_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_pretrained_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"weights is '.*nowhere'.*use embedded, none, a run folder"):
-        load_start(layer(), layer(), str(tmp_path / "nowhere"), "dit")
+        load_pretrained(layer(), layer(), str(tmp_path / "nowhere"), "dit")
     with pytest.raises(ValueError, match=r"weights\.safetensors is not a file"):
-        load_start(layer(), layer(), str(tmp_path), "dit")
-    monkeypatch.setattr(weights, "ASSETS", tmp_path)
+        load_pretrained(layer(), layer(), str(tmp_path), "dit")
+    monkeypatch.setattr(pretrained, "ASSETS", tmp_path)
     with pytest.raises(ValueError, match=r"weights is 'embedded', but .*unet\.safetensors is not a file"):
-        load_start(layer(), layer(), "embedded", "unet")
+        load_pretrained(layer(), layer(), "embedded", "unet")
     write(tmp_path / "dit.safetensors", {"backbone.weight": torch.zeros(4, 2)})
     with pytest.raises(
         ValueError, match=r"dit\.safetensors for the dit backbone: .*1 missing \(bias\).*\(4, 2\) in the file"
     ):
-        load_start(layer(), layer(), "embedded", "dit")
+        load_pretrained(layer(), layer(), "embedded", "dit")
 
 
 def test_part() -> None:

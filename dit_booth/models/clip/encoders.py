@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.inject import Injection, PromptTokens, Site, no_injection
+from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.tokenizer import NULL_PROMPT, Prompt, Tokenizer
 from dit_booth.models.clip.weights import build_clip_model, clip_state_dict
-from dit_booth.models.encoder_config import ClipConfig
 
 __all__ = [
     "NULL_PROMPT",

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dit_booth.errors import suggest
-from dit_booth.models.encoder_config import ClipConfig
-from dit_booth.models.upstream.clip import from_transformers, unlike_transformers
-from dit_booth.models.weights import load_strictly, read_folder, read_json, refuse
+from dit_booth.models.clip.config import ClipConfig
+from dit_booth.models.upstream.clip import find_clip_mismatches, from_transformers
+from dit_booth.models.weights import load_strictly, raise_mismatches, read_folder, read_json
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +171,10 @@ def _from_transformers_folder(config: ClipConfig) -> nn.Module:
         )
     model = open_clip.create_model(config.model, load_weights=False)
     towers = {"text_config": model.transformer, "vision_config": model.visual.transformer}
-    unlike = [line for name, tower in towers.items() for line in unlike_transformers(settings[name], tower)]
-    refuse(unlike, where, "choose the clip.model that it is")
+    mismatches = [
+        line for name, tower in towers.items() for line in find_clip_mismatches(settings[name], tower)
+    ]
+    raise_mismatches(mismatches, where, "choose the clip.model that it is")
     state = from_transformers(read_folder(folder, "model", "pytorch_model"))
     load_strictly(model, state, where, fix=f"model = {config.model!r} may be another size: {_FIX}")
     return model

@@ -1,4 +1,4 @@
-"""A block of the video DiT: attention over frames, over the text, over time, and an MLP, each modulated by name."""
+"""A block of the video DiT: attention over frames, to the text, along time, and an MLP, each modulated by name."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from dit_booth.models.layers import Attention
 from dit_booth.models.positions import Rotary
 
 
-class Step(NamedTuple):
-    """What every block of one forward pass reads."""
+class DiTInputs(NamedTuple):
+    """Inputs that all blocks of one forward pass share."""
 
-    c: Tensor  # b d, what modulates
+    c: Tensor  # b d, conditioning vector: the timestep embedding, with the text or label where they modulate
     plan: Frames  # of attn1
-    time_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
-    space: Rotary | None = None  # of every token
-    time: Rotary | None = None  # of the frames of one place
+    temporal_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
+    rotary: Rotary | None = None  # of attn1
+    temporal_rotary: Rotary | None = None  # of attn_temp
     grid: tuple[int, int] = (0, 0)  # rows and columns of a frame's tokens
-    closed: int = 0  # leading frames that must not see the video, hence no text that does
+    isolated: int = 0  # leading frames that must not see the video, nor text that has seen it
 
 
 # ---- modulation --------------------------------------------------------------------------------------------
 
 
-class Modulate(NamedTuple):
+class ShiftScaleGate(NamedTuple):
     """One sub-layer's part of the adaLN vector: ``x + gate * layer(norm(x) * (1 + scale) + shift)``."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor | None = None  # none: one (adaLN without the zero)
 
-    def of(self, normed: Tensor) -> Tensor:
-        """The sub-layer's input. Overwrites a norm's output where no gradient needs it."""
+    def modulate(self, normed: Tensor) -> Tensor:
+        """Compute the sub-layer's input. Overwrites `normed` where no gradient needs it."""
         if torch.is_grad_enabled():
             return normed * (1 + self.scale) + self.shift
         return normed.mul_(1 + self.scale).add_(self.shift)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """The residual stream x with the sub-layer's output y. Overwrites y where no gradient needs it."""
+    def add_residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the sub-layer's gated output y to the residual stream x. Overwrites y where no gradient needs it."""
         if self.gate is None:
             return x + y
         return x + (self.gate * y if torch.is_grad_enabled() else y.mul_(self.gate))
 
 
 class BlockModulation(nn.Module):
-    """The adaLN vector of a block, behind the `modulation` port, cut into named parts for the sub-layers.
+    """Compute a block's adaLN vector, pass it through the `modulation` port, and split it by sub-layer.
 
-    Each part is a shift, a scale and, unless `gated` is false, a gate: DiT's adaLN-Zero and adaLN (section 3.2).
+    Each sub-layer gets a shift, a scale and, unless `gated` is false, a gate: DiT's adaLN-Zero and adaLN (section 3.2).
     """
 
     def __init__(self, name: str, hidden: int, parts: tuple[str, ...], gated: bool = True) -> None:
@@ -67,14 +67,16 @@ class BlockModulation(nn.Module):
             name=name, port="modulation", role="block", dim=width, projections={"linear": self.linear}
         )
 
-    def forward(self, c: Tensor, inject: Injection) -> dict[str, Modulate]:
+    def forward(self, c: Tensor, inject: Injection) -> dict[str, ShiftScaleGate]:
         c = nn.functional.silu(c)
         vector = inject(self.site, Modulation(self.linear(c), c)).vector
         values = rearrange(vector, "b (p e d) -> p e b 1 1 d", p=len(self.parts), e=self.each).unbind(0)
-        return {part: Modulate(*value.unbind(0)) for part, value in zip(self.parts, values, strict=True)}
+        return {
+            part: ShiftScaleGate(*value.unbind(0)) for part, value in zip(self.parts, values, strict=True)
+        }
 
 
-# ---- neighbours --------------------------------------------------------------------------------------------
+# ---- convolution -------------------------------------------------------------------------------------------
 
 
 class TokenConv(nn.Conv2d):
@@ -92,7 +94,7 @@ class TokenConv(nn.Conv2d):
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``: as many parameters as the two layers of 4 d (Shazeer, arXiv 2002.05202)."""
+    """``down(silu(gate(x)) * up(x))``, as many parameters as two layers of width 4 d (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -101,10 +103,11 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(inner, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        y: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
 
 
-def make_mlp(kind: str, hidden: int) -> nn.Module:
+def build_mlp(kind: str, hidden: int) -> nn.Module:
     if kind == "swiglu":
         return SwiGLU(hidden)
     return nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU("tanh"), nn.Linear(4 * hidden, hidden))
@@ -114,7 +117,7 @@ def make_mlp(kind: str, hidden: int) -> nn.Module:
 
 
 class DiTBlock(nn.Module):
-    """Attention over frames by plan, to the text and along time, and a convolution, as far as it has them; an MLP.
+    """Cross-frame attention by plan, text and temporal attention, a convolution (those that `config` asks for), an MLP.
 
     x: (b f n d). text: None, or (b 1 l c): tokens for `attn2` to read, or (in context) tokens that take part in
     `attn1` and come out transformed.
@@ -143,57 +146,57 @@ class DiTBlock(nn.Module):
         self.attn2 = attention("attn2", "text", text_dim) if reads_text else None
         self.attn_temp = attention("attn_temp", "temporal") if "attn_temp" in parts else None
         self.conv = TokenConv(hidden) if config.conv else None
-        self.mlp = make_mlp(config.mlp, hidden)
+        self.mlp = build_mlp(config.mlp, hidden)
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
 
     def forward(
-        self, x: Tensor, text: Tensor | None, step: Step, inject: Injection
+        self, x: Tensor, text: Tensor | None, shared: DiTInputs, inject: Injection
     ) -> tuple[Tensor, Tensor | None]:
-        mod = self.modulation(step.c, inject)
+        mod = self.modulation(shared.c, inject)
         if self.attn1 is not None:
-            x, text = self.over_frames(self.attn1, mod["attn1"], x, text, step, inject)
+            x, text = self.attend_across_frames(self.attn1, mod["attn1"], x, text, shared, inject)
         if self.attn2 is not None and text is not None:
             x = x + self.attn2(self.norm(x), text, seen_by_all(x.shape[1]), inject)
         if self.attn_temp is not None:
-            x = self.over_time(self.attn_temp, mod["attn_temp"], x, step, inject)
+            x = self.attend_over_time(self.attn_temp, mod["attn_temp"], x, shared, inject)
         if self.conv is not None:
-            x = self.conv(x, step.grid)
-        x = mod["mlp"].add(x, self.mlp(mod["mlp"].of(self.norm(x))))
+            x = self.conv(x, shared.grid)
+        x = mod["mlp"].add_residual(x, self.mlp(mod["mlp"].modulate(self.norm(x))))
         if self.in_context and text is not None:
-            text = mod["mlp"].add(text, self.mlp(mod["mlp"].of(self.norm(text))))
+            text = mod["mlp"].add_residual(text, self.mlp(mod["mlp"].modulate(self.norm(text))))
         return x, text
 
-    def over_frames(
+    def attend_across_frames(
         self,
         attention: Attention,
-        mod: Modulate,
+        mod: ShiftScaleGate,
         x: Tensor,
         text: Tensor | None,
-        step: Step,
+        shared: DiTInputs,
         inject: Injection,
     ) -> tuple[Tensor, Tensor | None]:
-        """Cross-frame attention. In context every frame reads the text, and the text reads itself and all frames."""
-        h = mod.of(self.norm(x))
+        """Cross-frame attention. In context, every frame reads the text, and the text reads itself and all frames."""
+        h = mod.modulate(self.norm(x))
         if not self.in_context or text is None:
-            return mod.add(x, attention(h, h, step.plan, inject, step.space)), text
-        g, frames = mod.of(self.norm(text)), x.shape[1]
+            return mod.add_residual(x, attention(h, h, shared.plan, inject, shared.rotary)), text
+        g, frames = mod.modulate(self.norm(text)), x.shape[1]
         words = attention.project(g, g, seen_by_all(1))
-        qkv = attention.project(h, h, step.plan, step.space)
-        readers = ((),) * step.closed + seen_by_all(frames - step.closed)
+        qkv = attention.project(h, h, shared.plan, shared.rotary)
+        readers = ((),) * shared.isolated + seen_by_all(frames - shared.isolated)
         qkv = inject(attention.site, qkv.reading(replace(words.segments[0], frames=readers)))
         words = words.reading(replace(qkv.segments[0], frames=seen_by_all(1, frames)))
-        return mod.add(x, attention.read(qkv)), mod.add(text, attention.read(words))
+        return mod.add_residual(x, attention.read(qkv)), mod.add_residual(text, attention.read(words))
 
-    def over_time(
-        self, attention: Attention, mod: Modulate, x: Tensor, step: Step, inject: Injection
+    def attend_over_time(
+        self, attention: Attention, mod: ShiftScaleGate, x: Tensor, shared: DiTInputs, inject: Injection
     ) -> Tensor:
-        """Attention of every place along its frames, which are one group of keys; under a plan, each is its own."""
-        form = "b f n d -> (b n) 1 f d" if step.time_plan is None else "b f n d -> (b n) f 1 d"
-        h = rearrange(mod.of(self.norm(x)), form).contiguous()  # one copy for the three projections
-        h = attention(h, h, step.time_plan or seen_by_all(1), inject, step.time)
-        return mod.add(x, rearrange(h, "(b n) g f d -> b (g f) n d", b=len(x)))
+        """Temporal attention: the frames of one place are one group of keys or, under a plan, one group each."""
+        form = "b f n d -> (b n) 1 f d" if shared.temporal_plan is None else "b f n d -> (b n) f 1 d"
+        h = rearrange(mod.modulate(self.norm(x)), form).contiguous()  # one copy, not one per projection
+        h = attention(h, h, shared.temporal_plan or seen_by_all(1), inject, shared.temporal_rotary)
+        return mod.add_residual(x, rearrange(h, "(b n) g f d -> b (g f) n d", b=len(x)))
 
     def sites(self) -> list[Site]:
-        """The block's sites, in the order of the forward pass."""
+        """Return the block's sites, in the order of the forward pass."""
         attentions = (a for a in (self.attn1, self.attn2, self.attn_temp) if a is not None)
         return [self.modulation.site, *(a.site for a in attentions)]

@@ -38,7 +38,7 @@ class DiTConfig:
     patch: Literal[1, 2, 4, 8] = 2
     """Side of a token in latent pixels."""
     layout: Literal["factorised", "interleaved", "joint", "image"] = "factorised"
-    """factorised: cross-frame, then temporal attention in every block; interleaved: blocks take turns (Latte,
+    """factorised: cross-frame, then temporal attention in every block; interleaved: blocks alternate (Latte,
     2401.03048); joint: one attention over space and time (plan all); image: every frame by itself (plan self; DiT)."""
     plan: str = "first+previous"
     """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
@@ -46,23 +46,23 @@ class DiTConfig:
         "adaln_zero"
     )
     """How the text enters (DiT section 3.2): pooled, in the modulation (adaln: without gates); as tokens that take part
-    in the cross-frame attention (in_context) or are read by one of their own (cross_attention), the time alone
+    in the cross-frame attention (in_context) or are read by one of their own (cross_attention), the timestep alone
     modulating; class_label: a label in the text's place, as DiT has it."""
     classes: int = 1000
     """class_label: number of classes; the label after the last one is the null class."""
     head_text: bool = True
-    """Whether what the blocks are modulated by modulates the head, too, or the time alone (Latte with text)."""
+    """Modulate the head by the blocks' conditioning vector; false: by the timestep alone (Latte with text)."""
     positions: Literal["sincos", "rotary"] = "sincos"
-    """Place and time: fixed sin-cos, added once (DiT, MAE), or rotary in three axes (RoFormer, 2104.09864)."""
+    """Row, column and frame: fixed sin-cos, added once (DiT, MAE), or rotary in three axes (RoFormer, 2104.09864)."""
     qk_norm: bool = False
     """RMS-normalise queries and keys of every head: stable in low precision (ViT-22B, 2302.05442; SD3, 2403.03206)."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """The MLP's unit; swiglu (Shazeer, 2002.05202) has three layers of two thirds the width."""
+    """Unit of the MLP; swiglu (Shazeer, 2002.05202) has three layers of two thirds the width."""
     conv: bool = False
     """Before its MLP, every block adds to each token a depth-wise 3 x 3 convolution of its frame's tokens. It starts at
     zero (the position encoding generator of CPVT, 2102.10882)."""
     init: Literal["dit", "depth_scaled"] = "dit"
-    """depth_scaled: layers that add to the residual stream start 1 / sqrt(their number) smaller (GPT-2, 2.3)."""
+    """depth_scaled: layers that add to the residual stream start 1 / sqrt(their count) smaller (GPT-2, 2.3)."""
     attention: str = "auto"
     """Attention kernel."""
     checkpointing: bool = False
@@ -104,12 +104,12 @@ class DiTConfig:
 
     @property
     def shape(self) -> Size:
-        """Depth, width and heads: the size's, where they are not set."""
+        """Depth, width and heads; those that are not set come from the size."""
         size = SIZES[self.size]
         return Size(self.depth or size.depth, self.hidden or size.hidden, self.heads or size.heads)
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """The sub-layers of block `index` that the modulation reaches, in order."""
+        """Return the modulated sub-layers of block `index`, in order."""
         if self.layout == "factorised":
             return ("attn1", "attn_temp", "mlp")
         if self.layout == "interleaved" and index % 2:

@@ -1,0 +1,1 @@
+"""Video U-Net of Stable Diffusion 1.x and VideoBooth."""

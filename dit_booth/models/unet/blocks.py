@@ -1,7 +1,7 @@
 """Components of the video U-Net: Stable Diffusion 1.x's blocks, inflated as VideoBooth's base model is.
 
 Convolutions see one frame at a time. The group norms of residual blocks pool their statistics over a video's
-frames (upstream norms a 3-D tensor), those of transformer blocks are per frame; the golden tensors say so.
+frames (upstream normalises a 3-D tensor), those of transformer blocks are per frame, as in the golden tensors.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from dit_booth.attention import Frames
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Modulation, Role, Site
 from dit_booth.models.layers import Attention, timestep_embedding
-from dit_booth.models.positions import Rotary, rotary_3d, rotary_time
+from dit_booth.models.positions import Rotary, rotary_3d, rotary_frames
 from dit_booth.models.unet.config import UNetConfig
 
 
-class Step(NamedTuple):
-    """What every block of one forward pass reads."""
+class UNetInputs(NamedTuple):
+    """Inputs that all blocks of one forward pass share."""
 
-    time: Tensor  # b c
+    t_emb: Tensor  # b c, timestep embedding
     text: Tensor  # b l c
-    plan: Frames
+    plan: Frames  # of attn1
     inject: Injection
-    context: int = 0  # leading frames that are no part of the video
-    time_plan: Frames | None = None  # which frames of a place read which, where that is not all
-    times: range | None = None  # the frames' positions, where attention knows them
+    context: int = 0  # leading frames outside the video
+    temporal_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
+    frame_positions: range | None = None  # for rotary positions; none: attention knows no positions
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
 
 
 class FrameConv(nn.Conv2d):
-    """A 2-D convolution of every frame: (b f c h w)."""
+    """2-D convolution of every frame: (b f c h w)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(rearrange(x, "b f c h w -> (b f) c h w"))
@@ -56,7 +56,7 @@ class VideoNorm(nn.GroupNorm):
 
 
 class PointwiseConv(nn.Conv2d):
-    """A linear layer of tokens (... c) whose weights have a 1x1 convolution's shape, as in SD 1.x."""
+    """Linear layer of tokens (... c) with weights in the shape of a 1x1 convolution, as in SD 1.x."""
 
     def __init__(self, dim: int, dim_out: int) -> None:
         super().__init__(dim, dim_out, kernel_size=1)
@@ -66,7 +66,7 @@ class PointwiseConv(nn.Conv2d):
 
 
 class PointwiseFrameConv(PointwiseConv):
-    """The same of every frame where the channels lie: (b f c h w)."""
+    """1x1 convolution of every frame without moving the channels: (b f c h w)."""
 
     bias: nn.Parameter
 
@@ -75,7 +75,7 @@ class PointwiseFrameConv(PointwiseConv):
         return rearrange(y, "b f c (h w) -> b f c h w", h=x.shape[-2])
 
 
-class TimeEmbedding(nn.Module):
+class TimestepEmbedding(nn.Module):
     """t (b,) -> (b dim) through the `modulation` port, whose source is the sinusoidal embedding (b width)."""
 
     def __init__(self, name: str, width: int, dim: int) -> None:
@@ -87,28 +87,29 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor, dtype: torch.dtype, inject: Injection) -> Tensor:
         source = timestep_embedding(t, self.width).to(dtype)
-        time = self.linear_2(F.silu(self.linear_1(source)))
-        return inject(self.site, Modulation(time, source)).vector
+        t_emb = self.linear_2(F.silu(self.linear_1(source)))
+        return inject(self.site, Modulation(t_emb, source)).vector
 
 
 class Resample(nn.Module):
-    """A 3x3 convolution that halves the side (stride 2), or follows nearest-neighbour scaling to `size`."""
+    """3x3 convolution that halves the side (stride 2), or follows nearest-neighbour scaling to `size`."""
 
     def __init__(self, dim: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = FrameConv(dim, dim, kernel_size=3, stride=stride, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if size is not None:  # the skip's size: a side that was odd is not twice its half
+        if size is not None:  # the skip's size; twice the half of an odd side differs
             x = F.interpolate(x, size=(x.shape[2], *size), mode="nearest")
-        return self.conv(x)
+        y: Tensor = self.conv(x)
+        return y
 
 
 # ---- blocks ------------------------------------------------------------------------------------------------
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with the time embedding between them: (b f c h w)."""
+    """Two convolutions with the timestep embedding added between them: (b f c h w)."""
 
     def __init__(self, dim: int, dim_out: int, time_dim: int, groups: int) -> None:
         super().__init__()
@@ -119,11 +120,12 @@ class ResnetBlock(nn.Module):
         self.conv2 = FrameConv(dim_out, dim_out, kernel_size=3, padding=1)
         self.conv_shortcut = nn.Identity() if dim == dim_out else PointwiseFrameConv(dim, dim_out)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x, step.context)))
-        y = y + rearrange(self.time_emb_proj(F.silu(step.time)), "b c -> b 1 c 1 1")
-        y = self.conv2(F.silu(self.norm2(y, step.context)))
-        return self.conv_shortcut(x) + y
+    def forward(self, x: Tensor, shared: UNetInputs) -> Tensor:
+        y: Tensor = self.conv1(F.silu(self.norm1(x, shared.context)))
+        y = y + rearrange(self.time_emb_proj(F.silu(shared.t_emb)), "b c -> b 1 c 1 1")
+        y = self.conv2(F.silu(self.norm2(y, shared.context)))
+        shortcut: Tensor = self.conv_shortcut(x)
+        return shortcut + y
 
 
 class UNetAttention(Attention):
@@ -135,30 +137,32 @@ class UNetAttention(Attention):
 
 
 class GEGLU(nn.Module):
-    """Linear unit gated by GELU (Shazeer 2020)."""
+    """Linear unit gated by GELU (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, dim: int, dim_out: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, 2 * dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        projected: Tensor = self.proj(x)
+        value, gate = projected.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    """(... c) -> (... c) through 4c gated units; ``net.1`` is where upstream has its dropout."""
+    """Gated MLP of width 4c: (... c) -> (... c); ``net.1`` stands for upstream's dropout."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        y: Tensor = self.net(x)
+        return y
 
 
 class TransformerBlock(nn.Module):
-    """Attention over frames by plan, over the text, a feed-forward, attention over time; x: (b f n c)."""
+    """Cross-frame attention by plan, text attention, a gated MLP, temporal attention; x: (b f n c)."""
 
     def __init__(self, name: str, dim: int, config: UNetConfig) -> None:
         super().__init__()
@@ -168,28 +172,31 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.attn_temp = UNetAttention(f"{name}.attn_temp", "temporal", dim, dim, config)
 
-    def forward(self, x: Tensor, step: Step, space: Rotary | None = None) -> Tensor:
+    def forward(self, x: Tensor, shared: UNetInputs, rotary: Rotary | None = None) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, y, step.plan, step.inject, space)
-        text = rearrange(step.text, "b l c -> b 1 l c")
-        x = x + self.attn2(self.norm2(x), text, seen_by_all(x.shape[1]), step.inject)
+        x = x + self.attn1(y, y, shared.plan, shared.inject, rotary)
+        text = rearrange(shared.text, "b l c -> b 1 l c")
+        x = x + self.attn2(self.norm2(x), text, seen_by_all(x.shape[1]), shared.inject)
         x = x + self.ff(self.norm3(x))
-        return x + self.over_time(self.norm_temp(x), step)
+        return x + self.attend_over_time(self.norm_temp(x), shared)
 
-    def over_time(self, x: Tensor, step: Step) -> Tensor:
-        """A pixel's frames are one group of keys, or one each where a plan cuts them: (b f n c)."""
-        form, plan = (
-            ("(b n) 1 f c", seen_by_all(1)) if step.time_plan is None else ("(b n) f 1 c", step.time_plan)
-        )
+    def attend_over_time(self, x: Tensor, shared: UNetInputs) -> Tensor:
+        """Temporal attention: the frames of one place are one group of keys or, under a plan, one group each."""
+        whole, plan = shared.temporal_plan is None, shared.temporal_plan or seen_by_all(1)
+        form = "(b n) 1 f c" if whole else "(b n) f 1 c"
         y, rotary = rearrange(x, f"b f n c -> {form}"), None
-        if step.times is not None:
-            width, apart = x.shape[-1] // self.attn_temp.heads, step.time_plan is not None
-            rotary = rotary_time(step.times, width, x.device, x.dtype, apart=apart)
-        return rearrange(self.attn_temp(y, y, plan, step.inject, rotary), f"{form} -> b f n c", b=x.shape[0])
+        if shared.frame_positions is not None:
+            width = x.shape[-1] // self.attn_temp.heads
+            rotary = rotary_frames(
+                shared.frame_positions, width, x.device, x.dtype, group_per_frame=not whole
+            )
+        return rearrange(
+            self.attn_temp(y, y, plan, shared.inject, rotary), f"{form} -> b f n c", b=x.shape[0]
+        )
 
 
 class VideoTransformer(nn.Module):
-    """A transformer block between two projections, with a residual around: (b f c h w)."""
+    """Transformer block between two projections, added to its input: (b f c h w)."""
 
     def __init__(self, name: str, dim: int, config: UNetConfig) -> None:
         super().__init__()
@@ -201,13 +208,14 @@ class VideoTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = projection(dim, dim)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, shared: UNetInputs) -> Tensor:
         b, _, _, h, w = x.shape
-        y = self.norm(rearrange(x, "b f c h w -> (b f) c h w"))
+        y: Tensor = self.norm(rearrange(x, "b f c h w -> (b f) c h w"))
         y = self.proj_in(rearrange(y, "(b f) c h w -> b f (h w) c", b=b))
-        space = step.times and rotary_3d(step.times, h, w, y.shape[-1] // self.heads, x.device, x.dtype)
+        width, positions = y.shape[-1] // self.heads, shared.frame_positions
+        rotary = rotary_3d(positions, h, w, width, x.device, x.dtype) if positions else None
         for block in self.transformer_blocks:
-            y = block(y, step, space)
+            y = block(y, shared, rotary)
         return x + rearrange(self.proj_out(y), "b f (h w) c -> b f c h w", h=h)
 
 
@@ -217,7 +225,7 @@ class VideoTransformer(nn.Module):
 class Level(nn.Module):
     """Residual blocks, each followed by a transformer where the level has attention.
 
-    ``dims`` are the widths that enter the residual blocks; all leave `dim_out`.
+    dims: input widths of the residual blocks; their output width is `dim_out`.
     """
 
     def __init__(self, name: str, dims: list[int], dim_out: int, config: UNetConfig, attentions: int) -> None:
@@ -229,18 +237,18 @@ class Level(nn.Module):
         )
         self.checkpointing = config.checkpointing
 
-    def layer(self, j: int, x: Tensor, step: Step) -> Tensor:
-        """Residual block j and its transformer, if there is one."""
+    def layer(self, j: int, x: Tensor, shared: UNetInputs) -> Tensor:
+        """Apply residual block j and its transformer, if there is one."""
         for module in (*self.resnets[j : j + 1], *self.attentions[j : j + 1]):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(module, x, step, use_reentrant=False)
+                x = checkpoint(module, x, shared, use_reentrant=False)
             else:
-                x = module(x, step)
+                x = module(x, shared)
         return x
 
 
 class DownLevel(Level):
-    """A level on the way down; returns what it leaves behind for the way up, the last being its output."""
+    """Level of the down path; returns its skips, the last of which is its output."""
 
     def __init__(
         self, name: str, dim: int, dim_out: int, config: UNetConfig, *, attends: bool, halves: bool
@@ -249,10 +257,10 @@ class DownLevel(Level):
         super().__init__(name, [dim] + [dim_out] * (layers - 1), dim_out, config, layers if attends else 0)
         self.downsamplers = nn.ModuleList([Resample(dim_out, stride=2)] if halves else [])
 
-    def forward(self, x: Tensor, step: Step) -> list[Tensor]:
+    def forward(self, x: Tensor, shared: UNetInputs) -> list[Tensor]:
         skips = []
         for j in range(len(self.resnets)):
-            x = self.layer(j, x, step)
+            x = self.layer(j, x, shared)
             skips.append(x)
         skips.extend(half(x) for half in self.downsamplers)
         return skips
@@ -264,15 +272,15 @@ class MidLevel(Level):
     def __init__(self, name: str, dim: int, config: UNetConfig) -> None:
         super().__init__(name, [dim, dim], dim, config, attentions=1)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        return self.layer(1, self.layer(0, x, step), step)
+    def forward(self, x: Tensor, shared: UNetInputs) -> Tensor:
+        return self.layer(1, self.layer(0, x, shared), shared)
 
 
 class UpLevel(Level):
-    """A level on the way up; takes its skips from their end, and scales to the next level's size.
+    """Level of the up path; takes its skips from the end, and scales to the next level's size.
 
-    ``skips`` are their widths, in the order in which they are taken. ``forward`` leaves its arguments as they are:
-    ZeRO-3 hands a module copies of the lists that it is called with.
+    skips: their widths, in the order in which they are taken. ``forward`` must not change its arguments: ZeRO-3 passes
+    a module copies of its list arguments.
     """
 
     def __init__(
@@ -291,9 +299,9 @@ class UpLevel(Level):
         super().__init__(name, dims, dim_out, config, len(skips) if attends else 0)
         self.upsamplers = nn.ModuleList([Resample(dim_out)] if doubles else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], size: tuple[int, int], step: Step) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], size: tuple[int, int], shared: UNetInputs) -> Tensor:
         for j, skip in enumerate(reversed(skips)):
-            x = self.layer(j, torch.cat([x, skip], dim=2), step)  # b f c h w
+            x = self.layer(j, torch.cat([x, skip], dim=2), shared)  # b f c h w
         for double in self.upsamplers:
             x = double(x, size=size)
         return x
@@ -302,7 +310,7 @@ class UpLevel(Level):
 def build_levels(
     prefix: str, widths: tuple[int, ...], attention: tuple[bool, ...], config: UNetConfig
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """The way down and the way up of a U-Net whose levels have these widths, from full resolution down."""
+    """Build the down and up paths of a U-Net whose levels have these widths, from full resolution down."""
     down, up, last = nn.ModuleList(), nn.ModuleList(), len(widths) - 1
     dim, skips = widths[0], [widths[0]]
     for i, width in enumerate(widths):
@@ -318,20 +326,20 @@ def build_levels(
     return down, up
 
 
-def go_down(levels: nn.ModuleList, x: Tensor, step: Step) -> list[Tensor]:
-    """x (b f c h w) and every level's skips, at falling resolution; the last is where the way up starts."""
+def go_down(levels: nn.ModuleList, x: Tensor, shared: UNetInputs) -> list[Tensor]:
+    """Return x (b f c h w) and all skips, at falling resolution; the up path starts from the last."""
     skips = [x]
     for level in levels:
-        skips += level(skips[-1], step)
+        skips += level(skips[-1], shared)
     return skips
 
 
-def go_up(levels: nn.ModuleList, x: Tensor, skips: list[Tensor], step: Step) -> Tensor:
-    """Back to full resolution, using the `skips` from their end."""
+def go_up(levels: nn.ModuleList, x: Tensor, skips: list[Tensor], shared: UNetInputs) -> Tensor:
+    """Return to full resolution, using the `skips` from the end."""
     for level in levels:
         assert isinstance(level, UpLevel)
         rest = len(skips) - len(level.resnets)
         height, width = skips[max(rest - 1, 0)].shape[-2:]  # of the next level
-        x = level(x, skips[rest:], (height, width), step)
+        x = level(x, skips[rest:], (height, width), shared)
         skips = skips[:rest]
     return x

@@ -18,20 +18,20 @@ class UNetConfig:
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     """Width of each level, from full resolution down."""
     layers_per_block: int = 2
-    """Residual blocks of a level on the way down; one more on the way up."""
+    """Residual blocks of a level of the down path; one more on the up path."""
     heads: int = 8
-    """Heads of every attention (Stable Diffusion 1.x calls this number attention_head_dim)."""
+    """Heads of every attention (attention_head_dim in Stable Diffusion 1.x's configuration)."""
     norm_groups: int = 32
     """Groups of every group norm."""
     text_dim: int = 768
     """Width of the text tokens."""
     down_attention: tuple[bool, ...] = (True, True, True, False)
-    """Which levels have transformer blocks; the way up mirrors it."""
+    """Levels with transformer blocks; the up path mirrors them."""
     plan: str = "first+previous"
     """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
     positions: Literal["none", "rotary"] = "none"
-    """What attention over frames and over time knows of its tokens' places: nothing (Stable Diffusion, VideoBooth), or
-    rotary time, row and column (time alone over time), as the DiT (RoFormer, 2104.09864)."""
+    """Positions in cross-frame and temporal attention: none (Stable Diffusion, VideoBooth), or rotary ones of frame,
+    row and column (temporal attention: of the frame alone), as in the DiT (RoFormer, 2104.09864)."""
     linear_projection: bool = False
     """Linear layers, not 1x1 convolutions, around the transformers (use_linear_projection; SD 2.x)."""
     attention: str = "auto"
@@ -70,5 +70,7 @@ class UNetConfig:
                 f"unet.watermark needs two widths, unet.channels is {self.channels}; set it to false"
             )
         if self.channels[0] % 2:
-            raise ValueError(f"unet.channels[0] is {self.channels[0]}; the time embedding needs an even one")
+            raise ValueError(
+                f"unet.channels[0] is {self.channels[0]}; the timestep embedding needs an even one"
+            )
         FramePlan(self.plan)

@@ -1,7 +1,7 @@
-"""The video U-Net: Stable Diffusion 1.x's, inflated as VideoBooth's base model is (arXiv 2312.00777, 3.1).
+"""The video U-Net: Stable Diffusion 1.x's, inflated like VideoBooth's base model (arXiv 2312.00777, 3.1).
 
-Parameter names are upstream's, so that Stable Diffusion's and VideoBooth's weights load as they are; what a
-strategy injects (``to_k_new``, ``to_k_global``, ...) belongs to the strategy.
+Parameter names are upstream's, so that Stable Diffusion's and VideoBooth's weights load unchanged; layers
+that a strategy injects (``to_k_new``, ``to_k_global``, ...) belong to the strategy.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dit_booth.models.unet.blocks import (
     MidLevel,
     PointwiseFrameConv,
     ResnetBlock,
-    Step,
-    TimeEmbedding,
+    TimestepEmbedding,
     TransformerBlock,
+    UNetInputs,
     VideoNorm,
     VideoTransformer,
     build_levels,
@@ -38,7 +38,7 @@ __all__ = ["UNetConfig", "VideoUNet"]
 class VideoUNet(nn.Module):
     """x (b f c h w) at timestep t (b,) in [0, 1000) with text -> prediction (b f c h w).
 
-    Any number of frames, any height and width; t may be a float. ValueError where a shape does not fit.
+    The number of frames, height and width are free; t may be a float. ValueError: a shape does not fit.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -47,7 +47,7 @@ class VideoUNet(nn.Module):
         width = config.channels[0]
         down, up = build_levels("", config.channels, config.down_attention, config)
         self.conv_in = FrameConv(config.in_channels, width, kernel_size=3, padding=1)
-        self.time_embedding = TimeEmbedding("time_embedding", width, 4 * width)
+        self.time_embedding = TimestepEmbedding("time_embedding", width, 4 * width)
         self.down_blocks = down
         self.mid_block = MidLevel("mid_block", config.channels[-1], config)
         self.up_blocks = up
@@ -66,41 +66,42 @@ class VideoUNet(nn.Module):
         latents = inject(self.entry, Latents(x))
         x = latents.x
         self.validate(x, t, text.tokens)
-        time = self.time_embedding(t, x.dtype, inject)  # b c
-        step = self.step(time, text, latents, inject)
-        skips = go_down(self.down_blocks, self.conv_in(x), step)  # b f c h w, at falling resolution
-        x = self.mid_block(skips[-1], step)
-        x = go_up(self.up_blocks, x, skips, step)
+        t_emb = self.time_embedding(t, x.dtype, inject)  # b c
+        shared = self.build_inputs(t_emb, text, latents, inject)
+        skips = go_down(self.down_blocks, self.conv_in(x), shared)  # b f c h w, at falling resolution
+        x = self.mid_block(skips[-1], shared)
+        x = go_up(self.up_blocks, x, skips, shared)
         if self.config.watermark:
-            x = x + self.watermark(x, step)
+            x = x + self.watermark(x, shared)
         x = self.conv_out(F.silu(self.conv_norm_out(x, latents.context)))
         return inject(self.exit, replace(latents, x=x)).x
 
-    def step(self, time: Tensor, text: Text, latents: Latents, inject: Injection) -> Step:
-        """What every block reads in one pass."""
+    def build_inputs(self, t_emb: Tensor, text: Text, latents: Latents, inject: Injection) -> UNetInputs:
+        """Build the inputs that all blocks share; context frames have positions below 0."""
         context, frames = latents.context, latents.x.shape[1] - latents.context
-        plan, time_plan = self.plan.frames(frames), None
+        plan, temporal_plan = self.plan.frames(frames), None
         if context:
             plan = with_context(plan, context, latents.one_way)
             if latents.one_way:
-                time_plan = with_context(seen_by_all(frames, frames), context, True)
-        times = range(-context, frames) if self.config.positions == "rotary" else None
-        return Step(time, text.tokens, plan, inject, context, time_plan, times)
+                temporal_plan = with_context(seen_by_all(frames, frames), context, True)
+        positions = range(-context, frames) if self.config.positions == "rotary" else None
+        return UNetInputs(t_emb, text.tokens, plan, inject, context, temporal_plan, positions)
 
-    def watermark(self, x: Tensor, step: Step) -> Tensor:
-        """A residual that VideoBooth adds before the head: a small U-Net without attention (golden)."""
-        skips = go_down(self.watermark_down_blocks, x, step)
-        return self.watermark_zero_out(go_up(self.watermark_up_blocks, skips[-1], skips, step))
+    def watermark(self, x: Tensor, shared: UNetInputs) -> Tensor:
+        """Compute VideoBooth's residual before the head: a small U-Net without attention (golden)."""
+        skips = go_down(self.watermark_down_blocks, x, shared)
+        y: Tensor = self.watermark_zero_out(go_up(self.watermark_up_blocks, skips[-1], skips, shared))
+        return y
 
     def sites(self) -> list[Site]:
-        """Every site of the backbone, in the order of the forward pass."""
+        """Return every site of the backbone, in the order of the forward pass."""
         attentions = [module.site for module in self.modules() if isinstance(module, Attention)]
         return [self.entry, self.time_embedding.site, *attentions, self.exit]
 
     def initialise(self) -> None:
-        """Every residual branch starts at zero, and so does the output (latent diffusion's initialisation).
+        """Zero the last layer of every residual branch, and the output layer (latent diffusion).
 
-        Zero temporal attention makes the inflated image model its own start (Tune-A-Video).
+        With zero temporal attention, the model starts as the inflated image model (Tune-A-Video).
         """
         zeroed: list[nn.Module] = [self.conv_out]
         for module in self.modules():
@@ -116,7 +117,7 @@ class VideoUNet(nn.Module):
             nn.init.zeros_(parameter)
 
     def validate(self, x: Tensor, t: Tensor, tokens: Tensor) -> None:
-        """ValueError where a shape does not fit the config or the batch."""
+        """Raise ValueError if a shape does not fit the config or the batch."""
         channels, width = self.config.in_channels, self.config.text_dim
         if x.ndim != 5 or x.shape[2] != channels:
             raise ValueError(

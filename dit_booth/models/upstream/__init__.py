@@ -1,0 +1,1 @@
+"""Pure key maps between official weights and ours, one module per format."""

@@ -1,14 +1,15 @@
-"""CLIP's weights under transformers' names and under open_clip's: pure maps, and what shows in no tensor's shape."""
+"""CLIP's weights under transformers' names and open_clip's: pure maps, and a check of ``config.json``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+from dit_booth.models.weights import JsonObject
 
 _TEXT = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -28,10 +29,10 @@ _ATTENTION = re.compile(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)")
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' CLIPModel -> open_clip's CLIP, or CLIPTextModel -> our `TextEncoder` (less its projection).
+    """Map transformers' CLIPModel to open_clip's CLIP, or CLIPTextModel to our `TextEncoder` (without its projection).
 
-    Names that are not CLIP's stay as they are, for a strict load to list. The three projections of an attention become
-    one; the two output projections are transposed.
+    Names that are not CLIP's stay, for a strict load to list. The three projections of an attention are joined; the
+    two output projections are transposed.
     """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -43,11 +44,11 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out[f"visual.{_ours(name.removeprefix('vision_model.'), _VISION)}"] = tensor
         else:
             out[_ours(name.removeprefix("text_model."), _TEXT)] = tensor
-    return _fused(out)
+    return _fuse_qkv(out)
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `from_transformers`, without ``position_ids``."""
+    """Map open_clip's CLIP back to transformers' names, without ``position_ids``."""
     transposed = {ours: theirs for theirs, ours in _TRANSPOSED.items()}
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -87,8 +88,8 @@ def _theirs(name: str, tower: Mapping[str, str]) -> str:
     return name
 
 
-def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Queries', keys' and values' projections in one, as open_clip's attention has them; an incomplete set stays."""
+def _fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join the projections of queries, keys and values, as in open_clip's attention; an incomplete set stays."""
     out = dict(state)
     for name in state:
         found = _ATTENTION.fullmatch(name)
@@ -100,14 +101,17 @@ def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def unlike_transformers(settings: Mapping[str, Any], transformer: nn.Module) -> list[str]:
-    """What of a tower's ``config.json`` is unlike open_clip's `transformer` and shows in no tensor's shape."""
-    block: Any = transformer.get_submodule("resblocks.0")
-    activation = "quick_gelu" if type(block.mlp.gelu).__name__ == "QuickGELU" else "gelu"
+def find_clip_mismatches(settings: JsonObject, transformer: nn.Module) -> list[str]:
+    """Return one line per mismatch between a tower's ``config.json`` and open_clip's `transformer`.
+
+    Compares what shows in no tensor's shape: heads, activation, epsilon.
+    """
+    block = transformer.get_submodule("resblocks.0")
+    activation = type(block.get_submodule("mlp.gelu")).__name__
     here = {
-        "num_attention_heads": block.attn.num_heads,
-        "hidden_act": activation,
-        "layer_norm_eps": block.ln_1.eps,
+        "num_attention_heads": block.get_submodule("attn").num_heads,
+        "hidden_act": "quick_gelu" if activation == "QuickGELU" else "gelu",
+        "layer_norm_eps": block.get_submodule("ln_1").eps,
     }
     given = {"hidden_act": "quick_gelu", **settings}
     return [

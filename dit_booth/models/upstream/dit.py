@@ -1,11 +1,11 @@
-"""DiT's and Latte's weights under their official names and under ours: pure maps, and inflation to video.
+"""DiT's and Latte's weights under their official names and ours: pure maps, and inflation to video.
 
-Official: ``DiT-XL-2-256x256.pt`` and -512x512 (arXiv 2212.09748), Latte's (arXiv 2401.03048). The two share their
-names; Latte's blocks take turns (layout `interleaved`), and it has positions of the frames. To run DiT as it is::
+Official files: ``DiT-XL-2-256x256.pt`` and -512x512 (arXiv 2212.09748), Latte's (arXiv 2401.03048). Both use the same
+names; Latte alternates space and time (layout `interleaved`) and embeds frame positions. To run DiT itself::
 
     state = from_official(read_any(Path("DiT-XL-2-256x256.pt"))[0])
-    config, channels = config_of(state), channels_of(state)
-    dit = VideoDiT(config, channels=channels.entering, out_channels=channels.leaving, text_dim=1, text_embed_dim=1)
+    config, channels = infer_config(state), infer_channels(state)
+    dit = VideoDiT(config, channels=channels.latent, out_channels=channels.output, text_dim=1, text_embed_dim=1)
     load_strictly(dit, state, "DiT-XL/2")
     prediction = dit(x, t, labels)  # x: b 1 c h w
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -36,14 +36,14 @@ _TABLE = "y_embedder.embedding_table.weight"
 
 
 class Channels(NamedTuple):
-    """Latent channels; DiT's weights predict a variance for each, too."""
+    """Channels of the latents and of the prediction; DiT's weights also predict a variance per channel."""
 
-    entering: int
-    leaving: int
+    latent: int
+    output: int
 
 
-def is_official(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are DiT's or Latte's weights under their official names."""
+def is_official_dit(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether these are DiT's or Latte's weights under their official names."""
     return "blocks.0.attn.qkv.weight" in state and "x_embedder.proj.weight" in state
 
 
@@ -51,10 +51,10 @@ def is_official(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names -> those of `VideoDiT` with layout `image` (DiT) or `interleaved` (Latte).
+    """Map official names to those of `VideoDiT` with layout `image` (DiT) or `interleaved` (Latte).
 
-    The fixed positions are dropped: `VideoDiT` computes them. Latte without classes or text gets a table of one zero
-    class. A name that is neither's stays, for a strict load to list. ValueError: positions that are not sin-cos.
+    Drops the fixed positions: `VideoDiT` computes them. Latte without classes or text gets a table of one zero class.
+    Unknown names stay, for a strict load to list. ValueError: positions that are not sin-cos.
     """
     _check_positions(state)
     latte, out = "temp_embed" in state, {}
@@ -81,7 +81,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_official(
     state: Mapping[str, Tensor], *, height: int, width: int, frames: int = 0
 ) -> dict[str, Tensor]:
-    """The reverse, with the fixed positions of a grid of tokens; `frames`: those of Latte's, 0 for DiT."""
+    """Map back to official names, with the fixed positions of a token grid and, for Latte, of `frames` (DiT: 0)."""
     back = {ours: theirs for theirs, ours in (_LAYERS | _TOP).items()}
     hidden, device = state["t_embedder.mlp.2.bias"].shape[0], state["t_embedder.mlp.2.bias"].device
     out = {"pos_embed": sincos_2d(height, width, hidden, device).unsqueeze(0)}
@@ -104,7 +104,7 @@ def to_official(
 
 
 def _check_positions(state: Mapping[str, Tensor]) -> None:
-    """The positions in a file must be the fixed ones that `VideoDiT` adds."""
+    """Raise ValueError if a file's positions are not the fixed ones that `VideoDiT` adds."""
     for name in {"pos_embed", "temp_embed"} & set(state):
         given = state[name][0].float()  # n d
         count, dim = given.shape
@@ -117,24 +117,24 @@ def _check_positions(state: Mapping[str, Tensor]) -> None:
         if not known:
             raise ValueError(
                 f"{name} {tuple(state[name].shape)} is not the fixed sin-cos embedding of a square grid or of frames,"
-                " which is all that VideoDiT adds; these weights cannot be loaded"
+                " the only one that VideoDiT adds; these weights cannot be loaded"
             )
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------
 
 
-def channels_of(state: Mapping[str, Tensor]) -> Channels:
-    """Latent channels of weights under our names."""
+def infer_channels(state: Mapping[str, Tensor]) -> Channels:
+    """Read the channels off the shapes of weights under our names."""
     patch = state["x_embedder.proj.weight"].shape[-1]
-    leaving = state["final_layer.linear.weight"].shape[0] // patch**2
-    return Channels(state["x_embedder.proj.weight"].shape[1], leaving)
+    output = state["final_layer.linear.weight"].shape[0] // patch**2
+    return Channels(state["x_embedder.proj.weight"].shape[1], output)
 
 
-def config_of(state: Mapping[str, Tensor], heads: int = 0) -> DiTConfig:
-    """The configuration of weights that `from_official` named.
+def infer_config(state: Mapping[str, Tensor], heads: int = 0) -> DiTConfig:
+    """Read the configuration off the shapes of weights that `from_official` named.
 
-    heads: no shape shows their number; 0: that of the size in DiT's table 1 with this depth and width.
+    heads: no shape shows their number; 0: that of the size with this depth and width (DiT, table 1).
     ValueError: there is no such size.
     """
     hidden = len(state["t_embedder.mlp.2.bias"])
@@ -143,14 +143,14 @@ def config_of(state: Mapping[str, Tensor], heads: int = 0) -> DiTConfig:
     known = {(s.depth, s.hidden): s.heads for s in SIZES.values()}
     if not heads and (depth, hidden) not in known:
         raise ValueError(
-            f"heads is 0, and no size of DiT's has depth {depth} and width {hidden}; give the number of heads"
+            f"heads is 0, and no DiT size has depth {depth} and width {hidden}; give the number of heads"
         )
     text = _TABLE not in state
     return DiTConfig(
         depth=depth,
         hidden=hidden,
         heads=heads or known[depth, hidden],
-        patch=cast(Any, state["x_embedder.proj.weight"].shape[-1]),
+        patch=cast(Literal[1, 2, 4, 8], state["x_embedder.proj.weight"].shape[-1]),
         layout="interleaved" if latte else "image",
         plan="self",
         conditioning="adaln_zero" if text else "class_label",
@@ -163,16 +163,16 @@ def config_of(state: Mapping[str, Tensor], heads: int = 0) -> DiTConfig:
 
 
 def inflate(image: Mapping[str, Tensor], own: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """DiT's weights (named by `from_official`) as the start of a video model with text: its whole state dict.
+    """Inflate DiT's weights (named by `from_official`) to the whole initial state dict of a video model with text.
 
-    own: the video model's state dict; what DiT lacks keeps this initialisation. Before any training, frame 0 of a video
-    is what DiT predicts for the null class, whatever the text, if it reads no other frame (plans self, first, ...):
+    own: the video model's state dict; layers that DiT lacks keep this initialisation. Before any training, frame 0 of a
+    video equals DiT's prediction for the null class, whatever the text, if it reads no other frame (plans self, ...):
 
-    * what stands at zero at first stays (attention to the text, the convolution of tokens);
-    * temporal attention is behind a gate of zero (every frame by itself, at first);
-    * the text projection starts at zero, and the null class's vector goes into the bias of the time embedding;
-    * the position of frame 0, a constant, is taken off the bias of the patch embedding;
-    * the prediction of the variance is dropped.
+    * layers that start at zero stay (attention to the text, the convolution of tokens);
+    * temporal attention has a gate of zero, so frames do not mix at first;
+    * the text projection starts at zero, and the null class's vector is added to the timestep embedder's bias;
+    * the position of frame 0, a constant, is subtracted from the patch embedding's bias;
+    * the predicted variance is dropped.
 
     ValueError: options that DiT's weights do not fit.
     """

@@ -10,7 +10,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dit_booth.models.encoder_config import AutoencoderConfig
+from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.weights import load_strictly, read_folder
 
 STEM = "diffusion_pytorch_model"  # of diffusers' weights files

@@ -1,4 +1,4 @@
-"""Configurations of the frozen encoders (CLIP, autoencoder). Standard library only: `--help` stays fast."""
+"""Options of the autoencoder. Standard library only: `--help` stays fast."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,22 +7,8 @@ from dit_booth.errors import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipConfig:
-    """Which CLIP reads the text and the reference image."""
-
-    model: str = "dit-booth-tiny"
-    """An open_clip model name, e.g. `ViT-L-14-quickgelu` (Stable Diffusion 1's), or our `dit-booth-tiny`."""
-
-    pretrained: str = "embedded"
-    """Weights: `embedded` (in the package; dit-booth-tiny only), an open_clip tag such as `openai`
-    (downloaded), a local .safetensors or .pt file of open_clip's, a transformers folder
-    (`path/to/clip-vit-large-patch14`), `local-dir:/path` (an open_clip folder, whose own configuration
-    replaces `model`), or `none` (random)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """What turns pixels into latents."""
+    """The autoencoder between pixels and latents."""
 
     kind: Literal["pixel", "kl", "tiny"] = "pixel"
     """`pixel`: lossless space-to-depth; `kl`: Stable Diffusion's AutoencoderKL; `tiny`: AutoencoderTiny."""

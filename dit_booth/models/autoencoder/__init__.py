@@ -1,0 +1,1 @@
+"""Frozen autoencoders between pixels and latents."""
