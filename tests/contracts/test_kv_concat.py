@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from dit_booth.strategies.query_projection import QueryProjectionConfig
 from torch import Tensor
 
 from dit_booth.attention import attend
-from dit_booth.inject import QKV, Injection
+from dit_booth.inject import QKV, Injection, Noise
 from dit_booth.models.dit.model import DiTConfig
 from dit_booth.testing import Trial, trial, worst
 
@@ -30,9 +29,10 @@ OPTIONS = [
 ]
 
 
-def recorded(run: Trial, t: Tensor) -> Any:
-    """The reference as a strategy gets it inside a forward pass at timestep t."""
-    return replace(run.reference(), record=lambda *args: run.model.record(t, *args))
+def bound(run: Trial) -> Injection:
+    """Return the run's taps with the conditions that they get in its step."""
+    names = run.model.strategy.names
+    return run.model.strategy.bind(names, run.model.conditions(run.t, run.reference(), names))
 
 
 class Watch(Injection):
@@ -77,8 +77,8 @@ def test_kv_concat_equals_a_dense_computation(options: KVConcatConfig, backbone:
     part = run.model.strategy.part("kv_concat")
     site = "blocks.1.attn1" if backbone != "unet" else "mid_block.attentions.0.transformer_blocks.0.attn1"
     assert site in part.attached
-    hidden = run.model.record(run.t, run.reference().noisy, False, list(part.attached))
-    watch = Watch(run.model.strategy.bind({"kv_concat": part(recorded(run, run.t))}), site)
+    hidden = run.model.record(run.t, run.reference(), ["kv_concat"])["matched"]
+    watch = Watch(bound(run), site)
     run.model.backbone(run.x, run.t, run.model.text(run.prompt), watch)
     ours = attend(watch.after.q, watch.after.segments)
     assert torch.equal(watch.after.q, watch.before.q), "queries are the backbone's"
@@ -116,23 +116,25 @@ def test_the_reference_runs_as_one_frame_with_null_text_and_no_image(backbone: s
     assert torch.equal(t, run.t)
     null = run.model.text.tokenize(["None", "None"])
     assert torch.equal(text.tokens, run.model.text(null).tokens)
-    hidden = run.model.record(run.t, reference.noisy, False, list(part.attached))
-    assert set(hidden) == set(part.attached)
-    assert all(h.shape[0] == 2 and h.ndim == 3 for h in hidden.values())
+    hidden = run.model.record(run.t, reference, run.model.active)
+    assert set(hidden) == {"matched"} and set(hidden["matched"]) == set(part.attached)
+    assert all(h.shape[0] == 2 and h.ndim == 3 for h in hidden["matched"].values())
 
 
 @BACKBONES
 @pytest.mark.parametrize("noise", ["clean", "matched"])
 @torch.no_grad()
-def test_a_clean_reference_does_not_depend_on_the_time(noise: str, backbone: str) -> None:
+def test_a_clean_reference_does_not_depend_on_the_timestep(noise: Noise, backbone: str) -> None:
     run = trial("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_noise=noise)})
-    part, made = run.model.strategy.part("kv_concat"), []
+    part, names, made = run.model.strategy.part("kv_concat"), ("kv_concat",), []
+    assert part.needs().noise == noise and set(part.needs().sites) == set(part.attached)
     for t in (run.t, run.t + 100):
-        made.append(part(recorded(run, t)).kv)
+        made.append(run.model.conditions(t, run.reference(), names)["kv_concat"].at)
     last = list(part.attached)[-1]
+    assert set(run.model.constant_conditions(run.reference())) == (set(names) if noise == "clean" else set())
     if noise == "clean":
         assert all(torch.equal(made[0][site].v, made[1][site].v) for site in part.attached)
-        hidden = run.model.record(torch.zeros(2), run.reference().latent, False, [last])
+        hidden = run.model.hidden(run.reference().latent, torch.zeros(2), [last])
         direct = part.attached[last].project(hidden[last])
         assert torch.equal(made[0][last].k, direct.k), "the clean latent at timestep 0"
     else:
@@ -149,10 +151,7 @@ def test_frames_that_nothing_joins_to_the_image_do_not_change(backbone: str) -> 
     assert part.attached and all(name.startswith(glob.rstrip("*")) for name in part.attached)
     run = trial("kv_concat", backbone, options={"kv_concat": options})
     site = next(iter(part.attached))
-    watch = Watch(
-        run.model.strategy.bind({"kv_concat": run.model.strategy.part("kv_concat")(recorded(run, run.t))}),
-        site,
-    )
+    watch = Watch(bound(run), site)
     run.model.backbone(run.x, run.t, run.model.text(run.prompt), watch)
     assert [s.frames for s in watch.after.segments] == [((0,), (0,), (0, 1)), ((0,), (), ())]
 
@@ -193,9 +192,7 @@ def queried(mode: str, options: KVConcatConfig) -> tuple[Trial, Watch, str]:
     names, site = "kv_concat+query_projection", "blocks.1.attn1"
     chosen = {"kv_concat": options, "query_projection": QueryProjectionConfig(mode=mode, rank=3)}
     run = trial(names, options=chosen).perturb()
-    reference = recorded(run, run.t)
-    conditions = run.model.strategy(reference, run.model.strategy.names)
-    watch = Watch(run.model.strategy.bind(conditions), site)
+    watch = Watch(bound(run), site)
     run.model.backbone(run.x, run.t, run.model.text(run.prompt), watch)
     return run, watch, site
 

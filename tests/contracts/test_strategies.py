@@ -1,8 +1,9 @@
-"""What every registered strategy promises, on every backbone and attention layout; and sums that the study needs."""
+"""The promises of every registered strategy, on every backbone and layout; and combinations that the study needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,21 @@ from dit_booth.strategies.query_projection import QueryProjectionConfig
 from dit_booth.strategies.spatial_concat import SpatialConcatConfig
 from dit_booth.strategies.token_bank import TokenBankConfig
 
-from dit_booth import testing
+from dit_booth.inject import KV, Condition, Hidden, Reference
 from dit_booth.models.weights import load_strictly
-from dit_booth.strategy import StrategyConfig, registered
-from dit_booth.testing import BACKBONES, PROMISES, check_strategy, compiled_is_the_same, trial, worst
+from dit_booth.strategy import Strategy, StrategyConfig, registered
+from dit_booth.testing import BACKBONES, PROMISES, check_strategy, promises, trial, worst
 
 torch.set_num_threads(1)
-QUICK = [promise for promise in PROMISES if promise is not compiled_is_the_same]
+QUICK = [promise for promise in PROMISES if promise is not promises.compiled_is_the_same]
 OF_SUMS = [
-    testing.identity_is_as_declared,
-    testing.gradients_reach_what_is_trained,
-    testing.saved_and_loaded_is_the_same,
-    testing.image_matters_as_declared,
-    testing.time_matters_as_declared,
+    promises.identity_is_as_declared,
+    promises.gradients_reach_what_is_trained,
+    promises.saved_and_loaded_is_the_same,
+    promises.image_matters_as_declared,
+    promises.condition_is_a_pure_function,
 ]
-"""What a sum or an option may break."""
+"""Promises that a combination or an option may break."""
 SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
     "videobooth": ("videobooth", {}),
     "clean": (
@@ -91,17 +92,34 @@ def test_promises_of_a_sum(case: str, backbone: str) -> None:
 @pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 @pytest.mark.parametrize("name", registered())
 def test_compiled(name: str, backbone: str) -> None:
-    check_strategy(name, backbones=[backbone], promises=[compiled_is_the_same])
+    check_strategy(name, backbones=[backbone], promises=[promises.compiled_is_the_same])
 
 
 # ---- the checks find what they are for ---------------------------------------------------------------------
+
+
+KV_CONCAT = registered()["kv_concat"].forward
+
+
+def _changed(condition: Condition, by: float) -> Condition:
+    return replace(condition, at={at: KV(kv.k + by, kv.v) for at, kv in condition.at.items()})
+
+
+def _draws(self: Strategy, reference: Reference, hidden: Hidden) -> Condition:
+    return _changed(KV_CONCAT(self, reference, hidden), torch.randn(()).item())
+
+
+def _counts(self: Strategy, reference: Reference, hidden: Hidden) -> Condition:
+    self.calls = getattr(self, "calls", 0) + 1
+    return _changed(KV_CONCAT(self, reference, hidden), self.calls)
 
 
 BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "it says identity": ("identity_is_as_declared", {"identity_at_init": True}),
     "it trains less": ("gradients_reach_what_is_trained", {"trains": {"fine": ("taps.blocks.0.*",)}}),
     "it says no image": ("image_matters_as_declared", {"reads_image": False}),
-    "it says no time": ("time_matters_as_declared", {"depends_on_time": False}),
+    "it draws at random": ("condition_is_a_pure_function", {"forward": _draws}),
+    "it counts its calls": ("condition_is_a_pure_function", {"forward": _counts}),
 }
 
 
@@ -111,14 +129,8 @@ def test_a_false_declaration_is_found(case: str, monkeypatch: pytest.MonkeyPatch
     kv_concat = registered()["kv_concat"]
     for attribute, value in lies.items():
         monkeypatch.setattr(kv_concat, attribute, value)
-    if case == "it says no time":
-        monkeypatch.setattr(kv_concat, "__setattr__", _never_on_time, raising=False)
     with pytest.raises(AssertionError, match=f"kv_concat on dit-factorised: {promise}: "):
-        check_strategy(kv_concat, backbones=["dit-factorised"], promises=[getattr(testing, promise)])
-
-
-def _never_on_time(self: Any, name: str, value: Any) -> None:
-    torch.nn.Module.__setattr__(self, name, False if name == "depends_on_time" else value)
+        check_strategy(kv_concat, backbones=["dit-factorised"], promises=[getattr(promises, promise)])
 
 
 # ---- composition -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What each way in computes: the banks, decoupled attention, adaLN, the picture below, the frame before."""
+"""The computation of each strategy: banks, decoupled attention, adaLN, spatial concat, in context."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def watched(run: Trial, reference: Reference | None = None, x: Tensor | None = N
     """One step with all payloads kept."""
     names = run.model.strategy.names
     conditions = run.model.conditions(run.t, reference or run.reference(), names)
-    watch = Watch(run.model.strategy.bind(conditions))
+    watch = Watch(run.model.strategy.bind(names, conditions))
     run.model.backbone(run.x if x is None else x, run.t, run.model.text(run.prompt, watch), watch)
     return watch
 
@@ -86,9 +86,7 @@ def test_a_pooled_bank_averages_the_grid(pool: Any, tokens: int) -> None:
     options = {"token_bank": TokenBankConfig(source="latent", kind="pool", pool=pool)}
     run = trial("token_bank", dit=dit, options=options)
     part = run.model.strategy.part("token_bank")
-    hidden = run.model.record(torch.zeros(2), run.reference().latent, True, ["blocks.1.attn1"])[
-        "blocks.1.attn1"
-    ]
+    hidden = run.model.hidden(run.reference().latent, torch.zeros(2), part.needs().sites)["blocks.1.attn1"]
     assert hidden.shape[1] == 16
     qkv = attentions(watched(run))["blocks.1.attn1"]
     assert qkv.segments[1].k.shape[2] == tokens
@@ -132,7 +130,7 @@ def test_the_images_softmax_is_added_to_the_texts_or_the_frames(backbone: str) -
     assert set(found) == set(run.model.strategy.part("decoupled_attention").attached)
     conditions = run.model.conditions(run.t, run.reference(), ("decoupled_attention",))["decoupled_attention"]
     for name, qkv in found.items():
-        k, v = (qkv.heads(y[:, None]).double() for y in conditions.kv[name])
+        k, v = (qkv.heads(y[:, None]).double() for y in conditions.at[name])
         scores = torch.einsum("bfnkd,bgmkd->bfknm", qkv.q.double(), k) / math.sqrt(k.shape[-1])
         expected = 0.7 * torch.einsum("bfknm,bgmkd->bfnkd", scores.softmax(-1), v)
         assert qkv.added is not None
@@ -168,7 +166,7 @@ def test_one_vector_shifts_every_blocks_modulation(backbone: str, source: Any) -
     sites = {s for s in watch.before if s.endswith(".modulation")} or {"time_embedding"}
     assert set(part.attached) == sites
     with torch.no_grad():
-        vector = part(run.reference()).vector
+        vector = part(run.reference(), {}).shared
     assert vector.shape == (2, 8)
     for name in sites:
         expected = watch.before[name].vector + part.attached[name].linear(vector)
@@ -177,7 +175,7 @@ def test_one_vector_shifts_every_blocks_modulation(backbone: str, source: Any) -
     ours, other = run.reference(), run.reference(1)
     for field, matters in (("embedding", source != "latent"), ("latent", source != "embedding")):
         with torch.no_grad():
-            moved = part(row(ours, **{field: getattr(other, field)})).vector
+            moved = part(row(ours, **{field: getattr(other, field)}), {}).shared
         assert (worst(moved, vector) > 1e-4) == matters
 
 
@@ -301,7 +299,7 @@ def test_a_frame_before_the_video_leaves_the_videos_positions_as_they_are(case: 
 
     with torch.no_grad():
         conditions = run.model.conditions(run.t, run.reference(), ("in_context",))
-        blind = Blind(run.model.strategy.bind(conditions))
+        blind = Blind(run.model.strategy.bind(run.model.active, conditions))
         output = run.model.backbone(run.x, run.t, run.model.text(run.prompt), blind)
         assert worst(output, run.plain()) < 1e-5 * run.plain().abs().max().item()
         assert worst(run(run.reference()), run.plain()) > 1e-4
@@ -310,8 +308,8 @@ def test_a_frame_before_the_video_leaves_the_videos_positions_as_they_are(case: 
 def test_latents_without_a_reference_pass_unchanged() -> None:
     for name in ("in_context", "spatial_concat"):
         run = trial(name)
-        inject = run.model.strategy.bind({name: run.model.strategy.part(name)(run.reference())})
-        empty = run.model.strategy.bind({})
+        conditions = run.model.conditions(run.t, run.reference(), [name])
+        inject, empty = run.model.strategy.bind([name], conditions), run.model.strategy.bind([name])
         payload = Latents(run.x)
         entry = next(s for s in run.model.backbone.sites() if s.name == "latents.entry")
         assert empty(entry, payload) is payload
