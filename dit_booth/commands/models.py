@@ -1,7 +1,9 @@
 """List the models that ``create_model`` knows: parameters, latents, encoders, weights.
 
-dit-booth models
-dit-booth models "dit-*"
+    dit-booth models
+    dit-booth models "dit-*"
+
+Embedded weights are the toy world's; all others are random until you load your own.
 """
 
 from __future__ import annotations

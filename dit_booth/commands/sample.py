@@ -1,8 +1,10 @@
 """Sample videos from a finished run or the embedded pipeline: its held-out image prompts, or an image of your own.
 
-dit-booth sample runs/RUN --reference shuffled --seeds 0 1 2
-dit-booth sample runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
-dit-booth sample toyworld --image picture.png --caption "a star is spinning on snow" --subject star
+    dit-booth sample runs/RUN --reference shuffled --seeds 0 1 2
+    dit-booth sample runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
+    dit-booth sample toyworld --image star.png --caption "a star is spinning on snow" --subject star
+
+Videos of held-out image prompts are measured; of your own image there are a video and a contact sheet.
 """
 
 from __future__ import annotations

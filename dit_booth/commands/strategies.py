@@ -1,8 +1,10 @@
 """List the strategies: their ports, what they need, their stages, and how many parameters they train.
 
-dit-booth strategies
-dit-booth strategies "*kv*"
-dit-booth strategies mine --plugin path/to/mine.py
+    dit-booth strategies
+    dit-booth strategies "*kv*"
+    dit-booth strategies mine --plugin path/to/mine.py
+
+An installed plug-in that fails to import is named at the end.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Flops(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self.formulas = formulas()
         self.known: dict[Hashable, list[Layout | None]] = {}

@@ -99,7 +99,8 @@ def _commonest(lab: Array, border: NDArray[np.bool_]) -> NDArray[np.bool_]:
         rearrange(candidates, "n c -> n 1 c") - rearrange(colours, "m c -> 1 m c"), axis=-1
     )
     centre = candidates[int((apart < _NEAR).sum(axis=1).argmax())]
-    return border & (np.linalg.norm(lab - centre, axis=-1) < _NEAR)
+    near: NDArray[np.bool_] = np.linalg.norm(lab - centre, axis=-1) < _NEAR
+    return border & near
 
 
 def _fit(lab: Array, chosen: NDArray[np.bool_], *, degree: int) -> Array:
