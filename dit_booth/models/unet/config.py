@@ -29,8 +29,8 @@ class UNetConfig:
     plan: str = "first+previous"
     """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
     positions: Literal["none", "rotary"] = "none"
-    """Positions in cross-frame and temporal attention: none (Stable Diffusion, VideoBooth), or rotary ones of frame, row
-    and column (temporal attention: of the frame alone), as in the DiT (RoFormer, 2104.09864)."""
+    """Positions in cross-frame and temporal attention: none (Stable Diffusion, VideoBooth), or rotary ones of frame,
+    row and column (temporal attention: of the frame alone), as in the DiT (RoFormer, 2104.09864)."""
     linear_projection: bool = False
     """Linear layers, not 1x1 convolutions, around the transformers (use_linear_projection; SD 2.x)."""
     attention: str = "auto"
