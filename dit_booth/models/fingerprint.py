@@ -1,4 +1,4 @@
-"""Which base a strategy was trained on: the metadata of ``strategy.safetensors``, and how another base differs."""
+"""Metadata of ``strategy.safetensors``: the base that a strategy was trained on, and a comparison with another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,13 +17,14 @@ from dit_booth.strategy import Strategies
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 256  # numbers of a parameter that its digest sees
+SAMPLES = 256
+"""Elements of a parameter that enter its digest."""
 
 
 def fingerprint(backbone: nn.Module) -> dict[str, str]:
-    """Parameter name -> shape and digest of the values, such as ``128x64:5f0c1a2e``.
+    """Return parameter name -> shape and digest of the values, such as ``128x64:5f0c1a2e``.
 
-    The digest sees up to `SAMPLES` numbers, evenly spaced: milliseconds for a tiny model, a second for a large one.
+    The digest covers at most `SAMPLES` elements, evenly spaced.
     """
     return {
         name: f"{'x'.join(map(str, p.shape))}:{_digest(p.detach())}"
@@ -34,17 +34,17 @@ def fingerprint(backbone: nn.Module) -> dict[str, str]:
 
 def _digest(x: Tensor) -> str:
     flat = x.flatten()
-    some = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].to("cpu", torch.float32)
-    return hashlib.sha256(some.numpy().tobytes()).hexdigest()[:8]
+    sampled = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].to("cpu", torch.float32)
+    return hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:8]
 
 
 def short(base: Mapping[str, str]) -> str:
-    """Twelve hex digits for a whole base."""
+    """Return twelve hex digits that identify a whole base."""
     return hashlib.sha256(json.dumps(dict(base), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def metadata(backbone: nn.Module, strategies: Strategies) -> dict[str, str]:
-    """What ``strategy.safetensors`` says of itself: the strategies, their options, the base that they go with."""
+    """Build the metadata of ``strategy.safetensors``: strategies, their options, the base they were trained on."""
     base = fingerprint(backbone)
     options = {name: asdict(strategies.part(name).config) for name in strategies.names}
     return {
@@ -56,9 +56,9 @@ def metadata(backbone: nn.Module, strategies: Strategies) -> dict[str, str]:
 
 
 def differences(saved: Mapping[str, str], backbone: nn.Module, strategies: Strategies) -> list[str]:
-    """What a file's metadata says otherwise than the model that it is loaded into, one line each; none: it fits."""
-    out = _other_base(json.loads(saved.get("base_parameters", "{}")), fingerprint(backbone))
-    options: dict[str, dict[str, Any]] = json.loads(saved.get("options", "{}"))
+    """Return one line per mismatch between a file's metadata and the model (empty if they match)."""
+    out = _compare_bases(json.loads(saved.get("base_parameters", "{}")), fingerprint(backbone))
+    options: dict[str, dict[str, object]] = json.loads(saved.get("options", "{}"))
     for name in set(options) & set(strategies.names):
         here = json.loads(json.dumps(asdict(strategies.part(name).config)))
         out += [
@@ -69,7 +69,7 @@ def differences(saved: Mapping[str, str], backbone: nn.Module, strategies: Strat
     return out
 
 
-def _other_base(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+def _compare_bases(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
     if not there or there == here:
         return []
     shapes, values = [], []
@@ -86,18 +86,23 @@ def _other_base(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
         ("have another shape", shapes),
         ("have other values", values),
     ]
-    said = "; ".join(f"{len(names)} {kind} ({_some(sorted(names))})" for kind, names in kinds if names)
+    listed = "; ".join(
+        f"{len(names)} {kind} ({_abbreviate(sorted(names))})" for kind, names in kinds if names
+    )
     return [
-        f"it was trained on base {short(there)}, this is {short(here)}: of {len(there)} parameters {said}"
+        f"it was trained on base {short(there)}, this is {short(here)}: of {len(there)} parameters {listed}"
     ]
 
 
-def _some(names: list[str]) -> str:
+def _abbreviate(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def warn_of_another_base(source: str | Path, backbone: nn.Module, strategies: Strategies) -> list[str]:
-    """Log what differs between a run folder's (or its file's) metadata and this model; files without any pass."""
+    """Log and return the mismatches between the metadata of a run folder or its file and this model.
+
+    Files without metadata pass.
+    """
     path = Path(source)
     file = path / "strategy.safetensors" if path.is_dir() else path
     if file.suffix != ".safetensors" or not file.is_file():
@@ -106,7 +111,7 @@ def warn_of_another_base(source: str | Path, backbone: nn.Module, strategies: St
         with safe_open(file, "pt") as saved:
             found: dict[str, str] = saved.metadata() or {}
     except SafetensorError:
-        return []  # reading its tensors says what is wrong
+        return []  # loading its tensors raises the error
     lines = differences(found, backbone, strategies)
     for line in lines:
         log.warning("%s: %s", file, line)

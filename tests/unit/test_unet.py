@@ -161,11 +161,8 @@ def test_a_context_stands_before_the_video_in_time() -> None:
     """The video's frames are where they are without it; the context's places are before 0."""
     unet, (_, t, text) = build(replace(WIDE, positions="rotary")), inputs()
     x = torch.zeros(2, 5, 4, 5, 7)
-    positions = [
-        unet.build_inputs(t, text, Latents(x, context=context), no_injection).frame_positions
-        for context in (0, 2)
-    ]
-    assert positions == [range(5), range(-2, 3)]
+    made = [unet.build_inputs(t, text, Latents(x, context=context), no_injection) for context in (0, 2)]
+    assert [shared.frame_positions for shared in made] == [range(5), range(-2, 3)]
 
 
 def test_a_pointwise_convolution_of_frames_is_a_1x1_convolution() -> None:

@@ -20,13 +20,13 @@ class AutoencoderConfig:
     """kl, tiny: the folder inside `path` that holds the autoencoder, e.g. `vae`."""
 
     patch: int = 1
-    """pixel: the space-to-depth factor; channels are 3 x patch^2."""
+    """pixel: space-to-depth factor; the latents have 3 x patch^2 channels."""
 
     posterior: Literal["sample", "mode"] = "sample"
-    """kl: draw the latent from the posterior (the original code), or take its mode (deterministic)."""
+    """kl: sample the posterior (as the original code), or take its mode (deterministic)."""
 
     chunk: int = 8
-    """kl, tiny: frames per pass; bounds memory, changes nothing else."""
+    """kl, tiny: frames per pass; bounds memory, changes no result."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "autoencoder", patch="[1, 64]", chunk="[1, 100000]")

@@ -1,4 +1,4 @@
-"""Pixels to latents and back, frame by frame: lossless space-to-depth, AutoencoderKL, AutoencoderTiny."""
+"""Autoencoders applied frame by frame: lossless space-to-depth, AutoencoderKL, AutoencoderTiny."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,31 +13,32 @@ from torch import Tensor, nn
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.weights import load_strictly, read_folder
 
-STEM = "diffusion_pytorch_model"  # of diffusers' weights files
+STEM = "diffusion_pytorch_model"
+"""Name of diffusers' weights files, without the suffix."""
 Draws = torch.Generator | Sequence[torch.Generator] | None
-"""Generators of random draws: one for the batch, one for each row, or torch's global one."""
+"""Random generators: one for the batch, one per row, or torch's global one."""
 
 
 class Autoencoder(nn.Module, ABC):
-    """Frozen, always in eval mode. `channels` of the latents; `factor`: pixels per latent along a side."""
+    """Frozen autoencoder, always in eval mode. channels: of the latents; factor: pixels per latent along a side."""
 
     channels: int
     factor: int
 
     @abstractmethod
     def encode(self, video: Tensor, generator: Draws = None) -> Tensor:
-        """Video (b f 3 h w, [-1, 1]) -> latents (b f c h/factor w/factor).
+        """Encode a video (b f 3 h w, [-1, 1]) as latents (b f c h/factor w/factor).
 
-        `generator`, one or one per row, draws the posterior's sample (`kl` only). ValueError: wrong shape, or a side
-        that `factor` does not divide.
+        `generator` (one, or one per row) samples the posterior (`kl` only). ValueError: wrong shape, or a side that
+        `factor` does not divide.
         """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (b f c h w) -> video (b f 3 h*factor w*factor), nominally in [-1, 1], not clamped."""
+        """Decode latents (b f c h w) to a video (b f 3 h*factor w*factor), nominally in [-1, 1], not clamped."""
 
     def train(self, mode: bool = True) -> "Autoencoder":
-        """Stays in eval mode."""
+        """Stay in eval mode."""
         return super().train(False)
 
     def _check_video(self, video: Tensor) -> None:
@@ -59,7 +60,7 @@ class Autoencoder(nn.Module, ABC):
 
 
 class PixelAutoencoder(Autoencoder):
-    """Space-to-depth by `patch`: lossless, no parameters; patch 1 is the identity."""
+    """Space-to-depth by `patch`: lossless, without parameters; patch 1 is the identity."""
 
     def __init__(self, patch: int = 1) -> None:
         super().__init__()
@@ -81,8 +82,8 @@ class DiffusersAutoencoder(Autoencoder):
     """diffusers' AutoencoderKL or AutoencoderTiny on single frames; latents = (z - shift) * scaling factor.
 
     The factors come from the autoencoder's own configuration (0.18215 for Stable Diffusion 1). At most
-    `chunk` frames pass at once; the posterior's noise is drawn once for the whole video, so `chunk` changes
-    no result.
+    `chunk` frames are processed at once; the posterior's noise is drawn once for the whole video, so `chunk`
+    changes no result.
     """
 
     def __init__(self, vae: nn.Module, *, sample: bool, chunk: int) -> None:
@@ -108,14 +109,13 @@ class DiffusersAutoencoder(Autoencoder):
             from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
             posterior = DiagonalGaussianDistribution(z)
-            draws: Any = (
-                generator  # diffusers takes a list, of one generator a frame; its annotation does not say so
-            )
-            if isinstance(generator, Sequence):
+            draws: Any = generator
+            if isinstance(generator, Sequence):  # diffusers takes a list of one generator per frame
                 draws = [row for row in generator for _ in range(video.shape[1])]
             z = posterior.sample(draws) if self.sample else posterior.mode()
         z = (z - self.shift) * self.scale
-        return rearrange(z, "(b f) c h w -> b f c h w", b=len(video)).to(video.dtype)
+        latents: Tensor = rearrange(z, "(b f) c h w -> b f c h w", b=len(video)).to(video.dtype)
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         self._check_latents(latents)
@@ -124,17 +124,19 @@ class DiffusersAutoencoder(Autoencoder):
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(latents)).to(latents.dtype)
 
     def _moments(self, frames: Tensor) -> Tensor:
-        return self.vae.encode(frames).latent_dist.parameters
+        moments: Tensor = self.vae.encode(frames).latent_dist.parameters
+        return moments
 
     def _tiny_latents(self, frames: Tensor) -> Tensor:
-        return self.vae.encode(frames).latents
+        latents: Tensor = self.vae.encode(frames).latents
+        return latents
 
     def _chunked(self, function: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
-        return torch.cat([function(part) for part in frames.to(self.vae.dtype).split(self.chunk)])
+        return torch.cat([function(part) for part in torch.split(frames.to(self.vae.dtype), self.chunk)])
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder of a run. ValueError: a missing path or wrong weights."""
+    """Build the autoencoder of a run. ValueError: a missing path or wrong weights."""
     if config.kind == "pixel":
         if config.path or config.subfolder:
             raise ValueError(
@@ -152,9 +154,9 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
 
 
 def _load(config: AutoencoderConfig) -> nn.Module:
-    """safetensors, or a local folder's .bin as far as it holds tensors alone; a folder never touches the network."""
+    """Load safetensors, or a local folder's .bin if it holds tensors alone; a folder needs no network."""
     where = f"AutoencoderConfig.path = {config.path!r}, subfolder = {config.subfolder!r}"
-    source, local = _source(config, where)
+    source, local = _locate(config, where)
 
     from diffusers import AutoencoderKL, AutoencoderTiny
 
@@ -170,6 +172,7 @@ def _load(config: AutoencoderConfig) -> nn.Module:
         folder = Path(source) / config.subfolder
         if local and (folder / f"{STEM}.bin").is_file() and not any(folder.glob(f"{STEM}*.safetensors*")):
             return _from_pickle(kind.from_config(kind.load_config(source, **place)), folder, where)
+        vae: nn.Module
         vae, found = kind.from_pretrained(source, **place, **loading)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
@@ -185,17 +188,18 @@ def _load(config: AutoencoderConfig) -> nn.Module:
 
 
 def _from_pickle(vae: Any, folder: Path, where: str) -> nn.Module:
-    """diffusers' own reader would unpickle a .bin; here its tensors alone are read, strictly.
+    """Read the tensors of a .bin, strictly, without running code as diffusers' reader would.
 
-    Stable Diffusion 1.x's names of the attention are older than diffusers' classes, which map them when they load.
+    Stable Diffusion 1.x's attention names predate diffusers' classes, which map them when they load.
     """
     state = vae._fix_state_dict_keys_on_load(read_folder(folder, STEM))
-    load_strictly(vae, state, f"{where}: {folder}", fix="use the folder it was saved to")
-    return vae
+    module: nn.Module = vae
+    load_strictly(module, state, f"{where}: {folder}", fix="use the folder it was saved to")
+    return module
 
 
-def _source(config: AutoencoderConfig, where: str) -> tuple[str, bool]:
-    """What diffusers is to load, and whether it is a local folder."""
+def _locate(config: AutoencoderConfig, where: str) -> tuple[str, bool]:
+    """Return the folder or hub name for diffusers, and whether it is a local folder."""
     if not config.path:
         raise ValueError(
             f"AutoencoderConfig.path is empty but kind = {config.kind}: give a local diffusers folder, a hub "

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Text(NamedTuple):
-    """What the text tower says about a prompt. A tuple: ZeRO-3 looks for a module's outputs in tuples only."""
+    """Output of the text tower. A tuple, because ZeRO-3 looks for a module's outputs in tuples only."""
 
     tokens: Tensor  # b l d, after the final layer norm (transformers' `last_hidden_state`)
     pooled: Tensor  # b e, the end token's state through the text projection, not normalised
@@ -39,10 +39,20 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageStates:
-    """What the image tower says about an image."""
+    """Output of the image tower."""
 
     states: tuple[Tensor, ...]  # five of b (1 n) d: last, then after 4, 8, 12, 16 of 24 layers; no final norm
     embedding: Tensor  # b e, projected, not normalised
+
+
+class TextTower(Protocol):
+    """The parts of an open_clip text tower that `TextEncoder` takes over."""
+
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    transformer: nn.Module
+    ln_final: nn.Module
+    attn_mask: Tensor | None
 
 
 class TextEncoder(nn.Module):
@@ -52,7 +62,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        tower = cast(Any, getattr(model, "text", model))
+        tower = cast(TextTower, getattr(model, "text", model))
         pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
         projection = getattr(tower, "text_projection", None)
         if pool not in ("argmax", "eos") or not isinstance(projection, nn.Parameter):
@@ -60,10 +70,10 @@ class TextEncoder(nn.Module):
                 "ClipConfig.model: this text tower is not CLIP's (end-token pooling and a bias-free "
                 "projection are needed): choose a model such as ViT-L-14-quickgelu"
             )
-        self.token_embedding: nn.Embedding = tower.token_embedding
-        self.positional_embedding: nn.Parameter = tower.positional_embedding
-        self.transformer: nn.Module = tower.transformer
-        self.ln_final: nn.Module = tower.ln_final
+        self.token_embedding = tower.token_embedding
+        self.positional_embedding = tower.positional_embedding
+        self.transformer = tower.transformer
+        self.ln_final = tower.ln_final
         self.text_projection = projection
         self.register_buffer("attn_mask", tower.attn_mask, persistent=False)
         self.context_length, self.width = self.positional_embedding.shape
@@ -86,10 +96,10 @@ class TextEncoder(nn.Module):
         return prompt.to(self.positional_embedding.device)
 
     def forward(self, prompt: Prompt, inject: Injection = no_injection) -> Text:
-        """Prompt (b l) -> Text (b l d, b e).
+        """Encode a prompt (b l) as tokens (b l d) and a pooled embedding (b e).
 
         The `prompt` port stands between the token embedding and the positions. A tap that shifts the
-        embeddings shifts `ids` alike; where it pushed the end token out, the last position is pooled.
+        embeddings shifts `ids` alike; if it pushed the end token out, the last position is pooled.
         """
         words = PromptTokens(self.token_embedding(prompt.ids), prompt.ids, prompt.spans, prompt.subjects)
         words = inject(self.site, words)
@@ -133,11 +143,11 @@ class ImageEncoder(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "ImageEncoder":
-        """Stays in eval mode."""
+        """Stay in eval mode."""
         return super().train(False)
 
     def preprocess(self, image: Tensor) -> Tensor:
-        """Image (b 3 h w, [-1, 1]) -> the tower's input: antialiased bicubic resize, clamp, mean and std.
+        """Prepare an image (b 3 h w, [-1, 1]) for the tower: antialiased bicubic resize, clamp, mean and std.
 
         A non-square image is squashed (CLIP's own centre crop would lose its borders): pad a reference image
         to a square first. ValueError: another shape.
@@ -151,7 +161,7 @@ class ImageEncoder(nn.Module):
         return (image.clamp(0, 1).to(self.mean.dtype) - self.mean) / self.std
 
     def forward(self, image: Tensor) -> ImageStates:
-        """Image (b 3 h w, [-1, 1]) -> five hidden states (b (1 n) d, class token first), embedding (b e).
+        """Encode an image (b 3 h w, [-1, 1]) as five hidden states (b (1 n) d, class token first), embedding (b e).
 
         The states are VideoBooth's, in its order: the last hidden state without the final layer norm, then
         the outputs of layers 4, 8, 12, 16 of 24 (section 3.2; ELITE's global mapping).
@@ -166,13 +176,13 @@ class ImageEncoder(nn.Module):
 
 
 def build_clip(config: ClipConfig) -> tuple[TextEncoder, ImageEncoder]:
-    """Both towers of one open_clip model, frozen and in eval mode. Errors: see `build_clip_model`."""
+    """Build both towers of one open_clip model, frozen and in eval mode. Errors: see `build_clip_model`."""
     model = build_clip_model(config).requires_grad_(False).eval()
     return TextEncoder(model).eval(), ImageEncoder(model)
 
 
 def contrastive_forward(model: nn.Module, images: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
-    """For contrastive training of the trainable model from `build_clip_model`.
+    """Compute the features for contrastive training of a model from `build_clip_model`.
 
     Images (b 3 h w, [-1, 1]) and captions (b l) -> image features and text features (b e, unit length), and
     the exponentiated logit scale (a scalar).

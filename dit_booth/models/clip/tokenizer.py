@@ -1,15 +1,15 @@
-"""Captions to token ids, with each caption's subject: its own tokens, and where they stand."""
+"""Tokenizer: captions to token ids, with the tokens of each caption's subject and their places."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 NULL_PROMPT = "None"
-"""The unconditional caption is this literal word (VideoBooth's training and sampling scripts)."""
+"""The unconditional caption, a literal word in VideoBooth's training and sampling scripts."""
 
 CLIP_VOCABULARY = 49408
 _BYTES = 512  # the first ids are single bytes, inside and at the end of a word
@@ -20,16 +20,16 @@ class Prompt:
     """Tokenised captions and their subjects."""
 
     ids: Tensor  # b l, long
-    spans: Tensor  # b l, long: 0, or k at the tokens of the subject's k-th whole occurrence (k = 1, 2, ...)
-    subjects: Tensor  # b s, long: the subject's own tokens, then -1; nothing but -1 without a subject
+    spans: Tensor  # b l, long: k at the tokens of the subject's k-th whole occurrence (k = 1, 2, ...), else 0
+    subjects: Tensor  # b s, long: the subject's own tokens, padded with -1
 
     @classmethod
     def without_subject(cls, ids: Tensor) -> "Prompt":
-        """Token ids (b l) of captions that name none."""
+        """Make a prompt of token ids (b l) of captions without subjects."""
         return cls(ids, torch.zeros_like(ids), ids.new_empty(len(ids), 0))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Prompt":
-        """The same change of all its tensors: rows, or the device."""
+        """Apply `change` to all tensors: a selection of rows, or a move to a device."""
         return Prompt(change(self.ids), change(self.spans), change(self.subjects))
 
     def to(self, device: torch.device | str) -> "Prompt":
@@ -55,7 +55,7 @@ class Tokenizer:
         self.begin, self.end = vocab_size - 2, vocab_size - 1
 
     def fold(self, token: int) -> int:
-        """CLIP's id of an ordinary token -> its row in this vocabulary."""
+        """Map CLIP's id of an ordinary token to its row in this vocabulary."""
         rows = self.vocab_size - 2
         return (token + token // rows) % rows
 
@@ -68,10 +68,10 @@ class Tokenizer:
     ) -> Prompt:
         """Captions, and the word(s) of each caption's subject (None: no subject) -> Prompt of shape b l.
 
-        Every occurrence of a subject is marked, whole words only, regardless of case. What passes
-        `context_length` is cut and the last token becomes the end token. ValueError: a caption without its
-        subject, or with its subject only in the part that is cut; with `first_token_suffices`, the same of the
-        subject's first token alone (a caption may then have no mark).
+        Every occurrence of a subject is marked, whole words only, regardless of case. Captions are cut to
+        `context_length`, with the end token last. ValueError: a caption without its
+        subject, or with its subject only in the part that is cut; with `first_token_suffices`, only the
+        subject's first token must be there (a caption may then have no mark).
         """
         subjects = [None] * len(captions) if subjects is None else subjects
         if len(subjects) != len(captions):
@@ -87,7 +87,7 @@ class Tokenizer:
     def _row(
         self, caption: str, subject: str | None, first_token_suffices: bool
     ) -> tuple[list[int], list[int], list[int]]:
-        """Ids, spans, and the subject's own ids."""
+        """Return ids, spans, and the subject's own ids."""
         tokens, room = bpe().encode(caption), self.context_length - 2
         kept, wanted = tokens[:room], [] if subject is None else bpe().encode(subject)
         if subject is not None and not _holds(kept, wanted, first_token_suffices):
@@ -101,16 +101,26 @@ class Tokenizer:
         return ids, [0, *mark(kept, wanted, _ends_word), *[0] * padding], [self.fold(t) for t in wanted]
 
 
+class BytePairEncoder(Protocol):
+    """The part of open_clip's ``SimpleTokenizer`` that is used here."""
+
+    decoder: Mapping[int, str]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
 @functools.cache
-def bpe() -> Any:
-    """open_clip's tokenizer; imported late because open_clip takes seconds to import."""
+def bpe() -> BytePairEncoder:
+    """Return open_clip's tokenizer, imported late because open_clip takes seconds to import."""
     from open_clip import SimpleTokenizer
 
-    return SimpleTokenizer()
+    return cast(BytePairEncoder, SimpleTokenizer())
 
 
 def mark(tokens: list[int], subject: list[int], ends_word: Callable[[int], bool]) -> list[int]:
-    """k at the tokens of the subject's k-th occurrence (k = 1, 2, ...), else 0.
+    """Return k at the tokens of the subject's k-th occurrence (k = 1, 2, ...), else 0.
 
     An occurrence has all of the subject's tokens, begins where a word does, and overlaps no earlier one.
     """
@@ -124,7 +134,7 @@ def mark(tokens: list[int], subject: list[int], ends_word: Callable[[int], bool]
 
 
 def check_subject(caption: str, subject: str, *, first_token_suffices: bool = False) -> None:
-    """ValueError: the caption does not hold the subject, or not even the first of its tokens (CLIP's)."""
+    """Raise ValueError if the caption lacks the subject or, with `first_token_suffices`, its first CLIP token."""
     wanted = bpe().encode(subject)
     if _holds(bpe().encode(caption), wanted, first_token_suffices):
         return
@@ -148,11 +158,10 @@ def _holds(tokens: list[int], subject: list[int], first_token_suffices: bool) ->
 
 
 def _table(rows: list[list[int]], width: int) -> Tensor:
-    """Rows of up to `width` numbers, padded with -1: n width, long."""
+    """Pad rows of at most `width` ids with -1: (n width), long."""
     padded = [row + [-1] * (width - len(row)) for row in rows]
     return torch.tensor(padded, dtype=torch.long).reshape(len(rows), width)
 
 
 def _ends_word(token: int) -> bool:
-    last: bool = bpe().decoder[token].endswith("</w>")
-    return last
+    return bpe().decoder[token].endswith("</w>")

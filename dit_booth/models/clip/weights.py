@@ -1,11 +1,10 @@
-"""Building an open_clip model from a configuration: names, weights files, and errors that name the fix."""
+"""Builds an open_clip model from a configuration, with errors that name the fix."""
 
 import functools
 import json
 import logging
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from dit_booth.errors import suggest
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.upstream.clip import find_clip_mismatches, from_transformers
-from dit_booth.models.weights import load_strictly, raise_mismatches, read_folder, read_json
+from dit_booth.models.weights import JsonObject, load_strictly, raise_mismatches, read_folder, read_json
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +24,19 @@ _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _FIX = "choose a model such as ViT-L-14-quickgelu"
 
 
-def model_settings(model: str) -> dict[str, Any] | None:
-    """The configuration of an open_clip model, or of one of ours, by its name; None where there is none."""
+def model_settings(model: str) -> JsonObject | None:
+    """Return the configuration of an open_clip model, or of one of ours, by name; None if there is none."""
     import open_clip
 
     _register_configs()
-    settings: dict[str, Any] | None = (
+    settings: JsonObject | None = (
         open_clip.get_model_config(model) if model in open_clip.list_models() else None
     )
     return settings
 
 
 def build_clip_model(config: ClipConfig) -> nn.Module:
-    """The open_clip model itself, in fp32 and trainable.
+    """Build the open_clip model, in fp32 and trainable.
 
     ValueError: an unknown model (nearest names given), a missing or unsafe weights file, weights that do not
     fit, or weights trained with another activation (OpenAI's need a `-quickgelu` model).
@@ -59,20 +58,21 @@ def build_clip_model(config: ClipConfig) -> nn.Module:
         _check_activation(config, settings, tag)
     if not tag and Path(config.pretrained).expanduser().is_dir():
         return _from_transformers_folder(config)
-    source = config.pretrained if tag else _weights_file(config)
+    source = config.pretrained if tag else _find_weights(config)
     try:
         # Strict, and a pickle is read by torch's weights-only unpickler.
-        return open_clip.create_model(config.model, pretrained=source, weights_only=True)
+        model: nn.Module = open_clip.create_model(config.model, pretrained=source, weights_only=True)
     except (RuntimeError, OSError, pickle.UnpicklingError, SafetensorError) as error:
         fix = "offline: give a local .safetensors file" if tag else "save the weights as .safetensors"
         raise ValueError(
             f"ClipConfig.pretrained = {config.pretrained!r} could not be loaded into model = "
             f"{config.model!r} (only plain tensors that fit it are read): {error}; {fix}"
         ) from error
+    return model
 
 
 def clip_state_dict(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Weights of a model from `build_clip_model` on the CPU, for `safetensors.torch.save_file`.
+    """Return the weights of a model from `build_clip_model` on the CPU, for `safetensors.torch.save_file`.
 
     `ClipConfig(pretrained=<that file>)` reads them back, in fp32 whatever `dtype` they were stored in.
     """
@@ -86,13 +86,13 @@ def _register_configs() -> None:
     open_clip.add_model_config(_CONFIGS)
 
 
-def _check_is_clip(name: str, settings: dict[str, Any]) -> None:
+def _check_is_clip(name: str, settings: JsonObject) -> None:
     text = settings["text_cfg"]
     if text.get("hf_model_name") or text.get("hf_tokenizer_name") or "multimodal_cfg" in settings:
         raise ValueError(f"ClipConfig: {name!r} has another tokenizer or text tower than CLIP's: {_FIX}")
 
 
-def _check_activation(config: ClipConfig, settings: dict[str, Any], tag: dict[str, Any]) -> None:
+def _check_activation(config: ClipConfig, settings: JsonObject, tag: JsonObject) -> None:
     """QuickGELU weights in a GELU tower, or the reverse, give wrong features without any other sign."""
     trained, built = bool(tag.get("quick_gelu")), bool(settings.get("quick_gelu"))
     if trained != built:
@@ -104,8 +104,8 @@ def _check_activation(config: ClipConfig, settings: dict[str, Any], tag: dict[st
         )
 
 
-def _weights_file(config: ClipConfig) -> str | None:
-    """The local file that `pretrained` names; None for random weights (open_clip warns)."""
+def _find_weights(config: ClipConfig) -> str | None:
+    """Return the local file that `pretrained` names; None for random weights (open_clip warns)."""
     import open_clip
 
     source = config.pretrained
@@ -137,7 +137,7 @@ def _weights_file(config: ClipConfig) -> str | None:
 
 
 def _from_folder(config: ClipConfig) -> nn.Module:
-    """`local-dir:/path`: an open_clip folder with `open_clip_config.json` and a weights file."""
+    """Build from `local-dir:/path`: an open_clip folder with `open_clip_config.json` and a weights file."""
     import open_clip
 
     where = f"ClipConfig.pretrained = {config.pretrained!r}"
@@ -150,13 +150,14 @@ def _from_folder(config: ClipConfig) -> nn.Module:
     _check_is_clip(config.pretrained, settings["model_cfg"])
     log.info("CLIP's configuration comes from %s; model = %s is not used", folder, config.model)
     try:
-        return open_clip.create_model(f"local-dir:{folder}", weights_only=True)
+        model: nn.Module = open_clip.create_model(f"local-dir:{folder}", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(f"{where} could not be loaded: {error}; save the weights as .safetensors") from error
+    return model
 
 
 def _from_transformers_folder(config: ClipConfig) -> nn.Module:
-    """A folder of transformers' CLIPModel with `config.json`, such as openai/clip-vit-large-patch14."""
+    """Build from a folder of transformers' CLIPModel with `config.json`, such as openai/clip-vit-large-patch14."""
     import open_clip
 
     folder = Path(config.pretrained).expanduser()
@@ -169,8 +170,11 @@ def _from_transformers_folder(config: ClipConfig) -> nn.Module:
             f"{where} holds {settings.get('architectures', 'no CLIPModel')}, not a CLIPModel with both towers: "
             "give a folder such as clip-vit-large-patch14"
         )
-    model = open_clip.create_model(config.model, load_weights=False)
-    towers = {"text_config": model.transformer, "vision_config": model.visual.transformer}
+    model: nn.Module = open_clip.create_model(config.model, load_weights=False)
+    towers = {
+        "text_config": model.get_submodule("transformer"),
+        "vision_config": model.get_submodule("visual.transformer"),
+    }
     mismatches = [
         line for name, tower in towers.items() for line in find_clip_mismatches(settings[name], tower)
     ]

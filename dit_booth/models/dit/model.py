@@ -102,7 +102,8 @@ class VideoDiT(nn.Module):
             return None
         assert isinstance(text, Text)
         embed = self.context_embedder if self.config.conditioning == "in_context" else nn.Identity()
-        return rearrange(embed(text.tokens), "b l c -> b 1 l c")
+        tokens: Tensor = embed(text.tokens)
+        return rearrange(tokens, "b l c -> b 1 l c")
 
     def build_inputs(self, c: Tensor, latents: Latents, frame_positions: range) -> DiTInputs:
         """Build the inputs that all blocks share; context frames have positions below 0."""

@@ -184,15 +184,15 @@ class TransformerBlock(nn.Module):
         """Temporal attention: the frames of one place are one group of keys or, under a plan, one group each."""
         whole, plan = shared.temporal_plan is None, shared.temporal_plan or seen_by_all(1)
         form = "(b n) 1 f c" if whole else "(b n) f 1 c"
-        y, rotary = rearrange(x, f"b f n c -> {form}"), None
+        y: Tensor = rearrange(x, f"b f n c -> {form}")
+        rotary: Rotary | None = None
         if shared.frame_positions is not None:
             width = x.shape[-1] // self.attn_temp.heads
             rotary = rotary_frames(
                 shared.frame_positions, width, x.device, x.dtype, group_per_frame=not whole
             )
-        return rearrange(
-            self.attn_temp(y, y, plan, shared.inject, rotary), f"{form} -> b f n c", b=x.shape[0]
-        )
+        y = self.attn_temp(y, y, plan, shared.inject, rotary)
+        return rearrange(y, f"{form} -> b f n c", b=x.shape[0])
 
 
 class VideoTransformer(nn.Module):
@@ -216,7 +216,8 @@ class VideoTransformer(nn.Module):
         rotary = rotary_3d(positions, h, w, width, x.device, x.dtype) if positions else None
         for block in self.transformer_blocks:
             y = block(y, shared, rotary)
-        return x + rearrange(self.proj_out(y), "b f (h w) c -> b f c h w", h=h)
+        y = self.proj_out(y)
+        return x + rearrange(y, "b f (h w) c -> b f c h w", h=h)
 
 
 # ---- levels ------------------------------------------------------------------------------------------------
