@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from warm import AS_INSTALLED, environment
 
 from dit_booth import strategy as registry
 from dit_booth.config.parse import load_plugin
+from dit_booth.inject import Needs
 from dit_booth.strategy import find, registered
-from dit_booth.testing import PROMISES, check_strategy, compiled_is_the_same
+from dit_booth.testing import PROMISES, check_strategy, promises
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/write_a_strategy.md").read_text(), flags=re.DOTALL)
@@ -51,13 +53,15 @@ def test_the_strategy_takes_fewer_than_thirty_lines() -> None:
 def test_the_document_names_every_declaration() -> None:
     text = (ROOT / "docs/write_a_strategy.md").read_text()
     declared = [name for name in registry.Strategy.__annotations__ if name not in ("name", "Config")]
-    assert all(f"`{name}`" in text for name in declared if name != "reference_frames"), declared
+    needed = [field.name for field in fields(Needs)]
+    assert all(f"`{name}`" in text for name in (*declared, *needed)), (declared, needed)
 
 
 def test_with_an_option_it_keeps_all_promises(plugin: Path) -> None:
     load_plugin(str(plugin))
     check_strategy(
-        "one_token_at", promises=[promise for promise in PROMISES if promise is not compiled_is_the_same]
+        "one_token_at",
+        promises=[promise for promise in PROMISES if promise is not promises.compiled_is_the_same],
     )
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from dit_booth.models.dit.model import DiTConfig, VideoDiT
-from dit_booth.models.unet.model import UNetConfig, VideoUNet
-from dit_booth.models.weights import write
+from dit_booth.models.dit.model import DiTConfig
+from dit_booth.models.unet.model import UNetConfig
 from dit_booth.strategy import registered
+from dit_booth.testing import trial, worst
 
-Make = Callable[..., Any]
+torch.set_num_threads(1)
 SHAPE: dict[str, Any] = {"depth": 2, "hidden": 48, "heads": 4}
-CHANNELS = 27
 CONFIGS: dict[str, DiTConfig | UNetConfig] = {
     "interleaved": DiTConfig(**SHAPE, layout="interleaved"),
     "joint": DiTConfig(**SHAPE, layout="joint", plan="all"),
@@ -41,41 +36,13 @@ STRATEGIES = sorted(registered())
 EVERY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def kind(config: DiTConfig | UNetConfig) -> str:
-    return "dit" if isinstance(config, DiTConfig) else "unet"
-
-
-@pytest.fixture
-def files(config: DiTConfig | UNetConfig, clip: Any, tmp_path: Path) -> dict[str, Path]:
-    """In place of conftest's: weights of this configuration, with nothing at zero."""
-    text, _ = clip
-    backbone: nn.Module
-    if isinstance(config, DiTConfig):
-        backbone = VideoDiT(config, channels=CHANNELS, text_dim=text.width, text_embed_dim=text.embed_dim)
-    else:
-        backbone = VideoUNet(
-            replace(config, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=text.width)
-        )
-    generator = torch.Generator().manual_seed(5)
-    state = {}
-    for name, p in backbone.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        state[f"backbone.{name}"] = p.detach() if p.any() else 0.1 * noise
-    file = tmp_path / "backbone.safetensors"
-    write(file, state)
-    return {kind(config): file}
-
-
-def worst(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
 @EVERY
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_new_strategy_changes_nothing_without_an_image_and_trains_with_one(
-    name: str, config: DiTConfig | UNetConfig, make: Make
+    name: str, config: DiTConfig | UNetConfig
 ) -> None:
-    run = make(name, kind(config), **{kind(config): config})
+    unet = isinstance(config, UNetConfig)
+    run = trial(name, "unet" if unet else "dit-factorised", **{"unet" if unet else "dit": config})
     with torch.no_grad():
         plain = run.plain()
         assert plain.abs().max() > 1e-3

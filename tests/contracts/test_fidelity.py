@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,43 +21,32 @@ from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.inject import PromptTokens
 from dit_booth.models.clip.tokenizer import bpe
 from dit_booth.sampling.generate import generate
+from dit_booth.testing import Trial, trial, worst
 from dit_booth.training.inputs import generator_of, make_inputs
 
-BACKBONES = pytest.mark.parametrize("backbone", ["dit", "unet"])
-Make = Callable[..., Any]
+BACKBONES = pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 
 
-def worst(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def watched(run: Any) -> list[tuple[Tensor, Tensor]]:
+def watched(run: Trial) -> list[tuple[Tensor, Tensor]]:
     """(x, t) of every pass through the backbone from now on."""
     calls: list[tuple[Tensor, Tensor]] = []
     run.model.backbone.register_forward_pre_hook(lambda module, args: calls.append(args[:2]))
     return calls
 
 
-def loosened(run: Any) -> Any:
-    """Trained strategies: as they start, an image's keys are the backbone's own."""
-    generator = torch.Generator().manual_seed(3)
-    for p in run.model.strategy.parameters():
-        p.data.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return run
-
-
-def sampled(run: Any, captions: Sequence[str] = ("a dog runs", "the red cat"), **guidance: Any) -> Tensor:
+def sampled(run: Trial, captions: Sequence[str] = ("a dog runs", "the red cat"), **guidance: Any) -> Tensor:
     """Two videos, of a dog and a cat, with two steps, the first of them from noise."""
     sampler = SamplerConfig(kind="ddim", steps=2)
-    config = replace(run.components.config, guidance=GuidanceConfig(**guidance), sampler=sampler)
     images = run.reference().image
     return generate(
-        replace(run.components, config=config),
+        run.components,
         images,
         captions,
         ["dog", "cat"],
         [1, 2],
         size=(3, *images.shape[-2:]),
+        guidance=GuidanceConfig(**guidance),
+        sampler=sampler,
     )
 
 
@@ -66,8 +55,8 @@ def sampled(run: Any, captions: Sequence[str] = ("a dog runs", "the red cat"), *
 
 @BACKBONES
 @pytest.mark.parametrize("copies", [1, 3])
-def test_training_noises_every_copy_anew(copies: int, backbone: str, make: Make) -> None:
-    run = make("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_frames=copies)})
+def test_training_noises_every_copy_anew(copies: int, backbone: str) -> None:
+    run = trial("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_frames=copies)})
     data = run.components.config.data.build(heldout=False)
     batch, stage = collate([data[i] for i in range(2)]), StageConfig()
     made = make_inputs(run.components, batch, stage, generator_of(0), torch.float32, with_image=True)
@@ -83,8 +72,8 @@ def test_training_noises_every_copy_anew(copies: int, backbone: str, make: Make)
 
 
 @BACKBONES
-def test_sampling_runs_the_copies_as_a_video(backbone: str, make: Make) -> None:
-    run = make("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_frames=3)})
+def test_sampling_runs_the_copies_as_a_video(backbone: str) -> None:
+    run = trial("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_frames=3)})
     calls = watched(run)
     sampled(run)
     (noisy, _), (x, _) = calls[:2]
@@ -94,37 +83,37 @@ def test_sampling_runs_the_copies_as_a_video(backbone: str, make: Make) -> None:
 
 @BACKBONES
 @torch.no_grad()
-def test_the_first_copy_is_read_and_the_others_reach_it(backbone: str, make: Make) -> None:
-    run = make("kv_concat", backbone)
+def test_the_first_copy_is_read_and_the_others_reach_it(backbone: str) -> None:
+    run = trial("kv_concat", backbone)
     reference, sites = run.reference(), list(run.model.strategy.part("kv_concat").attached)
     others = torch.randn(2, 2, *reference.noisy.shape[2:], generator=torch.Generator().manual_seed(7))
     copies = torch.cat([reference.noisy, others], dim=1)
-    one = run.model.record(run.t, reference.noisy, False, sites)
-    three = run.model.record(run.t, copies, False, sites)
+    one = run.model.hidden(reference.noisy, run.t, sites)
+    three = run.model.hidden(copies, run.t, sites)
     assert all(three[site].shape == one[site].shape for site in sites)
     assert any(worst(three[site], one[site]) > 1e-3 for site in sites)
-    swapped = run.model.record(run.t, copies[:, [1, 0, 2]], False, sites)
+    swapped = run.model.hidden(copies[:, [1, 0, 2]], run.t, sites)
     assert all(worst(swapped[site], three[site]) > 1e-3 for site in sites)
-    loosened(run)
+    run.perturb()
     assert worst(run(replace(reference, noisy=copies)), run(reference)) > 1e-5
 
 
 @torch.no_grad()
-def test_copies_with_equal_noise_are_one_frame(make: Make) -> None:
+def test_copies_with_equal_noise_are_one_frame() -> None:
     """On the U-Net, which does not know its frames' places."""
-    run = loosened(make("kv_concat", "unet"))
+    run = trial("kv_concat", "unet").perturb()
     reference = run.reference()
     copies = replace(reference, noisy=reference.noisy.expand(-1, 3, -1, -1, -1))
     assert worst(run(copies), run(reference)) < 1e-5
 
 
-def test_copies_are_made_for_active_strategies_only(make: Make) -> None:
+def test_copies_are_made_for_active_strategies_only() -> None:
     options = {"kv_concat": KVConcatConfig(reference_frames=3)}
-    run = make("token_replacement+kv_concat", "dit", options=options)
-    images = run.reference().image
-    assert run.components.reference(images, torch.float32).noisy.shape[1] == 3
+    run = trial("token_replacement+kv_concat", "dit-factorised", options=options)
+    reference = run.components.reference(run.reference().image, torch.float32)
+    assert reference.noisy is None and run.components.copies(reference).shape[1] == 3
     run.model.active = ("token_replacement",)
-    assert run.components.reference(images, torch.float32).noisy.shape[1] == 1
+    assert run.components.copies(reference).shape[1] == 1
 
 
 def test_the_number_of_copies_is_checked() -> None:
@@ -139,23 +128,23 @@ def test_the_number_of_copies_is_checked() -> None:
 
 @BACKBONES
 @torch.no_grad()
-def test_the_unconditional_branch_may_go_without_an_image(backbone: str, make: Make) -> None:
+def test_the_unconditional_branch_may_go_without_an_image(backbone: str) -> None:
     """``omit`` runs it in a pass of its own, without a reference (golden: ``e_uncond``)."""
-    run = loosened(make("token_replacement+kv_concat", backbone))
+    run = trial("token_replacement+kv_concat", backbone).perturb()
     calls = watched(run)
     omitted = sampled(run, scale=2.0, unconditional="omit")
     assert [tuple(x.shape[:2]) for x, _ in calls] == [(2, 1), (2, 3), (2, 3)] * 2
     assert torch.equal(calls[1][0], calls[2][0]), "the same x in both branches"
     assert worst(omitted, sampled(run, scale=2.0)) > 1e-1
-    plain = make("none", backbone)
+    plain = trial("none", backbone)
     assert worst(sampled(plain, scale=2.0, unconditional="omit"), sampled(plain, scale=2.0)) < 5e-3, (
         "rounding, which the first step multiplies by 160"
     )
 
 
 @torch.no_grad()
-def test_omitting_is_the_prediction_without_a_reference(make: Make) -> None:
-    run = loosened(make("kv_concat", "unet"))
+def test_omitting_is_the_prediction_without_a_reference() -> None:
+    run = trial("kv_concat", "unet").perturb()
     seen: list[tuple[Any, ...]] = []
     handle = run.model.register_forward_hook(lambda module, args, out: seen.append((*args[:4], out.output)))
     sampled(run, scale=3.0, unconditional="omit")
@@ -186,13 +175,13 @@ class OneStep:
         return [tuple(x.shape[:2]) for x, _ in self.calls]
 
 
-def one_step(make: Make, *, compat: str = "videobooth", copies: int = 3, **guidance: Any) -> OneStep:
+def one_step(*, compat: str = "videobooth", copies: int = 3, **guidance: Any) -> OneStep:
     """With the four switches of docs/fidelity.md, or other values; the first row's subject stands twice, near."""
     options = {
         "kv_concat": KVConcatConfig(reference_frames=copies),
         "token_replacement": TokenReplacementConfig(compat=compat),  # type: ignore[arg-type]
     }
-    run = loosened(make("token_replacement+kv_concat", "unet", options=options))
+    run = trial("token_replacement+kv_concat", "unet", options=options).perturb()
     calls, switches = watched(run), {"scale": 2.0, "channels": 3, "unconditional": "omit"}
     sampled(run, ["the dog and dog runs", "the red cat"], **{**switches, **guidance})
     after, _ = calls[-1]  # of the second step, which begins with the first one's latents
@@ -205,10 +194,10 @@ def remembered() -> dict[str, OneStep]:
 
 
 @pytest.fixture
-def released(make: Make, remembered: dict[str, OneStep]) -> OneStep:
+def released(remembered: dict[str, OneStep]) -> OneStep:
     """All four together."""
     if not remembered:
-        remembered["released"] = one_step(make)
+        remembered["released"] = one_step()
     return remembered["released"]
 
 
@@ -224,30 +213,30 @@ def test_all_switches_together_take_the_released_passes(released: OneStep) -> No
     assert torch.equal(x, again)
 
 
-def test_of_all_switches_compat_rewrites_the_caption_with_two_subjects(released: OneStep, make: Make) -> None:
-    other = one_step(make, compat="")
+def test_of_all_switches_compat_rewrites_the_caption_with_two_subjects(released: OneStep) -> None:
+    other = one_step(compat="")
     assert other.shapes == released.shapes
     assert worst(other.latents[0], released.latents[0]) > EFFECT
     assert worst(other.latents[1], released.latents[1]) < ROUNDING, "its subject stands once"
 
 
-def test_of_all_switches_reference_frames_brings_the_copies(released: OneStep, make: Make) -> None:
-    other = one_step(make, copies=1)
+def test_of_all_switches_reference_frames_brings_the_copies(released: OneStep) -> None:
+    other = one_step(copies=1)
     assert other.shapes == [(2, 1), (2, 3), (2, 3)]
     assert worst(other.calls[0][0][:, 0], released.calls[0][0][:, 0]) < 1e-6, "the copy that is read"
     assert worst(other.latents, released.latents) > EFFECT
 
 
-def test_of_all_switches_channels_leaves_the_others_conditional(released: OneStep, make: Make) -> None:
-    other, conditional = one_step(make, channels=None), one_step(make, scale=1.0)
+def test_of_all_switches_channels_leaves_the_others_conditional(released: OneStep) -> None:
+    other, conditional = one_step(channels=None), one_step(scale=1.0)
     assert worst(other.latents[:, :, :3], released.latents[:, :, :3]) < ROUNDING
     assert worst(other.latents[:, :, 3:], released.latents[:, :, 3:]) > EFFECT
     assert worst(conditional.latents[:, :, :3], released.latents[:, :, :3]) > EFFECT
     assert worst(conditional.latents[:, :, 3:], released.latents[:, :, 3:]) < ROUNDING
 
 
-def test_of_all_switches_unconditional_omits_the_zero_image(released: OneStep, make: Make) -> None:
-    other = one_step(make, unconditional="zero_image")
+def test_of_all_switches_unconditional_omits_the_zero_image(released: OneStep) -> None:
+    other = one_step(unconditional="zero_image")
     assert other.shapes == [(4, 3), (4, 3)]
     assert worst(other.latents[:, :, :3], released.latents[:, :, :3]) > EFFECT
     assert worst(other.latents[:, :, 3:], released.latents[:, :, 3:]) < ROUNDING, "conditional in both"
@@ -270,12 +259,12 @@ FOUND = {  # caption -> what the text transformer reads for "polar bear"; *: one
 }
 
 
-def finding(make: Make, compat: str, backbone: str = "dit") -> Any:
+def finding(compat: str, backbone: str = "dit-factorised") -> Trial:
     options = {"token_replacement": TokenReplacementConfig(compat=compat)}  # type: ignore[arg-type]
-    return make("token_replacement+kv_concat", backbone, options=options)
+    return trial("token_replacement+kv_concat", backbone, options=options)
 
 
-def read_by_the_text_transformer(run: Any, caption: str, subject: str) -> str:
+def read_by_the_text_transformer(run: Trial, caption: str, subject: str) -> str:
     """The words behind the begin token and before the end token, in a pass of the whole network."""
     seen: list[PromptTokens] = []
     tap = run.model.strategy.part("token_replacement").attached["text.prompt"]
@@ -291,8 +280,8 @@ def read_by_the_text_transformer(run: Any, caption: str, subject: str) -> str:
 
 @pytest.mark.parametrize("compat", ["", "videobooth"])
 @torch.no_grad()
-def test_compat_finds_the_subject_by_its_first_token_alone(compat: str, make: Make) -> None:
-    run = finding(make, compat)
+def test_compat_finds_the_subject_by_its_first_token_alone(compat: str) -> None:
+    run = finding(compat)
     for caption, found in FOUND.items():
         if compat in found:
             assert read_by_the_text_transformer(run, caption, "polar bear") == found[compat], caption
@@ -302,9 +291,9 @@ def test_compat_finds_the_subject_by_its_first_token_alone(compat: str, make: Ma
 
 
 @pytest.mark.parametrize("compat", ["", "videobooth"])
-def test_training_and_sampling_ask_a_caption_for_as_much_of_its_subject(compat: str, make: Make) -> None:
+def test_training_and_sampling_ask_a_caption_for_as_much_of_its_subject(compat: str) -> None:
     """The prompts of both hold what the strategy finds, and neither takes a caption that has nothing of it."""
-    run = finding(make, compat, "unet")
+    run = finding(compat, "unet")
     data = run.components.config.data.build(heldout=False)
     batch = collate([data[i] for i in range(2)])
 
@@ -316,11 +305,13 @@ def test_training_and_sampling_ask_a_caption_for_as_much_of_its_subject(compat: 
         seen: list[Any] = []
         handle = run.model.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
         images = run.reference().image
-        generate(run.components, images, [caption] * 2, [subject] * 2, [1, 2], size=(3, *images.shape[-2:]))
+        generate(
+            run.components, images, [caption] * 2, [subject] * 2, [1, 2],
+            size=(3, *images.shape[-2:]), guidance=GuidanceConfig(), sampler=SamplerConfig(kind="ddim", steps=1),
+        )  # fmt: skip
         handle.remove()
         return [trained.prompt, seen[0].each(lambda y: y[:2])]
 
-    run.components.config = replace(run.components.config, sampler=SamplerConfig(kind="ddim", steps=1))
     if compat:
         for prompt in made("two polar bears", "polar bear"):
             assert (prompt.ids[:, 2:3] == prompt.subjects[:, :1]).all() and not prompt.spans.any()
@@ -333,9 +324,9 @@ def test_training_and_sampling_ask_a_caption_for_as_much_of_its_subject(compat: 
         assert prompt.spans[:, :5].tolist() == [[0, 0, 1, 1, 0]] * 2
 
 
-def test_a_strategy_that_takes_no_part_asks_for_nothing(make: Make) -> None:
+def test_a_strategy_that_takes_no_part_asks_for_nothing() -> None:
     """What a stage trains on depends on its active strategies alone: its address has the options of no other."""
-    run = finding(make, "videobooth")
+    run = finding("videobooth")
     assert run.components.first_token_suffices
     run.model.active = ("kv_concat",)
     assert not run.components.first_token_suffices
@@ -345,9 +336,9 @@ def test_a_strategy_that_takes_no_part_asks_for_nothing(make: Make) -> None:
 
 
 @torch.no_grad()
-def test_a_dropped_row_is_penalised_as_the_zero_image_and_for_nothing_else(make: Make) -> None:
+def test_a_dropped_row_is_penalised_as_the_zero_image_and_for_nothing_else() -> None:
     """The mapper reads the zero image; the text itself has no regulariser."""
-    run = make("token_replacement", "dit")
+    run = trial("token_replacement", "dit-factorised")
     data, part = run.components.config.data.build(heldout=False), run.model.strategy.part("token_replacement")
     batch = collate([data[i] for i in range(2)])
     for drop, image in ((0.0, batch.image), (1.0, torch.zeros_like(batch.image))):

@@ -19,7 +19,7 @@ from unet_cases import INJECTED, reference_of, strategies_of
 
 from dit_booth.attention import FramePlan, Segment
 from dit_booth.attention.plans import seen_by_all
-from dit_booth.inject import QKV, Condition, Injection, Role, no_injection
+from dit_booth.inject import QKV, Injection, Role, no_injection
 from dit_booth.models.layers import Attention
 from dit_booth.models.unet.blocks import TransformerBlock, UNetInputs
 from dit_booth.models.unet.model import UNetConfig
@@ -101,12 +101,11 @@ class Original:
         module, x = self.recipe.module, self.inputs["hidden_states"]
         injected = {k: w for k, w in self.weights.items() if k.startswith(f"{module}.") and owned(k)}
         strategies = strategies_of(injected, [attention.site]).to(x.dtype)
-        conditions = {name: Condition() for name in strategies.names}
-        if self.recipe.image:
-            first = self.inputs["exemplar_latent"][:, 0]
-            reference = reference_of(first, lambda *asked: {module: first})
-            conditions = strategies(reference, strategies.names)
-        return strategies.bind(conditions)
+        if not self.recipe.image:
+            return strategies.bind(strategies.names)
+        first = self.inputs["exemplar_latent"][:, 0]
+        conditions = strategies(reference_of(first), {"matched": {module: first}}, strategies.names)
+        return strategies.bind(strategies.names, conditions)
 
     def block(self, x: Tensor, text: Tensor) -> Tensor:
         """Tune-A-Video's transformer block is VideoBooth's; these files give every frame a text of its own."""
@@ -121,7 +120,7 @@ class Original:
         block = TransformerBlock(name, width, config)
         own = {k.removeprefix(f"{name}."): w for k, w in self.weights.items() if k.startswith(f"{name}.")}
         block.load_state_dict(own, assign=True)
-        texts = Injection({f"{name}.attn2": [(TextOfEachFrame(block.attn2, text), Condition())]})
+        texts = Injection({f"{name}.attn2": [(TextOfEachFrame(block.attn2, text), None)]})
         return block(x, UNetInputs(x[:, 0, 0], text[:, 0], plan, texts))
 
     def dense(self) -> Tensor:
@@ -143,7 +142,7 @@ class Original:
 
 
 def owned(name: str) -> bool:
-    """Whether a parameter of the original belongs to a strategy."""
+    """Return True if a parameter of the original belongs to a strategy."""
     return name.split(".")[-2] in INJECTED
 
 
@@ -154,6 +153,6 @@ class TextOfEachFrame(nn.Module):
         super().__init__()
         self.attention, self.text = attention, text
 
-    def forward(self, qkv: QKV, condition: Condition) -> QKV:
+    def forward(self, qkv: QKV, image: None) -> QKV:
         k, v = qkv.heads(self.attention.to_k(self.text)), qkv.heads(self.attention.to_v(self.text))
         return replace(qkv, segments=(Segment(k, v, FramePlan("self").frames(self.text.shape[1])),))

@@ -71,11 +71,13 @@ class Ours:
         self.strategy = SpatialConcat(SpatialConcatConfig(), sites)
 
     def bind(self, condition: Condition) -> Injection:
-        return Strategies({"spatial_concat": self.strategy}).bind({"spatial_concat": condition})
+        return Strategies({"spatial_concat": self.strategy}).bind(
+            ["spatial_concat"], {"spatial_concat": condition}
+        )
 
     def predict(self, above: Tensor, below: Tensor, t: int) -> Tensor:
         """The prediction for both halves (b c 2h w), from nine channels of each (b c h w)."""
-        inject = self.bind(Condition(latent=rearrange(below, "b c h w -> b 1 c h w")))
+        inject = self.bind(Condition(shared=rearrange(below, "b c h w -> b 1 c h w")))
         x = rearrange(above, "b c h w -> b 1 c h w")
         nothing = torch.randn(
             len(x), 3, self.unet.config.text_dim, dtype=self.dtype
@@ -96,9 +98,8 @@ class Ours:
         above = torch.cat([mask, picture * (mask < 0.5)], dim=1).expand(2, -1, -1, -1)
         garment = rearrange(given["inputs.condition_image"], "b c h w -> b 1 c h w").expand(2, -1, -1, -1, -1)
         row = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)  # without an image, and with one
-        reference = Reference(row.expand(2, 3, 4, 4), (), row, garment, garment)
-        latent = self.strategy(reference).latent
-        assert latent is not None
+        reference = Reference(row.expand(2, 3, 4, 4), (), row, garment)
+        latent = self.strategy(reference, {}).shared
         below = torch.cat([torch.zeros_like(mask).expand(2, -1, -1, -1), latent[:, 0]], dim=1)
         return above, below
 
@@ -119,10 +120,10 @@ class Ours:
                 for half, rest in zip(x.chunk(2, dim=-2), (above, below), strict=True)
             )
             put_below, cut_below = (self.strategy.attached[f"latents.{at}"] for at in ("entry", "exit"))
-            condition = Condition(latent=rearrange(lower, "b c h w -> b 1 c h w"))
-            joined = put_below(Latents(rearrange(upper, "b c h w -> b 1 c h w")), condition)
+            image = rearrange(lower, "b c h w -> b 1 c h w")
+            joined = put_below(Latents(rearrange(upper, "b c h w -> b 1 c h w")), image)
             made[f"unet_in_{k}"] = joined.x[:, 0]
-            assert torch.equal(cut_below(joined, condition).x[:, 0], upper)
+            assert torch.equal(cut_below(joined, image).x[:, 0], upper)
             made[f"unet_out_{k}"] = self.predict(upper, lower, t)
             without, with_ = made[f"unet_out_{k}"].chunk(2)
             x = self.ddim(schedule, guide(with_, without, scale), x, t, t - 1000 // calls)
@@ -140,7 +141,7 @@ class Ours:
         """One transformer block whose text attention hands on its input: h + norm2(h)."""
         block = self.unet.get_submodule(BLOCK)
         x = rearrange(self.tensors["inputs.block_in"], "b n c -> b 1 n c")
-        inject = self.bind(Condition(latent=torch.zeros(1)))
+        inject = self.bind(Condition(shared=torch.zeros(1)))
         text = torch.zeros(len(x), 1, self.unet.config.text_dim, dtype=self.dtype)
         step = UNetInputs(torch.zeros(1), text, FramePlan("self").frames(1), inject)
         return block(x, step)[:, 0]

@@ -12,7 +12,7 @@ from dit_booth.strategies.token_replacement import ReplaceSubject
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dit_booth.inject import Condition, PromptTokens
+from dit_booth.inject import PromptTokens
 from dit_booth.models.clip.tokenizer import mark
 
 
@@ -24,10 +24,10 @@ def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:
     for name in (n for n in names if n.endswith(".embeds")):
         case, stored = name.removesuffix(".embeds"), tensors[f"outputs.{name}"]
         prompt, words = prompt_of(tensors, case)
-        replaced = ReplaceSubject("videobooth")(prompt, Condition(tokens=words))
+        replaced = ReplaceSubject("videobooth")(prompt, words)
         yield CaseResult(f"{name} compat=videobooth", worst(replaced.embeddings, stored))
         if released_is_right(tensors, case):
-            replaced = ReplaceSubject()(prompt, Condition(tokens=words))
+            replaced = ReplaceSubject()(prompt, words)
             yield CaseResult(f"{name} default", worst(replaced.embeddings, stored))
 
 

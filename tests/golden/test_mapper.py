@@ -11,7 +11,7 @@ from files import load
 from mapper_cases import built_mapper, prompt_of, released_is_right, states_of, tokens_of
 from torch import Tensor
 
-from dit_booth.inject import Condition, PromptTokens
+from dit_booth.inject import PromptTokens
 
 torch.set_num_threads(1)
 INFO, TENSORS = load("videobooth_mapper")
@@ -31,7 +31,7 @@ END = 59
 
 def run(case: str) -> tuple[PromptTokens, Tensor]:
     prompt, words = prompt_of(TENSORS, case)
-    return ReplaceSubject()(prompt, Condition(tokens=words)), words
+    return ReplaceSubject()(prompt, words), words
 
 
 def spell(text: str, words: Tensor) -> Tensor:
@@ -76,19 +76,19 @@ def test_compat_finds_the_first_token_at_any_other_place_too() -> None:
     """A whole occurrence first, then the first token alone: the token after it is lost, as in the released code."""
     _, words = prompt_of(TENSORS, "two_token")
     prompt = tokens_of(TENSORS, [[58, 40, 41, 5, 40, 6, 7] + [END] * 70], [[40, 41]])
-    out = ReplaceSubject("videobooth")(prompt, Condition(tokens=words))
+    out = ReplaceSubject("videobooth")(prompt, words)
     assert torch.equal(out.embeddings[0], spell("58 *0 *1 *2 *0 *1 *2 *3 *4 7", words[0]))
     assert out.ids[0, :11].tolist() == [58, *[-1] * 8, 7, END]
     assert out.spans[0, :11].tolist() == [0, *[1] * 8, 0, 0]
-    sensible = ReplaceSubject()(prompt, Condition(tokens=words))
+    sensible = ReplaceSubject()(prompt, words)
     assert torch.equal(sensible.embeddings[0], spell("58 *0 *1 *2 *3 *4 5 40 6 7", words[0]))
 
 
 def test_compat_without_a_subject_or_an_image_changes_nothing() -> None:
     prompt, words = prompt_of(TENSORS, "absent")
-    out = ReplaceSubject("videobooth")(prompt, Condition(tokens=words))
+    out = ReplaceSubject("videobooth")(prompt, words)
     assert torch.equal(out.embeddings, prompt.embeddings) and not out.spans.any()
-    assert ReplaceSubject("videobooth")(prompt, Condition()) is prompt
+    assert ReplaceSubject("videobooth")(prompt, None) is prompt
     with pytest.raises(KeyError):
         ReplaceSubject("VideoBooth")  # type: ignore[arg-type]
 
@@ -106,7 +106,7 @@ def test_compat_leaves_the_tail_of_a_subject_that_runs_past_the_end() -> None:
     _, words = prompt_of(TENSORS, "seven_token")
     long = list(range(40, 47))
     prompt = tokens_of(TENSORS, [[58, *[3] * 70, *long[:5], END]], [long])
-    out = ReplaceSubject("videobooth")(prompt, Condition(tokens=words))
+    out = ReplaceSubject("videobooth")(prompt, words)
     assert torch.equal(out.embeddings[0], spell(" ".join(["58", *["3"] * 70, "*0 *1 *2 *3 *4"]), words[0]))
 
 
@@ -128,20 +128,20 @@ def test_ids_and_spans_move_with_the_embeddings(case: str) -> None:
 
 def test_without_an_image_nothing_is_replaced() -> None:
     prompt, _ = prompt_of(TENSORS, "one_token")
-    assert ReplaceSubject()(prompt, Condition()) is prompt
+    assert ReplaceSubject()(prompt, None) is prompt
 
 
 def test_adjacent_occurrences_are_two() -> None:
     _, words = prompt_of(TENSORS, "one_token")
     prompt = tokens_of(TENSORS, [[58, 40, 40, 5] + [END] * 73], [[40]])
-    out = ReplaceSubject()(prompt, Condition(tokens=words))
+    out = ReplaceSubject()(prompt, words)
     assert torch.equal(out.embeddings[0], spell("58 *0 *1 *2 *3 *4 *0 *1 *2 *3 *4 5", words[0]))
 
 
 def test_gradients_reach_the_words_and_the_tokens() -> None:
     prompt, words = prompt_of(TENSORS, "two_token")
     words, table = words.clone().requires_grad_(), prompt.embeddings.clone().requires_grad_()
-    out = ReplaceSubject()(replace(prompt, embeddings=table), Condition(tokens=words))
+    out = ReplaceSubject()(replace(prompt, embeddings=table), words)
     out.embeddings.sum().backward()
     assert torch.equal(words.grad, torch.ones_like(words))
     assert not table.grad[0, prompt.spans[0] > 0].any(), "the subject's own embedding is gone"

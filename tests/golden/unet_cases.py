@@ -7,9 +7,8 @@ against `dense.DenseUNet` ("dense float64"), which no rounding of the file blurs
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -195,8 +194,9 @@ class Ours:
         if torch.equal(t, reference_t):
             return root(x, t, prompt, image).output
         # Only the golden files noise the reference to another time than the video's.
-        image = replace(image, record=partial(root.record, reference_t))
-        inject = root.strategy.bind(root.strategy(image, root.active))
+        sites = [site for needs in root.strategy.needs(root.active).values() for site in needs.sites]
+        hidden = {"matched": root.hidden(noisy, reference_t, sites)}
+        inject = root.strategy.bind(root.active, root.strategy(image, hidden, root.active))
         return root.backbone(x, t, root.text(prompt, inject), inject)
 
     def guide(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -221,10 +221,10 @@ def strategies_of(weights: Mapping[str, Tensor], sites: Sequence[Site]) -> Strat
     return Strategies(parts)
 
 
-def reference_of(noisy: Tensor, record: Callable[..., Mapping[str, Tensor]] | None = None) -> Reference:
-    """A reference of noised latents alone: the files hold the text with the image's words already in it."""
+def reference_of(noisy: Tensor) -> Reference:
+    """Return a reference of noised latents alone: the files hold the text with the image's words already in it."""
     seen = tuple(noisy.new_zeros(len(noisy), 2, 8) for _ in range(5))
-    return Reference(noisy.new_ones(len(noisy), 3, 1, 1), seen, seen[0][:, 0], noisy[:, :1], noisy, record)
+    return Reference(noisy.new_ones(len(noisy), 3, 1, 1), seen, seen[0][:, 0], noisy[:, :1], noisy)
 
 
 def config_of(upstream: Mapping[str, Any], weights: Mapping[str, Tensor]) -> UNetConfig:

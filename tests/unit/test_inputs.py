@@ -52,7 +52,7 @@ def inputs(
 
 
 def frames_at(stage: StageConfig, generator: Any) -> list[int]:
-    """Where each row's frames begin in its video; that they are its frames, in a row, is asserted."""
+    """Return the first frame of each row in its video; assert that its frames are consecutive ones of the video."""
     whole = parts_of().autoencoder.encode(batch().video)
     x0 = make_inputs(parts_of(), batch(), stage, generator, torch.float32, True).x0
     windows = whole.unfold(1, x0.shape[1], 1).movedim(-1, 2)  # b start f c h w
@@ -245,10 +245,11 @@ def test_single_frames_with_an_image_are_an_error() -> None:
         inputs(single=True)
 
 
-def test_a_reference_of_parts_is_the_images_encodings() -> None:
+def test_a_reference_holds_the_images_encodings() -> None:
     components = parts_of()
     made, seen = components.reference(batch().image, torch.float32), components.image_encoder(batch().image)
     assert len(made.states) == 5
     assert all(torch.equal(a, b) for a, b in zip(made.states, seen.states, strict=True))
-    assert torch.equal(made.noisy, made.latent), "until it is noised"
+    assert made.noisy is None, "until it is noised"
+    assert torch.equal(components.copies(made), made.latent), "one copy unless a strategy needs more"
     assert made.latent.shape == (BATCH, 1, 27, 4, 4)

@@ -48,7 +48,7 @@ def built(strategy: str, objective: Any = "flow") -> Components:
     return components
 
 
-def parts_of(
+def components_of(
     strategy: str = "token_replacement+kv_concat",
     objective: str = "flow",
     scale: float = 3.0,
@@ -62,6 +62,7 @@ def parts_of(
 
 
 def videos(components: Components, rows: list[int], seeds: list[int] | None = None, **options: Any) -> Tensor:
+    config = components.config
     return generate(
         components,
         options.pop("images", IMAGES)[rows],
@@ -69,6 +70,8 @@ def videos(components: Components, rows: list[int], seeds: list[int] | None = No
         [SUBJECTS[i] for i in rows],
         [10 + i for i in rows] if seeds is None else seeds,
         size=options.pop("size", SIZE),
+        guidance=options.pop("guidance", config.guidance),
+        sampler=options.pop("sampler", config.sampler),
         **options,
     )
 
@@ -88,7 +91,7 @@ def worst(a: Tensor, b: Tensor) -> float:
     ],
 )
 def test_a_video_depends_on_its_own_row_and_seed_only(objective: str, sampler: dict[str, Any]) -> None:
-    components = parts_of(objective=objective, clip_x0=1.0, **sampler)
+    components = components_of(objective=objective, clip_x0=1.0, **sampler)
     together = videos(components, [0, 1, 2])
     # An eps network's rounding errors grow by 1 / alpha = 160 at the first step.
     tolerance = 1e-5 if objective == "flow" else 1e-3
@@ -97,17 +100,21 @@ def test_a_video_depends_on_its_own_row_and_seed_only(objective: str, sampler: d
 
 
 def test_seeds_images_and_captions_matter() -> None:
-    components = parts_of()
+    components = components_of()
     plain = videos(components, [0])
     assert torch.equal(videos(components, [0]), plain)
     assert worst(videos(components, [0], seeds=[11]), plain) > 1e-2
     assert worst(videos(components, [0], images=IMAGES.flip(0)), plain) > 1e-4
-    other = generate(components, IMAGES[:1], ["a dog sits"], ["dog"], [10], size=SIZE)
+    config = components.config
+    other = generate(
+        components, IMAGES[:1], ["a dog sits"], ["dog"], [10],
+        size=SIZE, guidance=config.guidance, sampler=config.sampler,
+    )  # fmt: skip
     assert worst(other, plain) > 1e-5
 
 
 def test_the_size_is_asked_for_and_pixels_are_in_range() -> None:
-    out = videos(parts_of(), [0, 1], size=(4, 6, 18))
+    out = videos(components_of(), [0, 1], size=(4, 6, 18))
     assert out.shape == (2, 4, 3, 6, 18)
     assert out.abs().max() <= 1
     assert not out.requires_grad
@@ -130,15 +137,15 @@ def rows_of_calls(components: Components, **options: Any) -> tuple[list[tuple[in
 
 def test_guidance_of_one_skips_the_unconditional_pass() -> None:
     with_reference = [(2, 1), (2, 3)]
-    assert rows_of_calls(parts_of(scale=1.0))[0] == with_reference * 3
-    assert rows_of_calls(parts_of(scale=2.0))[0] == [(4, 1), (4, 3)] * 3
-    assert rows_of_calls(parts_of(scale=1.0), use_image=False)[0] == [(2, 3)] * 3
+    assert rows_of_calls(components_of(scale=1.0))[0] == with_reference * 3
+    assert rows_of_calls(components_of(scale=2.0))[0] == [(4, 1), (4, 3)] * 3
+    assert rows_of_calls(components_of(scale=1.0), use_image=False)[0] == [(2, 3)] * 3
 
 
 def test_guidance_is_linear_in_the_scale_over_one_step() -> None:
     """One Euler step from noise: x0 = noise - velocity, so videos lie on a line in the scale."""
     size = {"steps": 1}
-    one, two, four = (videos(parts_of(scale=s, **size), [0]) for s in (1.0, 1.5, 2.0))
+    one, two, four = (videos(components_of(scale=s, **size), [0]) for s in (1.0, 1.5, 2.0))
     inside = (four.abs() < 1) & (two.abs() < 1) & (one.abs() < 1)  # what the range did not clamp
     assert inside.float().mean() > 0.1
     assert worst((one + four)[inside] / 2, two[inside]) < 1e-5
@@ -146,7 +153,7 @@ def test_guidance_is_linear_in_the_scale_over_one_step() -> None:
 
 
 def test_the_unconditional_rows_have_the_null_prompt_and_the_zero_image() -> None:
-    components = parts_of()
+    components = components_of()
     seen: list[tuple[Any, Any]] = []
     handle = components.model.register_forward_pre_hook(lambda m, args: seen.append((args[2], args[3])))
     videos(components, [0, 1])
@@ -159,8 +166,8 @@ def test_the_unconditional_rows_have_the_null_prompt_and_the_zero_image() -> Non
         assert not reference.image[2:].any()
 
 
-def test_the_reference_is_noised_to_the_time_of_each_step_with_fresh_noise() -> None:
-    components = parts_of()
+def test_the_reference_is_noised_to_the_timestep_of_each_step_with_fresh_noise() -> None:
+    components = components_of()
     seen: list[tuple[Tensor, Any]] = []
     handle = components.model.register_forward_pre_hook(lambda m, args: seen.append((args[1], args[3])))
     videos(components, [0, 1])
@@ -179,26 +186,26 @@ def test_the_reference_is_noised_to_the_time_of_each_step_with_fresh_noise() -> 
 
 
 def test_use_image_false_ignores_images() -> None:
-    components = parts_of()
+    components = components_of()
     out = videos(components, [0, 1], use_image=False)
     assert torch.equal(videos(components, [0, 1], use_image=False, images=IMAGES.flip(0)), out)
     assert worst(out, videos(components, [0, 1])) > 1e-4
 
 
 def test_without_active_strategies_no_reference_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    components = parts_of()
-    plain = videos(parts_of("none"), [0])
+    components = components_of()
+    plain = videos(components_of("none"), [0])
     monkeypatch.setattr(components.model, "active", ())
     monkeypatch.setattr(Components, "reference", lambda *args: pytest.fail("encoded an image for nothing"))
     assert videos(components, [0]).shape == plain.shape
 
 
-# ---- what serves all steps ---------------------------------------------------------------------------------
+# ---- conditions that serve all steps ---------------------------------------------------------------------------------
 
 CLEAN = KVConcatConfig(reference_noise="clean")
 
 
-def parts_with(strategy: str, **options: Any) -> Components:
+def components_with(strategy: str, **options: Any) -> Components:
     run = trial(strategy, options=options).perturb()
     config = replace(
         run.components.config,
@@ -210,7 +217,7 @@ def parts_with(strategy: str, **options: Any) -> Components:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options", "times"),
+    ("strategy", "options", "calls"),
     [
         ("kv_concat", {"kv_concat": CLEAN}, 1),
         ("kv_concat", {}, 4),
@@ -224,23 +231,23 @@ def parts_with(strategy: str, **options: Any) -> Components:
         ("token_replacement+kv_concat+query_projection", {"kv_concat": CLEAN}, 1),
     ],
 )
-def test_what_does_not_depend_on_the_time_is_made_once_and_gives_the_same_videos(
-    strategy: str, options: Any, times: int
+def test_a_constant_condition_is_made_once_and_gives_the_same_videos(
+    strategy: str, options: Any, calls: int
 ) -> None:
-    components = parts_with(strategy, **options)
-    part = components.model.strategy.part(strategy.split("+")[-1] if times == 1 else strategy)
+    components = components_with(strategy, **options)
+    part = components.model.strategy.part(strategy.split("+")[-1] if calls == 1 else strategy)
     made = [0]
     part.register_forward_hook(lambda *_: made.__setitem__(0, made[0] + 1))
     reused = videos(components, [0, 1])
-    assert made == [times]
+    assert made == [calls]
     each = videos(components, [0, 1], reuse=False)
-    assert made == [times + 4]
+    assert made == [calls + 4]
     assert torch.equal(reused, each)
     assert worst(reused, videos(components, [0, 1], images=IMAGES.flip(0))) > 1e-5
 
 
 def test_a_clean_reference_passes_the_network_once_a_video_and_its_keys_are_projected_once() -> None:
-    components, frames, keys = parts_with("kv_concat", kv_concat=CLEAN), [], [0]
+    components, frames, keys = components_with("kv_concat", kv_concat=CLEAN), [], [0]
     components.model.backbone.register_forward_pre_hook(lambda m, args: frames.append(args[0].shape[1]))
     for tap in components.model.strategy.part("kv_concat").attached.values():
         tap.to_k_exemplar.register_forward_hook(lambda *_: keys.__setitem__(0, keys[0] + 1))
@@ -256,7 +263,7 @@ def test_a_clean_reference_passes_the_network_once_a_video_and_its_keys_are_proj
 
 
 def scaled(**guidance: Any) -> Components:
-    components = parts_with(
+    components = components_with(
         "token_replacement+kv_concat", kv_concat=CLEAN
     )  # noised to t = 1 there would be no image
     config = replace(components.config, guidance=GuidanceConfig(**guidance), sampler=SamplerConfig(steps=1))
