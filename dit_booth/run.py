@@ -130,28 +130,28 @@ def run(components: Components, ranks: Ranks, begin: float) -> None:
     if ranks.first:
         claim(folder, config)
     ranks.barrier()
-    journal = MetricsLogger(folder) if ranks.first else None
-    components = train(components, stages, folder, ranks, journal, begin)
+    logger = MetricsLogger(folder, begin) if ranks.first else None
+    components = train(components, stages, folder, ranks, logger)
     if config.stop_after:
         log.info("ended after stage %s, as --stop-after asks; without it, the run goes on", config.stop_after)
         return
     trained, samples = time.perf_counter(), folder / "samples"
     rows = sample_heldout(components, samples, ranks)
-    if journal and rows:
+    if logger and rows:
         means = measure(components, rows, samples)
-        journal.line({"samples": means})
+        logger.line({"samples": means})
         for name, statistic in means.items():
-            journal.board.add_scalar(f"samples/{name}", statistic["mean"])
+            logger.board.add_scalar(f"samples/{name}", statistic["mean"])
         for number, row in enumerate(rows[:4]):
-            journal.video(f"samples/{number:03d}", row.video, config.sample.fps)
-    if journal:
-        journal.close()
+            logger.video(f"samples/{number:03d}", row.video, config.sample.fps)
+    if logger:
+        logger.close()
         now = time.perf_counter()
         sampling = now - trained
         seconds = {
             "wall_seconds": now - begin,
             "sample_seconds": sampling,
-            "work_seconds": journal.seconds + sampling,
+            "work_seconds": logger.seconds + sampling,
         }
         write_run_cost(folder, config, stages, seconds)
         write_text(folder / "finished", "")  # the last file: now all others are there, whole
@@ -217,8 +217,7 @@ def train(
     stages: list[Stage],
     folder: Path,
     ranks: Ranks,
-    journal: MetricsLogger | None,
-    begin: float,
+    logger: MetricsLogger | None,
 ) -> Components:
     """Train the stages that are not finished yet, each from the weights of those before it."""
     from dit_booth.models.fingerprint import metadata
@@ -230,7 +229,7 @@ def train(
         components.model.active = stage.active
         if not stage.steps:
             continue
-        if train_if_needed(components, stage, ranks, journal, begin):
+        if train_if_needed(components, stage, ranks, logger):
             # DeepSpeed keeps its hooks on a module: the next stage gets a new one.
             components = fresh_parts(config).to(ranks.device)
         weights = stage.folder(config) / "weights.safetensors"
@@ -246,9 +245,7 @@ def train(
     return components.to(ranks.device)
 
 
-def train_if_needed(
-    components: Components, stage: Stage, ranks: Ranks, journal: MetricsLogger | None, begin: float
-) -> bool:
+def train_if_needed(components: Components, stage: Stage, ranks: Ranks, logger: MetricsLogger | None) -> bool:
     """Train a stage unless it is finished, or another run finishes it meanwhile; whether it was trained here."""
     from dit_booth.training.distributed import owning
     from dit_booth.training.loop import train_stage
@@ -258,11 +255,11 @@ def train_if_needed(
     if not ranks.broadcast(marker.is_file()):
         with owning(folder, ranks):
             if not ranks.broadcast(marker.is_file()):
-                train_stage(components, stage, folder, ranks, journal, begin)
+                train_stage(components, stage, folder, ranks, logger)
                 return True
     log.info("stage %s is finished: %s", stage.name, folder)
-    if journal:
-        journal.begin(stage.name, folder, stage.steps)
+    if logger:
+        logger.begin(stage.name, folder, stage.steps)
     return False
 
 
