@@ -147,8 +147,8 @@ def train_and_sample(components: Components, ranks: Ranks, begin: float) -> None
     if ranks.first:
         claim(folder, config)
     ranks.barrier()
-    logger = MetricsLogger(folder) if ranks.first else None
-    components = train_stages(components, stages, folder, ranks, logger, begin)
+    logger = MetricsLogger(folder, begin) if ranks.first else None
+    components = train_stages(components, stages, folder, ranks, logger)
     if config.stop_after:
         log.info("ended after stage %s, as --stop-after asks; without it, the run goes on", config.stop_after)
         return
@@ -237,7 +237,6 @@ def train_stages(
     folder: Path,
     ranks: Ranks,
     logger: MetricsLogger | None,
-    begin: float,
 ) -> Components:
     """Train the stages that are not finished yet, each from the weights of those before it."""
     from dit_booth.components import build
@@ -249,7 +248,7 @@ def train_stages(
         components.model.active = stage.active
         if not stage.steps:
             continue
-        if train_if_needed(components, stage, ranks, logger, begin):
+        if train_if_needed(components, stage, ranks, logger):
             # DeepSpeed keeps its hooks on a module: the next stage gets a new one.
             components = build(config).to(ranks.device)
         weights = stage.folder(config) / "weights.safetensors"
@@ -261,9 +260,7 @@ def train_stages(
     return components.to(ranks.device)
 
 
-def train_if_needed(
-    components: Components, stage: Stage, ranks: Ranks, logger: MetricsLogger | None, begin: float
-) -> bool:
+def train_if_needed(components: Components, stage: Stage, ranks: Ranks, logger: MetricsLogger | None) -> bool:
     """Train a stage unless it is finished, or another run finishes it meanwhile; True if it was trained here."""
     from dit_booth.training.distributed import owning
     from dit_booth.training.loop import train_stage
@@ -273,7 +270,7 @@ def train_if_needed(
     if not ranks.broadcast(marker.is_file()):
         with owning(folder, ranks):
             if not ranks.broadcast(marker.is_file()):
-                train_stage(components, stage, folder, ranks, logger, begin)
+                train_stage(components, stage, folder, ranks, logger)
                 return True
     log.info("stage %s is finished: %s", stage.name, folder)
     if logger:

@@ -16,9 +16,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from dit_booth.config import RunConfig, StageName, decisive
+from dit_booth.config import PlainDict, RunConfig, StageName, decisive
 from dit_booth.config.parse import is_plugin
 from dit_booth.data.listing import files_of
 from dit_booth.files import given_or_packaged
@@ -75,13 +74,13 @@ def stages_of(config: RunConfig) -> list[Stage]:
     return out
 
 
-def digest(value: Any, length: int = 12) -> str:
+def digest(value: object, length: int = 12) -> str:
     """Hex digits of a hash of plain containers."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
-def _common(config: RunConfig) -> dict[str, Any]:
-    """What every stage of a run depends on."""
+def _common(config: RunConfig) -> PlainDict:
+    """Return the settings that every stage of a run depends on."""
     settings = decisive(config.as_dict())
     rest = {k: v for k, v in settings.items() if k not in (*ELSEWHERE, *WITHOUT_EFFECT)}
     rest = {k: v for k, v in rest.items() if k not in find(config.strategy)}  # the strategies' own sections
@@ -102,7 +101,7 @@ def _common(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _strategies(config: RunConfig, active: tuple[str, ...]) -> dict[str, Any]:
+def _strategies(config: RunConfig, active: tuple[str, ...]) -> PlainDict:
     """The active strategies, with their places in the sum and their options."""
     options = config.options()
     return {
@@ -123,14 +122,14 @@ def _plugins(config: RunConfig, active: tuple[str, ...]) -> dict[str, list[str]]
 
 
 def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple[str, ...]:
-    """What a stage trains, as far as the strategies' classes tell; of a stage without steps, nothing."""
+    """Return the globs that a stage trains, from the strategies' classes; none for a stage without steps."""
     classes = find(config.strategy)
     if not stage_config(config, name).steps:
         return ()
     return declared_globs(config, name, {strategy: classes[strategy] for strategy in active})
 
 
-def _engine(config: RunConfig) -> Any:
+def _engine(config: RunConfig) -> object:
     """DeepSpeed's settings by content; a file that is no JSON is named by the run that reads it."""
     file = given_or_packaged(config.ds_config, "configs")
     if not file.is_file():
@@ -144,7 +143,7 @@ def _engine(config: RunConfig) -> Any:
 
 
 def _data_files(config: RunConfig) -> Mapping[str, list[str]]:
-    """Of every list of examples that a data set on disk is made of: the hash of it, and that of the files it names."""
+    """Return, for each CSV file of a data set on disk, its hash and that of the files it names."""
     if config.data.kind == "toyworld":
         return {}
     options = config.data.triplets

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from dit_booth.files import sync_all, write_text
 from dit_booth.training.distributed import Ranks
 from dit_booth.training.ema import Ema
+from dit_booth.training.engine import Engine
 
 
-def save(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks, step: int) -> None:
+def save(folder: Path, engine: Engine, ema: Ema | None, ranks: Ranks, step: int) -> None:
     """Write ``step<n>/``, point ``latest.json`` at it, drop the older ones. A cut leaves the old one current."""
     tag = f"step{step}"
     engine.save_checkpoint(
@@ -33,8 +33,8 @@ def save(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks, step: int) ->
     ranks.barrier()
 
 
-def load(folder: Path, engine: Any, ema: Ema | None, ranks: Ranks) -> int:
-    """Continue from the latest checkpoint; the number of steps done, 0 where there is none.
+def load(folder: Path, engine: Engine, ema: Ema | None, ranks: Ranks) -> int:
+    """Continue from the latest checkpoint, and return the number of steps done (0 without a checkpoint).
 
     ValueError: it was written by another number of ranks or ZeRO stage.
     """

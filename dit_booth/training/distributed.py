@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -71,8 +72,8 @@ def owning(folder: Path, ranks: Ranks) -> Iterator[None]:
         lock.release()
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without the op for which it would need a compiler on the CPU.
+def import_deepspeed() -> ModuleType:
+    """Import DeepSpeed, quiet, and without the op for which it would need a compiler on the CPU.
 
     That shared-memory op would be compiled at the first start and leaks 69 MB of /dev/shm per rank and port; gloo does
     the same work.
@@ -106,7 +107,7 @@ def _import_muon() -> None:
             os.environ[_NO_COMPILER] = asked
 
 
-def initialize(**arguments: Any) -> Any:
+def initialize(**arguments: object) -> Any:
     """The engine of ``deepspeed.initialize``, whose stage 3 formats every parameter for messages it does not print."""
     with printoptions(threshold=0, edgeitems=1):  # half of its time in a profile of small networks
         engine, *_ = import_deepspeed().initialize(**arguments)

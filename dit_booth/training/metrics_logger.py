@@ -1,19 +1,22 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard scalars and videos, and a progress bar (rank 0 only)."""
+"""The log of a run: metrics.jsonl, TensorBoard scalars and videos (rank 0 only)."""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
+import time
 from pathlib import Path
-from typing import Any
 
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dit_booth.config import PlainDict
 from dit_booth.files import read_lines, write_text
 
+log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
 
@@ -21,18 +24,19 @@ class MetricsLogger:
     """``metrics.jsonl`` (one line a step) and TensorBoard beside it.
 
     A stage's lines are also kept in its own folder, which runs may share: a run that takes over a stage, finished or
-    not, takes over its lines.
+    not, takes over its lines. `start`: `time.perf_counter` when the program began.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: float) -> None:
+        self.start, self.first_step = start, True
         self.file = folder / METRICS
         self.stage_file: Path | None = None
         self.seconds = 0.0  # of the steps that this process has made
         self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def begin(self, stage: str, folder: Path, done: int) -> None:
-        """Go on with a stage whose first `done` steps are done (`folder` is its own); later lines go."""
-        self.stage_file = folder / METRICS
+        """Continue a stage, whose own folder is `folder`, after its first `done` steps; lines of later ones go."""
+        self.stage_file, self.first_step = folder / METRICS, True
         here = read_lines(self.file)
         source = read_lines(self.stage_file) if self.stage_file.is_file() else here
         own = [line for line in source if line.get("stage") == stage and line["step"] <= done]
@@ -46,23 +50,30 @@ class MetricsLogger:
                 self._scalars(**line)
 
     def step(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """One optimizer step of the stage that was begun."""
+        """Log an optimizer step of the stage that was begun, and how soon the first one came."""
         assert self.stage_file is not None
-        row: dict[str, Any] = {"stage": stage, "step": step, **values}
+        row: PlainDict = {"stage": stage, "step": step, **values}
         self.seconds += values["seconds"]
         for file in (self.stage_file, self.file):
             _append(file, row)
         self._scalars(**row)
+        if self.first_step:
+            log.info("first step of %s after %.1f s", stage, self.elapsed())
+            self.first_step = False
+
+    def elapsed(self) -> float:
+        """Return the seconds since the program began."""
+        return time.perf_counter() - self.start
 
     def _scalars(self, *, stage: str, step: int, **values: float) -> None:
         for name, value in values.items():
             self.board.add_scalar(f"{stage}/{name}", value, step)
 
-    def line(self, values: dict[str, Any]) -> None:
+    def line(self, values: PlainDict) -> None:
         _append(self.file, values)
 
     def video(self, name: str, video: Tensor, fps: int) -> None:
-        """A video (f 3 h w in [-1, 1]) as TensorBoard shows it: an animated GIF (its own writer needs moviepy)."""
+        """Log a video (f 3 h w in [-1, 1]) as an animated GIF (its own writer needs moviepy)."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         pixels = rearrange(
@@ -75,16 +86,18 @@ class MetricsLogger:
         picture = Summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=data.getvalue()
         )
-        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]))
+        self.board._get_file_writer().add_summary(  # type: ignore[no-untyped-call]
+            Summary(value=[Summary.Value(tag=name, image=picture)])
+        )
 
     def close(self) -> None:
         self.board.close()
 
 
-def _append(file: Path, row: dict[str, Any]) -> None:
+def _append(file: Path, row: PlainDict) -> None:
     with file.open("a") as out:
         out.write(json.dumps(row) + "\n")
 
 
-def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+def _write(file: Path, rows: list[PlainDict]) -> None:
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))

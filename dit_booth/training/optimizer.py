@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
 
-from dit_booth.config import TrainConfig
+from dit_booth.config import PlainDict, TrainConfig
 from dit_booth.errors import suggest
 
 
@@ -25,7 +24,7 @@ def make_optimizer(
     )
 
 
-def decay_groups(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -> list[dict[str, Any]]:
+def decay_groups(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -> list[PlainDict]:
     """One group of parameters for each weight decay, in the order in which they first occur."""
     rules = [rule.rpartition("=") for rule in train.decay_of]
     for glob, _, _ in rules:

@@ -1,4 +1,4 @@
-"""What a stage trains: the active strategies, and the trainable parameters by glob."""
+"""The trained parameters of a stage: the active strategies, and the trainable parameters by glob."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def trainable_globs(
 def declared_globs(
     config: RunConfig, name: StageName, active: Mapping[str, Strategy | type[Strategy]]
 ) -> tuple[str, ...]:
-    """The same of strategies, built or not. ValueError: they train nothing in this stage."""
+    """Return the globs of strategies, given as instances or classes. ValueError: they train nothing in this stage."""
     globs = _declared(config, name, active)
     if not globs:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a stage costs: parameters, FLOPs, seconds, memory. Written beside its weights, before them."""
+"""The cost of a stage: parameters, FLOPs, seconds, memory. Written beside its weights, before them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from dit_booth.components import Components
-from dit_booth.config import RunConfig, StageConfig
+from dit_booth.config import PlainDict, RunConfig, StageConfig
 from dit_booth.cost.flops import Flops
 from dit_booth.data.example import VideoDataset, collate
 from dit_booth.files import read_lines, write_text
@@ -33,7 +32,7 @@ COST = "cost.json"
 
 @dataclass(frozen=True)
 class Cost:
-    """What is known of a stage's cost before its first step."""
+    """The cost of a stage as known before its first step."""
 
     trained_parameters: int
     flops_per_step: float
@@ -93,8 +92,8 @@ def count_flops(
     return float(counter.total)
 
 
-def dtype_of(settings: Mapping[str, Any]) -> torch.dtype:
-    """What DeepSpeed makes of the network's weights."""
+def dtype_of(settings: PlainDict) -> torch.dtype:
+    """Return the dtype that DeepSpeed casts the weights to."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return next((t for name, t in types.items() if settings.get(name, {}).get("enabled")), torch.float32)
 
@@ -124,16 +123,14 @@ def write_run_cost(
     write_text(folder / COST, json.dumps(whole, indent=1) + "\n")
 
 
-def _read_cost(folder: Path) -> dict[str, Any]:
+def _read_cost(folder: Path) -> PlainDict:
     file = folder / COST
-    cost: dict[str, Any] = (
-        json.loads(file.read_text()) if file.is_file() else {}
-    )  # a stage of an older version
+    cost: PlainDict = json.loads(file.read_text())
     return cost
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The parameters that a stage has trained, by name."""
+    """Return the number of elements of each parameter that a stage has trained."""
     with safe_open(folder / "weights.safetensors", "pt") as file:
         names: list[str] = file.keys()
         return {name: math.prod(file.get_slice(name).get_shape()) for name in names}

@@ -38,8 +38,9 @@ from dit_booth.data.toyworld.world import Toyworld
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 from dit_booth.models.weights import write
 from dit_booth.training.ema import Ema
+from dit_booth.training.engine import compile_backbone, learning_rate
 from dit_booth.training.graph import captured
-from dit_booth.training.loop import check_finite, compile_backbone, learning_rate
+from dit_booth.training.loop import check_finite
 from dit_booth.training.muon import Muon
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
 

@@ -54,7 +54,7 @@ def main() -> None:
                 [*SETTINGS.split(), "--backbone", backbone, "--ds-config", str(engine), "--out", str(folder)]
             )
             (stage,) = stages_of(config)
-            train_stage(build(config).to(ranks.device), stage, folder, ranks, None, 0.0)
+            train_stage(build(config).to(ranks.device), stage, folder, ranks, None)
     (args.out / f"modules-{ranks.world}-{ranks.rank}").write_text("\n".join(sys.modules))
     stop()
 

@@ -212,7 +212,7 @@ def test_a_batch_that_the_ranks_cannot_share(program, tiny, tmp_path: Path):
 def test_a_loss_that_is_not_finite_ends_every_rank_and_keeps_the_checkpoint(
     program, in_process, tiny, train_all, steps_of, tmp_path: Path
 ):
-    exploding = ["--stages.coarse.lr", "1e30", "--stages.coarse.steps", "50", "--train.clip", "1e9"]
+    exploding = ["--stages.coarse.lr", "1e3", "--stages.coarse.steps", "50", "--train.clip", "1e9"]
     command = [*tiny, *train_all, *exploding, "--train.checkpoint-every", "1", "--out", str(tmp_path)]
     for ended in program.two_ranks(*command):
         line = said(ended, "--stages.coarse.lr", str(tmp_path / "checkpoints" / "0_coarse"))

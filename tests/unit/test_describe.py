@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 
-from dit_booth.config.parse import parse
 from dit_booth.commands.describe import main
+from dit_booth.config.parse import parse
 from dit_booth.cost.describe import Cost, image_cost, table_of_run
 from dit_booth.strategy import registered
 

@@ -1,0 +1,118 @@
+"""The state of a stage in training: set up from a configuration, saved, continued and finished."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dit_booth.components import Components
+from dit_booth.config import StageConfig, TrainConfig
+from dit_booth.data.example import Loader
+from dit_booth.models.weights import write
+from dit_booth.training import checkpoint
+from dit_booth.training.address import Stage
+from dit_booth.training.distributed import Ranks
+from dit_booth.training.ema import Ema
+from dit_booth.training.engine import Engine, compile_backbone, engine_settings, make_engine
+from dit_booth.training.metrics_logger import MetricsLogger
+from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
+from dit_booth.training.stage_cost import Cost, dtype_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """What one stage trains with; `step` counts the optimizer steps done. `logger` is on the first rank only."""
+
+    components: Components
+    stage: Stage
+    options: StageConfig
+    folder: Path
+    ranks: Ranks
+    parameters: dict[str, nn.Parameter]
+    dtype: torch.dtype
+    engine: Engine
+    ema: Ema | None
+    loader: Loader
+    cost: Cost
+    logger: MetricsLogger | None
+    step: int
+
+    @classmethod
+    def build(
+        cls, components: Components, stage: Stage, folder: Path, ranks: Ranks, logger: MetricsLogger | None
+    ) -> TrainState:
+        """Set a stage up on the device, and load its latest checkpoint. ValueError: it cannot work as configured."""
+        config, model = components.config, components.model
+        options, model.active = stage_config(config, stage.name), stage.active
+        globs = trainable_globs(config, model, stage.name, stage.active)
+        parameters = set_trainable(model, globs, stage.active)
+        dataset, settings = components.dataset(heldout=False), engine_settings(config, ranks)
+        cost = Cost.of(components, options, dataset, parameters, ranks, dtype_of(settings))
+        if config.train.compile:
+            compile_backbone(model.backbone, settings)
+        engine = make_engine(model, parameters, config, options, settings)
+        dtype = next(iter(parameters.values())).dtype
+        ema = make_ema(parameters, config.train)
+        step = checkpoint.load(folder, engine, ema, ranks)
+        if step:
+            log.info("stage %s goes on after step %d", stage.name, step)
+        if logger:
+            logger.begin(stage.name, folder, step)
+        loader = Loader(
+            dataset,
+            batch_size=config.train.batch_size // (config.train.accumulation * ranks.world),
+            seed=config.train.seed + stage.index,
+            rank=ranks.rank,
+            world_size=ranks.world,
+            workers=config.data.workers,
+        )
+        return cls(
+            components,
+            stage,
+            options,
+            folder,
+            ranks,
+            parameters,
+            dtype,
+            engine,
+            ema,
+            loader,
+            cost,
+            logger,
+            step,
+        )
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.components.config.train
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        checkpoint.save(self.folder, self.engine, self.ema, self.ranks, self.step)
+
+    def finish(self) -> None:
+        """Write the trained (averaged) weights; the file appears last and whole: it marks the stage as finished."""
+        import deepspeed
+
+        if self.ranks.first:
+            self.cost.write(self.folder)
+        if self.ema is not None:
+            self.ema.copy_to_parameters()
+        with deepspeed.zero.GatheredParameters(list(self.parameters.values())):
+            if self.ranks.first:
+                weights = {name: p.detach().float() for name, p in self.parameters.items()}
+                about = {"stage": self.stage.name, "strategy": self.components.config.strategy}
+                write(self.folder / "weights.safetensors", weights, about)
+        self.ranks.barrier()
+        self.engine.destroy()
+
+
+def make_ema(parameters: dict[str, nn.Parameter], train: TrainConfig) -> Ema | None:
+    """Return the average that a stage ends with; None where none is configured."""
+    return Ema(parameters, train.ema, train.ema_width) if train.ema or train.ema_width else None
