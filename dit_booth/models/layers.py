@@ -28,7 +28,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 def allow_einops_in_graph() -> None:
     """Keep torch.compile from tracing einops' parser, which would take most of the compilation."""
     for function in (rearrange, repeat):
-        torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
+        torch.compiler.allow_in_graph(function)
 
 
 class HeadNorm(NamedTuple):
@@ -129,4 +129,5 @@ class Attention(nn.Module):
             return qkv.x
         y = attend(qkv.q, qkv.segments, qkv.layer.kernel)
         y = y if qkv.added is None else y + qkv.added
-        return self.to_out(rearrange(y, "b f n k d -> b f n (k d)"))
+        out: Tensor = self.to_out(rearrange(y, "b f n k d -> b f n (k d)"))
+        return out

@@ -19,7 +19,7 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
     """
     if device.type != "cuda":
         return step
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
