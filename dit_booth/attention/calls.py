@@ -1,4 +1,4 @@
-"""Steps: which calls of a kernel a joint softmax takes, forward and backward, before any tensor is there."""
+"""The kernel calls that a joint softmax takes, forward and backward, decided before any tensor exists."""
 
 from __future__ import annotations
 
@@ -6,104 +6,114 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from operator import itemgetter
 
-from dit_booth.attention.cover import Index, Read, is_whole, reads
+from dit_booth.attention.cover import Index, Read, compute_cover, is_whole
 from dit_booth.attention.kernels.choice import Positions
 from dit_booth.attention.plans import Frames
+from dit_booth.attention.policy import Policy
 
-ALL = 1 << 30
+UNLIMITED_FRAMES = 1 << 30
 """More frames than any video has."""
 
 
-class Weight(IntEnum):
-    """Of a segment's keys, beside the queries: whether and when to copy them behind others is cheap."""
+class SizeClass(IntEnum):
+    """Size of a segment's keys beside the queries: which of them are cheap to copy behind others."""
 
-    FEW = 0  # all of them, JOIN_BELOW
-    LIGHT = 1  # each group of them, LIGHT
-    HEAVY = 2
+    TINY = 0  # the whole segment: Policy.join_below
+    LIGHT = 1  # each of its groups: Policy.light_ratio
+    LARGE = 2
 
 
 @dataclass(frozen=True)
-class Step:
-    """A read of one segment; `at` says where its query, k and v stand among the tensors."""
+class KernelCall:
+    """One call of a kernel: a read of one segment, perhaps with small keys of other segments joined to it.
+
+    q, k, v: positions of the segment's query, keys and values in the list of tensors.
+    """
 
     read: Read
-    at: tuple[int, int, int]
+    q: int
+    k: int
+    v: int
     scale: float
     joined: tuple[tuple[Index, int, int], ...] = ()
-    """Few keys that the same block of frames reads too: their groups, and where k and v stand."""
+    """Small keys that the same block of frames also reads: (groups, position of k, position of v)."""
     light: bool = False
-    """All frames read this one group of a light segment."""
+    """All frames read one group of a light segment."""
     fresh: bool = False
-    """No step before it has any of its frames: there is no result to merge its own with."""
+    """No earlier call has any of these frames, so there is no result to merge with."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
-    at_once: bool
-    """Of a compiled graph, which may not know the sizes: the whole batch, and all frames of a read."""
+class Calls:
+    """The calls of the forward and of the backward pass, in order, and the policy they were made under."""
+
+    forward: tuple[KernelCall, ...]
+    backward: tuple[KernelCall, ...]
+    compiled: bool
+    """In a compiled graph, which may not know the sizes: process the whole batch, and all frames of a read, at once."""
+    policy: Policy
 
 
-def plan_of(
+def build_calls(
     frames: tuple[Frames, ...],
     positions: Positions,
     scales: tuple[float, ...],
-    weights: tuple[Weight, ...],
-    most: tuple[int, int] | None,
-) -> Plan:
-    """Every plain attention to run, those of most query frames first: into the first one's result go the others.
+    sizes: tuple[SizeClass, ...],
+    max_frames: tuple[int, int] | None,
+    policy: Policy,
+) -> Calls:
+    """Return the kernel calls for segments, those with most query frames first; later results are merged into theirs.
 
-    A call of a kernel takes `most` query frames, forward and backward, unless its result is the first and whole (None:
-    it takes all); a backward takes no group twice. Few keys are joined to others, light ones to light ones, and so are
-    two groups that one frame alone reads: all are little beside a video.
+    frames, positions, scales, sizes: one entry for each segment.
+    max_frames: query frames in one call, forward and backward, except where the first call covers all frames; None in a
+    compiled graph: unlimited. A backward call reads no group twice. Tiny keys are joined to those of another call,
+    light groups to light groups, and two groups that a single frame reads to each other.
     """
-    forward_most, backward_most = most or (ALL, ALL)
+    forward_frames, backward_frames = max_frames or (UNLIMITED_FRAMES, UNLIMITED_FRAMES)
     count = len(frames[0])
-    forward: list[Step] = []
-    for f, at, scale, weight in sorted(
-        zip(frames, positions, scales, weights, strict=True), key=itemgetter(-1), reverse=True
+    forward: list[KernelCall] = []
+    for visibility, position, scale, size in sorted(
+        zip(frames, positions, scales, sizes, strict=True), key=itemgetter(-1), reverse=True
     ):
-        for read in reads(f):
-            light = weight is Weight.LIGHT and count > 1 and read.area == count == len(read.queries[0])
-            step = Step(read, at, scale, light=light)
-            if light or weight is Weight.FEW or read.area == 1:
-                _join(forward, step)
+        for read in compute_cover(visibility):
+            light = size is SizeClass.LIGHT and count > 1 and read.area == count == len(read.queries[0])
+            call = KernelCall(read, *position, scale, light=light)
+            if light or size is SizeClass.TINY or read.area == 1:
+                _join(forward, call)
             else:
-                forward.append(step)
-    forward.sort(key=lambda step: -step.read.frames)
+                forward.append(call)
+    forward.sort(key=lambda call: -call.read.frames)
     whole = is_whole(forward[0].read.queries, count)
-    apart = [replace(step, read=read) for step in forward for read in step.read.apart()]
-    forward = _cut(forward, forward_most, whole)
-    backward = _cut(apart, backward_most, whole and apart[0].read == forward[0].read)
-    return Plan(_marked(forward), tuple(backward), most is None)
+    disjoint = [replace(call, read=read) for call in forward for read in call.read.split_overlaps()]
+    forward = _split(forward, forward_frames, whole)
+    backward = _split(disjoint, backward_frames, whole and disjoint[0].read == forward[0].read)
+    return Calls(_mark_fresh(forward), tuple(backward), max_frames is None, policy)
 
 
-def _cut(steps: list[Step], most: int, whole: bool) -> list[Step]:
-    """The steps in pieces of `most` query frames; whole: but for the first one."""
-    first = steps[: int(whole)]
+def _split(calls: list[KernelCall], max_frames: int, keep_first: bool) -> list[KernelCall]:
+    """Split calls into pieces of at most `max_frames` query frames, the first one only if not `keep_first`."""
+    first = calls[: int(keep_first)]
     return first + [
-        replace(step, read=piece) for step in steps[len(first) :] for piece in step.read.pieces(most)
+        replace(call, read=piece) for call in calls[len(first) :] for piece in call.read.pieces(max_frames)
     ]
 
 
-def _marked(steps: list[Step]) -> tuple[Step, ...]:
-    """The steps in order, with what is fresh told."""
+def _mark_fresh(calls: list[KernelCall]) -> tuple[KernelCall, ...]:
     marked, seen = [], set[int]()
-    for step in steps:
-        its = {frame for row in step.read.queries for frame in row}
-        marked.append(replace(step, fresh=seen.isdisjoint(its)))
-        seen |= its
+    for call in calls:
+        frames = {frame for row in call.read.queries for frame in row}
+        marked.append(replace(call, fresh=seen.isdisjoint(frames)))
+        seen |= frames
     return tuple(marked)
 
 
-def _join(steps: list[Step], small: Step) -> None:
-    """Add a read of few keys: to a step of the same block of frames with the same queries, or as one of its own."""
+def _join(calls: list[KernelCall], small: KernelCall) -> None:
+    """Join a call with few keys to one with the same block of frames, query and scale; without one, append it."""
     if len(small.read.queries) == 1:
-        for i, step in enumerate(steps):
-            same = (step.read.queries, step.at[0], step.scale)
-            if same == (small.read.queries, small.at[0], small.scale) and step.light >= small.light:
-                more = (small.read.groups, *small.at[1:])
-                steps[i] = replace(step, joined=(*step.joined, more))
+        for i, call in enumerate(calls):
+            same = (call.read.queries, call.q, call.scale) == (small.read.queries, small.q, small.scale)
+            if same and call.light >= small.light:
+                keys = (small.read.groups, small.k, small.v)
+                calls[i] = replace(call, joined=(*call.joined, keys))
                 return
-    steps.append(small)
+    calls.append(small)

@@ -1,13 +1,13 @@
-"""Reads: a visibility cut into few plain attentions, whose operands are views of the tensors.
+"""Cover a visibility with few *reads*: plain batched attentions whose operands are views of the tensors.
 
 A *read* is a batch of equal blocks; in block j the frames ``queries[j]`` read all the groups ``groups[j]``. Three
 shapes matter. One block of many frames is a *fold*: the frames' queries are laid end to end against one copy of the
 keys, so frame 0 is never repeated. One frame and one group per block is a *pairing*: frames go to the batch. One
 frame and several consecutive groups per block is a *window*: blocks overlap in memory instead of being copied.
 
-Of a batch of videos, a block of every frame but the first few is no view of (batch x frames). But where a frame's
-groups are at one distance from it, they are so in all videos laid end to end: a *shift*. The rows whose frame is in one
-video and whose group in another are computed, too, and never looked at.
+In a batch of videos, blocks of all frames but the first few are not a view of (batch x frames). But where every frame's
+groups are at one distance from it, they are so across all videos laid end to end: a *shift*. Rows whose frame belongs
+to one video and whose group to another are computed, too, and dropped.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dit_booth.attention.plans import Frames, constant
+from dit_booth.attention.plans import Frames
+from dit_booth.attention.tracing import constant
 
 Index = tuple[tuple[int, ...], ...]
-"""Frames or groups of every block: as many blocks as rows, equally long."""
+"""Frames or groups of every block: one row for each block, all of one length."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """One batched plain attention; no frame stands in two blocks."""
+    """One batched plain attention: block j lets ``queries[j]`` read ``groups[j]``; no frame is in two blocks."""
 
     queries: Index
     groups: Index
 
     @property
     def frames(self) -> int:
-        """How many query frames take part."""
+        """Number of query frames."""
         return len(self.queries) * len(self.queries[0])
 
     @property
     def area(self) -> int:
-        """How many (frame, group) pairs it covers."""
+        """Number of (frame, group) pairs."""
         return self.frames * len(self.groups[0])
 
     def pairs(self) -> Iterator[tuple[int, int]]:
@@ -49,16 +50,16 @@ class Read:
             yield from ((i, g) for i in queries for g in groups)
 
     def is_shift(self, frames: int) -> bool:
-        """Whether most of `frames` have a block of their own, one after the other, each with the groups beside it."""
-        queries, groups = _stretch(self.queries), _stretch(self.groups)
+        """Return True if over half of `frames` are consecutive one-frame blocks at one distance from their groups."""
+        queries, groups = _strided_run(self.queries), _strided_run(self.groups)
         if len(self.queries) == 1 or queries is None or groups is None:
             return False
         return queries[2:] == (1, 1) and groups[3] == 1 and 2 * len(self.queries) > frames
 
-    def apart(self) -> tuple[Read, ...]:
-        """The same pairs in reads whose blocks share no group: a window falls into pairings.
+    def split_overlaps(self) -> tuple[Read, ...]:
+        """Split into reads whose blocks share no group: a window becomes pairings.
 
-        Backward takes these, because the gradient of overlapping keys would need a copy of each overlap.
+        The backward pass uses these, because the gradient of overlapping keys would need a copy of each overlap.
         """
         if len({g for row in self.groups for g in row}) == len(self.groups) * len(self.groups[0]):
             return (self,)
@@ -67,39 +68,39 @@ class Read:
         )
 
     def blocks(self, start: int, stop: int) -> Read:
-        """Some of the blocks."""
+        """Return the read of some of the blocks."""
         return Read(self.queries[start:stop], self.groups[start:stop])
 
-    def pieces(self, most: int) -> list[Read]:
-        """The same pairs in as few reads of at most `most` query frames each (or one block of one frame) as may be."""
+    def pieces(self, max_frames: int) -> list[Read]:
+        """Split into the fewest reads of at most `max_frames` query frames each (at least one block)."""
         length = len(self.queries[0])
         if len(self.queries) == 1:
             queries = self.queries[0]
-            step = _even(length, most)
+            step = _even(length, max_frames)
             return [Read((queries[i : i + step],), self.groups) for i in range(0, length, step)]
-        step = _even(len(self.queries), max(1, most // length))
+        step = _even(len(self.queries), max(1, max_frames // length))
         return [self.blocks(i, i + step) for i in range(0, len(self.queries), step)]
 
 
-def _even(count: int, most: int) -> int:
-    """The largest part where `count` is cut into as few parts of at most `most` as may be, about equal ones."""
-    return -(-count // -(-count // most))
+def _even(count: int, largest: int) -> int:
+    """Return the part size that splits `count` evenly into the fewest parts of at most `largest`."""
+    return -(-count // -(-count // largest))
 
 
 # ---- covers ------------------------------------------------------------------------------------------------
 
 Candidates = Callable[[list[set[int]]], list[Read]]
-"""Reads that would cover pairs which are left: ``left[i]`` are the groups that frame i still has to read."""
+"""Finds reads for the pairs that are not covered yet: ``left[i]`` are the groups that frame i still has to read."""
 
 
 @lru_cache(maxsize=512)
-def reads(frames: Frames) -> tuple[Read, ...]:
-    """Cover a visibility exactly once by few reads; those of most query frames come first.
+def compute_cover(frames: Frames) -> tuple[Read, ...]:
+    """Cover a visibility exactly once with few reads, those with most query frames first.
 
     Greedy, by the largest read. Where that leaves reads whose operands are copies, a second cover, which begins with
-    the longest diagonal and cuts folds into runs of frames, may have fewer reads and copies; what copies are left may
-    be views in parts. A round costs time linear in the pairs left, and the rounds of a frame plan do not grow with the
-    frames.
+    the longest diagonal and cuts folds into runs of frames, may have fewer reads and copies; remaining copies may be
+    split into views. A round takes time linear in the pairs left; the number of rounds of a frame plan does not depend
+    on the number of frames.
     """
     cover = _cover(frames, [_folds, _wide_folds, _windows])
     assert cover is not None
@@ -111,7 +112,7 @@ def reads(frames: Frames) -> tuple[Read, ...]:
 
 
 def _cost(cover: list[Read]) -> int:
-    """A read is a call of a kernel; one whose operands are copied counts for three."""
+    """Count the kernel calls of a cover; one with copied operands counts three times."""
     return sum(1 if _is_view(read) else 3 for read in cover)
 
 
@@ -120,11 +121,11 @@ def _is_view(read: Read) -> bool:
 
 
 def _in_views(read: Read) -> list[Read]:
-    """A read, or its blocks in reads of one distance from block to block, where those cost less."""
+    """Split a read into reads with a constant distance from block to block if those cost less."""
     starts = [(queries[0], groups[0]) for queries, groups in zip(read.queries, read.groups, strict=True)]
-    steps = [(q - p, h - g) for (p, g), (q, h) in pairwise(starts)]
-    common = Counter(steps).most_common(1)
-    cuts = [i for i, step in enumerate(steps, 1) if step != common[0][0]]
+    distances = [(q - p, h - g) for (p, g), (q, h) in pairwise(starts)]
+    common = Counter(distances).most_common(1)
+    cuts = [i for i, distance in enumerate(distances, 1) if distance != common[0][0]]
     parts = [read.blocks(i, j) for i, j in pairwise([0, *cuts, len(starts)])]
     return parts if _cost(parts) < _cost([read]) else [read]
 
@@ -132,7 +133,7 @@ def _in_views(read: Read) -> list[Read]:
 def _cover(
     frames: Frames, candidates: list[Candidates], first: Candidates | None = None, at_most: int | None = None
 ) -> list[Read] | None:
-    """Greedy cover; None where it takes more than `at_most` reads."""
+    """Cover greedily; return None if that takes more than `at_most` reads."""
     left = [set(groups) for groups in frames]
     cover: list[Read] = []
     while any(left):
@@ -151,12 +152,12 @@ def _preference(read: Read) -> tuple[int, int]:
 
 
 def _folds(left: list[set[int]]) -> list[Read]:
-    """Groups with the same reading frames make a block; blocks of one shape without common frames make a read."""
+    """Find blocks of groups with the same reading frames; blocks of one shape without common frames form a read."""
     return _batches([(tuple(who), g) for g, who in _readers(left)])
 
 
 def _wide_folds(left: list[set[int]]) -> list[Read]:
-    """As `_folds`, but a block has all the groups that its frames have in common, also those that others read, too."""
+    """Find blocks as `_folds` does, but with all groups that the frames share, including those other frames read."""
     readers = {g: frozenset(who) for g, who in _readers(left)}
     blocks = [
         (tuple(sorted(who)), g)
@@ -168,7 +169,7 @@ def _wide_folds(left: list[set[int]]) -> list[Read]:
 
 
 def _runs(left: list[set[int]]) -> list[Read]:
-    """As `_folds`, of consecutive frames."""
+    """Find blocks as `_folds` does, but of consecutive frames."""
     blocks = []
     for g, who in _readers(left):
         starts = [i for i, frame in enumerate(who) if i == 0 or who[i - 1] != frame - 1]
@@ -177,7 +178,7 @@ def _runs(left: list[set[int]]) -> list[Read]:
 
 
 def _readers(left: list[set[int]]) -> list[tuple[int, list[int]]]:
-    """Every group, in order, with the frames that have to read it."""
+    """Return every group, in order, with the frames that have to read it."""
     readers: dict[int, list[int]] = {}
     for i, groups in enumerate(left):
         for g in groups:
@@ -186,7 +187,7 @@ def _readers(left: list[set[int]]) -> list[tuple[int, list[int]]]:
 
 
 def _batches(parts: list[tuple[tuple[int, ...], int]]) -> list[Read]:
-    """(frames, group) -> blocks of the groups that have frames in common -> reads of blocks of one shape."""
+    """Collect (frames, group) into blocks with the same frames, then blocks of one shape into reads."""
     blocks: dict[tuple[int, ...], list[int]] = {}
     for who, g in parts:
         blocks.setdefault(who, []).append(g)
@@ -204,7 +205,7 @@ def _batches(parts: list[tuple[tuple[int, ...], int]]) -> list[Read]:
 
 
 def _windows(left: list[set[int]]) -> list[Read]:
-    """Frames that read several consecutive groups, all at one distance from the frame."""
+    """Find the frames that read several consecutive groups, all at one distance from the frame."""
     windows: dict[tuple[int, int], list[int]] = {}
     for i, groups in enumerate(left):
         if len(groups) > 1 and max(groups) - min(groups) + 1 == len(groups):
@@ -213,7 +214,7 @@ def _windows(left: list[set[int]]) -> list[Read]:
 
 
 def _diagonals(left: list[set[int]]) -> list[Read]:
-    """Frames that read a group at one distance from the frame, whatever else they read."""
+    """Find the frames that read a group at one distance from the frame, among others."""
     diagonals: dict[int, list[int]] = {}
     for i, groups in enumerate(left):
         for g in groups:
@@ -225,17 +226,17 @@ def _at_distance(who: list[int], offset: int, length: int) -> Read:
     return Read(tuple((i,) for i in who), tuple(tuple(range(i + offset, i + offset + length)) for i in who))
 
 
-# ---- views: without einops, which a dozen calls per read would make slow to run and slower to compile ------------
+# ---- views: without einops, which is slow to run and to compile at a dozen calls per read ------------------
 
 
 @constant
-def _stretch(index: Index) -> tuple[int, int, int, int] | None:
-    """(start, stop, length, step) where blocks are runs of consecutive frames at equal distances: a view."""
-    return _compiled_stretch(index)
+def _strided_run(index: Index) -> tuple[int, int, int, int] | None:
+    """Return (start, stop, length, step) if the blocks are consecutive frames at equal distances, else None."""
+    return _cached_strided_run(index)
 
 
 @lru_cache(maxsize=2048)
-def _compiled_stretch(index: Index) -> tuple[int, int, int, int] | None:
+def _cached_strided_run(index: Index) -> tuple[int, int, int, int] | None:
     start, length = index[0][0], len(index[0])
     step = index[1][0] - start if len(index) > 1 else length
     regular = step > 0 and all(
@@ -245,31 +246,31 @@ def _compiled_stretch(index: Index) -> tuple[int, int, int, int] | None:
 
 
 def is_whole(index: Index, count: int) -> bool:
-    """Whether the blocks are all of `count` frames in order."""
+    """Return True if the blocks contain all `count` frames in order."""
     return [i for row in index for i in row] == list(range(count))
 
 
 def is_view(index: Index) -> bool:
-    """Whether `take` returns a view, so that writing to it writes to the tensor."""
-    return _stretch(index) is not None
+    """Return True if `take` returns a view, so that writing to it writes to the tensor."""
+    return _strided_run(index) is not None
 
 
 def take(x: Tensor, index: Index) -> Tensor:
-    """Frames of x (b f ...): (b frames ...), or (b blocks length ...) where there are blocks of many frames.
+    """Select frames of x (b f ...): (b frames ...), or (b blocks length ...) for several blocks of several frames.
 
-    A view where the index is regular.
+    A view if the index is regular.
     """
-    stretch = _stretch(index)
-    if stretch is None:
+    run = _strided_run(index)
+    if run is None:
         return _by_block(x[:, [i for row in index for i in row]], index)
-    start, stop, length, step = stretch
+    start, stop, length, step = run
     if _is_flat(index):
         return x[:, start : stop : step if length == 1 else 1]
     return x[:, start:stop].unfold(1, length, step).movedim(-1, 2)
 
 
 def put(x: Tensor, index: Index, y: Tensor) -> None:
-    """Write y to where `take` read it."""
+    """Write y to the frames that `take` selects."""
     if is_view(index):
         take(x, index).copy_(y)
     else:
@@ -277,7 +278,7 @@ def put(x: Tensor, index: Index, y: Tensor) -> None:
 
 
 def add(x: Tensor, index: Index, y: Tensor) -> None:
-    """Add y to where `take` read it; blocks share no frame."""
+    """Add y to the frames that `take` selects; blocks share no frame."""
     if is_view(index):
         take(x, index).add_(y)
     else:
@@ -286,15 +287,15 @@ def add(x: Tensor, index: Index, y: Tensor) -> None:
 
 
 def lay_out(x: Tensor, index: Index, shift: int = 0) -> Tensor:
-    """Operand of a plain attention ((b j) k (f n) d) from (b f n k d): the tokens of a block's frames end to end.
+    """Lay out x (b f n k d) as an operand of plain attention ((b j) k (f n) d): tokens of a block's frames end to end.
 
-    shift: where the read is one, of how many frames the videos are. The batch then has a row for every frame from the
-    first video's first block to the last one's last.
+    shift: frames of a video if the read is taken as a shift, else 0. The batch then has a row for every frame from the
+    first block of the first video to the last block of the last.
     """
     if shift:
-        stretch = _stretch(index)
-        assert stretch is not None
-        start, _, length, _ = stretch
+        run = _strided_run(index)
+        assert run is not None
+        start, _, length, _ = run
         rows = len(x) * shift - (shift - len(index))
         x = x.flatten(0, 1)[start : start + rows + length - 1]
         x = x if length == 1 else x.unfold(0, length, 1).movedim(-1, 1).flatten(1, 2)  # (b j) (f n) k d
@@ -310,17 +311,17 @@ def lay_out(x: Tensor, index: Index, shift: int = 0) -> Tensor:
 
 
 def lay_back(x: Tensor, index: Index, shift: int = 0) -> Tensor:
-    """Result of a plain attention ((b j) k (f n) d) in the shape that `take` returns; a view. shift: as `lay_out`."""
+    """View a result of plain attention ((b j) k (f n) d) in the shape that `take` returns. shift: as for `lay_out`."""
     blocks, length = len(index), len(index[0])
     x = x.transpose(1, 2)
     if shift:
         x = x.unfold(0, blocks, shift).movedim(-1, 1)  # b j n k d
     elif blocks == 1:
-        x = x.unflatten(1, (length, -1))  # b f n k d
+        x = torch.unflatten(x, 1, (length, -1))  # b f n k d
     elif length == 1:
-        x = x.unflatten(0, (-1, blocks))  # b j n k d
+        x = torch.unflatten(x, 0, (-1, blocks))  # b j n k d
     else:
-        x = x.unflatten(0, (-1, blocks)).unflatten(2, (length, -1))  # b j f n k d
+        x = torch.unflatten(torch.unflatten(x, 0, (-1, blocks)), 2, (length, -1))  # b j f n k d
     return x
 
 
@@ -329,4 +330,4 @@ def _is_flat(index: Index) -> bool:
 
 
 def _by_block(x: Tensor, index: Index) -> Tensor:
-    return x if _is_flat(index) else x.unflatten(1, (len(index), len(index[0])))
+    return x if _is_flat(index) else torch.unflatten(x, 1, (len(index), len(index[0])))

@@ -7,23 +7,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def constant(function: Function) -> Function:
-    """What the function returns is a constant of a compiled graph: torch.compile calls it instead of tracing it.
-
-    The mark is that of ``torch.compiler.assume_constant_result``, which would import the whole compiler here: two
-    seconds of every start. Without the mark compiled blocks break their graphs, which tests count.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
+from dit_booth.attention.tracing import constant
 
 Frames = tuple[tuple[int, ...], ...]
-"""``frames[i]`` are the groups of a segment that query frame ``i`` reads, sorted, without repeats."""
+"""Visibility of a segment: ``frames[i]`` are the groups that query frame ``i`` reads, sorted, without repeats."""
 
 # Terms of the plan language: query frame i, frames f, argument k -> key frames.
 _TERMS: dict[str, tuple[bool, Callable[[int, int, int], range | set[int]]]] = {
@@ -39,7 +27,7 @@ _TERMS: dict[str, tuple[bool, Callable[[int, int, int], range | set[int]]]] = {
 
 @dataclass(frozen=True)
 class FramePlan:
-    """Which frames a frame reads, as a sum of terms.
+    """Plan of the frames that each frame reads, as a sum of terms.
 
     ``first+previous`` (Tune-A-Video, VideoBooth; a frame's own keys are not included), ``first`` (Text2Video-Zero),
     ``self``, ``self+first``, ``window(k)`` (the last k frames, its own among them), ``keyframes(m)`` (the keyframe at
@@ -53,8 +41,8 @@ class FramePlan:
         self.frames(1)  # raises on a plan that does not parse
 
     def frames(self, count: int) -> Frames:
-        """The plan compiled for `count` frames."""
-        return _frames(self.text, operator.index(count))  # no symbol of torch.compile: a constant
+        """Return the key frames that each of `count` query frames reads."""
+        return _frames(self.text, operator.index(count))  # a constant, not a symbol of torch.compile
 
 
 @constant
@@ -85,13 +73,16 @@ def _term(part: str, text: str) -> tuple[Callable[[int, int, int], range | set[i
 
 
 def seen_by_all(count: int, groups: int = 1) -> Frames:
-    """Every one of `count` query frames reads every group (text tokens, a reference for all frames)."""
+    """Let each of `count` query frames read every group (text tokens, a reference for all frames)."""
     return (tuple(range(groups)),) * count
 
 
 @lru_cache(maxsize=256)
 def with_context(frames: Frames, context: int, one_way: bool) -> Frames:
-    """A plan with `context` more frames before it: every frame reads them, too; they read each other, or all frames."""
+    """Put `context` frames before those of a plan: every frame reads them.
+
+    one_way: the context frames read only each other; otherwise they read all frames.
+    """
     leading = tuple(range(context))
     every = tuple(range(context + len(frames)))
     return (leading if one_way else every,) * context + tuple(

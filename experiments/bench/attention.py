@@ -1,4 +1,4 @@
-"""Cross-frame attention with an image segment: `attend` against what is usually done.
+"""Cross-frame attention with an image segment: `attend` against the usual implementations.
 
     python -m experiments.bench.attention                                  # CPU, minutes; runs/bench/attention.*
     python -m experiments.bench.attention --device cuda                    # the full grid, under 8 minutes
@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_booth.attention import FramePlan, Frames, Segment, attend
-from dit_booth.attention.kernels.choice import choose
+from dit_booth.attention.kernels.choice import choose_kernel
 from dit_booth.training.graph import captured
 from experiments.bench import attention_report as report
 from experiments.bench.measure import conditions, interleaved, matmul_peak, peak_memory, write_lines
@@ -54,7 +54,7 @@ PASSES = ("forward", "forward+backward")
 @dataclass(frozen=True)
 class Options:
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to run. The CPU runs a small grid in float32, CUDA the full one in bfloat16."""
+    """Device. The CPU runs a small grid in float32, CUDA the full one in bfloat16."""
     out: Path = Path("runs/bench")
     """Folder of attention.jsonl and attention.png; unused with --table."""
     table: Path | None = None
@@ -72,7 +72,7 @@ class Options:
     threads: int = 2
     """Threads on the CPU."""
     clock: Literal["wall", "cpu"] = "wall"
-    """Seconds on the wall, or of the processor: those of one thread on a busy machine still tell (--threads 1)."""
+    """Wall seconds or processor seconds; on a busy machine use processor seconds of one thread (--threads 1)."""
     rounds: int = 7
     """Runs of every competitor, in turn."""
     budget: float = 450.0
@@ -97,7 +97,7 @@ class Case:
         return FramePlan(self.plan).frames(self.frames)
 
     def flops(self, training: bool) -> float:
-        """Of the scores that are wanted; backward counts 2.5 times forward, as FlashAttention's papers do."""
+        """Count the FLOPs of the visible scores; backward counts 2.5 times forward, as FlashAttention's papers do."""
         keys = sum(len(groups) for groups in self.frame_plan) * self.tokens + self.frames * self.image
         return 4.0 * self.tokens * keys * self.head * self.heads * (3.5 if training else 1.0)
 
@@ -123,11 +123,11 @@ class Case:
 
 
 BARS = Case("first+previous", 16, 1024, 1024)
-"""The case that the bars are about."""
+"""The case whose figures stand at the top of the page."""
 
 
 def grid(options: Options) -> list[Case]:
-    """The comparison's cases, that of the bars first, the costly last."""
+    """Return the cases of the comparison, `BARS` first, then by cost."""
     on_cpu = options.device == "cpu"
     heads = 2 if on_cpu else 8
     frames = options.frames or ((8, 16) if on_cpu else (8, 16, 64))
@@ -156,7 +156,7 @@ def flex(case: Case, *tensors: Tensor) -> Tensor:
 
 
 def slots(case: Case) -> list[tuple[int, ...]]:
-    """Which group every frame reads first, second, ...; frames that read fewer repeat one, as the originals do."""
+    """Return the group that every frame reads first, second, ...; frames with fewer repeat one, as the originals do."""
     plan = case.frame_plan
     most = max(map(len, plan))
     return list(zip(*((groups + groups[:1] * most)[:most] for groups in plan), strict=True))
@@ -214,7 +214,7 @@ Competitor = Callable[..., Tensor]
 
 
 def competitors(case: Case, device: str) -> dict[str, Competitor]:
-    """Those that fit: concatenation copies keys per frame, a mask has a score's size."""
+    """Return the competitors that fit in memory: concatenation copies keys, a mask is as large as scores."""
     found: dict[str, Competitor] = {"segments": segments}
     limit = (1 if device == "cpu" else 24) * 2**30
     width = 2 * case.heads * case.head * (4 if device == "cpu" else 2)
@@ -237,7 +237,9 @@ def other_kernels(case: Case) -> list[str]:
     fit = []
     for name in ("flash4", "flash", "cudnn", "torch_flash", "torch_efficient"):
         try:
-            choose(name, torch.device("cuda"), torch.bfloat16, case.head, True, case.frames * case.tokens)
+            choose_kernel(
+                name, torch.device("cuda"), torch.bfloat16, case.head, True, case.frames * case.tokens
+            )
         except ValueError as reason:
             log.info("%s", reason)
         else:
@@ -246,7 +248,7 @@ def other_kernels(case: Case) -> list[str]:
 
 
 def plain(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The kernel alone: a frame's keys already lie in one piece."""
+    """Run the kernel alone, on keys that are already contiguous for each frame."""
     return attend(q, (Segment(k, v, FramePlan("self").frames(case.frames)),))
 
 

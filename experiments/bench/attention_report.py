@@ -1,4 +1,4 @@
-"""What `experiments.bench.attention` measured, as a Markdown page, a plot and a log line."""
+"""Write the measurements of `experiments.bench.attention` as a Markdown page, a plot and a log line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def line(rows: Sequence[Row]) -> str:
-    """A case in one line: every competitor's time and peak memory."""
+    """Format a case as one line: every competitor's time and peak memory."""
     case = rows[0]
     parts = (
         f"{r['what']} {r['best_ms']:.1f} ms {r['peak_mib']:.0f} MiB" for r in rows if r["pass"] != "forward"

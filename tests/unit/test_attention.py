@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dit_booth.attention import FramePlan, Frames, Segment, attend, kernels
+from dit_booth.attention import FramePlan, Frames, Segment, attend
 from dit_booth.attention import joint_softmax as joint
-from dit_booth.attention.calls import ALL, Weight, plan_of
-from dit_booth.attention.kernels.choice import check
+from dit_booth.attention.calls import UNLIMITED_FRAMES, SizeClass, build_calls
+from dit_booth.attention.kernels import choice as kernels
+from dit_booth.attention.kernels.choice import check_kernel_name
 from dit_booth.attention.plans import seen_by_all, with_context
+from dit_booth.attention.policy import CPU, CUDA, OTHER
 
 torch.set_num_threads(1)
-HEAVY = (Weight.HEAVY,)
+LARGE = (SizeClass.LARGE,)
 KERNEL = pytest.mark.parametrize("kernel", ["math", "torch_flash"])
 PLANS = (
     "self",
@@ -43,9 +45,8 @@ PLANS = (
 @settings(deadline=None, max_examples=120)
 @given(seed=st.integers(0, 10**9))
 def test_attend_and_its_gradients_equal_the_dense_oracle(seed: int, kernel: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joint, "SHIFTS", ["cpu"] if seed % 2 else [])
-        out, gradient = errors(lambda q, s: attend(q, s, kernel), random_case(seed))
+    policy = replace(CPU, shifts=bool(seed % 2))
+    out, gradient = errors(lambda q, s: attend(q, s, kernel, policy=policy), random_case(seed))
     assert max(out, gradient) < 1e-10
 
 
@@ -53,11 +54,10 @@ def test_attend_and_its_gradients_equal_the_dense_oracle(seed: int, kernel: str)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("batch", "shifts"), [(1, False), (2, False), (3, True)])
 def test_named_plans_with_a_reference_for_some_frames(
-    plan: str, batch: int, shifts: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+    plan: str, batch: int, shifts: bool, kernel: str
 ) -> None:
     """A batch is attended sample by sample, as a large one is on the CPU, or in shifts, as on CUDA."""
-    monkeypatch.setattr(joint, "COPY_BELOW", 0)
-    monkeypatch.setattr(joint, "SHIFTS", ["cpu"] if shifts else [])
+    policy = replace(CPU, copy_below=0, shifts=shifts)
     generator = torch.Generator().manual_seed(0)
     leaves = [
         torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
@@ -69,27 +69,27 @@ def test_named_plans_with_a_reference_for_some_frames(
         Segment(k, v, frames),
         Segment(image_k, image_v, ((0,), (), (), (0,), (), (), (0,), (), ())),
     ]
-    ours, theirs = attend(q, segments, kernel), dense(q, segments)
+    ours, theirs = attend(q, segments, kernel, policy=policy), dense(q, segments)
     assert (ours - theirs).abs().max() < 1e-12
     for mine, oracle in zip(
         *(torch.autograd.grad(y.square().sum(), leaves) for y in (ours, theirs)), strict=True
     ):
         assert (mine - oracle).abs().max() < 1e-11
-    moved = (ours - attend(q, segments[:1], kernel)).abs().amax((0, 2, 3, 4))
+    moved = (ours - attend(q, segments[:1], kernel, policy=policy)).abs().amax((0, 2, 3, 4))
     assert [i for i in range(9) if moved[i] > 1e-3] == [0, 3, 6]
     assert not moved[[1, 2, 4, 5, 7, 8]].any()
 
 
 @KERNEL
 @pytest.mark.parametrize("frames", [1, 2])
-def test_in_pieces(frames: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_pieces(frames: int, kernel: str) -> None:
     case = random_case(11)
-    monkeypatch.setitem(joint.PIECE, "cpu", frames * case.q[0, 0].numel())
+    policy = replace(CPU, call_elements=frames * case.q[0, 0].numel())
     for plan in PLANS:
         k, v = case.segments[0].k[:, :1].expand(-1, case.q.shape[1], -1, -1, -1), case.segments[0].v[:, :1]
         v = v.expand_as(k)
         case.segments = [Segment(k, v, FramePlan(plan).frames(case.q.shape[1]))]
-        assert max(errors(lambda q, s: attend(q, s, kernel), case)) < 1e-10
+        assert max(errors(lambda q, s: attend(q, s, kernel, policy=policy), case)) < 1e-10
 
 
 @KERNEL
@@ -270,7 +270,7 @@ def test_an_empty_segment_is_no_error_where_others_are_read() -> None:
 def test_an_unknown_kernel_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"attention kernel 'flesh' is unknown.*auto.*math.*torch_flash"):
         attend(torch.zeros(1, 3, 4, 2, 8), [one(((0,),) * 3)], "flesh")
-    check("auto")
+    check_kernel_name("auto")
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -288,9 +288,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("plan", ["first+previous", "self", "all", "sink(2)+window(2)"])
 @pytest.mark.parametrize("own_query", [False, True])
-def test_a_bank_is_read_exactly_joined_or_not(
-    plan: str, own_query: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bank_is_read_exactly_joined_or_not(plan: str, own_query: bool) -> None:
     """A token bank for all frames beside the frames' own keys: in one call with frame 0's where it can be."""
     g = torch.Generator().manual_seed(1)
     shapes = [(2, 5, 70, 2, 8)] * 3 + [(2, 1, 6, 2, 8)] * 2 + [(2, 5, 70, 2, 8)]
@@ -302,15 +300,18 @@ def test_a_bank_is_read_exactly_joined_or_not(
     exact = dense(q, segments)
     grads = torch.autograd.grad(exact.square().sum(), wanted)
     calls = []
-    for join_below, light in ((0, 10**9), (0, joint.LIGHT), (joint.JOIN_BELOW, 10**9)):
-        monkeypatch.setattr(joint, "JOIN_BELOW", join_below)
-        monkeypatch.setattr(joint, "LIGHT", light)
-        weights = tuple(joint._weight(q, s) for s in segments)
+    for join_below, light in ((0, 10**9), (0, CPU.light_ratio), (CPU.join_below, 10**9)):
+        policy = replace(CPU, join_below=join_below, light_ratio=light)
+        sizes = tuple(joint._size_class(q, s, policy) for s in segments)
         positions = joint._positions((False, own_query))
         calls.append(
-            len(plan_of(tuple(s.frames for s in segments), positions, (1.0, 1.0), weights, (9, 9)).forward)
+            len(
+                build_calls(
+                    tuple(s.frames for s in segments), positions, (1.0, 1.0), sizes, (9, 9), policy
+                ).forward
+            )
         )
-        out = attend(q, segments)
+        out = attend(q, segments, policy=policy)
         assert (out - exact).abs().max() < 1e-12
         for mine, theirs in zip(torch.autograd.grad(out.square().sum(), wanted), grads, strict=True):
             assert (mine - theirs).abs().max() < 1e-11
@@ -329,9 +330,11 @@ def test_two_groups_that_one_frame_reads_are_one_call(own_query: bool) -> None:
     q, other, k, v, image_k, image_v = tensors
     image = Segment(image_k, image_v, ((0,),), query=other if own_query else None)
     segments = [image, Segment(k, v, ((0,),))]
-    assert all(joint._keys(s) >= joint.JOIN_BELOW for s in segments)
-    plan = plan_of((((0,),),) * 2, joint._positions((own_query, False)), (1.0,) * 2, HEAVY * 2, (9, 9))
-    assert len(plan.forward) == 1 + own_query
+    assert all(joint._key_count(s) >= CPU.join_below for s in segments)
+    calls = build_calls(
+        (((0,),),) * 2, joint._positions((own_query, False)), (1.0,) * 2, LARGE * 2, (9, 9), CPU
+    )
+    assert len(calls.forward) == 1 + own_query
     ours, theirs = attend(q, segments), dense(q, segments)
     assert (ours - theirs).abs().max() < 1e-12
     wanted = tensors if own_query else [q, *tensors[2:]]
@@ -344,35 +347,31 @@ def test_two_groups_that_one_frame_reads_are_one_call(own_query: bool) -> None:
 def test_results_are_merged_only_where_a_frame_has_several() -> None:
     """A frame before the video that reads itself alone (in context, along time) shares no result with the others."""
     frames = with_context(seen_by_all(4, 4), 1, True)
-    plan = plan_of((frames,), joint._positions((False,)), (1.0,), HEAVY, (9, 9))
-    assert [step.fresh for step in plan.forward] == [True, True]
-    plan = plan_of((FramePlan("first+previous").frames(4),), ((0, 1, 2),), (1.0,), HEAVY, (9, 9))
-    assert [step.fresh for step in plan.forward] == [True, False]
+    calls = build_calls((frames,), joint._positions((False,)), (1.0,), LARGE, (9, 9), CPU)
+    assert [call.fresh for call in calls.forward] == [True, True]
+    calls = build_calls((FramePlan("first+previous").frames(4),), ((0, 1, 2),), (1.0,), LARGE, (9, 9), CPU)
+    assert [call.fresh for call in calls.forward] == [True, False]
 
 
-def test_on_the_cpu_calls_are_cut_forward_too_but_for_a_first_whole_result(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_the_cpu_calls_are_cut_forward_too_but_for_a_first_whole_result() -> None:
     """What is merged is small beside the output, however long the video; CUDA has the fewest launches.
 
     Backward so is what is added to the gradients, of which the first result is the beginning.
     """
     q = torch.empty(1, 12, 5, 2, 8)
-    monkeypatch.setitem(joint.PIECE, "cpu", 4 * q[0, 0].numel())
-    monkeypatch.setitem(joint.PIECE, "cuda", 4 * q[0, 0].numel())
-    assert joint._most(q) == (4, 4) and joint._most(q.to("meta")) == (ALL, 4)
+    cpu, cuda, other = (replace(p, call_elements=4 * q[0, 0].numel()) for p in (CPU, CUDA, OTHER))
+    assert joint._max_frames(q, cpu) == (4, 4)
+    assert joint._max_frames(q, cuda) == joint._max_frames(q, other) == (UNLIMITED_FRAMES, 4)
     frames = (FramePlan("first+previous").frames(12),)
-    for most, sizes in ((4, [12, 4, 4, 2]), (ALL, [12, 10])):
-        plan = plan_of(frames, ((0, 1, 2),), (1.0,), HEAVY, (most, 4))
-        assert [step.read.frames for step in plan.forward] == sizes
-        assert [step.read.frames for step in plan.backward] == [12, 4, 4, 2]
+    for most, sizes in ((4, [12, 4, 4, 2]), (UNLIMITED_FRAMES, [12, 10])):
+        calls = build_calls(frames, ((0, 1, 2),), (1.0,), LARGE, (most, 4), CPU)
+        assert [call.read.frames for call in calls.forward] == sizes
+        assert [call.read.frames for call in calls.backward] == [12, 4, 4, 2]
 
 
 def test_a_batch_whose_reads_are_shifts_takes_a_call_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither sample by sample nor in pieces, and no frame of the queries, keys and values is copied."""
-    monkeypatch.setattr(joint, "SHIFTS", ["cpu"])
-    monkeypatch.setattr(joint, "COPY_BELOW", 0)
-    monkeypatch.setitem(joint.PIECE, "cpu", 1)
+    policy = replace(CPU, shifts=True, copy_below=0, call_elements=1)
     tensors = [torch.randn(3, 8, 70, 2, 8, requires_grad=True) for _ in range(3)]
     memory = {t.untyped_storage().data_ptr() for t in tensors}
     calls = {"forward": 0, "backward": 0}
@@ -386,11 +385,11 @@ def test_a_batch_whose_reads_are_shifts_takes_a_call_a_read(monkeypatch: pytest.
         return run
 
     spy = kernels.Kernel(counted("forward", 0), counted("backward", 1))
-    monkeypatch.setattr(joint, "choose", lambda *_: spy)
+    monkeypatch.setattr(joint, "choose_kernel", lambda *_: spy)
     for plan, forward, backward in (("first+previous", 2, 2), ("self+first", 2, 2), ("window(3)", 3, 5)):
         frames = FramePlan(plan).frames(8)
         calls.update(forward=0, backward=0)
-        out = attend(tensors[0], [Segment(*tensors[1:], frames)])
+        out = attend(tensors[0], [Segment(*tensors[1:], frames)], policy=policy)
         grads = torch.autograd.grad(out.sum(), tensors)
         assert calls == {"forward": forward, "backward": backward}, plan
         exact = dense(tensors[0], [Segment(*tensors[1:], frames)])

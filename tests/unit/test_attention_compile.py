@@ -82,7 +82,7 @@ def test_a_kernel_that_cannot_be_traced_breaks_the_graph(monkeypatch: pytest.Mon
     )
     x = tensors(2, 4, 12, 5)
     ours = [torch.autograd.grad(torch.compile(loss, backend="aot_eager")("torch_flash", *x), x)]
-    monkeypatch.setattr(segments, "choose", lambda *_: hidden)
+    monkeypatch.setattr(segments, "choose_kernel", lambda *_: hidden)
     torch._dynamo.reset()
     ours += [torch.autograd.grad(torch.compile(loss, backend="aot_eager")("flash4", *x), x)]
     theirs = torch.autograd.grad(loss("flash4", *x), x)

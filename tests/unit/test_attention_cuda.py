@@ -7,6 +7,7 @@ that the device is too old for, are skipped one by one):  pytest tests/unit/test
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from attention_oracle import LENGTHS, Case, errors, random_case
 from torch import Tensor
 
 from dit_booth.attention import FramePlan, Segment, attend
-from dit_booth.attention import joint_softmax as joint
 from dit_booth.attention.kernels import torch_ops
-from dit_booth.attention.kernels.choice import TABLE, choose
+from dit_booth.attention.kernels.choice import TABLE, choose_kernel
+from dit_booth.attention.policy import CUDA, Policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -45,15 +46,15 @@ def exact_float32() -> None:
 
 def skip_unless(kernel: str, dtype: torch.dtype, head: int) -> None:
     try:
-        choose(kernel, torch.device("cuda", torch.cuda.current_device()), dtype, head, True, longest=1)
+        choose_kernel(kernel, torch.device("cuda", torch.cuda.current_device()), dtype, head, True, longest=1)
     except ValueError as reason:
         pytest.skip(str(reason))
 
 
-def check(case: Case, kernel: str, dtype: torch.dtype) -> None:
-    """Ours on the GPU in a dtype, the oracle's on the CPU in float64, of the same rounded numbers."""
+def check(case: Case, kernel: str, dtype: torch.dtype, policy: Policy = CUDA) -> None:
+    """Ours on the GPU in a dtype, the oracle's on the CPU in float64, of the same rounded values."""
     low = case.to(dtype, "cuda")
-    out, gradient = errors(lambda q, s: attend(q, s, kernel), low, low.to(torch.float64))
+    out, gradient = errors(lambda q, s: attend(q, s, kernel, policy=policy), low, low.to(torch.float64))
     assert out < LIMITS[dtype]
     assert gradient < LIMITS[dtype]
 
@@ -94,27 +95,23 @@ def test_odd_lengths(kernel: str, dtype: torch.dtype, lengths: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shifts", [[], ["cuda"]])
-def test_batches_sample_by_sample_in_pieces_and_in_shifts(
-    kernel: str, shifts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(joint, "SHIFTS", shifts)
+@pytest.mark.parametrize("shifts", [False, True])
+def test_batches_sample_by_sample_in_pieces_and_in_shifts(kernel: str, shifts: bool) -> None:
     dtype = F32 if kernel == "torch_efficient" else BF16
     skip_unless(kernel, dtype, 64)
     n, m = (12, 10) if kernel == "short" else (40, 24)
     for copy_below in (0, 1 << 40):
         for piece in (1, 1 << 40):
-            monkeypatch.setattr(joint, "COPY_BELOW", copy_below)
-            monkeypatch.setitem(joint.PIECE, "cuda", piece)
-            check(video("first+previous", 5, n, m, 64, batch=2), kernel, dtype)
+            policy = replace(CUDA, shifts=shifts, copy_below=copy_below, call_elements=piece)
+            check(video("first+previous", 5, n, m, 64, batch=2), kernel, dtype, policy)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_batches_larger_than_a_launch(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_larger_than_a_launch(kernel: str) -> None:
     """Temporal attention: a row per place, a group of a few frames."""
     dtype = F32 if kernel == "torch_efficient" else BF16
     skip_unless(kernel, dtype, 16)
-    rows = torch_ops.MOST_BATCH + 9
+    rows = torch_ops.MAX_LAUNCH_ROWS + 9
     q, k, v = (
         torch.randn(rows, 1, 4, 1, 16, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)
     )
@@ -157,7 +154,7 @@ def test_an_attention_too_long_for_the_short_kernel() -> None:
 def test_the_short_kernel_takes_unaligned_rows() -> None:
     """Strides and addresses of 2 bytes; a gradient without strides."""
     skip_unless("short", BF16, 24)
-    kernel = choose("short", torch.device("cuda", torch.cuda.current_device()), BF16, 24, True, 17)
+    kernel = choose_kernel("short", torch.device("cuda", torch.cuda.current_device()), BF16, 24, True, 17)
     q, k, v = torch.randn(3, 4, 3, 18, 27, device="cuda").bfloat16()[..., 1:, 1:25].unbind(0)
     dout = torch.ones((), device="cuda", dtype=BF16).expand(q.shape)
     wide = [t.double() for t in (dout, q, k, v)]
@@ -173,7 +170,7 @@ def test_the_short_kernel_takes_more_than_two_billion_numbers() -> None:
     rows, shape = 70_000, (16, 16, 128)  # 2.3e9: the last rows are beyond 32 bits
     if torch.cuda.mem_get_info()[0] < 3 * 2 * rows * 16 * 16 * 128:
         pytest.skip("needs 14 GB of memory")
-    kernel = choose("short", torch.device("cuda", torch.cuda.current_device()), BF16, 128, True, 16)
+    kernel = choose_kernel("short", torch.device("cuda", torch.cuda.current_device()), BF16, 128, True, 16)
     x = torch.randn(16, *shape, device="cuda", dtype=BF16).repeat(rows // 16, 1, 1, 1)
     out, lse = kernel.forward(x, x, x, 0.1)
     assert torch.equal(out[:16], out[-16:])

@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_booth.attention import FramePlan, Segment, attend
 from dit_booth.attention import joint_softmax as joint
-from dit_booth.attention.calls import ALL, Weight, plan_of
+from dit_booth.attention.calls import UNLIMITED_FRAMES, SizeClass, build_calls
 from dit_booth.attention.kernels import choice as kernels
 from dit_booth.attention.kernels import flex, packages, torch_ops
-from dit_booth.attention.kernels.choice import TABLE, choose
+from dit_booth.attention.kernels.choice import TABLE, choose_kernel
 from dit_booth.attention.plans import seen_by_all
+from dit_booth.attention.policy import CUDA as CUDA_POLICY
 
 torch.set_num_threads(1)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -39,7 +40,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def name_of(
     name: str, device: torch.device, dtype: torch.dtype, head: int, longest: int = kernels.UNLIMITED
 ) -> str:
-    chosen = choose(name, device, dtype, head, True, longest)
+    chosen = choose_kernel(name, device, dtype, head, True, longest)
     return next(row.name for row in TABLE if row.kernel is chosen)
 
 
@@ -127,10 +128,10 @@ def test_auto_prefers_the_short_kernel_where_it_fits(
 def test_the_short_kernel_is_asked_for_in_vain(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with_triton(monkeypatch, True)
     with pytest.raises(ValueError, match="kernel 'short' takes sequences up to 64, not 256; or use auto"):
-        choose("short", CUDA, BF16, 64, True, 256)
+        choose_kernel("short", CUDA, BF16, 64, True, 256)
     with_triton(monkeypatch, False)
     with pytest.raises(ValueError, match=r"'short' is not installed .*`pip install triton; apt"):
-        choose("short", CUDA, BF16, 64, True, 16)
+        choose_kernel("short", CUDA, BF16, 64, True, 16)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_the_longest_sequence_of_an_attention(
         seen.append(arguments[-1])
         return kernels.MATH
 
-    monkeypatch.setattr(joint, "choose", spy)
+    monkeypatch.setattr(joint, "choose_kernel", spy)
     q, k = torch.zeros(2, *query, 1, 8), torch.zeros(2, *keys, 1, 8)
     attend(q, [Segment(k, k, ((0,),) * query[0])])
     assert seen == [expected]
@@ -172,13 +173,13 @@ def test_a_kernel_that_cannot_is_an_error_with_the_reason(
     name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, says: str, hopper: None
 ) -> None:
     with pytest.raises(ValueError, match=f"attention kernel '{name}' .*{says}"):
-        choose(name, device, dtype, head, grad)
+        choose_kernel(name, device, dtype, head, grad)
 
 
 def test_an_old_gpu_is_named(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match=r"needs a GPU of compute capability 8\.0, this one has 7\.5"):
-        choose("torch_flash", CUDA, F16, 64, True)
+        choose_kernel("torch_flash", CUDA, F16, 64, True)
 
 
 def test_the_error_reaches_who_asks() -> None:
@@ -233,28 +234,29 @@ def test_cuda_operators_take_our_arguments(
         q, k, v, dout = (torch.empty(batch, 6, 5, 2, 16, dtype=dtype, device=CUDA) for _ in range(4))
         image = [torch.empty(batch, 1, 7, 2, 16, dtype=dtype, device=CUDA) for _ in range(2)]
         tensors = [q, k, v, *image]
-        steps = plan_of(
+        calls = build_calls(
             (FramePlan(plan).frames(6), seen_by_all(6)),
             ((0, 1, 2), (0, 3, 4)),
             (0.2, 0.3),
-            (Weight.HEAVY, Weight.LIGHT),
-            (3, 3) if batch == 1 else (ALL, ALL),
+            (SizeClass.LARGE, SizeClass.LIGHT),
+            (3, 3) if batch == 1 else (UNLIMITED_FRAMES, UNLIMITED_FRAMES),
+            CUDA_POLICY,
         )
-        kernel = choose(name, CUDA, dtype, 16, True, 30)
+        kernel = choose_kernel(name, CUDA, dtype, 16, True, 30)
         assert isinstance(kernel, kernels.Kernel)
-        out, lse = joint._forward(steps, kernel, tensors)
+        out, lse = joint._forward(calls, kernel, tensors)
         assert out.shape == q.shape
         assert out.dtype == dtype
         assert lse.shape == (batch, 6, 5, 2, 1)
         assert lse.dtype == F32
-        grads = joint._backward(steps, kernel, [True] * 5, *tensors, out, lse, dout)
+        grads = joint._backward(calls, kernel, [True] * 5, *tensors, out, lse, dout)
         for grad, tensor in zip(grads, tensors, strict=True):
             assert grad is not None
             assert (grad.shape, grad.dtype) == (tensor.shape, dtype)
 
 
 def test_batches_larger_than_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_ops, "MOST_BATCH", 3)
+    monkeypatch.setattr(torch_ops, "MAX_LAUNCH_ROWS", 3)
     seen: list[int] = []
 
     @torch_ops.in_launches
@@ -333,7 +335,7 @@ def test_the_packages_adapters(name: str, seed: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(packages, "_flash", lambda: two)
     monkeypatch.setattr(packages, "_flash4", lambda: four)
     kernel = kernels.FLASH if name == "flash" else kernels.FLASH4
-    monkeypatch.setattr(joint, "choose", lambda *_: kernel)
+    monkeypatch.setattr(joint, "choose_kernel", lambda *_: kernel)
     assert max(errors(lambda q, s: attend(q, s), random_case(seed))) < 1e-10
 
 

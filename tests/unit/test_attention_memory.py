@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from dit_booth.attention import FramePlan, Segment, attend
 from dit_booth.attention import joint_softmax as joint
-from dit_booth.attention.calls import Plan
+from dit_booth.attention.calls import Calls
 from dit_booth.attention.kernels import torch_ops
 from dit_booth.attention.kernels.choice import Kernel
 
@@ -50,16 +50,18 @@ def test_beside_the_result_and_the_gradients_little_is_held(
     With concatenated keys, values and their gradients it is 257 MiB for first+previous, 193 for self, 1153 for all (on
     an H100, docs/results/attention_gpu.md).
     """
-    ran: list[tuple[Plan, Kernel, tuple[Tensor, ...]]] = []
+    ran: list[tuple[Calls, Kernel, tuple[Tensor, ...]]] = []
 
     class Joint:
         @staticmethod
-        def apply(plan: Plan, kernel: Kernel, *tensors: Tensor) -> Tensor:
-            ran.append((plan, kernel, tensors))
+        def apply(calls: Calls, kernel: Kernel, *tensors: Tensor) -> Tensor:
+            ran.append((calls, kernel, tensors))
             return tensors[0]
 
-    monkeypatch.setattr(joint, "_Joint", Joint)
-    monkeypatch.setattr(joint, "choose", lambda *_: Kernel(torch_ops.cudnn_forward, torch_ops.cudnn_backward))
+    monkeypatch.setattr(joint, "_JointSoftmax", Joint)
+    monkeypatch.setattr(
+        joint, "choose_kernel", lambda *_: Kernel(torch_ops.cudnn_forward, torch_ops.cudnn_backward)
+    )
     with FakeTensorMode():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch_ops, "_processors", lambda _: 132)
@@ -68,9 +70,9 @@ def test_beside_the_result_and_the_gradients_little_is_held(
         )
         image = [torch.empty(1, 1, 1024, 8, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
         attend(q, [Segment(k, v, FramePlan(plan).frames(16)), Segment(*image, ((0,),) * 16)])
-        ((steps, kernel, tensors),) = ran
+        ((calls, kernel, tensors),) = ran
         with Held([*tensors, dout]) as held:
-            out, lse = joint._forward(steps, kernel, tensors)
-            grads = joint._backward(steps, kernel, [True] * 5, *tensors, out, lse, dout)
+            out, lse = joint._forward(calls, kernel, tensors)
+            grads = joint._backward(calls, kernel, [True] * 5, *tensors, out, lse, dout)
         assert sum(t.numel() for t in grads if t is not None) == sum(t.numel() for t in tensors)
     assert held.most < 84 * FRAME

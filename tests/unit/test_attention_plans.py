@@ -1,4 +1,4 @@
-"""The plan language, and how visibilities are cut into reads."""
+"""The plan language, and the cover of visibilities with reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_booth.attention import FramePlan, Frames
-from dit_booth.attention.cover import Read, add, is_view, lay_back, lay_out, put, reads, take
+from dit_booth.attention.cover import Read, add, compute_cover, is_view, lay_back, lay_out, put, take
 from dit_booth.attention.plans import seen_by_all, with_context
 
 torch.set_num_threads(1)
@@ -106,13 +106,13 @@ def blocks_are_equal(read: Read) -> bool:
 )
 def test_reads_cover_a_visibility_exactly_once(frames: Frames) -> None:
     wanted = Counter((i, g) for i, groups in enumerate(frames) for g in groups)
-    cover = reads(frames)
+    cover = compute_cover(frames)
     assert Counter(pair for read in cover for pair in read.pairs()) == wanted
     for read in cover:
         assert blocks_are_equal(read)
         queries = [i for row in read.queries for i in row]
         assert len(set(queries)) == len(queries), "the results of two blocks cannot be merged into one frame"
-    apart = [part for read in cover for part in read.apart()]
+    apart = [part for read in cover for part in read.split_overlaps()]
     assert Counter(pair for read in apart for pair in read.pairs()) == wanted
     for read in apart:
         groups = [g for row in read.groups for g in row]
@@ -134,13 +134,16 @@ def pairing(frames: range, distance: int) -> Read:
 
 def test_common_plans_take_few_reads() -> None:
     every = range(16)
-    assert reads(FramePlan("first").frames(16)) == (fold(every, 0),)
-    assert reads(FramePlan("self").frames(16)) == (pairing(every, 0),)
-    assert reads(FramePlan("all").frames(16)) == (fold(every, *every),)
-    assert reads(seen_by_all(16, 2)) == (fold(every, 0, 1),)
-    assert reads(FramePlan("first+previous").frames(16)) == (fold(every, 0), pairing(range(2, 16), -1))
-    assert reads(FramePlan("self+first").frames(16)) == (fold(every, 0), pairing(range(1, 16), 0))
-    window, *start = reads(FramePlan("window(3)").frames(16))
+    assert compute_cover(FramePlan("first").frames(16)) == (fold(every, 0),)
+    assert compute_cover(FramePlan("self").frames(16)) == (pairing(every, 0),)
+    assert compute_cover(FramePlan("all").frames(16)) == (fold(every, *every),)
+    assert compute_cover(seen_by_all(16, 2)) == (fold(every, 0, 1),)
+    assert compute_cover(FramePlan("first+previous").frames(16)) == (
+        fold(every, 0),
+        pairing(range(2, 16), -1),
+    )
+    assert compute_cover(FramePlan("self+first").frames(16)) == (fold(every, 0), pairing(range(1, 16), 0))
+    window, *start = compute_cover(FramePlan("window(3)").frames(16))
     assert window == Read(tuple((i,) for i in range(2, 16)), tuple((i - 2, i - 1, i) for i in range(2, 16)))
     assert sum(read.area for read in start) == 3, "the first two frames have shorter windows"
 
@@ -149,9 +152,9 @@ def test_a_frame_before_the_video_takes_few_reads() -> None:
     """In context: a block has all the groups that its frames share, and what would be copied falls into views."""
     video, alone = range(1, 17), fold(range(1), 0)
     along_time = with_context(seen_by_all(16, 16), 1, True)
-    assert reads(along_time) == (fold(video, *range(17)), alone)
+    assert compute_cover(along_time) == (fold(video, *range(17)), alone)
     across = with_context(FramePlan("first+previous").frames(16), 1, True)
-    assert reads(across) == (fold(video, 0, 1), pairing(range(3, 17), -1), alone)
+    assert compute_cover(across) == (fold(video, 0, 1), pairing(range(3, 17), -1), alone)
 
 
 PLANS = {
@@ -174,7 +177,7 @@ PLANS = {
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_reads_of_a_plan_do_not_grow_with_the_frames_and_copy_nothing(plan: str) -> None:
     for count in (8, 16, 17, 64, 129, 256):
-        cover = reads(FramePlan(plan).frames(count))
+        cover = compute_cover(FramePlan(plan).frames(count))
         assert len(cover) <= PLANS[plan]
         assert all(is_view(read.queries) and is_view(read.groups) for read in cover)
 
@@ -182,7 +185,7 @@ def test_the_reads_of_a_plan_do_not_grow_with_the_frames_and_copy_nothing(plan: 
 def test_long_videos_are_compiled_fast() -> None:
     start = time.process_time()
     for plan in PLANS:
-        reads(FramePlan(plan).frames(487))
+        compute_cover(FramePlan(plan).frames(487))
     assert time.process_time() - start < 5, "about a third of a second; it was minutes with a quadratic cover"
 
 
@@ -247,6 +250,6 @@ def test_a_shift_of_a_batch_is_laid_out_in_place(videos: int) -> None:
 def test_no_keys_are_copied_for_a_video() -> None:
     x = torch.zeros(1, 16, 5, 2, 8)
     for plan in PLANS:
-        for read in reads(FramePlan(plan).frames(16)):
+        for read in compute_cover(FramePlan(plan).frames(16)):
             for index in (read.queries, read.groups):
                 assert lay_out(x, index).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

@@ -1,1 +1,1 @@
-"""The kernels that may run a call of attention: one file each, and the choice among them."""
+"""Attention kernels, one file each, and the choice among them."""

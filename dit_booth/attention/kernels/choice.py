@@ -1,4 +1,4 @@
-"""Which kernel runs where: `TABLE` says it, `choose` reads it.
+"""The choice of a kernel: `TABLE` lists what each kernel supports, `choose_kernel` reads it.
 
 A kernel is plain attention (b k n d) that returns its log-sum-exp, with a backward that accepts the output and
 log-sum-exp of a larger softmax. `flex` is the exception: it does the whole joint softmax at once.
@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from dit_booth.attention.kernels import packages, short, torch_ops
-from dit_booth.attention.kernels.short import LONGEST, has_triton
-from dit_booth.attention.plans import Frames, constant
+from dit_booth.attention.kernels.short import MAX_LENGTH, has_triton
+from dit_booth.attention.plans import Frames
+from dit_booth.attention.tracing import constant
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 Positions = tuple[tuple[int, int, int], ...]
-"""Where query, k and v of every segment stand among an attention's tensors."""
-WholeAttention = Callable[[Sequence[Tensor], Positions, tuple[Frames, ...], tuple[float, ...]], Tensor]
+"""Positions of query, k and v of every segment in the list of an attention's tensors."""
+JointAttention = Callable[[Sequence[Tensor], Positions, tuple[Frames, ...], tuple[float, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,36 +42,36 @@ class Kernel:
     forward: Forward
     backward: Backward
     traceable: bool = True
-    """By torch.compile; one that is not breaks the graph."""
+    """torch.compile can trace it; otherwise it breaks the graph."""
 
 
 @dataclass(frozen=True)
-class Whole:
+class JointKernel:
     """``attend(tensors, positions, frames, scales) -> out`` (b f n k d): the whole joint softmax, differentiable.
 
-    frames and scales: of every segment.
+    frames, scales: one entry for each segment.
     """
 
-    attend: WholeAttention
+    attend: JointAttention
 
 
 UNLIMITED = 1 << 62
-"""The length of sequences that a kernel without a limit takes."""
+"""Maximum sequence length of a kernel without a limit."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A kernel and the tensors that it takes."""
+class KernelSupport:
+    """A kernel and the tensors that it supports."""
 
     name: str
-    kernel: Kernel | Whole
+    kernel: Kernel | JointKernel
     device: str  # a device type, or any
     dtypes: tuple[torch.dtype, ...]
-    multiple: int = 1  # of head sizes
-    least: int = 1
-    most: int = 1 << 16
+    head_multiple: int = 1
+    min_head: int = 1
+    max_head: int = 1 << 16
     capability: tuple[int, int] = (0, 0)  # of a CUDA device, at least
-    longest: int = UNLIMITED  # of queries or keys, in one sequence
+    max_length: int = UNLIMITED  # queries or keys in one sequence
     trains: bool = True
     auto: bool = True
     installed: Callable[[], bool] = lambda: True
@@ -78,7 +79,7 @@ class Row:
 
 
 def _has_flash() -> bool:
-    """``import flash_attn`` would prove nothing: flash-attn-4 installs a package of that name too."""
+    """Look for flash-attn 2's extension: flash-attn-4 also installs a package named ``flash_attn``."""
     return find_spec("flash_attn_2_cuda") is not None
 
 
@@ -92,12 +93,9 @@ def _has_flash4() -> bool:
 def _flex_attend(
     tensors: Sequence[Tensor], positions: Positions, frames: tuple[Frames, ...], scales: tuple[float, ...]
 ) -> Tensor:
-    from dit_booth.attention.kernels.flex import (
-        flex_attend,
-    )  # with it comes PyTorch's compiler: seconds of every start
+    from dit_booth.attention.kernels import flex  # imports PyTorch's compiler: seconds of every start
 
-    out: Tensor = flex_attend(tensors, positions, frames, scales)
-    return out
+    return flex.flex_attend(tensors, positions, frames, scales)
 
 
 F16, F32, F64 = (torch.float16, torch.bfloat16), (torch.float32,), (torch.float64,)
@@ -109,57 +107,59 @@ CUDA_FLASH = Kernel(torch_ops.cuda_flash_forward, torch_ops.cuda_flash_backward)
 CPU_FLASH = Kernel(torch_ops.cpu_flash_forward, torch_ops.cpu_flash_backward)
 EFFICIENT = Kernel(torch_ops.cuda_efficient_forward, torch_ops.cuda_efficient_backward)
 MATH = Kernel(torch_ops.math_forward, torch_ops.math_backward)
-FLEX = Whole(_flex_attend)
+FLEX = JointKernel(_flex_attend)
 PIP = "pip install -e .[flash] --no-build-isolation"
 PIP4 = "pip install --pre flash-attn-4"
 TRITON = "pip install triton; apt install gcc python3-dev"
 
 SHORT_ON_CPU = 16
-"""Up to here batched products are faster than the CPU's flash kernel: attention over a few frames in half the time."""
+"""Longest sequence on CPUs for which `auto` takes batched matrix products instead of the flash kernel."""
 
-# The one table, in order of preference: `auto` takes the first row that takes the tensors.
+# In order of preference: `auto` takes the first kernel that supports the tensors.
 TABLE = (
-    Row("short", SHORT, "cuda", F16, 8, 8, 128, (8, 0), LONGEST, installed=has_triton, install=TRITON),
-    Row("flash4", FLASH4, "cuda", F16, 8, 8, 128, (9, 0), installed=_has_flash4, install=PIP4),
-    Row("cudnn", CUDNN, "cuda", F16, 8, 8, 128, (9, 0)),
-    Row("flash", FLASH, "cuda", F16, 8, 8, 256, (8, 0), installed=_has_flash, install=PIP),
-    Row("torch_flash", CUDA_FLASH, "cuda", F16, 8, 8, 256, (8, 0)),
-    Row("math", MATH, "cpu", F32 + F64, longest=SHORT_ON_CPU),
-    Row("torch_flash", CPU_FLASH, "cpu", F16 + F32 + F64),
-    Row("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(8, 0)),
-    Row("torch_efficient", EFFICIENT, "cuda", (torch.float16,), 8, capability=(7, 0)),
-    Row("torch_efficient", EFFICIENT, "cuda", F32, 4, capability=(5, 0)),
-    Row("math", MATH, "any", F16 + F32 + F64),
-    Row("flex", FLEX, "cuda", F16 + F32, least=16, most=256, capability=(8, 0), auto=False),
-    Row("flex", FLEX, "cpu", F16 + F32, least=16, most=256, trains=False, auto=False),
+    KernelSupport(
+        "short", SHORT, "cuda", F16, 8, 8, 128, (8, 0), MAX_LENGTH, installed=has_triton, install=TRITON
+    ),
+    KernelSupport("flash4", FLASH4, "cuda", F16, 8, 8, 128, (9, 0), installed=_has_flash4, install=PIP4),
+    KernelSupport("cudnn", CUDNN, "cuda", F16, 8, 8, 128, (9, 0)),
+    KernelSupport("flash", FLASH, "cuda", F16, 8, 8, 256, (8, 0), installed=_has_flash, install=PIP),
+    KernelSupport("torch_flash", CUDA_FLASH, "cuda", F16, 8, 8, 256, (8, 0)),
+    KernelSupport("math", MATH, "cpu", F32 + F64, max_length=SHORT_ON_CPU),
+    KernelSupport("torch_flash", CPU_FLASH, "cpu", F16 + F32 + F64),
+    KernelSupport("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(8, 0)),
+    KernelSupport("torch_efficient", EFFICIENT, "cuda", (torch.float16,), 8, capability=(7, 0)),
+    KernelSupport("torch_efficient", EFFICIENT, "cuda", F32, 4, capability=(5, 0)),
+    KernelSupport("math", MATH, "any", F16 + F32 + F64),
+    KernelSupport("flex", FLEX, "cuda", F16 + F32, min_head=16, max_head=256, capability=(8, 0), auto=False),
+    KernelSupport("flex", FLEX, "cpu", F16 + F32, min_head=16, max_head=256, trains=False, auto=False),
 )
 NAMES = tuple(sorted({row.name for row in TABLE}))
-LIMITS = tuple(sorted({row.longest for row in TABLE}))
-LIMITED = set(NAMES) - {row.name for row in TABLE if row.longest == UNLIMITED}
+LIMITS = tuple(sorted({row.max_length for row in TABLE}))
+LIMITED = set(NAMES) - {row.name for row in TABLE if row.max_length == UNLIMITED}
 
 
-def check(name: str) -> None:
-    """Raises ValueError unless `name` is ``auto`` or a kernel's."""
+def check_kernel_name(name: str) -> None:
+    """Raise ValueError unless `name` is ``auto`` or the name of a kernel."""
     if name != "auto" and name not in NAMES:
         raise ValueError(f"attention kernel {name!r} is unknown; use auto or one of {', '.join(NAMES)}")
 
 
-def choose(
+def choose_kernel(
     name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int = UNLIMITED
-) -> Kernel | Whole:
-    """The kernel for tensors of a head size on a device, with gradients or not.
+) -> Kernel | JointKernel:
+    """Choose the kernel for tensors with head size `head` on a device; grad: a backward pass is needed.
 
-    longest: how long the sequences of queries or keys in one plain attention may be.
-    Raises ValueError, with the reason and what to do, where the kernel asked for cannot take them.
+    longest: bound on the queries or keys in one sequence.
+    Raises ValueError, with the reason and the fix, if the named kernel does not support them.
     """
-    return TABLE[_row(name, device, dtype, head, grad, _length(name, longest))].kernel
+    return TABLE[_find_constant(name, device, dtype, head, grad, _length_limit(name, longest))].kernel
 
 
-def _length(name: str, longest: int) -> int:
-    """A constant for `longest`, which torch.compile may know as a symbol.
+def _length_limit(name: str, longest: int) -> int:
+    """Return a constant for `longest`, which may be a symbol of torch.compile.
 
-    It is the lowest limit that holds it, so that a compiled graph serves all lengths between two limits; itself where a
-    kernel is asked for whose error would tell it.
+    This is the lowest limit that is not exceeded, so that a compiled graph serves all lengths between two limits; or
+    `longest` itself for a named kernel with a limit, whose error message contains it.
     """
     if name in LIMITED:
         return operator.index(longest)
@@ -170,13 +170,15 @@ def _length(name: str, longest: int) -> int:
 
 
 @constant
-def _row(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int) -> int:
+def _find_constant(
+    name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int
+) -> int:
     return _find(name, device, dtype, head, grad, longest)
 
 
 @lru_cache(maxsize=256)
 def _find(name: str, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int) -> int:
-    check(name)
+    check_kernel_name(name)
     asked = [i for i, row in enumerate(TABLE) if row.name == name or (name == "auto" and row.auto)]
     lacks = {i: _lacks(TABLE[i], device, dtype, head, grad, longest) for i in asked}
     fits = [i for i in asked if not lacks[i]]
@@ -197,9 +199,9 @@ def _announce(name: str, device: str, dtype: torch.dtype, head: int) -> None:
 
 
 def _lacks(
-    row: Row, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int
+    row: KernelSupport, device: torch.device, dtype: torch.dtype, head: int, grad: bool, longest: int
 ) -> list[str]:
-    """Why a kernel cannot take the tensors; empty where it can."""
+    """Return the reasons why a kernel does not support the tensors; empty if it does."""
     reasons = []
     if not row.installed():
         reasons.append(f"is not installed (on a machine with a CUDA GPU: `{row.install}`)")
@@ -212,11 +214,11 @@ def _lacks(
     if dtype not in row.dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in row.dtypes)
         reasons.append(f"takes {names}, not {str(dtype).removeprefix('torch.')}")
-    if head % row.multiple or not row.least <= head <= row.most:
-        multiples = f"multiples of {row.multiple} " if row.multiple > 1 else ""
-        reasons.append(f"takes head sizes {multiples}from {row.least} to {row.most}, not {head}")
-    if longest > row.longest:
-        reasons.append(f"takes sequences up to {row.longest}, not {longest}")
+    if head % row.head_multiple or not row.min_head <= head <= row.max_head:
+        multiples = f"multiples of {row.head_multiple} " if row.head_multiple > 1 else ""
+        reasons.append(f"takes head sizes {multiples}from {row.min_head} to {row.max_head}, not {head}")
+    if longest > row.max_length:
+        reasons.append(f"takes sequences up to {row.max_length}, not {longest}")
     if grad and not row.trains:
         reasons.append(f"has no backward on {row.device}")
     return reasons

@@ -1,15 +1,14 @@
 """FlexAttention with a block mask: the whole joint softmax in one call, over concatenated segments.
 
-A baseline and a choice: it concatenates the segments' keys (once, never repeated per frame), and takes neither a
-segment's own queries nor, on the CPU, gradients. It is compiled by itself, a graph of its own.
-Importing it imports PyTorch's compiler, so `kernels` does that only for those who ask for it.
+A baseline, used only when named: it concatenates the segments' keys (once, never repeated per frame), and supports
+neither a segment's own queries nor, on the CPU, gradients. It is compiled as a graph of its own.
+Importing this module imports PyTorch's compiler, so `choice.py` imports it on first use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,18 +16,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dit_booth.attention.plans import Frames
+from dit_booth.attention.tracing import untraced
 
 BLOCK = 128
 
 
-@torch.compiler.disable
+@untraced
 def flex_attend(
     tensors: Sequence[Tensor],
     positions: tuple[tuple[int, int, int], ...],
     frames: tuple[Frames, ...],
     scales: tuple[float, ...],
 ) -> Tensor:
-    """The joint softmax of `attend`; arguments as in `kernels.Whole`."""
+    """Compute the joint softmax of `attend`; arguments as for `choice.JointKernel`."""
     if any(query for query, _, _ in positions):
         raise ValueError(
             "attention kernel 'flex' takes one query per frame, but a segment has its own; use auto or another kernel"
@@ -49,7 +49,7 @@ def flex_attend(
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Any]:
+def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -57,9 +57,9 @@ def _compiled() -> Callable[..., Any]:
 def block_mask(
     frames: tuple[Frames, ...], n: int, sizes: tuple[tuple[int, int], ...], device: torch.device
 ) -> BlockMask:
-    """Which blocks of BLOCK x BLOCK scores are computed, from the visibilities; sizes: (groups, tokens) of segments.
+    """Build the mask of BLOCK x BLOCK scores from the visibilities; sizes: (groups, tokens) of each segment.
 
-    Built from frames and groups, so that it costs (f n / BLOCK)^2, where `create_block_mask` costs (f n)^2.
+    Built from frames and groups in (f n / BLOCK)^2 operations, where `create_block_mask` takes (f n)^2.
     """
     visible = torch.cat([_table(f, groups) for f, (groups, _) in zip(frames, sizes, strict=True)], dim=1)
     group_of = torch.repeat_interleave(
@@ -67,8 +67,8 @@ def block_mask(
     )
     frame_of = torch.arange(visible.shape[0]).repeat_interleave(n)
     rows, columns = _touched(frame_of, visible.shape[0]), _touched(group_of, visible.shape[1])
-    some = rows @ visible @ columns.T > 0
-    full = (rows @ (1 - visible) @ columns.T == 0) & some
+    touched = rows @ visible @ columns.T > 0
+    full = (rows @ (1 - visible) @ columns.T == 0) & touched
     full[len(frame_of) // BLOCK :] = False  # ragged blocks at the ends have scores to hide
     full[:, len(group_of) // BLOCK :] = False
     table, frame_of, group_of = visible.bool().to(device), frame_of.to(device), group_of.to(device)
@@ -77,8 +77,8 @@ def block_mask(
         return table[frame_of[i], group_of[j]]
 
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~full, device),
-        *_listed(full, device),
+        *_block_lists(touched & ~full, device),
+        *_block_lists(full, device),
         BLOCK_SIZE=BLOCK,
         mask_mod=mask_mod,
         seq_lengths=(len(frame_of), len(group_of)),
@@ -86,7 +86,7 @@ def block_mask(
 
 
 def _table(frames: Frames, groups: int) -> Tensor:
-    """1 where a frame reads a group."""
+    """Return (frames, groups): 1 where a frame reads a group."""
     table = torch.zeros(len(frames), groups)
     for i, read in enumerate(frames):
         table[i, list(read)] = 1
@@ -94,15 +94,15 @@ def _table(frames: Frames, groups: int) -> Tensor:
 
 
 def _touched(owner: Tensor, owners: int) -> Tensor:
-    """1 where a block of BLOCK tokens has tokens of an owner: (blocks, owners)."""
+    """Return (blocks, owners): 1 where a block of BLOCK tokens has tokens of an owner."""
     block = torch.arange(len(owner)) // BLOCK
     touched = torch.zeros(int(block[-1]) + 1, owners)
     touched[block, owner] = 1
     return touched
 
 
-def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks a row has, and their columns first: both with leading batch and head axes."""
+def _block_lists(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return each row's number of blocks, and its columns with those first; with leading batch and head axes."""
     count = blocks.sum(-1, dtype=torch.int32)
     columns = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).int()
     return count[None, None].to(device), columns[None, None].contiguous().to(device)

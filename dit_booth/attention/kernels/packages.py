@@ -1,6 +1,6 @@
 """Kernels of the FlashAttention packages: flash-attn 2.8 (`flash`) and flash-attn-4 (`flash4`).
 
-Read in the sources of flash-attn 2.8.3 and flash-attn-4 4.0.0b36. Both keep tokens before heads (b n k d), return a
+Written against flash-attn 2.8.3 and flash-attn-4 4.0.0b36. Both keep tokens before heads (b n k d), return a
 natural log-sum-exp (b k n) in float32, and take the output and log-sum-exp of a larger softmax in their backward.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from dit_booth.attention.kernels.torch_ops import cuda_chunks, in_chunks, in_launches
+from dit_booth.attention.tracing import untraced
 
 
 def _tokens_first(*tensors: Tensor) -> list[Tensor]:
@@ -31,7 +31,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 @lru_cache(maxsize=1)
 def _flash() -> ModuleType:
-    """Registers the operators ``torch.ops.flash_attn``, which torch.compile can trace."""
+    """Import flash-attn, which registers the operators ``torch.ops.flash_attn``, which torch.compile can trace."""
     import flash_attn.flash_attn_interface as interface
 
     return interface  # type: ignore[no-any-return]
@@ -91,11 +91,11 @@ def flash_backward(
 
 
 @lru_cache(maxsize=1)
-def _flash4() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward; they compile themselves, and torch.compile has to keep off."""
+def _flash4() -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    """Return forward and backward; they compile themselves, so torch.compile must not trace them."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-    return torch.compiler.disable(_flash_attn_fwd), torch.compiler.disable(_flash_attn_bwd)
+    return untraced(_flash_attn_fwd), untraced(_flash_attn_bwd)
 
 
 @in_launches

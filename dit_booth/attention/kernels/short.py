@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LONGEST = 64
-"""Queries, and keys, in a sequence: all of them are in a program's registers."""
+MAX_LENGTH = 64
+"""Maximum queries, and keys, in a sequence: all are held in the registers of one program."""
 
 
 def has_triton() -> bool:
-    """Whether there is Triton, with what it builds its launchers from: a C compiler and Python's headers."""
+    """Return True if Triton is installed, with a C compiler and Python's headers, from which it builds launchers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_path("include"), "Python.h")
     return find_spec("triton") is not None and compiler is not None and header.exists()
 
 
 def short_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`kernels.Kernel.forward` for n, m <= LONGEST."""
+    """`choice.Kernel.forward` for n, m <= MAX_LENGTH."""
     out, lse = short_attention(q, k, v, scale)
     return out, lse
 
@@ -37,22 +37,22 @@ def short_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 def short_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.Kernel.backward` for n, m <= LONGEST."""
+    """`choice.Kernel.backward` for n, m <= MAX_LENGTH."""
     dq, dk, dv = short_attention_backward(dout, q, k, v, out, lse, scale)
     return dq, dk, dv
 
 
-def _like(x: Tensor) -> Tensor:
-    """For a result of x's shape (b k n d): tokens before heads in memory, which is how callers read on."""
+def _empty_like(x: Tensor) -> Tensor:
+    """Return an empty tensor of x's shape (b k n d), with tokens before heads in memory, as callers read it."""
     b, heads, n, d = x.shape
     return x.new_empty(b, n, heads, d).transpose(1, 2)
 
 
-def _lse_of(q: Tensor) -> Tensor:
+def _empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-# No gradient is registered: `segments` calls the backward itself, with the merged output and log-sum-exp.
+# No gradient is registered: `joint_softmax` calls the backward itself, with the merged output and log-sum-exp.
 
 
 @torch.library.custom_op("dit_booth::short_attention", mutates_args=())
@@ -60,14 +60,14 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     """Output (b k n d) and natural log-sum-exp (b k n), float32."""
     from dit_booth.attention.kernels.short_triton import forward
 
-    out, lse = _like(q), _lse_of(q)
+    out, lse = _empty_like(q), _empty_lse(q)
     forward(q, k, v, out, lse, scale)
     return out, lse
 
 
 @short_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _like(q), _lse_of(q)
+    return _empty_like(q), _empty_lse(q)
 
 
 @torch.library.custom_op("dit_booth::short_attention_backward", mutates_args=())
@@ -77,7 +77,7 @@ def short_attention_backward(
     """Gradients of q (b k n d), k and v (b k m d), given the output and log-sum-exp of a softmax over more keys."""
     from dit_booth.attention.kernels.short_triton import backward
 
-    dq, dk, dv = _like(q), _like(k), _like(v)
+    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
     backward(dout, q, k, v, out, lse, dq, dk, dv, scale)
     return dq, dk, dv
 
@@ -86,4 +86,4 @@ def short_attention_backward(
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
+    return _empty_like(q), _empty_like(k), _empty_like(v)

@@ -1,12 +1,15 @@
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""The Triton kernels behind `short_kernel`: one program for each row of the batch and head, all of it in registers.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+"""The Triton kernels behind `short.py`: one program for each row of the batch and head, all of it in registers.
 
 Operands are read once, where they are, whatever their strides; results are written once, tokens before heads. The
-programs of a row's heads follow each other, since the heads' numbers share cache lines. Importing this module imports
+programs of a row's heads follow each other, since the heads' elements share cache lines. Importing this module imports
 Triton. Its functions are in Triton's language, which takes no type but constexpr.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import triton
@@ -17,15 +20,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 LEAST = 16
-"""A side of a tile: what tensor cores multiply at once."""
+"""Smallest side of a tile: that of a tensor core's product."""
 
 # Names in the kernels: `width` is the head size; `side_n`, `side_m` and `columns` are the sides of tiles, powers of two
-# that n, m and width fit into; strides count units of `unit` numbers, from which Triton knows that vectors are aligned.
+# that n, m and width fit into; strides count units of `unit` elements, which tells Triton that vectors are aligned.
 
 
 @triton.jit
 def _at(row, head, by_row, by_head, by_token, unit: tl.constexpr, side: tl.constexpr, columns: tl.constexpr):
-    """Offsets (side columns) of one row and head's numbers, in 64 bits: a batch may have more than 2 ** 31."""
+    """Offsets (side columns) of one row and head's elements, in 64 bits: a batch may have more than 2 ** 31."""
     start = (row * by_row + head * by_head) * unit
     tokens = tl.arange(0, side).to(tl.int64) * (by_token * unit)
     return start + tokens[:, None] + tl.arange(0, columns)[None, :]
@@ -87,7 +90,7 @@ def _backward(
 
     # Scores and their gradients with keys first: of three products that need them, two read them as they are.
     scores = tl.dot(k_, tl.trans(q_)) * (scale * LOG2E)
-    # Keys that are none have a score of 0, which may be far above a log-sum-exp: no infinity may come of them.
+    # Padding keys have a score of 0, which may be far above the log-sum-exp: mask them, or exp2 overflows.
     p = tl.where(tl.arange(0, side_m)[:, None] < m, tl.exp2(scores - lse_[None, :]), 0.0)
     ds = (p * (tl.dot(v_, tl.trans(dout_)) - delta[None, :])).to(q_.dtype)
 
@@ -103,9 +106,9 @@ def _backward(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """Writes out (b k n d), tokens first in memory, and lse (b k n), contiguous."""
-    q, k, v = _read(q, k, v)
-    # A warp per 2048 numbers of a tile: 64 numbers of each operand in a thread.
+    """Write out (b k n d), tokens first in memory, and lse (b k n), contiguous."""
+    q, k, v = _row_contiguous(q, k, v)
+    # A warp per 2048 elements of a tile: 64 elements of each operand in a thread.
     _launch(_forward, 2048, (q, k, v, out, lse), scale, q, k, (q, k, v))
 
 
@@ -113,9 +116,9 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """Writes dq (b k n d), dk and dv (b k m d), tokens first in memory. lse: (b k n), any strides."""
-    dout, q, k, v, out = _read(dout, q, k, v, out)
-    # Five operands and three results: half as many numbers in a thread.
+    """Write dq (b k n d), dk and dv (b k m d), tokens first in memory. lse: (b k n), any strides."""
+    dout, q, k, v, out = _row_contiguous(dout, q, k, v, out)
+    # Five operands and three results: half as many elements in a thread.
     _launch(
         _backward,
         1024,
@@ -128,8 +131,8 @@ def backward(
     )
 
 
-def _read(*tensors: Tensor) -> list[Tensor]:
-    """The kernels read rows: a gradient that was expanded has none."""
+def _row_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Make the last axis contiguous, as the kernels need it; an expanded gradient is not."""
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
@@ -141,9 +144,9 @@ def _launch(
     q: Tensor,
     k: Tensor,
     operands: tuple[Tensor, ...],
-    more: tuple[int, ...] = (),
+    extra_strides: tuple[int, ...] = (),
 ) -> None:
-    """`operands` pass their strides, then come the strides `more`."""
+    """Launch the kernel with the strides of `operands`, then `extra_strides`."""
     (b, heads, n, d), m = q.shape, k.shape[2]
     if not b * heads:
         return
@@ -151,7 +154,8 @@ def _launch(
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
     side_n, side_m, columns = (max(LEAST, triton.next_power_of_2(x)) for x in (n, m, d))
     warps = min(8, max(1, max(side_n, side_m) * columns // per_warp))
-    with torch.cuda.device_of(q):
+    device_of: Callable[[Tensor], AbstractContextManager[object]] = torch.cuda.device_of
+    with device_of(q):
         kernel[(b * heads,)](
             *pointers,
             scale,
@@ -159,7 +163,7 @@ def _launch(
             n,
             m,
             *(s // unit for s in strides),
-            *more,
+            *extra_strides,
             unit=unit,
             width=d,
             side_n=side_n,

@@ -1,6 +1,6 @@
 """Kernels that come with PyTorch: plain mathematics, the CPU's flash kernel, CUDA's flash and efficient kernels.
 
-Each is a pair of functions as `kernels.Kernel` wants them. The operators are PyTorch's own (``torch.ops.aten``), one
+Each is a pair of functions for a `choice.Kernel`. The operators are PyTorch's own (``torch.ops.aten``), one
 level below `scaled_dot_product_attention`, because only they return the log-sum-exp and take a merged one back.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from einops import rearrange, reduce
@@ -16,8 +16,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-MOST_BATCH = 2**16 - 1
-"""Rows of a batch in one launch: the second dimension of a CUDA grid ends here. Temporal attention passes it."""
+MAX_LAUNCH_ROWS = 2**16 - 1
+"""Most batch rows in one launch: the limit of a CUDA grid's second dimension, which temporal attention exceeds."""
 
 
 Run = TypeVar("Run", bound=Callable[..., tuple[Tensor, ...]])
@@ -27,11 +27,14 @@ def in_launches(run: Run) -> Run:
     """Run a CUDA kernel over a batch of any size; the last argument is the scale, the others are tensors."""
 
     @functools.wraps(run)
-    def launched(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, scale = arguments
-        if len(tensors[0]) <= MOST_BATCH:
+    def launched(*arguments: Tensor | float) -> tuple[Tensor, ...]:
+        tensors, scale = cast(tuple[Tensor, ...], arguments[:-1]), arguments[-1]
+        if len(tensors[0]) <= MAX_LAUNCH_ROWS:
             return run(*tensors, scale)
-        parts = [run(*rows, scale) for rows in zip(*(t.split(MOST_BATCH) for t in tensors), strict=True)]
+        parts = [
+            run(*rows, scale)
+            for rows in zip(*(torch.split(t, MAX_LAUNCH_ROWS) for t in tensors), strict=True)
+        ]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     return cast(Run, launched)
@@ -71,15 +74,17 @@ def cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
 
 
 def in_chunks(units: Callable[[Tensor, Tensor], int], least: int) -> Callable[[Run], Run]:
-    """Let a kernel's backward cut the queries of few long sequences into rows of a batch, of `least` queries or more.
+    """Let a kernel's backward split the queries of few long sequences into batch rows of at least `least` queries.
 
-    These kernels work on `units` at once, a head of a row each, or a block of its keys: a fold of many frames on one
-    has too few of them. The keys' gradients are summed over the chunks.
+    units: the number of chunks that occupies the device; a fold of many frames has too few rows and heads for it.
+    The gradients of the keys are summed over the chunks.
     """
 
     def chunked(backward: Run) -> Run:
         @functools.wraps(backward)
-        def run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Any:
+        def run(
+            dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+        ) -> tuple[Tensor, ...]:
             c = 1 if torch.compiler.is_compiling() else _chunks(q.shape[2], units(q, k), least)
             if c > 1:
                 dout, q, out = (rearrange(t, "b k (c n) d -> (b c) k n d", c=c) for t in (dout, q, out))
@@ -101,7 +106,7 @@ def _chunks(n: int, wanted: int, least: int) -> int:
 
 
 def _cpu_chunks(q: Tensor, k: Tensor) -> int:
-    """The kernel has no more threads than rows and heads."""
+    """Return the chunks that give every CPU thread a row and head."""
     return -(-torch.get_num_threads() // (q.shape[0] * q.shape[1]))
 
 
@@ -124,7 +129,7 @@ def _processors(device: torch.device) -> int:
 
 
 def cuda_chunks(q: Tensor, k: Tensor) -> int:
-    """The flash kernels' backward has a thread block for each 128 keys of a head: about two a processor are wanted."""
+    """Return the chunks that give two thread blocks to each processor: backward uses one for 128 keys of a head."""
     if not torch.cuda.is_available():  # tensors without storage: FLOPs are counted, or shapes
         return 1
     return 2 * _processors(q.device) // (q.shape[0] * q.shape[1] * -(-k.shape[2] // 128))
@@ -165,8 +170,8 @@ def cuda_flash_backward(
     return dq, dk, dv
 
 
-# cuDNN, read in ATen's native/cudnn/MHA.cpp. Its log-sum-exp is natural, (b k n 1), float32. Some versions look up the
-# plan of a backward by the shapes and strides of q, k and v alone: the other operands are always laid out in one way.
+# cuDNN's log-sum-exp is natural, (b k n 1), float32. Some versions look up a backward by the shapes and strides of q, k
+# and v alone, so the other operands always have one layout.
 
 
 @in_launches
@@ -211,12 +216,12 @@ def cudnn_backward(
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    """(b k n d), in memory (b n k d) without gaps."""
+    """Copy (b k n d) to a contiguous (b n k d) layout in memory if it is not so."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 LSE_ALIGNMENT = 32
-"""The efficient kernel's log-sum-exp has rows of a multiple of this."""
+"""Rows of the efficient kernel's log-sum-exp are padded to a multiple of this."""
 
 
 @in_launches
