@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -138,6 +138,7 @@ def condition_is_a_pure_function(make: Callable[..., Trial]) -> None:
 
 
 def _tensors(value: object) -> list[Tensor]:
+    """Return the tensors in a condition, in order, whatever it is made of."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -217,10 +218,7 @@ def check_strategy(
     name = strategy if isinstance(strategy, str) else strategy.name
     named = {name: options} if isinstance(options, StrategyConfig) else dict(options or {})
     for backbone in backbones:
-
-        def make(strategy: str = name, options: Mapping[str, StrategyConfig] = named, **more: Any) -> Trial:
-            return trial(strategy, backbone, options=options, **more)  # noqa: B023 (used within the iteration)
-
+        make = partial(trial, strategy=name, backbone=backbone, options=named)
         for promise in promises:
             try:
                 promise(make)

@@ -28,12 +28,12 @@ from dit_booth.testing.template import Template
 from dit_booth.training.stage import set_trainable, trainable_globs
 
 FRAMES, SIZE = 3, 12
-_DIT: dict[str, Any] = {"depth": 2, "hidden": 32, "heads": 2}
+_DIT = DiTConfig(depth=2, hidden=32, heads=2)
 BACKBONES: dict[str, dict[str, Any]] = {
-    "dit-factorised": {"dit": DiTConfig(**_DIT)},
-    "dit-interleaved": {"dit": DiTConfig(**_DIT, layout="interleaved")},
-    "dit-joint": {"dit": DiTConfig(**_DIT, layout="joint", plan="all")},
-    "dit-cross_attention": {"dit": DiTConfig(**_DIT, conditioning="cross_attention")},
+    "dit-factorised": {"dit": _DIT},
+    "dit-interleaved": {"dit": replace(_DIT, layout="interleaved")},
+    "dit-joint": {"dit": replace(_DIT, layout="joint", plan="all")},
+    "dit-cross_attention": {"dit": replace(_DIT, conditioning="cross_attention")},
     "unet": {
         "backbone": "unet",
         "unet": UNetConfig(

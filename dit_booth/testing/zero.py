@@ -1,4 +1,4 @@
-"""What a strategy promises under DeepSpeed: partitioned over ranks it trains as it does in one piece.
+"""Check of a strategy under DeepSpeed: partitioned over ranks it trains as it does in one piece.
 
     deepspeed --module dit_booth.testing.zero mine --plugin path/to/mine.py      # two ranks: one of the two videos each
 
@@ -31,7 +31,7 @@ Arguments = tuple[Tensor, Tensor, Prompt, Reference]
 def check_under_zero(
     strategy: str, ranks: Ranks, *, zero: int, backbone: str = "dit-factorised", plain: Trial | None = None
 ) -> None:
-    """One step of the strategy's last stage at a ZeRO stage: the output and every trained number are as without it.
+    """Check that a step of the strategy's last stage at a ZeRO stage gives the same parameters as without ZeRO.
 
     Call it in all ranks of a launch, of which there may be one or two: the tiny batch has two videos.
     """
@@ -51,13 +51,13 @@ def check_under_zero(
         for name, p in ours.items():
             difference, scale = worst(p, theirs[name]), max(1.0, theirs[name].abs().max().item())
             assert difference <= 1e-5 * scale, (
-                f"{where}: after a step {name} is another by {difference:.1e} of {scale:.1e}"
+                f"{where}: after a step {name} differs by {difference:.1e} of {scale:.1e}"
             )
     engine.destroy()
 
 
 def stepped(strategy: str, backbone: str, ranks: Ranks) -> Trial:
-    """The same step in one process, on the videos of all ranks."""
+    """Take the step in one process, on the videos of all ranks; return the trial after it."""
     run = trial(strategy, backbone).perturb()
     run.components.to(ranks.device)
     optimizer = torch.optim.SGD(run.train_in(run.stages[-1]).values(), lr=1.0)
@@ -101,7 +101,7 @@ def _engine(run: Trial, trained: list[nn.Parameter], ranks: Ranks, zero: int) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(prog="python -m dit_booth.testing.zero", description=__doc__)
-    options.add_argument("strategies", nargs="*", help="names, or sums of names")
+    options.add_argument("strategies", nargs="*", help="names, or combinations (a+b)")
     options.add_argument("--plugin", nargs="*", default=[], help="Python files that register strategies")
     options.add_argument("--backbones", nargs="*", default=["dit-factorised", "unet"])
     options.add_argument("--zero", nargs="*", type=int, default=[2, 3])
