@@ -86,9 +86,7 @@ class MetricsLogger:
         picture = Summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=data.getvalue()
         )
-        self.board._get_file_writer().add_summary(
-            Summary(value=[Summary.Value(tag=name, image=picture)])
-        )
+        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]))
 
     def close(self) -> None:
         self.board.close()
