@@ -88,7 +88,8 @@ def import_deepspeed() -> ModuleType:
     if not on_gpu and "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
     _import_muon()
-    return deepspeed
+    module: ModuleType = deepspeed
+    return module
 
 
 def _import_muon() -> None:
