@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 from dit_booth.strategies.token_replacement import ReplaceSubject
 from PIL import Image
 
-from dit_booth.commands.sample import Settings, load_run, sample_own
 from dit_booth.inject import PromptTokens
 from dit_booth.models.clip.tokenizer import Tokenizer
+from dit_booth.pipeline import Pipeline
 
 pytestmark = pytest.mark.slow
 COMPAT = ["--token-replacement.compat", "videobooth"]
@@ -76,16 +75,16 @@ def test_a_run_finds_the_subject_by_its_first_token(
     assert ids("None") in replaced, "the null prompt has no subject"
 
     Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "bear.png")
-    own = Settings(run=str(tmp_path / "run"), image=str(tmp_path / "bear.png"), subject="polar bear")
+    image_file, bear = tmp_path / "bear.png", "polar bear"
     replaced.clear()
-    parts = load_run(Path(own.run))
-    sample_own(parts, dataclasses.replace(own, caption="two polar bears"), 0)
+    pipe = Pipeline.load(tmp_path / "run")
+    pipe(image_file, "two polar bears", subject=bear)
     assert (*ids("two"), *image) in replaced
     with pytest.raises(ValueError, match="not even the first token 'polar' of subject 'polar bear'"):
-        sample_own(parts, dataclasses.replace(own, caption="two bears"), 0)
+        pipe(image_file, "two bears", subject=bear)
     with pytest.raises(ValueError, match="subject 'polar bear' is not in caption 'two polar bears'"):
-        default = load_run(Path(own.run), ["token_replacement.compat="])
-        sample_own(default, dataclasses.replace(own, caption="two polar bears"), 0)
+        default = Pipeline.load(tmp_path / "run", settings=["token_replacement.compat="])
+        default(image_file, "two polar bears", subject=bear)
 
 
 def test_a_run_refuses_a_caption_without_even_the_first_token(

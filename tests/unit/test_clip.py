@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.inject import NO_IMAGE, Injection, PromptTokens
+from dit_booth.inject import Injection, PromptTokens
 from dit_booth.models.clip.encoders import (
     NULL_PROMPT,
     ClipConfig,
@@ -185,7 +185,7 @@ def test_injected_embeddings_equal_written_ids(towers):
     longer = text.tokenize(["a dog red blue runs"])
     tap = Shift(3, 2, text.width)
     tap.new.data = text.token_embedding(longer.ids[0, 3:5])
-    injected, written = text(prompt, Injection({"text.prompt": [(tap, NO_IMAGE)]})), text(longer)
+    injected, written = text(prompt, Injection({"text.prompt": [(tap, None)]})), text(longer)
     torch.testing.assert_close(injected.tokens, written.tokens, rtol=0, atol=1e-6)
     torch.testing.assert_close(injected.pooled, written.pooled, rtol=0, atol=1e-6)
     injected.pooled.sum().backward()
@@ -196,7 +196,7 @@ def test_injected_embeddings_equal_written_ids(towers):
 def test_last_position_is_pooled_where_the_end_token_is_pushed_out(towers):
     text, _ = towers
     prompt = text.tokenize(["a " * 30])
-    out = text(prompt, Injection({"text.prompt": [(Shift(1, 2, text.width), NO_IMAGE)]}))
+    out = text(prompt, Injection({"text.prompt": [(Shift(1, 2, text.width), None)]}))
     torch.testing.assert_close(out.pooled, out.tokens[:, -1] @ text.text_projection)
 
 
