@@ -33,7 +33,7 @@ from dit_booth.models.weights import part, write
 
 @dataclass
 class Components:
-    """What a run is made of. Only `model` trains; the others are frozen and hold no state."""
+    """All that a run is made of. Only `model` trains; the others are frozen and hold no state."""
 
     config: RunConfig
     model: Injected

@@ -283,7 +283,7 @@ Hidden = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Condition:
-    """What a strategy makes of the reference for its taps in this step."""
+    """A strategy's result for one step: the image as each of its taps gets it."""
 
     shared: object = None  # for every tap without an entry of its own
     at: Mapping[str, object] = field(default_factory=dict)  # site name -> for the tap there

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dit_booth.inject import KV, QKV, Condition, Hidden, Needs, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
-from .parts.resampler import Perceiver, Pool
+from .parts.resampler import AveragePool, Perceiver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class TokenBank(Strategy):
             width = source if pooled or not self.clip else narrowest
             reader = self.readers[site.name] = self.attach(site, ReadBank(site, width))
             if pooled:
-                reader.bank = Pool(config.pool)
+                reader.bank = AveragePool(config.pool)
             elif config.per_site:
                 reader.bank = Perceiver(source, width, config.tokens, config.depth)
             elif str(source) not in self.shared:

@@ -18,7 +18,7 @@ DATA_KINDS: tuple[DataKind, ...] = ("toyworld", "triplets")
 @dataclass(frozen=True, kw_only=True)
 class ToyworldOptions:
     describe: Describe = "none"
-    """What a caption says about the subject's looks; none leaves them to the image."""
+    """Looks of the subject that a caption names; none leaves them to the image."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ class Encoders:
     tokens: int = 77
     image: int = 1024
     patches: int = 257
-    """Of the image tower, with its class token."""
+    """Tokens of the image tower, the class token included."""
     common: int = 768
     """Width of the space that both towers end in."""
 
@@ -60,7 +60,7 @@ VIT_L_14 = Encoders()
 
 
 @dataclass(frozen=True)
-class Cost:
+class ForwardCost:
     """Parameters, and multiply-adds of one forward pass."""
 
     parameters: int
@@ -91,7 +91,7 @@ def table_of_sizes(latents: Latents) -> list[str]:
 
 def image_cost(
     size: Literal["nano", "S", "B", "L", "XL"], patch: Literal[1, 2, 4, 8], latents: Latents = (4, 32, 32)
-) -> Cost:
+) -> ForwardCost:
     """DiT as published: one image, a class label, a predicted variance."""
     config = DiTConfig(size=size, patch=patch, layout="image", plan="self", conditioning="class_label")
     with torch.device("meta"):
@@ -121,11 +121,11 @@ def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
     return lines
 
 
-def cost_of(module: nn.Module, forward: Callable[[], Any]) -> Cost:
+def cost_of(module: nn.Module, forward: Callable[[], Any]) -> ForwardCost:
     """Parameters of a module, and what `forward` costs."""
     with torch.no_grad(), Flops() as counter:
         forward()
-    return Cost(sum(p.numel() for p in module.parameters()), counter.total // 2)
+    return ForwardCost(sum(p.numel() for p in module.parameters()), counter.total // 2)
 
 
 # ---- a run's network without its encoders ------------------------------------------------------------------

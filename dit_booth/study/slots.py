@@ -37,7 +37,7 @@ class Slot:
 
     @property
     def ahead(self) -> bool:
-        """Whether points can be launched before their turn; pdsh does not pass on the byte that signals it."""
+        """True if points can be launched before their turn; pdsh does not pass on the byte that signals it."""
         return not self.flags
 
     def places(self) -> set[tuple[str, str]]:

@@ -50,7 +50,7 @@ class Stage:
     address: str
 
     def folder(self, config: RunConfig) -> Path:
-        """Where it is trained: under its address in the store, or among the run's own checkpoints."""
+        """Return the folder it is trained in: under its address in the store, or among the run's checkpoints."""
         if config.store:
             return Path(config.store) / f"{self.name}-{self.address}"
         return Path(config.folder()) / "checkpoints" / f"{self.index}_{self.name}"

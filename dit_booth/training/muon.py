@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration; they bring singular values near one fast, and do not converge to it."""
+"""Coefficients of the quintic iteration; they bring singular values near one fast, and do not converge to it."""
 ITERATIONS = 5
 
 

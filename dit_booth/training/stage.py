@@ -82,7 +82,7 @@ def _declared(
 
 
 def check_starts(config: RunConfig, model: Injected, loaded: Collection[str]) -> None:
-    """What a stage of 0 steps takes as it is must come from a source (`loaded`: names), or from a stage before it.
+    """Check that a stage of 0 steps gets its parameters from a source (`loaded`: names) or from a stage before it.
 
     A strategy at its warm start, as if there were no image, would sample plausible videos: ValueError names it. Where
     a stage with steps follows, such a start may be meant, and is one line in the log.

@@ -31,7 +31,7 @@ COST = "cost.json"
 
 
 @dataclass(frozen=True)
-class Cost:
+class StageCost:
     """The cost of a stage as known before its first step."""
 
     trained_parameters: int
@@ -47,7 +47,7 @@ class Cost:
         trained: Mapping[str, nn.Parameter],
         ranks: Ranks,
         dtype: torch.dtype,
-    ) -> Cost:
+    ) -> StageCost:
         """Count parameters and FLOPs (on the first rank only), before DeepSpeed has the network."""
         count = sum(p.numel() for p in trained.values())
         flops = count_flops(components, stage, dataset, dtype, ranks.device) if ranks.first else 0.0

@@ -20,14 +20,14 @@ from dit_booth.training.ema import Ema
 from dit_booth.training.engine import Engine, compile_backbone, engine_settings, make_engine
 from dit_booth.training.metrics_logger import MetricsLogger
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
-from dit_booth.training.stage_cost import Cost, dtype_of
+from dit_booth.training.stage_cost import StageCost, dtype_of
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainState:
-    """What one stage trains with; `step` counts the optimizer steps done. `logger` is on the first rank only."""
+    """All that one stage trains with; `step` counts the optimizer steps done. `logger` is on the first rank only."""
 
     components: Components
     stage: Stage
@@ -39,7 +39,7 @@ class TrainState:
     engine: Engine
     ema: Ema | None
     loader: Loader
-    cost: Cost
+    cost: StageCost
     logger: MetricsLogger | None
     step: int
 
@@ -53,7 +53,7 @@ class TrainState:
         globs = trainable_globs(config, model, stage.name, stage.active)
         parameters = set_trainable(model, globs, stage.active)
         dataset, settings = components.dataset(heldout=False), engine_settings(config, ranks)
-        cost = Cost.of(components, options, dataset, parameters, ranks, dtype_of(settings))
+        cost = StageCost.of(components, options, dataset, parameters, ranks, dtype_of(settings))
         if config.train.compile:
             compile_backbone(model.backbone, settings)
         engine = make_engine(model, parameters, config, options, settings)

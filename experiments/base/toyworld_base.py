@@ -51,7 +51,7 @@ IN_A_BLOCK = re.compile(r"blocks?\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BaseArguments:
     config: str = "experiments/configs/toyworld_base.yaml"
     """The run's configuration; only its stages images and base are for this program."""
     out: str = "runs/base-dit"
@@ -68,7 +68,7 @@ class Settings:
     bf16: bool = False
     """Matrix products in bfloat16 (autocast; Muon's too); slow on a CPU without instructions for it."""
     favour: dict[str, float] = field(default_factory=dict)
-    """How many times as often a video is drawn whose caption has the word; `spinning 3 star 2`: six times with both."""
+    """Weight with which a video is drawn whose caption has the word; `spinning 3 star 2`: six times with both."""
     set: tuple[str, ...] = ()
     """Other settings of the run, such as stages.base.steps=100 train.batch-size=4."""
 
@@ -77,7 +77,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Pool:
+class VideoPool:
     """Rendered videos and their tokenised captions on the device."""
 
     videos: Tensor  # n f 3 h w, uint8
@@ -92,7 +92,7 @@ class Pool:
         count: int,
         processes: int,
         favour: Mapping[str, float] = MappingProxyType({}),
-    ) -> Pool:
+    ) -> VideoPool:
         """The first `count` videos of the training split; equal for any number of processes.
 
         ValueError: not the toy world, or `favour` has a word of no caption or a weight that is not positive.
@@ -107,7 +107,7 @@ class Pool:
         videos = torch.empty(shape, dtype=torch.uint8).share_memory_()
         bounds = np.linspace(0, count, 8 * processes + 1).astype(int)
         jobs = [(world, videos[a:b], int(a)) for a, b in pairwise(bounds)]
-        with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as workers:
+        with multiprocessing.get_context("fork").VideoPool(processes, torch.set_num_threads, (1,)) as workers:
             captions = [caption for told in workers.starmap(_render, jobs) for caption in told]
         device = next(components.model.parameters()).device
         cumulative = torch.tensor(odds(captions, favour), dtype=torch.float64).cumsum(0)
@@ -131,7 +131,7 @@ def _render(world: Toyworld, videos: Tensor, start: int) -> list[str]:
 
 
 def odds(captions: list[str], favour: Mapping[str, float]) -> list[float]:
-    """How often each video is drawn, relative to one whose caption has none of the words."""
+    """Return each video's weight in the draw, relative to one whose caption has none of the words."""
     words = [set(caption.split()) for caption in captions]
     for word, times in favour.items():
         if times <= 0 or not any(word in among for among in words):
@@ -146,10 +146,12 @@ def odds(captions: list[str], favour: Mapping[str, float]) -> list[float]:
 # ---- one step -----------------------------------------------------------------------------------------------
 
 
-class Trainer:
+class BaseTrainer:
     """One stage's step. `backward` reads nothing that changes between steps, so that it can be replayed as a graph."""
 
-    def __init__(self, components: Components, pool: Pool, name: StageName, settings: Settings) -> None:
+    def __init__(
+        self, components: Components, pool: VideoPool, name: StageName, settings: BaseArguments
+    ) -> None:
         self.components, self.pool, self.config = components, pool, components.config
         self.stage = stage_config(components.config, name)
         if self.stage.frames:
@@ -263,7 +265,7 @@ def make_optimizers(
     return [(adamw, 1.0), (Muon(matrices.values(), train.weight_decay, dtype=dtype), muon)]
 
 
-def main(settings: Settings) -> None:
+def main(settings: BaseArguments) -> None:
     """ValueError: settings that cannot work, or a loss that is not finite."""
     config = parse(["--config", settings.config, *(f"--{setting}" for setting in settings.set)])
     torch.manual_seed(config.train.seed)
@@ -273,13 +275,13 @@ def main(settings: Settings) -> None:
     components = components.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.train.compile:
         compile_backbone(components.model.backbone, {})
-    pool = Pool.render(config, components, settings.pool, settings.processes, settings.favour)
+    pool = VideoPool.render(config, components, settings.pool, settings.processes, settings.favour)
     print(f"{len(pool.videos)} videos rendered in {time.perf_counter() - begin:.1f} s", flush=True)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.jsonl").open("w") as log:
         for name in config.schedule:
-            trainer = Trainer(components, pool, name, settings)
+            trainer = BaseTrainer(components, pool, name, settings)
             for row in trainer.run(name, settings.seconds):
                 log.write(json.dumps(row) + "\n")
                 log.flush()
@@ -295,6 +297,6 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Settings, description=__doc__))
+        main(tyro.cli(BaseArguments, description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

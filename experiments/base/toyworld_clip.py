@@ -32,11 +32,11 @@ from dit_booth.models.clip.encoders import (
 from dit_booth.models.weights import write
 
 WORDS_WEIGHT = 10.0
-"""Of the words' loss: most words are told soon, and what is left of it is small beside CLIP's."""
+"""Weight of the words' loss: most words are learnt soon, and the rest of it is small beside CLIP's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ClipArguments:
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 128
@@ -52,12 +52,12 @@ class Settings:
     seed: int = 0
     """Seed of weights and data."""
     out: str = "dit_booth/assets/clip.safetensors"
-    """Where the weights go, in float16."""
+    """File of the weights, in float16."""
     log: str = "docs/results/toyworld_clip.jsonl"
-    """Where the losses go."""
+    """File of the losses."""
 
 
-def main(settings: Settings) -> None:
+def main(settings: ClipArguments) -> None:
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_clip_model(ClipConfig(pretrained=settings.start)).requires_grad_(True).to(device)
@@ -120,4 +120,4 @@ def words_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(ClipArguments, description=__doc__))

@@ -52,7 +52,7 @@ PASSES = ("forward", "forward+backward")
 
 
 @dataclass(frozen=True)
-class Options:
+class AttentionArguments:
     device: Literal["cpu", "cuda"] = "cpu"
     """Device. The CPU runs a small grid in float32, CUDA the full one in bfloat16."""
     out: Path = Path("runs/bench")
@@ -83,7 +83,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     plan: str
     frames: int
     tokens: int
@@ -122,18 +122,18 @@ class Case:
         return [q, k.requires_grad_(), v.requires_grad_()]
 
 
-BARS = Case("first+previous", 16, 1024, 1024)
+BARS = AttentionCase("first+previous", 16, 1024, 1024)
 """The case whose figures stand at the top of the page."""
 
 
-def grid(options: Options) -> list[Case]:
+def grid(options: AttentionArguments) -> list[AttentionCase]:
     """Return the cases of the comparison, `BARS` first, then by cost."""
     on_cpu = options.device == "cpu"
     heads = 2 if on_cpu else 8
     frames = options.frames or ((8, 16) if on_cpu else (8, 16, 64))
     tokens = options.tokens or ((256,) if on_cpu else (256, 1024, 4096))
     cases = [
-        Case(plan, f, n, n if image == "N" else int(image), head, heads)
+        AttentionCase(plan, f, n, n if image == "N" else int(image), head, heads)
         for plan, f, n, image, head in itertools.product(
             options.plans, frames, tokens, options.images, options.head_sizes
         )
@@ -144,25 +144,27 @@ def grid(options: Options) -> list[Case]:
 # ---- competitors -------------------------------------------------------------------------------------------
 
 
-def segments(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor, kernel: str = "auto") -> Tensor:
+def segments(
+    case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, *image: Tensor, kernel: str = "auto"
+) -> Tensor:
     parts = [Segment(k, v, case.frame_plan)]
     if case.image:
         parts.append(Segment(image[0], image[1], ((0,),) * case.frames))
     return attend(q, parts, kernel)
 
 
-def flex(case: Case, *tensors: Tensor) -> Tensor:
+def flex(case: AttentionCase, *tensors: Tensor) -> Tensor:
     return segments(case, *tensors, kernel="flex")
 
 
-def slots(case: Case) -> list[tuple[int, ...]]:
+def slots(case: AttentionCase) -> list[tuple[int, ...]]:
     """Return the group that every frame reads first, second, ...; frames with fewer repeat one, as the originals do."""
     plan = case.frame_plan
     most = max(map(len, plan))
     return list(zip(*((groups + groups[:1] * most)[:most] for groups in plan), strict=True))
 
 
-def cat_repeat(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> Tensor:
+def cat_repeat(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> Tensor:
     def keys(x: Tensor, shared: Tensor) -> Tensor:
         parts = [shared.expand(-1, case.frames, -1, -1, -1)] if case.image else []
         return torch.cat([*parts, *(x[:, list(slot)] for slot in slots(case))], dim=2)
@@ -170,7 +172,7 @@ def cat_repeat(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> T
     return _per_frame(q, keys(k, image[0]), keys(v, image[1]))
 
 
-def cat_expand(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> Tensor:
+def cat_expand(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> Tensor:
     def gather(x: Tensor, slot: tuple[int, ...]) -> Tensor:
         if len(set(slot)) == 1:
             return x[:, slot[:1]].expand_as(x)
@@ -185,7 +187,7 @@ def cat_expand(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> T
     return _per_frame(q, keys(k, image[0]), keys(v, image[1]))
 
 
-def cat_repeat_by(backend: SDPBackend, case: Case, *tensors: Tensor) -> Tensor:
+def cat_repeat_by(backend: SDPBackend, case: AttentionCase, *tensors: Tensor) -> Tensor:
     with sdpa_kernel(backend):
         return cat_repeat(case, *tensors)
 
@@ -196,7 +198,7 @@ def _per_frame(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return rearrange(out, "(b f) k n d -> b f n k d", f=q.shape[1])
 
 
-def dense_mask(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> Tensor:
+def dense_mask(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> Tensor:
     def keys(x: Tensor, shared: Tensor) -> Tensor:
         return torch.cat([rearrange(t, "b g m k d -> b k (g m) d") for t in (x, shared)], dim=2)
 
@@ -213,7 +215,7 @@ def dense_mask(case: Case, q: Tensor, k: Tensor, v: Tensor, *image: Tensor) -> T
 Competitor = Callable[..., Tensor]
 
 
-def competitors(case: Case, device: str) -> dict[str, Competitor]:
+def competitors(case: AttentionCase, device: str) -> dict[str, Competitor]:
     """Return the competitors that fit in memory: concatenation copies keys, a mask is as large as scores."""
     found: dict[str, Competitor] = {"segments": segments}
     limit = (1 if device == "cpu" else 24) * 2**30
@@ -232,7 +234,7 @@ def competitors(case: Case, device: str) -> dict[str, Competitor]:
     return found
 
 
-def other_kernels(case: Case) -> list[str]:
+def other_kernels(case: AttentionCase) -> list[str]:
     """The kernels with a log-sum-exp that this GPU has, by name."""
     fit = []
     for name in ("flash4", "flash", "cudnn", "torch_flash", "torch_efficient"):
@@ -247,7 +249,7 @@ def other_kernels(case: Case) -> list[str]:
     return fit
 
 
-def plain(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def plain(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Run the kernel alone, on keys that are already contiguous for each frame."""
     return attend(q, (Segment(k, v, FramePlan("self").frames(case.frames)),))
 
@@ -255,7 +257,7 @@ def plain(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def compare(case: Case, options: Options, peak: float) -> Iterator[dict[str, Any]]:
+def compare(case: AttentionCase, options: AttentionArguments, peak: float) -> Iterator[dict[str, Any]]:
     """A row per competitor and pass."""
     device = torch.device(options.device)
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
@@ -302,7 +304,7 @@ def compare(case: Case, options: Options, peak: float) -> Iterator[dict[str, Any
 
 
 def job(
-    run: Competitor, case: Case, tensors: list[Tensor], gradient: Tensor, training: bool
+    run: Competitor, case: AttentionCase, tensors: list[Tensor], gradient: Tensor, training: bool
 ) -> Callable[[], object]:
     def forward() -> object:
         with torch.no_grad():
@@ -315,12 +317,12 @@ def job(
     return both if training else forward
 
 
-def cost_in_frames(options: Options) -> Iterator[dict[str, Any]]:
+def cost_in_frames(options: AttentionArguments) -> Iterator[dict[str, Any]]:
     """Time per frame of `attend` with an image of a frame's size, 16 against 128 frames; every plan but `all`."""
     device = torch.device(options.device)
     dtype, tokens, heads = (torch.float32, 256, 2) if options.device == "cpu" else (torch.bfloat16, 1024, 8)
     for plan in PLANS[:-1]:
-        cases = {f: Case(plan, f, tokens, tokens, heads=heads) for f in (16, 128)}
+        cases = {f: AttentionCase(plan, f, tokens, tokens, heads=heads) for f in (16, 128)}
         for name in PASSES:
             jobs = {}
             for f, case in cases.items():
@@ -347,7 +349,7 @@ def _repeated(run: Callable[[], object], count: int) -> Callable[[], object]:
     return repeated
 
 
-def main(options: Options) -> None:
+def main(options: AttentionArguments) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -376,4 +378,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(AttentionArguments, description=__doc__))

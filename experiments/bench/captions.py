@@ -36,7 +36,7 @@ SPINNING = "spinning"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CaptionsArguments:
     weights: str = "embedded"
     """As run.py's: the package's base, a run folder, or a .safetensors file."""
     config: str = "experiments/configs/toyworld_base.yaml"
@@ -49,7 +49,7 @@ class Settings:
     """Videos sampled at once."""
 
 
-def main(settings: Settings) -> None:
+def main(settings: CaptionsArguments) -> None:
     weights = f"--weights={settings.weights}"
     components = build(parse(["--config", settings.config, "--data.toyworld.describe=full", weights]))
     components = components.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -112,7 +112,7 @@ class Shape:
 
 
 def shape_of(video: Tensor, shape: str) -> Shape:
-    """How well a video (f 3 h w in [-1, 1]) keeps to a shape; where its middle frame is empty, no shape is right."""
+    """Score how well a video (f 3 h w in [-1, 1]) keeps to a shape; no shape is right if its middle frame is empty."""
     middle = subject_mask(video[len(video) // 2])
     return Shape(video_shape_overlap(video, shape), bool(middle.any()) and best_shape(middle) == shape)
 
@@ -126,7 +126,7 @@ def summary_of(shapes: list[Shape]) -> dict[str, float]:
 
 
 def follows(way: str, video: Tensor) -> bool:
-    """Whether the subject of a video (f 3 h w in [-1, 1]) moves that way; not where it is not to be seen."""
+    """Return True if the subject of a video (f 3 h w in [-1, 1]) is visible and moves that way."""
     first, last = (subject_mask(frame).nonzero().float() for frame in (video[0], video[-1]))  # n 2
     if not len(first) or not len(last):
         return False
@@ -144,4 +144,4 @@ def follows(way: str, video: Tensor) -> bool:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(CaptionsArguments, description=__doc__))

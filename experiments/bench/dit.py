@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
-from experiments.bench.side_by_side import Options, Row, about, run
+from experiments.bench.side_by_side import Row, SideBySideArguments, about, run
 
 MODULE = "experiments.bench.dit"
 FRAMES, CHANNELS, SIDE, WIDTH = 16, 4, 32, 768
@@ -51,7 +51,7 @@ def job(name: str) -> Callable[[], Tensor]:
 
 
 def more(row: Row) -> Row:
-    """How much faster than Latte."""
+    """Return the ratio of Latte's time to ours."""
     return {"latte_over_it": round(LATTE[0] / row["seconds"], 2)}
 
 
@@ -77,4 +77,4 @@ def page(rows: list[Row]) -> str:
 
 if __name__ == "__main__":
     jobs = {name: partial(job, name) for name in CONFIGS}
-    run(tyro.cli(Options, description=__doc__), MODULE, jobs, more, page)
+    run(tyro.cli(SideBySideArguments, description=__doc__), MODULE, jobs, more, page)

@@ -137,7 +137,7 @@ def matmul_peak(
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """What a figure was measured on: versions, device, threads, the machine's load."""
+    """Describe the conditions of a measurement: versions, device, threads, the machine's load."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "torch": torch.__version__,

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Options:
+class SideBySideArguments:
     table: Path | None = None
     """Write this Markdown page, and the rows beside it under the same name."""
     threads: int = 2
@@ -36,7 +36,7 @@ class Options:
 
 
 def run(
-    options: Options,
+    options: SideBySideArguments,
     module: str,
     jobs: Mapping[str, Callable[[], Job]],
     more: Callable[[Row], Row],

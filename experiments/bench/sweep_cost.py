@@ -1,4 +1,4 @@
-"""What a fine-stage sweep costs beside its stages: points that share one coarse stage, through the real engine.
+"""Cost of a fine-stage sweep beside its stages: points that share one coarse stage, through the real engine.
 
     python -m experiments.bench.sweep_cost                         # CPU, minutes; runs/bench/sweep_cost.jsonl
     python -m experiments.bench.sweep_cost --steps 450             # stages of about three minutes on two cores
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class SweepCostArguments:
     points: int = 6
     """Fine-stage points, up to six."""
     steps: int = 40
@@ -53,14 +53,14 @@ class Options:
     naive: bool = False
     """Also run every point with a coarse stage of its own."""
     folder: Path = Path("runs/bench/sweep_cost")
-    """Where the sweeps run; removed first."""
+    """Folder that the sweeps run in; removed first."""
     out: Path = Path("runs/bench/sweep_cost.jsonl")
     """The result, one JSON line."""
     table: Path | None = None
     """Also write a Markdown page, and the line beside it."""
 
 
-def description(options: Options, only: int | None = None) -> dict[str, Any]:
+def description(options: SweepCostArguments, only: int | None = None) -> dict[str, Any]:
     """The sweep's description; `only` one of its points."""
     variants = [
         {"kv_concat.update": update, "stages.fine.lr": lr}
@@ -121,7 +121,7 @@ def costs(rows: Sequence[Mapping[str, Any]], seconds: float, naive: float | None
     }
 
 
-def run(options: Options) -> dict[str, Any]:
+def run(options: SweepCostArguments) -> dict[str, Any]:
     """The bench's line."""
     seconds, rows = sweep(options.folder / "shared", description(options))
     naive = None
@@ -165,7 +165,7 @@ def page(row: Mapping[str, Any], command: str) -> str:
     return f"# What a fine-stage sweep costs\n\n`{command}`\n\n{about}\n\n| | seconds |\n|---|---|\n{body}\n"
 
 
-def main(options: Options) -> None:
+def main(options: SweepCostArguments) -> None:
     if not 1 <= options.points <= 6:
         raise SystemExit(f"error: points is {options.points}; there are 1 to 6")
     row = run(options)
@@ -179,4 +179,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(SweepCostArguments, description=__doc__))

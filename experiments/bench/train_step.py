@@ -47,9 +47,9 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class TrainStepArguments:
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to run: the CPU in float32, CUDA in bfloat16."""
+    """Device: the CPU in float32, or CUDA in bfloat16."""
     sizes: tuple[str, ...] = ()
     """Sizes of the DiT; empty: nano and S on the CPU, XL on CUDA."""
     frames: tuple[int, ...] = ()
@@ -83,34 +83,34 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     size: str
     frames: int
     plan: str
     strategy: str
     latents: Latents = (4, 32, 32)
 
-    def config(self, options: Options) -> RunConfig:
+    def config(self, options: TrainStepArguments) -> RunConfig:
         """The run whose network this is."""
         dit: Any = replace(options.dit, size=self.size, plan=self.plan)  # type: ignore[arg-type]
         cls = config_class(self.strategy)
         return cls(strategy=self.strategy, data=DataConfig(frames=self.frames), dit=dit)
 
 
-def cases_of(options: Options) -> list[Case]:
+def cases_of(options: TrainStepArguments) -> list[StepCase]:
     """Those that are compared with each other stand together."""
     gpu = options.device == "cuda"
     sizes = options.sizes or (("XL",) if gpu else ("nano", "S"))
     frames = options.frames or ((16,) if gpu else (8,))
     grid = itertools.product(sizes, options.latents, frames, options.plans, options.strategies)
-    return [Case(size, f, plan, strategy, latents) for size, latents, f, plan, strategy in grid]
+    return [StepCase(size, f, plan, strategy, latents) for size, latents, f, plan, strategy in grid]
 
 
 # ---- one step ----------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Trainer:
+class StepTrainer:
     """Weights that are computed with, and float32 masters that AdamW updates where those are not float32 themselves."""
 
     model: Injected
@@ -143,7 +143,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def model_flops(case: Case, options: Options) -> int:
+def model_flops(case: StepCase, options: TrainStepArguments) -> int:
     """FLOPs of forward and backward for one video; nothing is computed."""
     model = build(case.config(options), case.latents)
     batch = batch_of(model, case, 1, "meta", torch.float32)
@@ -153,7 +153,9 @@ def model_flops(case: Case, options: Options) -> int:
     return int(counter.total)
 
 
-def batch_of(model: Injected, case: Case, videos: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+def batch_of(
+    model: Injected, case: StepCase, videos: int, device: str, dtype: torch.dtype
+) -> tuple[Any, ...]:
     """The network's arguments: latents, timesteps, prompts, and image prompts where a strategy reads them."""
     shape = (videos, case.frames, *case.latents)
     if case.strategy == "none":
@@ -166,23 +168,25 @@ def batch_of(model: Injected, case: Case, videos: int, device: str, dtype: torch
 
 
 @dataclass
-class Bench:
+class StepBench:
     """A network to train on one batch over and over."""
 
     model: Injected
-    trainer: Trainer
+    trainer: StepTrainer
     batch: tuple[Any, ...]
     videos: int
     compiled: bool
 
     @classmethod
-    def of(cls, case: Case, options: Options, device: torch.device, dtype: torch.dtype) -> Bench:
+    def of(
+        cls, case: StepCase, options: TrainStepArguments, device: torch.device, dtype: torch.dtype
+    ) -> StepBench:
         torch.manual_seed(0)
         model = build(case.config(options), case.latents, options.device).to(dtype)
         for p in model.parameters():
             if not p.any():  # products of zeros draw less power, and run faster
                 torch.nn.init.normal_(p, std=0.02)
-        trainer = Trainer(model)
+        trainer = StepTrainer(model)
         compiled = options.compile if options.compile is not None else device.type == "cuda"
         if compiled:
             assert isinstance(model.backbone, VideoDiT)
@@ -195,11 +199,13 @@ class Bench:
         self.trainer.step(self.batch)
 
 
-def measure(case: Case, options: Options, beside: Bench | None = None) -> tuple[dict[str, Any], Bench]:
+def measure(
+    case: StepCase, options: TrainStepArguments, beside: StepBench | None = None
+) -> tuple[dict[str, Any], StepBench]:
     """One line of results; steps are timed in turn with those of the bench beside it, where there is one."""
     device, dtype = torch.device(options.device), torch.float32 if options.device == "cpu" else torch.bfloat16
     clock = CLOCKS[options.clock]
-    bench = Bench.of(case, options, device, dtype)
+    bench = StepBench.of(case, options, device, dtype)
     model, step, videos = bench.model, bench.step, bench.videos
     start = time.perf_counter()
     step()
@@ -242,7 +248,7 @@ def measure(case: Case, options: Options, beside: Bench | None = None) -> tuple[
     return row, bench
 
 
-def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) -> int:
+def fitting(trainer: StepTrainer, case: StepCase, options: TrainStepArguments, dtype: torch.dtype) -> int:
     """Videos whose step should fit, with room for what a strategy adds: memory grows evenly with them."""
     device = torch.device(options.device)
     trainer.step(batch_of(trainer.model, case, 2, options.device, dtype))  # makes AdamW's averages
@@ -252,7 +258,7 @@ def fitting(trainer: Trainer, case: Case, options: Options, dtype: torch.dtype) 
     return max(int(0.85 * torch.cuda.mem_get_info(device)[0] / each), 1)
 
 
-def run(options: Options) -> list[dict[str, Any]]:
+def run(options: TrainStepArguments) -> list[dict[str, Any]]:
     """All cases, as far as the time goes; of equal ones but for the strategy, the first one's batch is taken.
 
     On the CPU, whose speed drifts, the first one is also timed again beside each of the others.
@@ -260,7 +266,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
     videos: dict[tuple[Any, ...], int] = {}
-    first: dict[tuple[Any, ...], Bench] = {}
+    first: dict[tuple[Any, ...], StepBench] = {}
     for case in cases_of(options):
         if rows and time.perf_counter() - start > options.budget:
             log.warning("time is up: %s and what follows are left out", case)
@@ -331,7 +337,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
     return f"# Training steps\n\n`{command}`\n\n{about}\n\n{HEAD}\n{rule}\n{body}\n"
 
 
-def main(options: Options) -> None:
+def main(options: TrainStepArguments) -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     logging.getLogger("dit_booth").setLevel(logging.WARNING)
@@ -349,7 +355,7 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     main(
         tyro.cli(
-            Options,
+            TrainStepArguments,
             description=__doc__,
             registry=YAML_BOOLEANS,
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),

@@ -23,7 +23,7 @@ from dit_booth.inject import Recorder, Reference, Site, Sites
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.strategy import Strategies
-from experiments.bench.side_by_side import Options, Row, about, run
+from experiments.bench.side_by_side import Row, SideBySideArguments, about, run
 
 MODULE = "experiments.bench.unet"
 CONFIG = UNetConfig(channels=(64, 128, 256, 256), text_dim=256)
@@ -35,7 +35,7 @@ BARS = {"fine": 1.15, "guided": 2.2}  # of our own plain pass
 PEAK_BAR = 0.6  # of the original's, for `fine`
 
 
-class Bench:
+class UNetBench:
     """The jobs: a U-Net with random weights, K/V concat on it, and one video's inputs."""
 
     def __init__(self) -> None:
@@ -87,11 +87,11 @@ class Bench:
 
 def job(name: str) -> Callable[[], Tensor]:
     """One of the jobs, with a U-Net of its own; all are equal."""
-    return torch.no_grad()(Bench().jobs()[name])
+    return torch.no_grad()(UNetBench().jobs()[name])
 
 
 def more(row: Row) -> Row:
-    """What the original code took for the same, and the bar."""
+    """Return the original code's figures for the same job, and the bar."""
     seconds, mib = ORIGINAL.get(row["job"], (None, None))
     share = round(row["peak_mib"] / mib, 2) if mib else None
     return {
@@ -133,4 +133,4 @@ def page(rows: list[Row]) -> str:
 
 if __name__ == "__main__":
     jobs = {name: partial(job, name) for name in (*ORIGINAL, "guided, zero image")}
-    run(tyro.cli(Options, description=__doc__), MODULE, jobs, more, page)
+    run(tyro.cli(SideBySideArguments, description=__doc__), MODULE, jobs, more, page)

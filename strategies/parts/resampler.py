@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-class Pool(nn.Module):
+class AveragePool(nn.Module):
     """Average pooling of a square grid of tokens (b n c) by `by` along each side; windows at the edge are smaller."""
 
     def __init__(self, by: int) -> None:

@@ -25,7 +25,7 @@ def _row(spans: list[int], count: int) -> list[int]:
 
 
 def released_sources(prompt: PromptTokens, count: int) -> list[list[int]]:
-    """The same by the released code's rule (golden: ``twice_*``, ``first_token_only_matches``)."""
+    """Do as `sources`, by the released code's rule (golden: ``twice_*``, ``first_token_only_matches``)."""
     rows = zip(prompt.ids.tolist(), prompt.subjects.tolist(), strict=True)
     return [_released_row(ids, [token for token in subject if token >= 0], count) for ids, subject in rows]
 

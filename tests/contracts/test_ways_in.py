@@ -11,7 +11,7 @@ import torch
 from dit_booth.strategies.adaln import AdaLNConfig
 from dit_booth.strategies.decoupled_attention import DecoupledAttentionConfig
 from dit_booth.strategies.in_context import InContextConfig
-from dit_booth.strategies.parts.resampler import Pool
+from dit_booth.strategies.parts.resampler import AveragePool
 from dit_booth.strategies.spatial_concat import SpatialConcatConfig
 from dit_booth.strategies.token_bank import TokenBankConfig
 from torch import Tensor
@@ -98,7 +98,7 @@ def test_a_pooled_bank_averages_the_grid(pool: Any, tokens: int) -> None:
 
 def test_windows_at_the_edge_of_a_pooled_bank_are_smaller() -> None:
     x = torch.arange(9.0).reshape(1, 9, 1)  # 3 x 3
-    assert Pool(2)(x).flatten().tolist() == [2.0, 3.5, 6.5, 8.0]
+    assert AveragePool(2)(x).flatten().tolist() == [2.0, 3.5, 6.5, 8.0]
 
 
 @BOTH

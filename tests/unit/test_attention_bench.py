@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("plan", ["first", "self", "first+previous", "window(3)", "all"])
 @pytest.mark.parametrize("image", [0, 5])
 def test_competitors_compute_the_same(plan: str, image: int) -> None:
-    case = bench.Case(plan, 6, 7, image, head=16, heads=2)
+    case = bench.AttentionCase(plan, 6, 7, image, head=16, heads=2)
     tensors = case.tensors(torch.float64, CPU)
     q, k, v, image_k, image_v = tensors
     segments = [Segment(k, v, case.frame_plan)]
@@ -36,19 +36,24 @@ def test_competitors_compute_the_same(plan: str, image: int) -> None:
 
 
 def test_flops_count_the_scores_that_are_wanted() -> None:
-    case = bench.Case("first+previous", 16, 1024, 1024)
+    case = bench.AttentionCase("first+previous", 16, 1024, 1024)
     assert case.flops(False) == 4 * 1024**2 * 64 * 8 * (1 + 1 + 2 * 14 + 16)
     assert case.flops(True) == 3.5 * case.flops(False)
 
 
 def test_the_page_and_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [bench.Case("first+previous", 4, 16, 16, 16, 1), bench.Case("all", 3, 16, 0, 16, 1)]
+    cases = [
+        bench.AttentionCase("first+previous", 4, 16, 16, 16, 1),
+        bench.AttentionCase("all", 3, 16, 0, 16, 1),
+    ]
     monkeypatch.setattr(bench, "grid", lambda device: cases)
     monkeypatch.setattr(bench, "PLANS", ("first", "self", "all"))
     monkeypatch.setattr(bench, "matmul_peak", lambda *_, **__: 1e9)
     threads = torch.get_num_threads()
     try:
-        bench.main(bench.Options(table=tmp_path / "attention_cpu.md", rounds=2, threads=1, clock="cpu"))
+        bench.main(
+            bench.AttentionArguments(table=tmp_path / "attention_cpu.md", rounds=2, threads=1, clock="cpu")
+        )
     finally:
         torch.set_num_threads(threads)
     page = (tmp_path / "attention_cpu.md").read_text()
@@ -66,11 +71,11 @@ def test_the_page_and_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_further_case_is_begun_when_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [bench.Case("first", 2, 8, 0, 16, 1), bench.Case("self", 2, 8, 0, 16, 1)]
+    cases = [bench.AttentionCase("first", 2, 8, 0, 16, 1), bench.AttentionCase("self", 2, 8, 0, 16, 1)]
     monkeypatch.setattr(bench, "grid", lambda device: cases)
     monkeypatch.setattr(bench, "cost_in_frames", lambda options: [])
     monkeypatch.setattr(bench, "matmul_peak", lambda *_, **__: 1e9)
-    bench.main(bench.Options(out=tmp_path, budget=0.0, rounds=1, threads=1))
+    bench.main(bench.AttentionArguments(out=tmp_path, budget=0.0, rounds=1, threads=1))
     rows = [json.loads(line) for line in (tmp_path / "attention.jsonl").read_text().splitlines()]
     assert {row["plan"] for row in rows} == {"first"}
 

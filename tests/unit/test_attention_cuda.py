@@ -220,11 +220,10 @@ def test_autocast() -> None:
 
 def test_memory_of_first_and_previous_is_less_than_half_of_concatenation() -> None:
     """Forward and backward: the keys of 16 frames and an image are never concatenated or repeated."""
-    from experiments.bench.attention import Case as BenchCase
-    from experiments.bench.attention import cat_repeat, job, segments
+    from experiments.bench.attention import AttentionCase, cat_repeat, job, segments
     from experiments.bench.measure import peak_memory
 
-    case = BenchCase("first+previous", 16, 1024, 1024)
+    case = AttentionCase("first+previous", 16, 1024, 1024)
     device = torch.device("cuda")
     tensors = case.tensors(BF16, device)
     gradient = torch.randn_like(tensors[0])

@@ -37,7 +37,7 @@ def test_it_asks_for_so_many_of_each_motion_and_judges_what_is_sampled(
     monkeypatch.setattr(
         captions, "sampled", lambda components, asked, batch: [example.video for _, example in asked]
     )
-    captions.main(captions.Settings(each=2, spinning=3, weights="none"))
+    captions.main(captions.CaptionsArguments(each=2, spinning=3, weights="none"))
     row = json.loads(capsys.readouterr().out)
     assert (row["videos"], row["right"], row["moving up"]) == (12, 12, 2)
     assert row["shapes_right"] == 12 and row["spinning"]["shapes_right"] == 3

@@ -11,7 +11,7 @@ import torch
 
 from dit_booth.commands.describe import main
 from dit_booth.config.parse import parse
-from dit_booth.cost.describe import Cost, image_cost, table_of_run
+from dit_booth.cost.describe import ForwardCost, image_cost, table_of_run
 from dit_booth.strategy import registered
 
 torch.set_num_threads(1)
@@ -26,14 +26,14 @@ PAPER = {  # DiT, table 1 and section 4: million parameters, and "Gflops", which
 
 
 @pytest.fixture(scope="module")
-def table() -> dict[tuple[str, int], Cost]:
+def table() -> dict[tuple[str, int], ForwardCost]:
     """What ``dit-booth describe`` prints of DiT's sizes."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert main([]) == 0
     line = r"DiT-(\w+)/(\d) +([\d.]+) M parameters +([\d.]+) G multiply-adds +([\d.]+) GFLOPs"
     out = {}
     for size, patch, parameters, gigas, flops in re.findall(line, said.getvalue()):
-        out[size, int(patch)] = Cost(round(float(parameters) * 1e6), round(float(gigas) * 1e9))
+        out[size, int(patch)] = ForwardCost(round(float(parameters) * 1e6), round(float(gigas) * 1e9))
         assert float(flops) == pytest.approx(2 * float(gigas), abs=0.011)
     return out
 
@@ -46,9 +46,9 @@ def test_images_cost_what_the_paper_says(size, patch, table) -> None:  # type: i
     assert round(cost.multiply_adds / 1e9, 1 if gigas > 10 else 2) == gigas
 
 
-def test_the_table_has_every_size_and_its_digits(table: dict[tuple[str, int], Cost]) -> None:
+def test_the_table_has_every_size_and_its_digits(table: dict[tuple[str, int], ForwardCost]) -> None:
     assert len(table) == 15
-    assert table["XL", 2] == Cost(674_830_000, 118_620_000_000)
+    assert table["XL", 2] == ForwardCost(674_830_000, 118_620_000_000)
 
 
 def test_512_pixels_cost_525_giga_multiply_adds() -> None:
@@ -56,7 +56,7 @@ def test_512_pixels_cost_525_giga_multiply_adds() -> None:
     assert round(image_cost("XL", 2, (4, 64, 64)).multiply_adds / 1e9) == 525
 
 
-def costs(*arguments: str) -> list[Cost]:
+def costs(*arguments: str) -> list[ForwardCost]:
     """The lines of a run's table."""
     out = []
     for line in table_of_run(parse(arguments), (4, 8, 8))[1:]:
@@ -64,7 +64,7 @@ def costs(*arguments: str) -> list[Cost]:
         assert found, line
         parameters, gigas, flops = map(float, found.groups())
         assert flops == pytest.approx(2 * gigas, abs=0.011)
-        out.append(Cost(round(parameters * 1e6), round(gigas * 1e9)))
+        out.append(ForwardCost(round(parameters * 1e6), round(gigas * 1e9)))
     return out
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.bench import dit, measure, side_by_side, unet
-from experiments.bench.side_by_side import Options, Row
+from experiments.bench.side_by_side import Row, SideBySideArguments
 
 
 def row(job: str) -> Row:
@@ -71,7 +71,11 @@ def test_jobs_run_side_by_side(
     threads = torch.get_num_threads()
     table = tmp_path / "table.md"
     side_by_side.run(
-        Options(rounds=2, threads=threads, table=table), "m", jobs, lambda r: {"x": 1}, lambda rows: "page"
+        SideBySideArguments(rounds=2, threads=threads, table=table),
+        "m",
+        jobs,
+        lambda r: {"x": 1},
+        lambda rows: "page",
     )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["job"], r["peak_mib"], r["x"]) for r in rows] == [("one", 3, 1), ("three", 5, 1)]

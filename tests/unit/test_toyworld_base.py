@@ -20,7 +20,7 @@ CONFIG = "experiments/configs/toyworld_base.yaml"
 def test_the_pool_is_the_data_set_for_any_number_of_processes() -> None:
     config = parse(["--config", CONFIG])
     components = build(config)
-    one, three = (base.Pool.render(config, components, 12, n) for n in (1, 3))
+    one, three = (base.VideoPool.render(config, components, 12, n) for n in (1, 3))
     assert torch.equal(one.videos, three.videos) and torch.equal(one.ids, three.ids)
     world = config.data.build(heldout=False)
     for i in (0, 7, 11):
@@ -39,7 +39,7 @@ def test_favoured_words_are_drawn_as_much_more_often() -> None:
     assert odds == [6, 3, 2, 1]
     torch.manual_seed(0)
     cumulative = torch.tensor(odds, dtype=torch.float64).cumsum(0) / 12
-    pool = base.Pool(torch.empty(4, 0), torch.empty(4, 0), cumulative)
+    pool = base.VideoPool(torch.empty(4, 0), torch.empty(4, 0), cumulative)
     shares = torch.bincount(pool.draw(60_000), minlength=4) / 60_000
     torch.testing.assert_close(shares, torch.tensor(odds) / 12, atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="'spining' 3"):
@@ -50,7 +50,9 @@ def test_favoured_words_are_drawn_as_much_more_often() -> None:
 
 def test_a_run_trains_its_stages_and_leaves_a_folder(tmp_path: Path) -> None:
     flags = ("stages.images.steps=3", "stages.base.steps=2", "train.batch-size=2", "data.frames=3")
-    base.main(base.Settings(out=str(tmp_path), pool=8, processes=2, muon=3, set=(*flags, "weights=embedded")))
+    base.main(
+        base.BaseArguments(out=str(tmp_path), pool=8, processes=2, muon=3, set=(*flags, "weights=embedded"))
+    )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [("images", 3), ("base", 2)]
     settings = yaml.safe_load((tmp_path / "run.yaml").read_text())
@@ -66,7 +68,9 @@ def test_a_run_trains_its_stages_and_leaves_a_folder(tmp_path: Path) -> None:
 def test_the_learning_rate_and_the_average_follow_the_stage() -> None:
     config = parse(["--config", CONFIG, "--train.batch-size=2", "--stages.base.steps=10", "--data.frames=2"])
     components = build(config)
-    trainer = base.Trainer(components, base.Pool.render(config, components, 4, 1), "base", base.Settings())
+    trainer = base.BaseTrainer(
+        components, base.VideoPool.render(config, components, 4, 1), "base", base.BaseArguments()
+    )
     assert trainer.lr(10) < trainer.lr(9) and trainer.lr(1) == trainer.stage.lr / trainer.stage.warmup
     before = {name: p.detach().clone() for name, p in trainer.trained.items()}
     trainer.backward()
@@ -83,7 +87,9 @@ def test_fewer_frames_are_for_run_py() -> None:
     config = parse(["--config", CONFIG, "--stages.base.frames=2", "--data.frames=3"])
     components = build(config)
     with pytest.raises(ValueError, match=r"stages\.base\.frames is 2; here it must be 0"):
-        base.Trainer(components, base.Pool.render(config, components, 2, 1), "base", base.Settings())
+        base.BaseTrainer(
+            components, base.VideoPool.render(config, components, 2, 1), "base", base.BaseArguments()
+        )
 
 
 @pytest.mark.parametrize("backbone", ["dit", "unet"])
@@ -96,8 +102,8 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(backbone: str) -
     for muon in (0.0, 2.0):
         torch.manual_seed(0)
         components = build(config)
-        trainer = base.Trainer(
-            components, base.Pool.render(config, components, 4, 1), "base", base.Settings(muon=muon)
+        trainer = base.BaseTrainer(
+            components, base.VideoPool.render(config, components, 4, 1), "base", base.BaseArguments(muon=muon)
         )
         before = {name: p.detach().clone() for name, p in trainer.trained.items()}
         torch.manual_seed(1)
@@ -123,7 +129,9 @@ def test_muon_without_a_matrix_is_refused() -> None:
     config = parse(["--config", CONFIG, "--stages.base.train", "backbone.x_embedder.*"])
     components = build(config)
     with pytest.raises(ValueError, match=r"muon is 3, but no matrix of a block is trained; use 0"):
-        base.Trainer(components, base.Pool.render(config, components, 2, 1), "base", base.Settings(muon=3))
+        base.BaseTrainer(
+            components, base.VideoPool.render(config, components, 2, 1), "base", base.BaseArguments(muon=3)
+        )
 
 
 def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +140,7 @@ def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch:
     components = build(config)
     clock = 0.0
 
-    class Slow(base.Trainer):
+    class Slow(base.BaseTrainer):
         def backward(self) -> None:
             nonlocal clock
             clock += 1.0 if clock < 10 else 0.1  # seconds a step
@@ -142,13 +150,15 @@ def test_a_slow_start_does_not_cut_a_stage_that_is_run_by_the_clock(monkeypatch:
 
     monkeypatch.setattr(base, "LOG_EVERY", 10)
     monkeypatch.setattr(base.time, "perf_counter", lambda: clock)
-    pool = base.Pool.render(config, components, 2, 1)
+    pool = base.VideoPool.render(config, components, 2, 1)
     for seconds, steps in ((15.0, 40), (12.0, 30)):
-        clock, trainer = 0.0, Slow(components, pool, "base", base.Settings())
+        clock, trainer = 0.0, Slow(components, pool, "base", base.BaseArguments())
         assert list(trainer.run("base", seconds))[-1]["step"] == steps == trainer.stage.steps
 
 
 def test_only_the_toy_world_is_rendered(tmp_path: Path) -> None:
-    settings = base.Settings(out=str(tmp_path), set=("data.kind=triplets", f"data.triplets.root={tmp_path}"))
+    settings = base.BaseArguments(
+        out=str(tmp_path), set=("data.kind=triplets", f"data.triplets.root={tmp_path}")
+    )
     with pytest.raises((ValueError, AssertionError)):
         base.main(settings)

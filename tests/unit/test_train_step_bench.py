@@ -13,7 +13,7 @@ import torch
 from experiments.bench import train_step as bench
 from experiments.bench.measure import keep_freed_memory
 
-TINY = bench.Options(
+TINY = bench.TrainStepArguments(
     sizes=("nano",), frames=(2,), strategies=("none", "adaln"), latents=((4, 8, 8),), rounds=1
 )
 
@@ -28,7 +28,7 @@ def test_a_row_for_every_case(rows: list[dict]) -> None:
     for row in rows:
         assert row["seconds"] > 0 and row["utilisation"] > 0 and row["peak_memory_mib"] > 0
         assert row["flops"] == bench.model_flops(
-            bench.Case("nano", 2, "first+previous", row["strategy"], (4, 8, 8)), TINY
+            bench.StepCase("nano", 2, "first+previous", row["strategy"], (4, 8, 8)), TINY
         )
         assert row["tokens"] == 16
         assert not row["graph"] and not row["compiled"]
@@ -39,7 +39,7 @@ def test_a_row_for_every_case(rows: list[dict]) -> None:
 
 def test_flops_grow_with_the_frames() -> None:
     two, four = (
-        bench.model_flops(bench.Case("nano", f, "first", "none", (4, 8, 8)), replace(TINY, frames=(f,)))
+        bench.model_flops(bench.StepCase("nano", f, "first", "none", (4, 8, 8)), replace(TINY, frames=(f,)))
         for f in (2, 4)
     )
     assert 1.9 < four / two < 2.2
@@ -51,7 +51,7 @@ def test_a_step_moves_every_weight_that_has_a_gradient() -> None:
     root = bench.build(case.config(TINY), case.latents, "cpu").to(torch.bfloat16)
     for p in root.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    trainer = bench.Trainer(root)
+    trainer = bench.StepTrainer(root)
     before = [m.clone() for m in trainer.masters]
     trainer.step(bench.batch_of(root, case, 1, "cpu", torch.bfloat16))
     moved = [not torch.equal(a, b) for a, b in zip(before, trainer.masters, strict=True)]

@@ -151,7 +151,7 @@ def check_subject(caption: str, subject: str, *, first_token_suffices: bool = Fa
 
 
 def _holds(tokens: list[int], subject: list[int], first_token_suffices: bool) -> bool:
-    """Whether the subject is there; at any place, its first token alone."""
+    """Return True if the subject is there; with `first_token_suffices` its first token, anywhere, is enough."""
     if first_token_suffices:
         return not set(subject[:1]).isdisjoint(tokens)
     return any(mark(tokens, subject, _ends_word))

@@ -45,7 +45,7 @@ class DiTConfig:
     conditioning: Literal["adaln_zero", "adaln", "in_context", "cross_attention", "class_label"] = (
         "adaln_zero"
     )
-    """How the text enters (DiT section 3.2): pooled, in the modulation (adaln: without gates); as tokens that take part
+    """Text conditioning (DiT section 3.2): pooled, in the modulation (adaln: without gates); as tokens that take part
     in the cross-frame attention (in_context) or are read by one of their own (cross_attention), the timestep alone
     modulating; class_label: a label in the text's place, as DiT has it."""
     classes: int = 1000
