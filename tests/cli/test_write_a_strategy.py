@@ -93,7 +93,7 @@ def test_its_options_are_in_the_help(plugin: Path, tmp_path: Path) -> None:
 
 
 def test_the_list_shows_it(plugin: Path, program: Any) -> None:
-    said = program.python("dit_booth.cost.catalogue", "--plugin", str(plugin))
+    said = program.python("dit_booth", "strategies", "--plugin", str(plugin))
     assert said.code == 0, said.output
     entry = said.output[said.output.index("one_token:") :].split("\n    ")
     assert entry[0] == "one_token: Every frame also reads CLIP's image embedding, as one token."
@@ -123,7 +123,7 @@ def test_an_installed_plug_in_is_there_and_a_broken_one_is_named(tmp_path: Path)
         "plug-in bad_lab_entry (bad_lab) failed to import: ModuleNotFoundError: No module named"
         " 'nowhere_to_be_found'"
     )
-    listed = python("-m", "dit_booth.cost.catalogue", path=tmp_path)
+    listed = python("-m", "dit_booth", "strategies", path=tmp_path)
     assert listed.returncode == 0
     assert "one_token: Every frame" in listed.stdout
     assert "plug-in bad_lab_entry failed to import" in listed.stdout.replace(" (bad_lab)", "")
@@ -133,8 +133,8 @@ def test_an_installed_plug_in_is_there_and_a_broken_one_is_named(tmp_path: Path)
 
 def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path, program: Any) -> None:
     (tmp_path / "mine.py").write_text("raise RuntimeError('half done')\n")
-    for command in ("experiments/run.py", "dit_booth.cost.catalogue"):
-        said = program.python(command, "--plugin", str(tmp_path / "mine.py"))
+    for command in (("experiments/run.py",), ("dit_booth", "strategies")):
+        said = program.python(*command, "--plugin", str(tmp_path / "mine.py"))
         assert said.code == 1
         expected = f"error: --plugin {tmp_path}/mine.py failed: RuntimeError: half done"
         assert expected in said.output.splitlines()[-1]
@@ -144,14 +144,14 @@ def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path, program: Any) -
 
 
 def test_the_list_has_every_strategy_with_the_papers_counts(program: Any) -> None:
-    said = program.python("dit_booth.cost.catalogue")
+    said = program.python("dit_booth", "strategies")
     assert said.code == 0, said.output
     entries = {entry.split(":")[0]: entry for entry in re.split(r"\n(?=\S)", said.output)}
     assert set(registered()) | {"videobooth"} == set(entries)
     for name, cls in find("token_replacement+kv_concat").items():
         assert (cls.__doc__ or "").splitlines()[0] in entries[name]
-    assert "U-Net SD 49.6" in entries["spatial_concat"], "CatVTON: 49.57 M of the U-Net (Table 2)"
-    assert "U-Net SD 21.5" in entries["decoupled_attention"], "IP-Adapter: 22 M"
-    assert "DiT-nano 0, DiT-S 0" in entries["none"]
+    assert "unet-sd 49.6" in entries["spatial_concat"], "CatVTON: 49.57 M of the U-Net (Table 2)"
+    assert "unet-sd 21.5" in entries["decoupled_attention"], "IP-Adapter: 22 M"
+    assert "DiT-nano 0, dit-s 0" in entries["none"]
     assert "ports: prompt, modulation, qkv" in entries["token_replacement"]
     assert "not together with: kv_concat, spatial_concat" in entries["in_context"]

@@ -181,7 +181,10 @@ STRANGE: dict[str, tuple[Callable[..., Any], str]] = {
     "a weight's name without a dot": (without_dots, "IndexError: list index out of range"),
     "config: null": (lambda info, tensors: info.update(config=None), "AttributeError"),
     "no config": (lambda info, tensors: info.pop("config"), "KeyError: 'config'"),
-    "channels as text": (lambda info, tensors: info["config"].update(block_out_channels="12"), "TypeError"),
+    "channels as text": (
+        lambda info, tensors: info["config"].update(block_out_channels="12"),
+        "ValueError: unet.channels",
+    ),
 }
 
 

@@ -231,7 +231,7 @@ def test_sizes_that_do_not_divide(kl):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch": 0}, r"patch = 0 must be at least 1"),
+        ({"patch": 0}, r"patch is 0; use a whole number in"),
         ({"path": "x"}, r"path = 'x'.*is for kind = kl or tiny, but kind = pixel"),
         ({"kind": "kl"}, r"path is empty but kind = kl: give a local diffusers folder"),
         ({"kind": "kl", "path": "/nowhere/vae"}, r"'/nowhere/vae'.*this folder does not exist"),
@@ -250,7 +250,7 @@ def test_bad_folders(kl, tiny, tmp_path):
         load(kl[1], kind="kl")
     with pytest.raises(ValueError, match=r"holds AutoencoderTiny, not AutoencoderKL.*change kind"):
         load(tiny[1], kind="kl")
-    with pytest.raises(ValueError, match=r"chunk = 0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"chunk is 0; use a whole number in"):
         load(tiny[1], kind="tiny", chunk=0)
     tiny[0].save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"

@@ -167,7 +167,7 @@ def test_training_and_sampling_read_different_toy_worlds():
 
 def test_a_data_set_that_is_not_there_is_named(tmp_path: Path):
     missing = str(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"data\.triplets\.root is .*none.*no folder"):
+    with pytest.raises(ValueError, match=r"data\.triplets\.root is .*none.*not a folder"):
         DataConfig(kind="triplets", triplets=TripletsOptions(root=missing)).build(heldout=False)
 
 

@@ -121,5 +121,5 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path):
     video = numbered(2, red=0)
     with pytest.raises(ValueError, match="same frames and size"):
         SheetRow(image=video[0], generated=video, truth=video[:1], caption="")
-    with pytest.raises(ValueError, match="generated holds NaN"):
+    with pytest.raises(ValueError, match="generated contains NaN"):
         SheetRow(image=video[0], generated=video * torch.nan, caption="")

@@ -257,7 +257,7 @@ def test_a_plain_subject_without_its_colour_is_called_plain():
         ({"image_size": 0}, "data.image_size is 0"),
         ({"split": "test"}, "data.split is 'test'.*train, heldout"),
         ({"describe": "some"}, "data.toyworld.describe is 'some'.*none, full, mixed"),
-        ({"describe_probability": 1.5}, "data.describe_probability is 1.5"),
+        ({"describe_probability": 1.5}, "data.toyworld.describe_probability is 1.5"),
     ],
 )
 def test_a_wrong_option_is_refused(options, message):

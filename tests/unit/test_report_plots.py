@@ -122,14 +122,16 @@ def test_losses_that_are_not_numbers_are_left_out(tmp_path: Path):
 def test_a_run_saves_what_its_videos_are_compared_with(tmp_path: Path):
     from PIL import Image
 
-    from dit_booth.commands.sample import Row, write_given
     from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
     from dit_booth.data.video import probe
+    from dit_booth.sampling.heldout import HeldoutSample, write_references
 
     example = Toyworld(ToyworldConfig(frames=3, size=12, split="heldout"))[0]
     other = torch.full((3, 12, 12), -1.0)
-    write_given(
-        [Row(example, example.image, example.video), Row(example, other, example.video)], tmp_path, fps=8
+    write_references(
+        [HeldoutSample(example, example.image, example.video), HeldoutSample(example, other, example.video)],
+        tmp_path,
+        fps=8,
     )
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
         "prompt/000.png", "prompt/001.png", "truth/000.mp4", "truth/001.mp4"

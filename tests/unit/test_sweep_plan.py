@@ -118,7 +118,7 @@ def test_options_of_strategies_that_a_point_lacks_are_left_out(tmp_path: Path) -
          r"'strategy=none, update=direct'.*option 'kv_concat\.update' is unknown to a run of 'none'"),
         ({"grid": {"strategy": ["kv_conct"]}}, r"strategy 'kv_conct' is unknown; nearest: kv_concat"),
         ({"grid": {"stages.fine.lr": ["fast"]}}, r"point 'lr=fast'.*lr.*fast"),
-        ({"grid": {"stages.fine.lr": [-1]}}, r"lr is -1\.0; use a positive learning rate"),
+        ({"grid": {"stages.fine.lr": [-1]}}, r"lr is -1\.0; use a number in \(0, 1000\]"),
         ({"grid": {"schedule": [["coarse", "fin"]]}}, r"point 'schedule=coarse\+fin'.*fin"),
         ({"grid": {"schedule": [["coarse"]]}, "options": {"strategy": "none"},
           "baseline": None}, r"stage 'coarse' trains nothing"),

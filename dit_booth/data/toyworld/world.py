@@ -135,12 +135,13 @@ class ToyworldConfig:
         for name, value, low in (*bounds, ("seed", self.seed, 0), ("length", self.length, 1)):
             if value < low:
                 raise ValueError(f"data.{name} is {value}; it must be at least {low}")
-        for name, word, choices in (("split", self.split, Split), ("describe", self.describe, Describe)):
+        words = (("split", self.split, Split), ("toyworld.describe", self.describe, Describe))
+        for name, word, choices in words:
             if word not in get_args(choices):
                 raise ValueError(f"data.{name} is {word!r}; choose one of {', '.join(get_args(choices))}")
         if not 0 <= self.describe_probability <= 1:
             raise ValueError(
-                f"data.describe_probability is {self.describe_probability}; it must be in [0, 1]"
+                f"data.toyworld.describe_probability is {self.describe_probability}; it must be in [0, 1]"
             )
 
 
