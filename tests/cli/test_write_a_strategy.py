@@ -152,6 +152,6 @@ def test_the_list_has_every_strategy_with_the_papers_counts(program: Any) -> Non
         assert (cls.__doc__ or "").splitlines()[0] in entries[name]
     assert "unet-sd 49.6" in entries["spatial_concat"], "CatVTON: 49.57 M of the U-Net (Table 2)"
     assert "unet-sd 21.5" in entries["decoupled_attention"], "IP-Adapter: 22 M"
-    assert "DiT-nano 0, dit-s 0" in entries["none"]
+    assert "dit-nano 0, dit-s 0" in entries["none"]
     assert "ports: prompt, modulation, qkv" in entries["token_replacement"]
     assert "not together with: kv_concat, spatial_concat" in entries["in_context"]
