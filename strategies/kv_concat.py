@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.errors import check_ranges
 from dit_booth.inject import KV, QKV, Condition, Hidden, Needs, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
@@ -29,14 +30,10 @@ class KVConcatConfig(StrategyConfig):
     """Give the frames keys and values of their own to train (the paper), or keep the backbone's."""
 
     def __post_init__(self) -> None:
-        if self.keyframe_every < 1:
-            raise ValueError(f"kv_concat.keyframe_every is {self.keyframe_every}; use 1 or more frames")
-        if self.reference_frames < 1:
-            raise ValueError(f"kv_concat.reference_frames is {self.reference_frames}; use 1 or more copies")
+        check_ranges(self, "kv_concat", keyframe_every="[1, 100000]", reference_frames="[1, 100000]")
         if self.reference_frames > 1 and self.reference_noise == "clean":
             raise ValueError(
-                f"kv_concat.reference_frames is {self.reference_frames} with reference_noise=clean, where all copies"
-                " are equal; use 1"
+                f"kv_concat.reference_frames is {self.reference_frames} with reference_noise=clean (all equal); use 1"
             )
 
 
