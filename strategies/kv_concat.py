@@ -68,7 +68,7 @@ class ReferenceKV(nn.Module):
             self.to_k_new, self.to_v_new = site.copy_of("to_k"), site.copy_of("to_v")
 
     def project(self, hidden: Tensor) -> KV:
-        """The reference's hidden state (b m c) as K_I and V_I."""
+        """Project the reference's hidden state (b m c) to K_I and V_I."""
         return KV(self.to_k_exemplar(hidden), self.to_v_exemplar(hidden))
 
     def forward(self, qkv: QKV, image: KV | None) -> QKV:
@@ -86,7 +86,7 @@ class ReferenceKV(nn.Module):
         return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
 
     def updated_values(self, qkv: QKV, frames: Segment, kv: KV, every: int) -> Tensor:
-        """Equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames i that the image reaches."""
+        """Compute equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames i that the image reaches."""
         q, k, v = (x[:, ::every] for x in (qkv.q, frames.k, frames.v))
         image = qkv.image(kv, ((0,),) * q.shape[1])
         if image.query is not None:

@@ -45,7 +45,7 @@ class TokenBank(Strategy):
     def __init__(self, config: TokenBankConfig, sites: Sites) -> None:
         super().__init__(config, sites)
         self.clip, self.noise = config.source == "clip", config.reference_noise
-        self.shared = nn.ModuleDict()  # width of what is read -> bank
+        self.shared = nn.ModuleDict()  # width of the source -> bank
         self.readers: dict[str, ReadBank] = {}
         chosen = sites.match(config.where, port="qkv", role="cross_frame")
         narrowest = min(site.dim for site in chosen)

@@ -58,7 +58,7 @@ class TokenReplacement(Strategy):
 
 
 class ReplaceSubject(nn.Module):
-    """Every occurrence of the subject becomes the image's words; the tail shifts; what passes the end is cut."""
+    """Replace every occurrence of the subject by the image's words; the tail shifts and is cut at the end."""
 
     def __init__(self, compat: Literal["", "videobooth"] = "") -> None:
         super().__init__()
