@@ -34,7 +34,7 @@ def packaged(name: str) -> Path:
 
 
 def given_or_packaged(path: str, folder: str) -> Path:
-    """`path` if there is such a file, else the file of that name in a folder of the package."""
+    """Return `path` if there is such a file, else the file of that name in a folder of the package."""
     given = Path(path).expanduser()
     return given if given.exists() else packaged(f"{folder}/{path}")
 
@@ -166,7 +166,7 @@ class Lock:
         return not free
 
     def owner(self) -> str:
-        """Host, process number and slot of the last owner, for messages."""
+        """Return host, process number and slot of the last owner, for messages."""
         if self.number >= 0:  # opening and closing the file again would end this process's lock
             return os.pread(self.number, 4096, 0).decode().strip()
         return self.file.read_text().strip() if self.file.is_file() else ""

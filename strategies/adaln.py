@@ -6,6 +6,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_booth.errors import check_ranges
 from dit_booth.inject import Condition, Hidden, Modulation, Reference, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
@@ -20,8 +21,7 @@ class AdaLNConfig(StrategyConfig):
     """Width of the image vector that all sites share."""
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"adaln.width is {self.width}; use 1 or more")
+        check_ranges(self, "adaln", width="[1, 65536]")
 
 
 @register("adaln")

@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.attention import attend
+from dit_booth.errors import check_ranges
 from dit_booth.inject import KV, QKV, Condition, Hidden, Reference, Role, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
@@ -20,8 +21,7 @@ class DecoupledAttentionConfig(StrategyConfig):
     """Glob over the text attentions that also read the image (cross-frame ones where the backbone has none)."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"decoupled_attention.tokens is {self.tokens}; use 1 or more")
+        check_ranges(self, "decoupled_attention", scale="[-1000, 1000]", tokens="[1, 4096]")
 
 
 @register("decoupled_attention")

@@ -35,7 +35,7 @@ class InContext(Strategy):
 
 
 class Prepend(nn.Module):
-    """[reference; frames] along time."""
+    """Concatenate [reference; frames] along the frame axis."""
 
     def __init__(self, one_way: bool) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Prepend(nn.Module):
 
 
 class Drop(nn.Module):
-    """The video alone."""
+    """Remove the reference frame."""
 
     def forward(self, latents: Latents, image: Tensor | None) -> Latents:
         return replace(latents, x=latents.x[:, latents.context :], context=0)

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.errors import check_ranges
 from dit_booth.inject import KV, QKV, Condition, Hidden, Needs, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
@@ -29,14 +30,10 @@ class KVConcatConfig(StrategyConfig):
     """Give the frames keys and values of their own to train (the paper), or keep the backbone's."""
 
     def __post_init__(self) -> None:
-        if self.keyframe_every < 1:
-            raise ValueError(f"kv_concat.keyframe_every is {self.keyframe_every}; use 1 or more frames")
-        if self.reference_frames < 1:
-            raise ValueError(f"kv_concat.reference_frames is {self.reference_frames}; use 1 or more copies")
+        check_ranges(self, "kv_concat", keyframe_every="[1, 100000]", reference_frames="[1, 100000]")
         if self.reference_frames > 1 and self.reference_noise == "clean":
             raise ValueError(
-                f"kv_concat.reference_frames is {self.reference_frames} with reference_noise=clean, where all copies"
-                " are equal; use 1"
+                f"kv_concat.reference_frames is {self.reference_frames} with reference_noise=clean (all equal); use 1"
             )
 
 
@@ -71,7 +68,7 @@ class ReferenceKV(nn.Module):
             self.to_k_new, self.to_v_new = site.copy_of("to_k"), site.copy_of("to_v")
 
     def project(self, hidden: Tensor) -> KV:
-        """The reference's hidden state (b m c) as K_I and V_I."""
+        """Project the reference's hidden state (b m c) to K_I and V_I."""
         return KV(self.to_k_exemplar(hidden), self.to_v_exemplar(hidden))
 
     def forward(self, qkv: QKV, image: KV | None) -> QKV:
@@ -89,7 +86,7 @@ class ReferenceKV(nn.Module):
         return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
 
     def updated_values(self, qkv: QKV, frames: Segment, kv: KV, every: int) -> Tensor:
-        """Equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames i that the image reaches."""
+        """Compute equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames i that the image reaches."""
         q, k, v = (x[:, ::every] for x in (qkv.q, frames.k, frames.v))
         image = qkv.image(kv, ((0,),) * q.shape[1])
         if image.query is not None:

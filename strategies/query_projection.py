@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from dit_booth.errors import check_ranges
 from dit_booth.inject import QKV, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
@@ -23,8 +24,7 @@ class QueryProjectionConfig(StrategyConfig):
     """Glob over the attentions whose queries are learned; `*.attn2`: those of the text."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"query_projection.rank is {self.rank}; use 1 or more")
+        check_ranges(self, "query_projection", rank="[1, 65536]")
 
 
 @register("query_projection")

@@ -23,7 +23,7 @@ class SpatialConcat(Strategy):
 
     Config = SpatialConcatConfig
     trains_backbone = {"fine": ("*.attn1.*",), "joint": ("*.attn1.*",)}
-    excludes = ("in_context",)  # which brings the same latent by another door
+    excludes = ("in_context",)  # it adds the same latent
 
     def __init__(self, config: SpatialConcatConfig, sites: Sites) -> None:
         super().__init__(config, sites)
@@ -38,7 +38,7 @@ class SpatialConcat(Strategy):
 
 
 def below(latent: Tensor, x: Tensor) -> Tensor:
-    """The reference (b 1 c h w) in the size and number of the frames x (b f c h w)."""
+    """Return the reference (b 1 c h w) in the size and number of the frames x (b f c h w)."""
     picture = latent[:, 0]
     if picture.shape[-2:] != x.shape[-2:]:  # a square image prompt beside a wide video
         picture = F.interpolate(picture, x.shape[-2:], mode="bilinear", antialias=True)
@@ -46,7 +46,7 @@ def below(latent: Tensor, x: Tensor) -> Tensor:
 
 
 class PutBelow(nn.Module):
-    """[frame; reference] along the height."""
+    """Concatenate [frame; reference] along the height."""
 
     def forward(self, latents: Latents, image: Tensor | None) -> Latents:
         if image is None:
@@ -65,7 +65,7 @@ class CutBelow(nn.Module):
 
 
 class SkipText(nn.Module):
-    """CatVTON's text attention hands on its input."""
+    """Skip the text attention (CatVTON): its output is its input."""
 
     def forward(self, qkv: QKV, image: Tensor | None) -> QKV:
         return qkv if image is None else qkv.skipped()

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from dit_booth.errors import check_ranges
 from dit_booth.inject import KV, QKV, Condition, Hidden, Needs, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
@@ -31,9 +32,7 @@ class TokenBankConfig(StrategyConfig):
     """Glob over the cross-frame attentions that read the bank."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"token_bank.{name} is {getattr(self, name)}; use 1 or more")
+        check_ranges(self, "token_bank", tokens="[1, 4096]", depth="[1, 100]")
 
 
 @register("token_bank")
@@ -46,7 +45,7 @@ class TokenBank(Strategy):
     def __init__(self, config: TokenBankConfig, sites: Sites) -> None:
         super().__init__(config, sites)
         self.clip, self.noise = config.source == "clip", config.reference_noise
-        self.shared = nn.ModuleDict()  # width of what is read -> bank
+        self.shared = nn.ModuleDict()  # width of the source -> bank
         self.readers: dict[str, ReadBank] = {}
         chosen = sites.match(config.where, port="qkv", role="cross_frame")
         narrowest = min(site.dim for site in chosen)

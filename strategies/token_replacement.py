@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_booth.attention import Segment
+from dit_booth.errors import check_ranges
 from dit_booth.inject import QKV, Condition, Hidden, Modulation, PromptTokens, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
@@ -27,6 +28,9 @@ class TokenReplacementConfig(StrategyConfig):
     """Train copies of what reads the text: K/V of every text attention, or the DiT's text projection."""
     compat: Literal["", "videobooth"] = ""
     """videobooth: replace as the released code does, its mistakes included (docs/fidelity.md)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "token_replacement", width="[0, 65536]", l1_weight="[0, 1000]")
 
 
 @register("token_replacement")
@@ -54,7 +58,7 @@ class TokenReplacement(Strategy):
 
 
 class ReplaceSubject(nn.Module):
-    """Every occurrence of the subject becomes the image's words; the tail shifts; what passes the end is cut."""
+    """Replace every occurrence of the subject by the image's words; the tail shifts and is cut at the end."""
 
     def __init__(self, compat: Literal["", "videobooth"] = "") -> None:
         super().__init__()

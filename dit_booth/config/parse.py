@@ -89,7 +89,7 @@ def create(config: str | Path, settings: Mapping[str, object]) -> RunConfig:
         with redirect_stderr(said), redirect_stdout(said):
             return _parse_flags(merge(base, own), [])
     except SystemExit:
-        raise ValueError(_one_line(said.getvalue())) from None
+        raise ValueError(one_line(said.getvalue())) from None
 
 
 def config_file(name: str | Path) -> Path:
@@ -111,7 +111,7 @@ def _parse_flags(
         config=(
             tyro.conf.FlagConversionOff,
             tyro.conf.AvoidSubcommands,
-            tyro.conf.HelptextFromCommentsOff,  # or every parse reads the classes' sources anew
+            tyro.conf.HelptextFromCommentsOff,  # or every parse reads the classes' sources again
         ),
     )
 
@@ -129,10 +129,11 @@ def _check_names(settings: Mapping[str, object], known: PlainDict, section: str 
             _check_names(value, known[name], f"{field}.")
 
 
-def _one_line(box: str) -> str:
-    """Return the words of a message that tyro prints in a box."""
-    lines = [line.strip("╭╮╰╯─│ ") for line in box.splitlines()]
-    return " ".join(line for line in lines if line and "--help" not in line)
+def one_line(box: str) -> str:
+    """Return the text of tyro's error box in one line, without its title, rules and the pointer to the help."""
+    lines = [line.strip("╭╮╰╯─│|+- ") for line in box.splitlines()]
+    said = [line for line in lines if line and "--help" not in line and line != "Value error"]
+    return " ".join(said).removeprefix("Error parsing ")
 
 
 def load_plugins(settings: PlainDict, further: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Descriptions of strategies and models: ports, stages, and what they train on every model."""
+"""Descriptions of strategies and models: ports, stages, and trained parameters on every model."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Encoders:
 
     @classmethod
     def of(cls, clip: ClipConfig) -> Encoders:
-        """Those of a configuration's model, as far as its name tells (of a folder it does not: ViT-L/14's)."""
+        """Return the sizes of a configuration's model by its name; ViT-L/14's for a folder of weights."""
         settings = model_settings(clip.model)
         if clip.pretrained.startswith("local-dir:") or settings is None:
             return cls()
@@ -78,7 +78,7 @@ class ForwardCost:
 
 
 def table_of_sizes(latents: Latents) -> list[str]:
-    """DiT's sizes for one image: class labels, and a predicted variance."""
+    """Return a line for each DiT size, on one image: class labels, and a predicted variance."""
     lines = [
         "{} x {} x {} latents, one image with a class label (DiT, table 1 and figure 2)".format(*latents)
     ]
@@ -92,7 +92,7 @@ def table_of_sizes(latents: Latents) -> list[str]:
 def image_cost(
     size: Literal["nano", "S", "B", "L", "XL"], patch: Literal[1, 2, 4, 8], latents: Latents = (4, 32, 32)
 ) -> ForwardCost:
-    """DiT as published: one image, a class label, a predicted variance."""
+    """Compute the cost of a DiT as published: one image, a class label, a predicted variance."""
     config = DiTConfig(size=size, patch=patch, layout="image", plan="self", conditioning="class_label")
     with torch.device("meta"):
         dit = VideoDiT(config, channels=latents[0], out_channels=2 * latents[0], text_dim=1, text_embed_dim=1)
@@ -101,7 +101,7 @@ def image_cost(
 
 
 def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
-    """The backbone alone, and with the strategies and an image, in which the reference's own pass is counted."""
+    """Return the costs of the backbone alone and with strategies and an image (the reference pass included)."""
     frames, names = config.data.frames, find(config.strategy)
     model, shape = build(config, latents).requires_grad_(False), (1, frames, *latents)
 
@@ -122,7 +122,7 @@ def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
 
 
 def cost_of(module: nn.Module, forward: Callable[[], Any]) -> ForwardCost:
-    """Parameters of a module, and what `forward` costs."""
+    """Return a module's parameters and the multiply-adds of `forward`."""
     with torch.no_grad(), Flops() as counter:
         forward()
     return ForwardCost(sum(p.numel() for p in module.parameters()), counter.total // 2)
@@ -190,7 +190,7 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     encoders: Encoders = VIT_L_14,
 ) -> tuple[Tensor, Tensor, Prompt]:
-    """Noisy latents of `shape` (b f c h w), timesteps, prompts."""
+    """Return noisy latents of `shape` (b f c h w), timesteps, prompts."""
     x = torch.randn(*shape, device=device, dtype=dtype)
     return x, torch.full((shape[0],), 500.0, device=device), prompt(shape[0], device, encoders.tokens)
 
@@ -202,7 +202,7 @@ def reference(
     copies: int = 1,
     encoders: Encoders = VIT_L_14,
 ) -> Reference:
-    """An image prompt for each video of `shape` (b f c h w), of the video's size."""
+    """Return a random image prompt for each video of `shape` (b f c h w), of the video's size."""
     b, _, c, h, w = shape
     options: Any = {"device": device, "dtype": dtype}
     return Reference(

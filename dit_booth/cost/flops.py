@@ -22,7 +22,7 @@ Operator = Callable[..., Any]
 
 
 class Flops(TorchDispatchMode):
-    """Counts while it is entered, on any device, the meta device included.
+    """Count FLOPs while it is entered, on any device, the meta device included.
 
     The sum equals that of `torch.utils.flop_counter.FlopCounterMode`, which follows modules, breaks
     operations up (and so changes last digits), and takes nearly twice as long.
@@ -59,12 +59,12 @@ class Flops(TorchDispatchMode):
             out = func(*args, **kwargs)
             self.known[key] = [Layout.of(t) for t in ([out] if isinstance(out, Tensor) else out)]
             return out
-        first, *more = (layout and layout.tensor() for layout in self.known[key])
-        return (first, *more) if more else first
+        first, *others = (layout and layout.tensor() for layout in self.known[key])
+        return (first, *others) if others else first
 
 
 class Layout(NamedTuple):
-    """All that a tensor on the meta device has: shape, strides, dtype."""
+    """Layout of a tensor on the meta device: shape, strides, dtype."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -92,7 +92,7 @@ def layouts(values: Iterable[object]) -> Iterator[Hashable]:
 
 @cache
 def makes_tensors(func: Operator) -> bool:
-    """True if an operator returns new tensors only, and changes none that it is given."""
+    """Return True if an operator returns new tensors only, and changes none that it is given."""
     schema = getattr(func, "_schema", None)
     return bool(
         schema

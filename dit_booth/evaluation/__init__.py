@@ -85,7 +85,7 @@ def evaluate(
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Statistic]:
-    """Mean, standard error and count of every metric, over the videos that have it.
+    """Return mean, standard error and count of every metric, over the videos that have it.
 
     Raises:
         ValueError: there are no videos.

@@ -29,7 +29,7 @@ def clip_scores(
     image_features: ImageFeatures,
     text_features: TextFeatures,
 ) -> dict[str, list[float]]:
-    """The scores of every video, each the mean over its frames.
+    """Compute the scores of every video, each the mean over its frames.
 
     Args:
         videos: each `f 3 h w` in [-1, 1].

@@ -70,7 +70,7 @@ def palette(pixels: Tensor, k: int = 3) -> Palette:
 
 
 def palette_distance(a: Palette, b: Palette) -> float:
-    """Earth mover's distance between two palettes, in Delta E 2000.
+    """Compute the earth mover's distance between two palettes, in Delta E 2000.
 
     Minimises `sum_ij plan_ij deltaE(a_i, b_j)` over plans whose margins are the two weights (Rubner et al.,
     IJCV 2000), so two single colours are exactly their CIE2000 difference apart.
@@ -90,7 +90,7 @@ def palette_distance(a: Palette, b: Palette) -> float:
 def video_palette_distance(
     video: Tensor, image: Tensor, *, masks: Tensor | None = None, k: int = 3
 ) -> PaletteScore:
-    """The distance between the subject's palette in the frames and in the image prompt, mean over frames.
+    """Compute the distance between the subject's palette in the frames and in the image prompt, mean over frames.
 
     A frame without a subject counts with the palette of the whole frame: that is its background, which is far
     from any subject that can be seen on it. It is never left out, so a subject that vanishes scores worse.
@@ -122,7 +122,7 @@ def video_palette_distance(
 
 
 def subject_palette(frame: Tensor, mask: Tensor, k: int = 3) -> Palette:
-    """The palette of a frame `3 h w` in [-1, 1] inside `mask` (`h w` bool), or of the whole frame if the mask is empty.
+    """Return the palette of a frame `3 h w` in [-1, 1] inside `mask` (`h w` bool); of all of it if that is empty.
 
     The outline mixes subject and background, so it is left out where enough of the subject remains.
     """
@@ -137,7 +137,7 @@ def subject_palette(frame: Tensor, mask: Tensor, k: int = 3) -> Palette:
 def _k_means(
     points: Array, counts: NDArray[np.int64], k: int, rng: np.random.Generator
 ) -> tuple[Array, NDArray[np.int64], float]:
-    """Centres, nearest centre of every point, and the weighted inertia; starts as k-means++ does."""
+    """Return centres, nearest centre of every point, and the weighted inertia; starts as k-means++ does."""
     centres = points[[rng.choice(len(points), p=counts / counts.sum())]]
     while len(centres) < k:
         mass = counts * vq(points, centres, check_finite=False)[1] ** 2

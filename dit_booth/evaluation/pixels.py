@@ -10,7 +10,7 @@ from dit_booth.evaluation.check import check_pictures
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures or videos in [-1, 1]; infinite if they are equal.
+    """Compute the peak signal-to-noise ratio in dB of two pictures or videos in [-1, 1]; infinite if they are equal.
 
     Over a video it is the PSNR of the mean squared error of all frames, not the mean of the frames' PSNR.
 
@@ -24,7 +24,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def motion(video: Tensor) -> float:
-    """Mean absolute difference of consecutive frames, as a share of the range: 1 is black to white.
+    """Compute the mean absolute difference of consecutive frames, as a share of the range: 1 is black to white.
 
     A still video has the best consistency scores: report motion beside them, and beside the ground truth's.
 

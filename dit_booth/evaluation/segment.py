@@ -65,7 +65,7 @@ def subject_mask(frame: Tensor, *, background: Rgb | None = None) -> Tensor:
 
 
 def to_lab(values: Tensor) -> Array:
-    """CIELAB (D65) of colours in [-1, 1] along the last axis; values beyond are clamped."""
+    """Return CIELAB (D65) of colours in [-1, 1] along the last axis; values beyond are clamped."""
     return np.asarray(rgb2lab((values.detach().to("cpu", torch.float64).clamp(-1, 1).numpy() + 1) / 2))
 
 
@@ -92,7 +92,7 @@ def _border(height: int, width: int) -> NDArray[np.bool_]:
 
 
 def _commonest(lab: Array, border: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The border pixels around the border's commonest colour (the one with the most others near it)."""
+    """Return the border pixels around the border's commonest colour (the one with the most others near it)."""
     colours = lab[border]
     candidates = colours[:: max(1, len(colours) // 256)]
     apart = np.linalg.norm(
@@ -104,7 +104,7 @@ def _commonest(lab: Array, border: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _fit(lab: Array, chosen: NDArray[np.bool_], *, degree: int) -> Array:
-    """Least-squares polynomial surface through the chosen pixels, evaluated everywhere: `h w c`."""
+    """Fit a least-squares polynomial surface to the chosen pixels, evaluated everywhere: `h w c`."""
     y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in lab.shape[:2]), indexing="ij")
     terms = [x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)]
     basis = np.stack(terms, axis=-1)

@@ -30,7 +30,7 @@ _NEARBY = np.stack(
 
 
 def video_shape_overlap(video: Tensor, shape: str) -> float:
-    """Overlap (intersection over union) of the segmented subject and its best-fitting pose, the mean over frames.
+    """Compute the mean IoU over frames of the segmented subject and its best-fitting pose.
 
     1 is best; the toy world's own videos of 32 x 32 pixels have about 0.95.
 
@@ -45,7 +45,7 @@ def video_shape_overlap(video: Tensor, shape: str) -> float:
 
 
 def shape_overlap(mask: Tensor, shape: str) -> float:
-    """Overlap of one mask (`h w` bool, on the CPU) with its best-fitting pose; 0 if the mask is empty."""
+    """Compute the overlap of one mask (`h w` bool, on the CPU) with its best-fitting pose; 0 if the mask is empty."""
     if shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; choose one of {', '.join(SHAPES)}")
     seen: Mask = mask.numpy()
@@ -64,7 +64,7 @@ def best_shape(mask: Tensor) -> str:
 
 
 def _poses(seen: Mask, shape: str) -> Array:
-    """Poses of the mask's area and centroid, one for each angle: centre x, y and radius in pixels, angle."""
+    """Return poses of the mask's area and centroid, one for each angle: centre x, y and radius in pixels, angle."""
     rows, columns = seen.nonzero()
     area, (right, up) = _moments(shape)
     radius = math.sqrt(len(rows) / area)
@@ -75,7 +75,7 @@ def _poses(seen: Mask, shape: str) -> Array:
 
 
 def _overlaps(seen: Mask, shape: str, poses: Array) -> Array:
-    """Intersection over union of a mask and the shape in each of the poses."""
+    """Compute the intersection over union of a mask and the shape in each of the poses."""
     x, y, radius, angle = (column[:, None, None] for column in poses.T)
     columns, rows = (_reach(at, radius, size) for at, size in ((x, seen.shape[1]), (y, seen.shape[0])))
     right, up = (columns - x) / radius, (y - rows[:, None]) / radius
@@ -86,13 +86,13 @@ def _overlaps(seen: Mask, shape: str, poses: Array) -> Array:
 
 
 def _reach(at: Array, radius: Array, size: int) -> NDArray[np.int64]:
-    """The pixels of an axis that a shape in any of the poses may cover: it fits the unit circle."""
+    """Return the pixels of an axis that a shape in any of the poses may cover: it fits the unit circle."""
     return np.arange(max(0, math.floor((at - radius).min())), min(size, math.ceil((at + radius).max()) + 1))
 
 
 @cache
 def _moments(shape: str) -> tuple[float, tuple[float, float]]:
-    """Area and centroid (right, up) of a shape in units of its radius."""
+    """Compute area and centroid (right, up) of a shape in units of its radius."""
     grid = np.linspace(-1.05, 1.05, 211)
     x, y = np.meshgrid(grid, grid)
     inside = SHAPES[shape](x, y) < 0

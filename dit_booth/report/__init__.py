@@ -3,7 +3,7 @@
     study       points, groups
     read        files -> a study
     statistics  intervals, paired differences
-    table       groups -> rows of numbers (page, CSV and LaTeX all write this one object)
+    table       groups -> rows of values (page, CSV and LaTeX all write this one object)
     plots, svg, samples, settings, caveats   the other parts of the page
     page        all of it -> HTML (template, style and script are in page/)
 

@@ -1,4 +1,4 @@
-"""The table as CSV (every number in full) and as LaTeX (booktabs; the numbers as the page writes them)."""
+"""The table as CSV (every value in full) and as LaTeX (booktabs; values rounded as in the page)."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _sharing(study: Study) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``8.1 s``, ``4 min 6 s``, ``2 h 5 min``."""
+    """Format seconds: ``8.1 s``, ``4 min 6 s``, ``2 h 5 min``."""
     if math.isnan(seconds):
         return DASH
     if seconds < 60:

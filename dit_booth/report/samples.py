@@ -37,7 +37,7 @@ class SampleRow:
 
     @property
     def size(self) -> int:
-        """Characters in the page."""
+        """Return the number of characters in the page."""
         return sum(len(cell.uri) for cell in self.cells)
 
 

@@ -86,7 +86,7 @@ class Group:
 
     @property
     def status(self) -> str:
-        """Status of all points, or a count of each: ``1 failed, 1 waiting``."""
+        """Return the status of all points, or a count of each: ``1 failed, 1 waiting``."""
         counts = Counter(point.status for point in self.points)
         return ", ".join(f"{n} {status}" if len(counts) > 1 else status for status, n in counts.items())
 
@@ -101,7 +101,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Everything that a page shows."""
+    """The data of a page."""
 
     title: str
     folder: Path

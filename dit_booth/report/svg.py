@@ -17,7 +17,7 @@ MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def element(name: str, *children: str, **attributes: str | float) -> Markup:
-    """``element("g", child, x=1, class_="a")``; `_` at the end goes, other `_` become `-`; all text is escaped."""
+    """Make ``element("g", child, class_="a")``; `_` at the end goes, other `_` become `-`; all text is escaped."""
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(f"{v:.1f}" if isinstance(v, float) else v)}"'
         for key, v in attributes.items()
@@ -64,7 +64,7 @@ class Axis:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, about: int = 5) -> list[float]:
-        """Round numbers inside the axis: decades and their 1, 2, 5, or multiples of 1, 2, 2.5, 5 x 10^k."""
+        """Return round values inside the axis: decades and their 1, 2, 5, or multiples of 1, 2, 2.5, 5 x 10^k."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             marks = [base * 10.0**d for d in decades for base in (1, 2, 5)]

@@ -84,7 +84,7 @@ class ResultRow:
 
     @property
     def prompts(self) -> str:
-        """Number of prompts per seed, or its smallest and largest value."""
+        """Return the number of prompts per seed, or its smallest and largest value."""
         counts = sorted({score.n for point in self.group.finished for score in point.scores.values()})
         return DASH.join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "0"
 
@@ -116,7 +116,7 @@ class Table:
 
     @property
     def others(self) -> tuple[ResultRow, ...]:
-        """Rows to compare with the baseline."""
+        """Return the rows to compare with the baseline."""
         return tuple(row for row in self.rows if self.baseline and row.group.id != self.baseline.group.id)
 
 

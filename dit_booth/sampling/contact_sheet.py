@@ -65,13 +65,13 @@ class _Layout:
 
     @property
     def strip(self) -> int:
-        """Width of a video's column; never narrower than its label."""
+        """Return the width of a video's column; never narrower than its label."""
         frames = self.frames * self.width + (self.frames - 1) * _GAP
         return max(frames, math.ceil(_font().getlength("ground truth")))
 
     @property
     def lefts(self) -> dict[str, int]:
-        """The left edge of every column."""
+        """Return the left edge of every column."""
         generated = _MARGIN + self.height + _GUTTER
         if not self.truth:
             return {"image prompt": _MARGIN, "generated": generated}
@@ -163,7 +163,7 @@ def _draw_row(sheet: Image.Image, layout: _Layout, row: SheetRow, lines: list[st
 
 
 def _picture(values: Tensor, height: int, width: int) -> Image.Image:
-    """`3 h w` in [-1, 1] as a picture of the given size; nearest where that is a whole enlargement."""
+    """Resize `3 h w` in [-1, 1] to a picture; nearest-neighbour where that is an integer enlargement."""
     pixels = rearrange((values.detach().cpu().float().clamp(-1, 1) + 1) * 127.5, "c h w -> h w c")
     picture = Image.fromarray(pixels.round().byte().numpy())
     whole = height % picture.height == 0 and width % picture.width == 0

@@ -1,4 +1,4 @@
-"""`Video`: what a pipeline returns."""
+"""`Video`: the result of a pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dit_booth.sampling.contact_sheet import SheetRow, draw_contact_sheet
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Video:
-    """A sampled video, and what it was sampled from.
+    """A sampled video, with its text and image prompts.
 
     Attributes:
         frames: `f h w 3`, uint8.
@@ -44,7 +44,7 @@ class Video:
 
     @property
     def tensor(self) -> Tensor:
-        """The frames as `f 3 h w`, float32 in [-1, 1]."""
+        """Return the frames as `f 3 h w`, float32 in [-1, 1]."""
         return rearrange(_to_float(self.frames), "f h w c -> f c h w")
 
     def __len__(self) -> int:

@@ -155,15 +155,13 @@ def _point(description: Description, variant: Variant) -> Point:
 
 def _configure(description: Description, variant: Variant, where: str) -> RunConfig:
     """Return the configuration of a point's run, made by the parser of runs."""
-    from dit_booth.config.parse import parse, to_argv
+    from dit_booth.config.parse import one_line, parse, to_argv
     from dit_booth.strategy import names_in, registered
 
     seeds = {} if variant.seed is None else dict.fromkeys(SEEDS, variant.seed)
     options = {**description.options, **variant.options, **seeds}
     chosen = names_in(str(options["strategy"])) if "strategy" in options else None
-    if (
-        chosen is not None
-    ):  # as with --strategy, which drops the configuration file's options of other strategies
+    if chosen is not None:  # as --strategy does: drop the base's options of other strategies
         others = set(registered()) - set(chosen)
         options = {k: v for k, v in options.items() if k in variant.options or k.split(".")[0] not in others}
     said = io.StringIO()
@@ -171,9 +169,7 @@ def _configure(description: Description, variant: Variant, where: str) -> RunCon
         with redirect_stderr(said), redirect_stdout(said), _quiet():
             return parse(["--config", description.base, *to_argv(options)])
     except SystemExit:
-        raise ValueError(
-            f"{where}: {_unknown(description, options) or _tyro_error(said.getvalue())}"
-        ) from None
+        raise ValueError(f"{where}: {_unknown(description, options) or one_line(said.getvalue())}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -191,12 +187,6 @@ def _unknown(description: Description, options: Mapping[str, object]) -> str:
         if name not in known:
             return f"option {name!r} is unknown to a run of {strategy!r}{suggest(name, known)}"
     return ""
-
-
-def _tyro_error(text: str) -> str:
-    """Return the text of tyro's error box in one line."""
-    lines = [line.strip("╭╮╰╯─│ ") for line in text.splitlines()]
-    return " ".join(line for line in lines if line and "--help" not in line)
 
 
 @contextmanager

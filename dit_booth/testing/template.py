@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Template(Generic[M]):
-    """A module of which `copy` makes copies, equal to it tensor by tensor, that share no tensor with it.
+    """A module to copy: copies are equal to it tensor by tensor and share no tensor with it.
 
     A parameter that has two names has them in the copy, too. Everything except its tensors must be picklable.
     """

@@ -63,7 +63,7 @@ class Trial:
 
     @property
     def stages(self) -> list[StageName]:
-        """The stages in which one of the strategies trains parameters."""
+        """Return the stages in which one of the strategies trains parameters."""
         return [s for s in STAGES if any(s in self.model.strategy.part(n).stages() for n in self.classes)]
 
     def reference(self, seed: int = 0, batch: int = 2) -> Reference:
@@ -99,7 +99,7 @@ class Trial:
         return self.x[rows], self.t[rows], self.prompt.each(lambda y: y[rows]), mine
 
     def train_in(self, stage: StageName) -> dict[str, nn.Parameter]:
-        """Make trainable what a stage trains, with all strategies active; return it by name."""
+        """Make a stage's parameters trainable, with all strategies active; return them by name."""
         globs = trainable_globs(self.components.config, self.model, stage, tuple(self.classes))
         return set_trainable(self.model, globs)
 

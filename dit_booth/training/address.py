@@ -1,4 +1,4 @@
-"""A stage's address: the hash of everything that determines what it results in. Equal addresses are one training.
+"""A stage's address: the hash of everything that determines its result. Equal addresses are one training.
 
 What enters: the stage's own settings and those of the stages before it (through their addresses), the seed, backbone,
 start weights, encoders, objective, training data, DeepSpeed's settings, and the active strategies with their options;
@@ -57,7 +57,7 @@ class Stage:
 
 
 def stages_of(config: RunConfig) -> list[Stage]:
-    """The stages of a run, in order. ValueError: a stage that cannot be, or start weights that are not there."""
+    """Return the stages of a run, in order. ValueError: an impossible stage, or missing start weights."""
     schedule, common, out = schedule_of(config), _common(config), list[Stage]()
     for index, name in enumerate(schedule):
         active = active_strategies(config, schedule, index)
@@ -75,7 +75,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
 
 
 def digest(value: object, length: int = 12) -> str:
-    """Hex digits of a hash of plain containers."""
+    """Return the first hex digits of a hash of plain containers."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
@@ -102,7 +102,7 @@ def _common(config: RunConfig) -> PlainDict:
 
 
 def _strategies(config: RunConfig, active: tuple[str, ...]) -> PlainDict:
-    """The active strategies, with their places in the sum and their options."""
+    """Return the active strategies, with their places in the sum and their options."""
     options = config.options()
     return {
         name: {"place": place, "options": asdict(options[name]) if name in options else {}}
@@ -111,9 +111,9 @@ def _strategies(config: RunConfig, active: tuple[str, ...]) -> PlainDict:
 
 
 def _plugins(config: RunConfig, active: tuple[str, ...]) -> dict[str, list[str]]:
-    """The content of the plug-in files, where one of the active strategies is from them (they may import each other).
+    """Return hashes of all plug-in files if an active strategy is from one (they may import each other).
 
-    Nothing for other stages, so that their addresses are the same with and without plug-ins.
+    Other stages get an empty mapping, so that their addresses are the same with and without plug-ins.
     """
     classes = find(config.strategy)
     if not any(is_plugin(classes[name].__module__) for name in active):
@@ -130,7 +130,7 @@ def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple
 
 
 def _engine(config: RunConfig) -> object:
-    """DeepSpeed's settings by content; a file that is no JSON is named by the run that reads it."""
+    """Return the content of DeepSpeed's settings. ValueError: the file is missing or is not JSON."""
     file = given_or_packaged(config.ds_config, "configs")
     if not file.is_file():
         raise ValueError(
@@ -157,7 +157,7 @@ def _data_files(config: RunConfig) -> Mapping[str, list[str]]:
 
 
 def _weights(config: RunConfig) -> str:
-    """The content of the backbone's start."""
+    """Return the hash of the backbone's start weights; empty for random ones."""
     if config.weights == "none":
         return ""
     if config.weights == "embedded":
@@ -175,7 +175,7 @@ def _local(name: str, source: str) -> str:
 
 
 def _local_or_hub(source: str) -> str:
-    """The content of the embedded, local or (by its name) downloaded weights of an encoder."""
+    """Return the hash of an encoder's embedded or local weights, or the name of those to download."""
     if source == "embedded":
         return content_of(ASSETS / "clip.safetensors")
     path = Path(source.removeprefix("local-dir:")).expanduser()
@@ -183,7 +183,7 @@ def _local_or_hub(source: str) -> str:
 
 
 def content_of(path: Path) -> str:
-    """A hash of a file's content, or of a folder's weights and settings: of a run folder, its own weights."""
+    """Return a hash of a file, or of a folder's weights and settings (of a run folder: its own weights)."""
     if path.is_file():
         status = path.stat()
         return _hash_file(os.fspath(path.resolve()), status.st_size, status.st_mtime_ns)
@@ -200,6 +200,6 @@ def content_of(path: Path) -> str:
 
 @functools.cache
 def _hash_file(path: str, size: int, changed: int) -> str:
-    """By path, size and time of change, so that a sweep reads a file of weights once and not for every point."""
+    """Hash a file once for each path, size and modification time: the points of a sweep share their weights."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

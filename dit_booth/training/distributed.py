@@ -28,7 +28,7 @@ _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them."""
+    """This process's rank, the number of ranks, and its device."""
 
     rank: int
     world: int
@@ -39,16 +39,16 @@ class Ranks:
         return self.rank == 0
 
     def mean(self, *values: float) -> list[float]:
-        """Each value averaged over all ranks."""
+        """Average each value over all ranks."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(v) / self.world for v in tensor]
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value, on every rank."""
-        told = [value]
-        dist.broadcast_object_list(told, device=self.device)
-        return told[0]
+        """Return the first rank's value on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
     def barrier(self) -> None:
         dist.barrier()
@@ -57,9 +57,9 @@ class Ranks:
 @contextlib.contextmanager
 def owning(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Own a folder (`dit_booth.files.Lock`); wait until no other run does, however long that takes."""
-    lock, told = Lock(folder), False
+    lock, logged = Lock(folder), False
     while not ranks.broadcast(ranks.first and lock.take()):  # not a barrier: those give up after some minutes
-        if ranks.first and not told and (told := True):
+        if ranks.first and not logged and (logged := True):
             log.info("%s is another process's (%s); waiting for it", folder, lock.owner())
         time.sleep(1)
     try:
@@ -93,7 +93,7 @@ def import_deepspeed() -> ModuleType:
 
 
 def _import_muon() -> None:
-    """DeepSpeed's Muon, which every ZeRO engine imports and no run uses, without torch.compile around its functions.
+    """Import DeepSpeed's Muon, which every ZeRO engine imports and no run uses, without torch.compile.
 
     As a decorator that loads Inductor: two of the start's seconds, in every rank.
     """
@@ -109,7 +109,7 @@ def _import_muon() -> None:
 
 
 def initialize(**arguments: object) -> Any:
-    """The engine of ``deepspeed.initialize``, whose stage 3 formats every parameter for messages it does not print."""
+    """Return ``deepspeed.initialize``'s engine, without stage 3's formatting of messages that it does not print."""
     with printoptions(threshold=0, edgeitems=1):  # half of its time in a profile of small networks
         engine, *_ = import_deepspeed().initialize(**arguments)
     return engine
@@ -143,7 +143,7 @@ def start() -> Ranks:
 
 
 def free_memory(ranks: Ranks) -> None:
-    """Give a GPU's memory back that nothing refers to any more; what CUDA itself holds goes with the process."""
+    """Free unreferenced GPU memory; CUDA's own context stays until the process ends."""
     gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def local(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter: its ZeRO-3 partition, or all of it."""
+    """Return this rank's part of a parameter: its ZeRO-3 partition, or all of it."""
     return getattr(parameter, "ds_tensor", parameter).data
 
 
 def power_of(width: float) -> float:
-    """The exponent gamma of EDM2's power-function average whose standard deviation is `width` of the training so far.
+    """Return EDM2's exponent gamma for a power-function average of relative standard deviation `width`.
 
     width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al., arXiv 2312.02696, section 3.1); it falls with
     gamma, from 0.289 at gamma 0.
@@ -40,19 +40,19 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step `step` (from 1)."""
+        """Update the averages after optimizer step `step` (from 1)."""
         decay = self.decay_at(step)
         for name, parameter in self.parameters.items():
             self.shadow[name].lerp_(local(parameter).float(), 1 - decay)
 
     def decay_at(self, step: int) -> float:
-        """A constant decay warms up, so that the start is soon forgotten; EDM2's grows with the step (section 3.1)."""
+        """Return the decay at a step: the constant one after a warm-up, or EDM2's, which grows (section 3.1)."""
         if self.power is None:
             return min(self.decay, (1 + step) / (10 + step))
         return float((1 - 1 / step) ** (self.power + 1))
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
-        """The end of a stage: its averaged weights become its weights."""
+        """Replace the parameters by their averages, at the end of a stage."""
         for name, parameter in self.parameters.items():
             local(parameter).copy_(self.shadow[name])

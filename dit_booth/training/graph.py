@@ -11,7 +11,7 @@ WARM_UP = 3
 
 
 def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`step`, to be called again and again, as a replay of its capture on CUDA; itself on the CPU.
+    """Return a replay of `step`'s CUDA graph, for repeated calls; on the CPU `step` itself.
 
     The step must not read a value back from the device, and what changes between its calls must lie in tensors that it
     reads in place (a learning rate, a batch). It runs `WARM_UP` times before the capture, and not during it. What it

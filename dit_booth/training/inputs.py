@@ -46,9 +46,9 @@ class Inputs:
         )
 
 
-def generator_of(*numbers: int) -> torch.Generator:
-    """Return a generator that is a pure function of the numbers (seed, stage, step, ...): resuming repeats it."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+def generator_of(*seeds: int) -> torch.Generator:
+    """Return a generator that is a pure function of the seeds (seed, stage, step, ...): resuming repeats it."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed % 2**63)
 
 

@@ -15,7 +15,7 @@ from dit_booth.errors import suggest
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], train: TrainConfig, lr: float
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over named parameters; its fused kernel where there is one.
+    """Build AdamW (Loshchilov & Hutter, arXiv 1711.05101) over named parameters; fused where possible.
 
     ValueError: a glob of `train.decay_of` that matches none of them.
     """
@@ -25,7 +25,7 @@ def make_optimizer(
 
 
 def decay_groups(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -> list[PlainDict]:
-    """One group of parameters for each weight decay, in the order in which they first occur."""
+    """Return one group of parameters for each weight decay, in the order in which they first occur."""
     rules = [rule.rpartition("=") for rule in train.decay_of]
     for glob, _, _ in rules:
         if not any(fnmatchcase(name, glob) for name in parameters):
@@ -41,5 +41,5 @@ def decay_groups(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -> 
 
 
 def has_fused(parameters: list[nn.Parameter]) -> bool:
-    """PyTorch's fused AdamW takes floating-point parameters on CUDA and on the CPU: one pass over memory a step."""
+    """Return True if PyTorch's fused AdamW takes the parameters: floating point, on CUDA or the CPU."""
     return all(p.is_floating_point() and p.device.type in ("cuda", "cpu") for p in parameters)

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def schedule_of(config: RunConfig) -> tuple[StageName, ...]:
-    """The stages of a run, in order: as configured, or coarse and fine as far as a strategy trains in them."""
+    """Return the stages of a run: as configured, or those of coarse and fine in which a strategy trains."""
     if config.schedule:
         return config.schedule
     trained = {stage for cls in find(config.strategy).values() for stage in cls.stages()}
@@ -26,7 +26,7 @@ def schedule_of(config: RunConfig) -> tuple[StageName, ...]:
 
 
 def active_strategies(config: RunConfig, schedule: Sequence[StageName], index: int) -> tuple[str, ...]:
-    """The strategies that take part in a stage: as configured, or those that this stage or an earlier one trains."""
+    """Return a stage's active strategies: as configured, or those that it or an earlier stage trains."""
     stage, classes = stage_config(config, schedule[index]), find(config.strategy)
     for name in stage.strategies:
         if name not in classes:
@@ -48,7 +48,7 @@ def stage_config(config: RunConfig, name: StageName) -> StageConfig:
 def trainable_globs(
     config: RunConfig, model: Injected, name: StageName, active: Sequence[str]
 ) -> tuple[str, ...]:
-    """Globs over the model's parameter names that a stage trains, as configured or as its strategies declare."""
+    """Return globs over the names of a stage's trained parameters: as configured, or as its strategies declare."""
     return declared_globs(config, name, {strategy: model.strategy.part(strategy) for strategy in active})
 
 
@@ -113,7 +113,7 @@ def check_starts(config: RunConfig, model: Injected, loaded: Collection[str]) ->
 def set_trainable(
     model: nn.Module, globs: Sequence[str], active: Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """Freeze everything, thaw what the globs match, and return it by name. A glob that matches nothing is an error.
+    """Freeze everything but the parameters that match the globs; return those by name. ValueError: no match.
 
     With `active`, the parameters of other strategies stay frozen: they take no part, so a stage's result does not
     depend on them.

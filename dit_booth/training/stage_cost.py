@@ -55,7 +55,7 @@ class StageCost:
         return cls(count, flops * components.config.train.batch_size, ranks)
 
     def write(self, folder: Path) -> None:
-        """``cost.json`` of a stage whose steps are all in its ``metrics.jsonl``."""
+        """Write ``cost.json`` of a stage whose steps are all in its ``metrics.jsonl``."""
         device = self.ranks.device
         seconds = [line["seconds"] for line in read_lines(folder / METRICS)]
         cost = {
@@ -78,7 +78,7 @@ def count_flops(
     dtype: torch.dtype,
     device: torch.device,
 ) -> float:
-    """FLOPs of forward and backward for one video, with the parameters that are trainable now.
+    """Count FLOPs of forward and backward for one video, with the parameters that are trainable now.
 
     They are counted on a copy, which gets the gradients.
     """
@@ -101,7 +101,7 @@ def dtype_of(settings: PlainDict) -> torch.dtype:
 def write_run_cost(
     folder: Path, config: RunConfig, stages: Sequence[Stage], seconds: Mapping[str, float]
 ) -> None:
-    """``cost.json`` of a run: that of its stages, wherever they were trained, and `seconds` of its own.
+    """Write ``cost.json`` of a run: the sum over its stages, wherever they were trained, and its own `seconds`.
 
     FLOPs and seconds of a step are those of the last stage, the memory is the largest of any stage, and a parameter
     that several stages train counts once.
@@ -137,7 +137,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak begin anew: earlier stages and the copy that FLOPs are counted on are no part of a stage's."""
+    """Reset the peak: it excludes earlier stages and the copy on which FLOPs are counted."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -147,7 +147,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held since `reset_peak_memory`: by PyTorch on a GPU, else by the whole process."""
+    """Return the peak memory since `reset_peak_memory`: by PyTorch on a GPU, else by the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):

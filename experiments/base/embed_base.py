@@ -16,7 +16,7 @@ from dit_booth.models.weights import ASSETS, part, read, write
 
 
 def main(folder: Path) -> None:
-    """Weights in float16 under dit_booth/assets/, every 25th line of the log under docs/results/.
+    """Write weights in float16 under dit_booth/assets/, every 25th line of the log under docs/results/.
 
     ValueError: the run is not finished.
     """
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
 
 
 def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Floating-point tensors in float16."""
+    """Convert floating-point tensors to float16."""
     return {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in state.items()}
 
 

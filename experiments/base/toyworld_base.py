@@ -3,10 +3,10 @@
     python experiments/base/toyworld_base.py --config experiments/configs/toyworld_base.yaml --out runs/base-dit
     python experiments/base/embed_base.py runs/base-dit
 
-For a network of two million parameters a step of `run.py` is mostly Python, DeepSpeed and random numbers of the CPU.
+For a network of two million parameters a step of `run.py` is mostly Python, DeepSpeed and random draws on the CPU.
 Here a pool of rendered videos lies on the device, the step draws from it, and what leads to the gradients (draw, noise,
 forward, backward, clipping) is captured once in a CUDA graph and replayed. Objective, network, stages, schedules and
-averages are those of the same configuration in `run.py`; the random numbers are others, and Muon can have the matrices.
+averages are those of the same configuration in `run.py`; the random draws differ, and Muon can have the matrices.
 On the CPU there is no graph, and `train.compile=True` makes a step about a third shorter.
 """
 
@@ -63,7 +63,7 @@ class BaseArguments:
     seconds: float = 0.0
     """Most seconds of a stage: its steps are cut to as many as fit, and run.yaml has their number; 0: no limit."""
     muon: float = 0.0
-    """Muon (Jordan et al., 2024) on the blocks' matrices and convolutions, at so many times the stage's learning rate;
+    """Muon (Jordan et al., 2024) on the blocks' matrices and convolutions, as a multiple of the stage's learning rate;
     AdamW has the rest. 0: AdamW has all."""
     bf16: bool = False
     """Matrix products in bfloat16 (autocast; Muon's too); slow on a CPU without instructions for it."""
@@ -93,7 +93,7 @@ class VideoPool:
         processes: int,
         favour: Mapping[str, float] = MappingProxyType({}),
     ) -> VideoPool:
-        """The first `count` videos of the training split; equal for any number of processes.
+        """Render the first `count` videos of the training split; equal for any number of processes.
 
         ValueError: not the toy world, or `favour` has a word of no caption or a weight that is not positive.
         """
@@ -107,15 +107,15 @@ class VideoPool:
         videos = torch.empty(shape, dtype=torch.uint8).share_memory_()
         bounds = np.linspace(0, count, 8 * processes + 1).astype(int)
         jobs = [(world, videos[a:b], int(a)) for a, b in pairwise(bounds)]
-        with multiprocessing.get_context("fork").VideoPool(processes, torch.set_num_threads, (1,)) as workers:
-            captions = [caption for told in workers.starmap(_render, jobs) for caption in told]
+        with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as workers:
+            captions = [caption for rendered in workers.starmap(_render, jobs) for caption in rendered]
         device = next(components.model.parameters()).device
         cumulative = torch.tensor(odds(captions, favour), dtype=torch.float64).cumsum(0)
         ids = components.model.text.tokenize(captions).ids
         return cls(videos.to(device), ids, (cumulative / cumulative[-1]).to(device))
 
     def draw(self, rows: int) -> Tensor:
-        """Indices (rows,) of videos, with replacement."""
+        """Draw indices (rows,) of videos, with replacement."""
         chance = torch.rand(rows, device=self.cumulative.device, dtype=self.cumulative.dtype)
         return torch.searchsorted(self.cumulative, chance, right=True)
 
@@ -189,7 +189,7 @@ class BaseTrainer:
             self.loss += loss
 
     def update(self, step: int) -> None:
-        """Weights and averages after the gradients of step `step` (from 1)."""
+        """Update weights and averages after the gradients of step `step` (from 1)."""
         for optimizer, factor in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * self.lr(step)
@@ -199,11 +199,11 @@ class BaseTrainer:
             torch._foreach_lerp_(shadow, [p.data for p in self.parameters], 1 - decay)
 
     def lr(self, step: int) -> float:
-        """AdamW's at step `step` (from 1)."""
+        """Return AdamW's learning rate at step `step` (from 1)."""
         return self.stage.lr * learning_rate(step - 1, self.stage)
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Latents (b f c h w) and captions (b l); with single frames, as many frames, of videos of their own."""
+        """Draw latents (b f c h w) and captions (b l); with single frames, as many frames, of videos of their own."""
         frames = self.pool.videos.shape[1]
         rows = self.config.train.batch_size * (frames if self.stage.single_frames else 1)
         device = self.pool.videos.device
@@ -240,7 +240,7 @@ class BaseTrainer:
         self.ema.copy_to_parameters()
 
     def averages(self) -> dict[str, Tensor]:
-        """The network's state so far, trained weights averaged; without the strategy's."""
+        """Return the network's state so far, trained weights averaged; without the strategy's."""
         state = {k: v for k, v in self.components.model.state_dict().items() if not k.startswith("strategy.")}
         return state | self.ema.shadow
 
@@ -248,7 +248,7 @@ class BaseTrainer:
 def make_optimizers(
     trained: dict[str, nn.Parameter], train: TrainConfig, muon: float, bf16: bool
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """AdamW, and Muon for the blocks' matrices unless `muon` is 0; each with a factor of the learning rate.
+    """Build AdamW, and Muon for the blocks' matrices unless `muon` is 0; each with a factor of the learning rate.
 
     A depth-wise kernel, with a single channel of input, is no matrix.
 

@@ -76,16 +76,16 @@ def main(settings: ClipArguments) -> None:
         prompt = text.tokenize(captions)
         image, words, scale = contrastive_forward(model, images, prompt)
         loss, accuracy = contrastive_loss(scale * image @ words.T)
-        told = words_loss(tell(scale.detach() * words), prompt.ids)
+        token_loss = words_loss(tell(scale.detach() * words), prompt.ids)
         optimizer.zero_grad()
-        (loss + WORDS_WEIGHT * told).backward()
+        (loss + WORDS_WEIGHT * token_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             dict(model.named_parameters())["logit_scale"].clamp_(max=4.6052)  # 100, as in CLIP
         if step % 25 == 24:
-            row = {"loss": loss.item(), "accuracy": accuracy.item(), "words_loss": told.item()}
+            row = {"loss": loss.item(), "accuracy": accuracy.item(), "words_loss": token_loss.item()}
             log.append({"step": step + 1, **row, "s": time.time() - start})
             print(json.dumps(log[-1]), flush=True)
     write(Path(settings.out), clip_state_dict(model.cpu(), torch.float16))
@@ -93,7 +93,7 @@ def main(settings: ClipArguments) -> None:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm-up over 50 steps, then cosine to zero, as a share of the peak."""
+    """Return the learning rate: warm-up over 50 steps, then cosine to zero, as a share of the peak."""
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps))))
 
 
@@ -106,14 +106,14 @@ def pairs(batch: Batch) -> tuple[Tensor, list[str]]:
 
 
 def contrastive_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """CLIP's symmetric cross-entropy over a batch, and the share of captions that find their image."""
+    """Compute CLIP's symmetric cross-entropy over a batch, and the share of captions that find their image."""
     target = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, (logits.argmax(0) == target).float().mean()
 
 
 def words_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Binary cross-entropy of which tokens a caption has, over those of the batch; logits (b v), ids (b l)."""
+    """Compute the binary cross-entropy of the tokens of each caption; logits (b v), ids (b l)."""
     seen = ids.unique()
     has = torch.zeros_like(logits).scatter_(1, ids, 1.0)
     return F.binary_cross_entropy_with_logits(logits[:, seen], has[:, seen])

@@ -74,7 +74,7 @@ class AttentionArguments:
     clock: Literal["wall", "cpu"] = "wall"
     """Wall seconds or processor seconds; on a busy machine use processor seconds of one thread (--threads 1)."""
     rounds: int = 7
-    """Runs of every competitor, in turn."""
+    """Runs of every competitor, interleaved."""
     budget: float = 450.0
     """Seconds after which no further case of the grid is begun."""
 
@@ -227,7 +227,7 @@ def competitors(case: AttentionCase, device: str) -> dict[str, Competitor]:
     if 8 * scores < limit and case.flops(False) * case.frames < (1e11 if device == "cpu" else 1e14):
         found["dense mask"] = dense_mask
     if device == "cuda" and case == BARS:
-        found["flex"] = flex  # elsewhere too it would compile anew for every shape, half a minute each
+        found["flex"] = flex  # elsewhere too it would compile again for every shape, half a minute each
         found |= {f"segments by {name}": partial(segments, kernel=name) for name in other_kernels(case)}
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             found[f"cat+repeat by {backend.name.split('_')[0].lower()}"] = partial(cat_repeat_by, backend)

@@ -69,7 +69,7 @@ def main(settings: CaptionsArguments) -> None:
 
 
 def ask(components: Components, wanted: dict[str, int]) -> list[tuple[str, Example]]:
-    """The first held-out examples whose captions name each motion, so many of each, in the order of the motions."""
+    """Return the first held-out examples of each motion, as many as `wanted`, in the order of the motions."""
     world, named = components.dataset(heldout=True), {motion: list[Example]() for motion in wanted}
     for i in count():
         example = world[i]

@@ -4,7 +4,7 @@
     python -m experiments.bench.dit --table docs/results/dit_cpu.md
 
 S/2 (hidden 384, depth 12, heads 6, patch 2), one video of 16 x 32 x 32 latents, float32, without gradients.
-``interleaved``: spatial and temporal blocks take turns, as in Latte. ``factorised``: both in every block, every frame
+``interleaved``: spatial and temporal blocks alternate, as in Latte. ``factorised``: both in every block, every frame
 reading the first and the previous one. ``joint``: one attention over space and time.
 """
 

@@ -48,7 +48,7 @@ def interleaved(
     warm_up: int = 1,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Times]:
-    """Times of the jobs, run in turn, so that whatever else the machine does hits all alike.
+    """Measure the jobs interleaved, so that other load on the machine affects all alike.
 
     clock: on the CPU, `time.perf_counter`, or `time.process_time` (with one thread, on a busy machine).
     """

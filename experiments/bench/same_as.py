@@ -60,7 +60,7 @@ class ComparisonConfig:
     out: Path = Path("runs/bench/same_as")
     """Folder of the runs and of the results (results.jsonl)."""
     again: bool = False
-    """Run every case anew."""
+    """Run every case again."""
     other_flags: str = ""
     """Further flags of the other checkout's runs."""
     renamed: tuple[str, ...] = ()
@@ -272,7 +272,7 @@ def compare_tensors(here: Path, there: Path) -> Tensors:
 
 
 def output_of(command: Sequence[str], folder: Path) -> str:
-    """Standard output of a command. ValueError, with what it says, if it fails."""
+    """Return a command's standard output. ValueError, with its last line, if it fails."""
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if ended.returncode:
         said = ended.stderr.strip().splitlines() or ["nothing"]

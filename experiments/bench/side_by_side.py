@@ -1,4 +1,4 @@
-"""Forward passes of a few networks on the CPU, in turn: times, and peak memory of a process that runs one alone."""
+"""Forward passes of a few networks on the CPU, interleaved: times, and peak memory of a process that runs one alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SideBySideArguments:
     threads: int = 2
     """Threads of the CPU."""
     rounds: int = 5
-    """Runs of every job, in turn."""
+    """Runs of every job, interleaved."""
     peak: str = ""
     """Run this one job twice and print the process's peak memory (what the bench starts for itself)."""
 

@@ -131,9 +131,9 @@ def run(options: SweepCostArguments) -> dict[str, Any]:
             for point in range(options.points)
         )
         naive = sum(seconds for seconds, _ in alone)
-    told = {name: getattr(options, name) for name in ("steps", "videos", "batch", "launcher")}
+    settings = {name: getattr(options, name) for name in ("steps", "videos", "batch", "launcher")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {**told, **costs(rows, seconds, naive), **conditions(device)}
+    return {**settings, **costs(rows, seconds, naive), **conditions(device)}
 
 
 def page(row: Mapping[str, Any], command: str) -> str:

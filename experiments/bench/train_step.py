@@ -202,7 +202,7 @@ class StepBench:
 def measure(
     case: StepCase, options: TrainStepArguments, beside: StepBench | None = None
 ) -> tuple[dict[str, Any], StepBench]:
-    """One line of results; steps are timed in turn with those of the bench beside it, where there is one."""
+    """One line of results; steps are interleaved with those of the bench beside it, where there is one."""
     device, dtype = torch.device(options.device), torch.float32 if options.device == "cpu" else torch.bfloat16
     clock = CLOCKS[options.clock]
     bench = StepBench.of(case, options, device, dtype)

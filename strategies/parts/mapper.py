@@ -17,7 +17,7 @@ class Mapper(nn.Module):
             self.add_module(f"mapping_patch_{j}", _mlp(image_dim, width, text_dim))
 
     def forward(self, states: tuple[Tensor, ...]) -> Tensor:
-        """Five of (b (1 + n) c) -> b 5 d."""
+        """Map five states (b (1 + n) c) to words (b 5 d)."""
         cls, patch = (
             [self.get_submodule(f"{n}_{j}") for j in range(self.states)] for n in ("mapping", "mapping_patch")
         )

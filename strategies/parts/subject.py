@@ -9,7 +9,7 @@ from dit_booth.inject import PromptTokens
 
 
 def sources(prompt: PromptTokens, count: int) -> list[list[int]]:
-    """Every occurrence of the whole subject becomes the words, the tail shifts, what passes the end is cut: b l."""
+    """Return sources (b l): the words replace each whole subject, the tail shifts and is cut at the end."""
     return [_row(spans, count) for spans in prompt.spans.tolist()]
 
 
@@ -25,13 +25,13 @@ def _row(spans: list[int], count: int) -> list[int]:
 
 
 def released_sources(prompt: PromptTokens, count: int) -> list[list[int]]:
-    """Do as `sources`, by the released code's rule (golden: ``twice_*``, ``first_token_only_matches``)."""
+    """Return sources (b l) by the released code's rule (golden: ``twice_*``, ``first_token_only_matches``)."""
     rows = zip(prompt.ids.tolist(), prompt.subjects.tolist(), strict=True)
     return [_released_row(ids, [token for token in subject if token >= 0], count) for ids, subject in rows]
 
 
 def _released_row(ids: list[int], subject: list[int], count: int) -> list[int]:
-    """The subject stands wherever its *first* token does, whatever follows; as many tokens as it has are taken out.
+    """Replace as many tokens as the subject has wherever its *first* token occurs.
 
     Every occurrence is written at its place in the *original* prompt, the original tail after it: a later one
     overwrites the shifted tail of the one before, or its words. One that runs past the end leaves the tail as it was.

@@ -117,7 +117,7 @@ def test_copies_are_made_for_active_strategies_only() -> None:
 
 
 def test_the_number_of_copies_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"kv_concat\.reference_frames is 0; use 1 or more"):
+    with pytest.raises(ValueError, match=r"kv_concat\.reference_frames is 0; use a whole number in \[1, "):
         KVConcatConfig(reference_frames=0)
     with pytest.raises(ValueError, match="reference_frames is 4 with reference_noise=clean"):
         KVConcatConfig(reference_frames=4, reference_noise="clean")

@@ -193,7 +193,7 @@ def test_a_value_of_the_wrong_type_and_a_wrong_choice(capsys):
         ("--stages.coarse.lr -1", "stages.coarse: lr is -1.0; use a number in (0, 1000]"),
         ("--dit.plan sideways", "plan 'sideways': unknown term 'sideways'; use a sum of self, first"),
         ("--data.kind triplets", "data.triplets.root is empty; data.kind=triplets needs the folder"),
-        ("--kv-concat.keyframe-every 0", "kv_concat.keyframe_every is 0; use 1 or more frames"),
+        ("--kv-concat.keyframe-every 0", "kv_concat.keyframe_every is 0; use a whole number in [1, 100000]"),
         ("--unet.channels 8 16 32", "unet.down_attention has 4 flags for the 3 levels"),
     ],
 )

@@ -29,6 +29,7 @@ from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.dit.config import DiTConfig
 from dit_booth.models.unet.config import UNetConfig
+from dit_booth.strategy import registered
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,25 @@ def test_every_number_of_a_section_is_finite_and_bounded(section: Any):
             given = (value, value) if "tuple" in kind else value
             with pytest.raises(ValueError, match=rf"\b{field.name} is .*; use a (whole )?number in [\[(]"):
                 section(**{field.name: given})
+
+
+NUMERIC_OPTIONS = [
+    pytest.param(name, cls.Config, field, id=f"{name}.{field.name}")
+    for name, cls in registered().items()
+    if cls.__module__.startswith("dit_booth.strategies.")
+    for field in dataclasses.fields(cls.Config)
+    if field.type in (int, float)
+]
+
+
+@pytest.mark.parametrize(("strategy", "config", "field"), NUMERIC_OPTIONS)
+def test_every_number_of_a_strategy_is_finite_and_bounded(strategy: str, config: Any, field: Any):
+    wrong = [True, "1", -(10**30), 10**30, float("nan"), float("inf") if field.type is float else 1.5]
+    for value in wrong:
+        with pytest.raises(ValueError) as caught:
+            config(**{field.name: value})
+        assert f"{strategy}.{field.name} is {value!r}; use a " in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_sections_without_numbers_are_complete():
@@ -167,7 +187,7 @@ def test_training_and_sampling_read_different_toy_worlds():
 
 def test_a_data_set_that_is_not_there_is_named(tmp_path: Path):
     missing = str(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"data\.triplets\.root is .*none.*not a folder"):
+    with pytest.raises(ValueError, match=r"data\.triplets\.root is .*none.*is not a folder"):
         DataConfig(kind="triplets", triplets=TripletsOptions(root=missing)).build(heldout=False)
 
 
