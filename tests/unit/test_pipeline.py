@@ -145,3 +145,14 @@ def test_embedded_adapters_are_small_and_finite(file: str) -> None:
     path = ASSETS / file
     assert path.stat().st_size < 2e6
     assert all(value.isfinite().all() for value in read(path).values())
+
+
+def test_the_readmes_first_lines_run(
+    picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = readme.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    picture.save("star.png")
+    exec(lines, {})
+    assert (tmp_path / "star.mp4").is_file()
