@@ -32,7 +32,7 @@ def _absent(study: Study, table: Table) -> Iterator[str]:
         yield f"{finished} of {total} points are in the table: {' and '.join(kinds)}."
     lone = [r.group.label for r in table.rows if 0 < len(r.group.finished) < len(r.group.points)]
     if lone:
-        yield f"Some seeds are missing in {', '.join(lone)}; paired differences use the seeds that both have."
+        yield f"Some seeds of {', '.join(lone)} are missing; paired differences use the seeds in common."
     flagged = next((group for group in study.groups if group.baseline), None)
     if table.rows and table.baseline is None and len(table.rows) > 1:
         yield (
@@ -46,15 +46,15 @@ def _seeds(table: Table) -> Iterator[str]:
     counts = sorted({len(row.group.finished) for row in table.rows})
     if counts[-1] == 1:
         yield (
-            "One training seed per variant. Intervals are over prompts: they say what other prompts would do to these"
-            " very models, and nothing about another training seed."
+            "One training seed per variant. Intervals are over prompts: they show the variation over prompts for these"
+            " trained models, and nothing about other training seeds."
         )
     elif counts[0] < _FEW_SEEDS:
         few = counts[0] if counts[0] > 1 else counts[1]
         alone = " Variants with one seed have intervals over prompts instead." if counts[0] == 1 else ""
         yield (
             f"Few seeds: {_range(counts)} per variant. A 95 % interval over {few} seeds reaches {t_quantile(few):.1f}"
-            f" standard errors to each side (1.96 with many), so it is wide, and most differences stay open.{alone}"
+            f" standard errors to each side (1.96 with many), so it is wide; most differences are not significant.{alone}"
         )
 
 
@@ -63,7 +63,7 @@ def _prompts(table: Table) -> Iterator[str]:
         {score.n for row in table.rows for p in row.group.finished for score in p.scores.values()}
     )
     if counts and counts[0] < _FEW_PROMPTS:
-        yield f"Few prompts: {_range(counts)} per point. Other prompts may order the variants otherwise."
+        yield f"Few prompts: {_range(counts)} per point. Other prompts may rank the variants differently."
     keys = {
         point.seed: {prompt.key for prompt in point.prompts}
         for row in table.rows
@@ -73,7 +73,7 @@ def _prompts(table: Table) -> Iterator[str]:
     for row in table.rows:
         for point in row.group.finished:
             if point.prompts and {prompt.key for prompt in point.prompts} != keys[point.seed]:
-                yield "Points have different prompts; paired differences use those that both have."
+                yield "Points have different prompts; paired differences use the prompts in common."
                 return
 
 
@@ -82,7 +82,7 @@ def _comparisons(table: Table) -> Iterator[str]:
     if count >= 10:
         yield (
             f"{count} differences are tested at 95 %, without correction: about {math.ceil(count / 20)} would be marked"
-            " by chance if nothing differed."
+            " by chance if there were no true differences."
         )
 
 
@@ -98,13 +98,13 @@ def _setting(study: Study) -> Iterator[str]:
         )
         yield (
             f"All data are the toy world's (drawn shapes, {'/'.join(sorted(size))} pixels, {'/'.join(sorted(frames))}"
-            " frames): the ranking may be another one on natural videos and at full size."
+            " frames): the ranking may differ on natural videos and at full size."
         )
     if everywhere("clip.pretrained", "embedded"):
-        yield "CLIP scores are those of the embedded toy-world CLIP; do not compare them with published ones."
+        yield "CLIP scores come from the embedded toy-world CLIP; do not compare them with published scores."
     given = sorted({str(setting.get("sample.reference", "own")) for setting in settings} - {"own"})
     if given:
-        yield f"Some videos were sampled with sample.reference {' and '.join(given)}: not from their own image prompt."
+        yield f"Some videos were sampled with sample.reference {' and '.join(given)}, not from their own image prompt."
 
 
 def _range(counts: list[int]) -> str:
