@@ -20,14 +20,14 @@ from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.errors import suggest
-from dit_booth.files import packaged, write_text
+from dit_booth.files import write_text
 from dit_booth.models.fingerprint import warn_of_another_base
-from dit_booth.models.weights import load_strictly, read
+from dit_booth.models.weights import ASSETS, load_strictly, read
 from dit_booth.sampling.generate import generate
 from dit_booth.sampling.video import Video
 from dit_booth.training.stage import active_strategies, schedule_of
 
-EMBEDDED = {"toyworld": "toyworld-dit.safetensors", "toyworld-unet": "toyworld-unet.safetensors"}
+EMBEDDED = {"toyworld": "toyworld-dit.safetensors"}
 """Adapters that the package brings, by name: VideoBooth's two stages on the toy world (docs/model_card.md)."""
 
 
@@ -48,7 +48,7 @@ class Pipeline(Components):
     ) -> Self:
         """Load a pipeline, with the strategies of its last stage active.
 
-        source: ``toyworld`` or ``toyworld-unet`` (embedded), a finished run's folder, or an adapter: the
+        source: ``toyworld`` (embedded), a finished run's folder, or an adapter: the
             ``strategy.safetensors`` of a run, without the backbone that it was trained on.
         base: for an adapter, where the backbone is (`RunConfig.weights`); default: where the adapter's run had it from.
         settings: settings of the run to replace, such as ``guidance.image=3``.
@@ -57,7 +57,7 @@ class Pipeline(Components):
         """
         path = Path(source).expanduser()
         if str(source) in EMBEDDED:
-            path = packaged(f"assets/{EMBEDDED[str(source)]}")
+            path = ASSETS / EMBEDDED[str(source)]
         if path.is_dir():
             config, files = _run(path, settings)
         elif path.is_file():

@@ -84,21 +84,21 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
     """Count FLOPs of forward and backward in a stage's optimizer step, without encoders and autoencoder."""
     stage, encoders = stage_config(config, of.name), describe.Encoders.of(config.clip)
     latents = latents_of(config)
-    root = describe.build(config, latents, encoders=encoders)
-    root.active = of.active
-    globs = trainable_globs(config, root, of.name, of.active)
+    model = describe.build(config, latents, encoders=encoders)
+    model.active = of.active
+    globs = trainable_globs(config, model, of.name, of.active)
     here = [glob for glob in globs if not glob.startswith("text.")]
-    set_trainable(root, here, of.active)
-    cast(describe.GivenText, root.text).trains = len(here) < len(globs)
+    set_trainable(model, here, of.active)
+    cast(describe.GivenText, model.text).trains = len(here) < len(globs)
     frames = stage.frames_of(config.data.frames)
     rows, frames = (frames, 1) if stage.single_frames else (1, frames)
     shape = (rows, frames, *latents)
     image = None
     if of.active:
-        copies = root.strategy.reference_frames(of.active)
+        copies = model.strategy.reference_frames(of.active)
         image = describe.reference(shape, copies=copies, encoders=encoders)
     with Flops() as counter:
-        prediction = root(*describe.inputs(shape, encoders=encoders), image)
+        prediction = model(*describe.inputs(shape, encoders=encoders), image)
         (prediction.output.square().mean() + prediction.aux_loss).backward()
     return float(counter.total * config.train.batch_size)
 

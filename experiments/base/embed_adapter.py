@@ -14,8 +14,7 @@ import torch
 
 from dit_booth.components import build
 from dit_booth.config import RunConfig
-from dit_booth.files import packaged
-from dit_booth.models.weights import load_strictly, read, write
+from dit_booth.models.weights import ASSETS, load_strictly, read, write
 from dit_booth.pipeline import EMBEDDED
 
 NAMES = {"dit": "toyworld", "unet": "toyworld-unet"}
@@ -31,7 +30,7 @@ def main(folder: Path, backbone: Literal["dit", "unet"]) -> None:
     components = build(RunConfig.create("toyworld_adapter", backbone=backbone))
     state = read(folder / "strategy.safetensors")
     load_strictly(components.model.strategy, state, str(folder))
-    file = packaged(f"assets/{EMBEDDED[NAMES[backbone]]}")
+    file = ASSETS / EMBEDDED[NAMES[backbone]]
     half = {name: value.to(torch.float16) for name, value in state.items()}
     write(file, half, components.adapter_metadata())
     log = Path("docs/results") / f"adapter_{backbone}.jsonl"

@@ -36,9 +36,10 @@ TRAINING = (
     " --train.clip 1.0 --stages.coarse.steps 20 --stages.fine.steps 20 --stages.coarse.warmup 5 --stages.fine.warmup 5"
     " --stages.fine.drop 0.3 --sample.videos 0"
 )
-STRATEGIES = {  # all of them but `none`; `bank` records a clean reference for two strategies at once
+STRATEGIES = {  # all of them but `none`; `shared` records a clean reference for two strategies at once
     "videobooth": "--strategy token_replacement+kv_concat",
-    "bank": "--strategy kv_concat+token_bank --kv-concat.reference-noise clean --token-bank.source latent",
+    "bank": "--strategy token_bank --token-bank.source latent",
+    "shared": "--strategy kv_concat+token_bank --kv-concat.reference-noise clean --token-bank.source latent",
     "adaln": "--strategy adaln+query_projection+in_context",
     "spatial": "--strategy spatial_concat+decoupled_attention",
 }

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import dit_booth
 from dit_booth.config import RunConfig
 from dit_booth.models.registry import MODELS, create_model, list_models
-from dit_booth.models.weights import read
+from dit_booth.models.weights import ASSETS, read
 from dit_booth.pipeline import EMBEDDED, Pipeline
 
 TEXT = "a star is spinning on snow"
@@ -142,6 +142,17 @@ def test_models_by_name() -> None:
 
 @pytest.mark.parametrize("file", EMBEDDED.values())
 def test_embedded_adapters_are_small_and_finite(file: str) -> None:
-    path = dit_booth.pipeline.packaged(f"assets/{file}")
+    path = ASSETS / file
     assert path.stat().st_size < 2e6
     assert all(value.isfinite().all() for value in read(path).values())
+
+
+def test_the_readmes_first_lines_run(
+    picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = readme.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    picture.save("star.png")
+    exec(lines, {})
+    assert (tmp_path / "star.mp4").is_file()

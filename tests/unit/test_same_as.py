@@ -102,7 +102,7 @@ def test_names_dtypes_and_shapes_must_agree(tmp_path: Path) -> None:
 
 def test_the_matrix_has_every_backbone_strategy_and_engine() -> None:
     names = [case.name for case in same_as.select_cases([])]
-    assert len(names) == len(set(names)) == 24
+    assert len(names) == len(set(names)) == 30
     assert [case.name for case in same_as.select_cases(["unet-bank-zero3"])] == ["unet-bank-zero3"]
     with pytest.raises(ValueError, match="only is 'kv'"):
         same_as.select_cases(["kv"])

@@ -1,0 +1,45 @@
+"""`dit_booth.train`: a run from Python, and what it returns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+PROGRAM = """
+import numpy as np
+import dit_booth
+
+config = dit_booth.RunConfig.create(
+    strategy="kv_concat", kv_concat={"update": "direct"}, weights="none", clip={"pretrained": "none"},
+    data={"size": 12, "frames": 3}, stages={"fine": {"steps": 2}}, train={"batch_size": 2},
+    sample={"videos": 1}, sampler={"steps": 2}, out="mine",
+)
+pipe = dit_booth.train(config)
+again = dit_booth.train(config)  # finished: only loaded
+image = np.full((12, 12, 3), 90, np.uint8)
+videos = [p(image, "a star is spinning on snow").frames for p in (pipe, again)]
+assert np.array_equal(*videos) and videos[0].shape == (3, 12, 12, 3)
+print(pipe.config.folder(), pipe.model.active)
+try:
+    dit_booth.train(dit_booth.RunConfig.create(strategy="kv_concat", stop_after="fine"))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_run_from_python_is_that_of_the_command_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == [
+        "mine ('kv_concat',)",
+        "stop_after is 'fine'; leave it empty to train all stages",
+    ]
+    assert (tmp_path / "mine" / "finished").is_file()
+    assert "update: direct" in (tmp_path / "mine" / "run.yaml").read_text()
