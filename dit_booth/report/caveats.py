@@ -54,7 +54,7 @@ def _seeds(table: Table) -> Iterator[str]:
         alone = " Variants with one seed have intervals over prompts instead." if counts[0] == 1 else ""
         yield (
             f"Few seeds: {_range(counts)} per variant. A 95 % interval over {few} seeds reaches {t_quantile(few):.1f}"
-            f" standard errors to each side (1.96 with many), so it is wide; most differences are not significant.{alone}"
+            f" standard errors to each side (1.96 with many): it is wide; most differences are not significant.{alone}"
         )
 
 

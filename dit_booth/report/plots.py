@@ -92,7 +92,9 @@ def _quality_plot(
     notes = ["Small dots: seeds." if any(len(dot.seeds) > 1 for dot in dots) else ""]
     notes += ["Arrow heads: the interval extends beyond the frame." if clipped else ""]
     notes += [
-        "Variants of equal cost are drawn side by side." if len({round(x(c)) for c in costs}) < len(costs) else ""
+        "Variants of equal cost are drawn side by side."
+        if len({round(x(c)) for c in costs}) < len(costs)
+        else ""
     ]
     title = f"{metric.label} against {cost.label.lower()}"
     svg = element("svg", *parts, viewBox="0 0 620 356", role="img", aria_label=title, class_="plot wide")

@@ -28,18 +28,18 @@ def page(rows: Sequence[Row], frames: Sequence[Row], about: Row, command: str) -
     """The Markdown page: the bars, the cost in frames, the grid."""
     parts = [
         "# Cross-frame attention: segments against concatenation",
-        f"Made by `{command}`.",
+        f"Repeat with `{command}`.",
         "Conditions: "
         + ", ".join(f"{key} {value}" for key, value in about.items())
-        + ". Times are the best of the rounds, which run the competitors in turn; `segments / it` is the median over"
-        " the rounds of the two times' ratio. Memory is the peak of what is allocated beyond the inputs, results"
-        " included. FLOP/s count the wanted scores only, backward 2.5 times forward.",
-        "## The case of the bars",
+        + ". Times are the best over rounds that alternate between the competitors; `segments / row` is the median over"
+        " the rounds of the time of `segments` divided by that of the row. Memory is the peak allocated beyond the"
+        " inputs, including results. FLOP/s count the visible scores only, and 2.5 times as many backward as forward.",
+        "## The main case",
         _table(_case(rows[0], rows), about),
         _bars(_case(rows[0], rows)),
         "## Cost in frames",
-        "Time per frame of `attend` with an image segment of a frame's size, 16 and 128 frames. Frames at the start"
-        " of a video have fewer frames to read: `work` is how much more there is to do per frame.",
+        "Time per frame of `attend` with an image segment as large as a frame, for 16 and 128 frames. Frames at the"
+        " start of a video read fewer frames, so the FLOPs per frame increase with length: `work` is their growth.",
         _markdown(
             ["plan", "pass", "ms per frame, F=16", "F=128", "growth", "work"],
             [
@@ -86,14 +86,26 @@ def _bars(rows: Sequence[Row]) -> str:
                 )
         if (alone := at.get((name, "plain"))) is not None:
             lines.append(
-                f"- {name}: {ours['gflops'] / alone['gflops']:.0%} of the FLOP/s that the same kernel reaches where a"
-                " frame's keys lie in one piece (`plain`)"
+                f"- {name}: {ours['gflops'] / alone['gflops']:.0%} of the FLOP/s of the same kernel on contiguous keys"
+                " (`plain`)"
             )
     return "\n".join(lines)
 
 
 def _table(rows: Sequence[Row], about: Row) -> str:
-    head = ["plan", "F", "N", "image", "d", "heads", "pass", "what", "best ms", "segments / it", "peak MiB"]
+    head = [
+        "plan",
+        "F",
+        "N",
+        "image",
+        "d",
+        "heads",
+        "pass",
+        "method",
+        "best ms",
+        "segments / row",
+        "peak MiB",
+    ]
     keys = [
         "plan",
         "frames",

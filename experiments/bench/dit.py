@@ -62,10 +62,11 @@ def page(rows: list[Row]) -> str:
         "",
         about(rows[0], MODULE),
         "",
-        f"S/2, one video of {FRAMES} x {SIDE} x {SIDE} latents. Latte's own code took {LATTE[0]} s, {LATTE[1]} MiB on a"
-        f" quiet machine of this kind, not in this run; the bar for its layout is {BAR} times as fast, no more memory.",
+        f"S/2, one video of {FRAMES} x {SIDE} x {SIDE} latents. Latte's code took {LATTE[0]} s and {LATTE[1]} MiB on a"
+        f" quiet machine of this kind in another run; the target for its layout is {BAR} times its speed with no more"
+        " memory.",
         "",
-        "| layout | s | best s | Latte's time / it | peak MiB |",
+        "| layout | s | best s | Latte's time / row | peak MiB |",
         "|---|---|---|---|---|",
     ]
     for r in rows:

@@ -81,6 +81,7 @@ def about(row: Row, module: str) -> str:
     before, after = row["matmul_gflops"]
     return (
         f"`python -m {module} --table ...` on {row['device']}, {row['threads']} threads, PyTorch {row['torch']}, load"
-        f" {row['load']}; float32, no gradients. A square matrix product ran at {before} GFLOP/s before, {after} after."
-        " Times are medians of runs in turn; memory is the resident set of a process that runs one job alone."
+        f" {row['load']}; float32, no gradients. Square matrix products ran at {before} GFLOP/s before and {after}"
+        " after. Times are medians over rounds that alternate between the jobs; memory is the peak resident set of a"
+        " process that runs one job only."
     )

@@ -149,18 +149,18 @@ def page(row: Mapping[str, Any], command: str) -> str:
         ("sampling and measuring, each", each("sample_seconds")),
         ("launching, each", each("launch_seconds")),
         ("one coarse and all fine stages", f"{row['stage_seconds']:.1f}"),
-        ("the sweep, from start to end", f"{row['sweep_seconds']:.1f}"),
+        ("whole sweep", f"{row['sweep_seconds']:.1f}"),
         ("overhead", f"{row['overhead']:+.1%}"),
-        ("of it sampling and measuring", f"{row['overhead_sampling']:+.1%}"),
-        ("of it the rest", f"{row['overhead_rest']:+.1%}"),
-        (f"the naive way ({row['naive_is']})", f"{row['naive_seconds']:.1f}"),
+        ("overhead of sampling and measuring", f"{row['overhead_sampling']:+.1%}"),
+        ("remaining overhead", f"{row['overhead_rest']:+.1%}"),
+        (f"without sharing ({row['naive_is']})", f"{row['naive_seconds']:.1f}"),
         ("saved by sharing", f"{row['saved']:.1%}"),
     ]
     body = "\n".join(f"| {name} | {value} |" for name, value in lines)
     about = (
-        f"{row['points']} points, {row['steps']} steps a stage, batch {row['batch']}, {row['videos']} videos a point,"
-        f" launcher {row['launcher']}; {row['device']}, torch {row['torch']}, {row['threads']} threads, load"
-        f" {row['load']} at the end. Seconds; of points mean (least to most)."
+        f"{row['points']} points, {row['steps']} steps per stage, batch {row['batch']}, {row['videos']} videos per"
+        f" point, launcher {row['launcher']}; {row['device']}, torch {row['torch']}, {row['threads']} threads, load"
+        f" {row['load']} at the end. Seconds; for points, the mean (minimum to maximum)."
     )
     return f"# What a fine-stage sweep costs\n\n`{command}`\n\n{about}\n\n| | seconds |\n|---|---|\n{body}\n"
 

@@ -110,9 +110,9 @@ def page(rows: list[Row]) -> str:
         about(rows[0], MODULE),
         "",
         f"One video of {FRAMES} x {SIDE} x {SIDE} latents, widths {CONFIG.channels}, text width {CONFIG.text_dim},"
-        f" {TOKENS} tokens. The original's figures were taken on a quiet machine of this kind, not in this run.",
+        f" {TOKENS} tokens. The original was measured on a quiet machine of this kind in another run.",
         "",
-        f"Bars: `plain` no slower than the original, `fine` at most {BARS['fine']} of `plain`, `guided` at most"
+        f"Targets: `plain` no slower than the original, `fine` at most {BARS['fine']} of `plain`, `guided` at most"
         f" {BARS['guided']}, the peak of `fine` at most {PEAK_BAR} of the original's.",
         "",
         "| job | s | best s | of plain | matmul GFLOP/s | peak MiB | of original's | original s | of its plain |",

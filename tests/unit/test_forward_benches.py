@@ -30,7 +30,7 @@ def test_the_unets_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for name, value in (("FRAMES", 3), ("SIDE", 8), ("TOKENS", 5)):
         monkeypatch.setattr(unet, name, value)
-    bench = unet.Bench()
+    bench = unet.UNetBench()
     for p in bench.net.parameters():
         torch.nn.init.normal_(p, std=0.1)
     with torch.no_grad():
