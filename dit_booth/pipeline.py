@@ -27,7 +27,7 @@ from dit_booth.sampling.generate import generate
 from dit_booth.sampling.video import Video
 from dit_booth.training.stage import active_strategies, schedule_of
 
-EMBEDDED = {"toyworld": "toyworld-dit.safetensors"}
+EMBEDDED = {"toyworld": "toyworld-dit.safetensors", "toyworld-unet": "toyworld-unet.safetensors"}
 """Adapters that the package brings, by name: VideoBooth's two stages on the toy world (docs/model_card.md)."""
 
 
@@ -48,7 +48,7 @@ class Pipeline(Components):
     ) -> Self:
         """Load a pipeline, with the strategies of its last stage active.
 
-        source: ``toyworld`` (embedded), a finished run's folder, or an adapter: the
+        source: ``toyworld`` or ``toyworld-unet`` (embedded), a finished run's folder, or an adapter: the
             ``strategy.safetensors`` of a run, without the backbone that it was trained on.
         base: for an adapter, where the backbone is (`RunConfig.weights`); default: where the adapter's run had it from.
         settings: settings of the run to replace, such as ``guidance.image=3``.

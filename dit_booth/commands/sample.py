@@ -28,7 +28,7 @@ from dit_booth.training.distributed import Ranks, start, stop
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments:
     run: Annotated[str, tyro.conf.Positional]
-    """The folder of a finished run, an adapter's file (.safetensors), or toyworld (embedded)."""
+    """The folder of a finished run, an adapter's file (.safetensors), or toyworld, toyworld-unet (embedded)."""
     reference: Literal["own", "shuffled", "none"] = "own"
     """The image prompt that a video gets: its own, the next one's (a control), or none."""
     seeds: tuple[int, ...] = (0,)
