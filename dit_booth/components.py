@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +18,13 @@ from dit_booth.data.readers.triplets import check_caption
 from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
 from dit_booth.inject import Dims, Reference
-from dit_booth.models.assemble import Backbone, assemble
+from dit_booth.models.assemble import assemble, build_backbone
 from dit_booth.models.autoencoder.model import Autoencoder, build_autoencoder
 from dit_booth.models.clip.encoders import ImageEncoder, Prompt, build_clip
 from dit_booth.models.clip.tokenizer import check_subject
-from dit_booth.models.dit.model import VideoDiT
 from dit_booth.models.fingerprint import metadata, warn_of_another_base
 from dit_booth.models.injected import Injected
 from dit_booth.models.pretrained import load_pretrained, load_strategy_weights, read_strategy_weights
-from dit_booth.models.unet.model import VideoUNet
 from dit_booth.models.weights import part, write
 
 
@@ -115,7 +112,9 @@ def build(config: RunConfig) -> Components:
     torch.manual_seed(config.train.seed)
     text, image_encoder = build_clip(config.clip)
     autoencoder = build_autoencoder(config.autoencoder)
-    backbone = build_backbone(config, autoencoder.channels, text.width, text.embed_dim)
+    backbone = build_backbone(
+        config.network, channels=autoencoder.channels, text_dim=text.width, text_embed_dim=text.embed_dim
+    )
     taps = load_pretrained(backbone, text, config.weights, config.backbone)
     dims = Dims(image_encoder.width, image_encoder.embed_dim, autoencoder.channels, config.data.frames)
     model = assemble(backbone, text, config.strategy, dims, options=config.options(), seed=config.train.seed)
@@ -126,12 +125,3 @@ def build(config: RunConfig) -> Components:
             model.strategy, read_strategy_weights(source), f"strategy_weights {source}"
         )
     return Components(config, model, autoencoder, image_encoder, make_objective(config.objective), loaded)
-
-
-def build_backbone(config: RunConfig, channels: int, text_dim: int, text_embed_dim: int) -> Backbone:
-    """Build the backbone with random weights; its channels and text widths are those of the encoders."""
-    if config.backbone == "dit":
-        return VideoDiT(config.dit, channels=channels, text_dim=text_dim, text_embed_dim=text_embed_dim)
-    return VideoUNet(
-        dataclasses.replace(config.unet, in_channels=channels, out_channels=channels, text_dim=text_dim)
-    )

@@ -210,6 +210,11 @@ class RunConfig:
 
         return create(config, settings)
 
+    @property
+    def network(self) -> DiTConfig | UNetConfig:
+        """The section of the chosen backbone."""
+        return self.dit if self.backbone == "dit" else self.unet
+
     def options(self) -> dict[str, StrategyConfig]:
         """Return the options of the run's strategies, by name (sections that the parser adds for them)."""
         return {name: getattr(self, name) for name in names_in(self.strategy) if hasattr(self, name)}

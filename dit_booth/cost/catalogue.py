@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import cast
 
 import torch
@@ -11,10 +11,9 @@ import torch
 from dit_booth.config import STAGES
 from dit_booth.cost.describe import Encoders, GivenText
 from dit_booth.inject import Dims
-from dit_booth.models.assemble import assemble
+from dit_booth.models.assemble import Backbone, assemble, build_backbone
 from dit_booth.models.clip.encoders import TextEncoder
-from dit_booth.models.injected import Injected
-from dit_booth.models.registry import MODELS, ModelEntry, list_models
+from dit_booth.models.registry import MODELS, list_models
 from dit_booth.strategy import Strategy, aliases, failed_plugins, registered
 
 
@@ -31,14 +30,16 @@ def describe_strategy(cls: type[Strategy]) -> str:
     ports: dict[str, None] = {}
     recorded = "nothing"
     counts = []
-    for name, model in models(cls.name):
-        strategy = model.strategy.part(cls.name)
-        sites = [*model.text.sites(), *model.backbone.sites()]  # type: ignore[operator]
+    for name in MODELS:
+        backbone, text, dims = bare_model(name)
+        with torch.device("meta"):
+            strategy = assemble(backbone, text, cls.name, dims).strategy.part(cls.name)
+        sites = (*text.sites(), *backbone.sites())
         ports |= dict.fromkeys(site.port for site in sites if site.name in strategy.attached)
         needs = strategy.needs()
         if needs.sites:
             recorded = f"hidden states of the reference ({needs.noise} noise)"
-        counts.append(f"{name} {trained(strategy, model) / 1e6:.3g}")
+        counts.append(f"{name} {trained(strategy, backbone) / 1e6:.3g}")
     summary = (cls.__doc__ or "").strip().splitlines()
     lines = [
         f"{cls.name}: {summary[0] if summary else '(no docstring)'}",
@@ -57,7 +58,7 @@ def describe_models(pattern: str = "*") -> list[str]:
     lines = []
     for name in list_models(pattern):
         entry = MODELS[name]
-        count = sum(p.numel() for p in on_meta(entry, "none").backbone.parameters()) / 1e6
+        count = sum(p.numel() for p in bare_model(name)[0].parameters()) / 1e6
         weights = "embedded weights" if entry.embedded else "random weights"
         lines.append(
             f"{name:10} {count:8.2f} M parameters, {entry.channels} latent channels, {entry.clip.model}, {weights}"
@@ -65,23 +66,22 @@ def describe_models(pattern: str = "*") -> list[str]:
     return lines
 
 
-def models(strategy: str) -> Iterator[tuple[str, Injected]]:
-    """Yield every model with a strategy on the meta device: no memory, no values."""
-    for name, entry in MODELS.items():
-        yield name, on_meta(entry, strategy)
-
-
-def on_meta(entry: ModelEntry, strategy: str) -> Injected:
+@cache
+def bare_model(name: str) -> tuple[Backbone, TextEncoder, Dims]:
+    """Return a model's parts without strategies, on the meta device: no memory, no values."""
+    entry = MODELS[name]
     encoders = Encoders.of(entry.clip)
-    dims = Dims(encoders.image, encoders.common, entry.channels, frames=16)
     with torch.device("meta"):
+        backbone = build_backbone(
+            entry.backbone, channels=entry.channels, text_dim=encoders.text, text_embed_dim=encoders.common
+        )
         text = cast(TextEncoder, GivenText(encoders))
-        return assemble(entry.build(encoders.text, encoders.common), text, strategy, dims)
+    return backbone, text, Dims(encoders.image, encoders.common, entry.channels, frames=16)
 
 
-def trained(strategy: Strategy, model: Injected) -> int:
+def trained(strategy: Strategy, backbone: Backbone) -> int:
     """Count the elements that some stage trains, of the strategy and of the backbone."""
-    pairs = ((strategy, strategy.trains), (model.backbone, strategy.trains_backbone))
+    pairs = ((strategy, strategy.trains), (backbone, strategy.trains_backbone))
     return sum(
         p.numel()
         for module, globs in pairs

@@ -8,7 +8,7 @@ are not counted; their widths are those of CLIP ViT-L/14.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from dit_booth.config import RunConfig
 from dit_booth.cost.flops import Flops
 from dit_booth.inject import Dims, Injection, Reference, Site, no_injection
-from dit_booth.models.assemble import Backbone, assemble
+from dit_booth.models.assemble import assemble, build_backbone
 from dit_booth.models.clip.encoders import ClipConfig, Prompt, Text, TextEncoder
 from dit_booth.models.clip.weights import model_settings
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.injected import Injected
-from dit_booth.models.unet.model import VideoUNet
 from dit_booth.strategy import find
 
 Latents = tuple[int, int, int]
@@ -166,14 +165,9 @@ def build(
 ) -> Injected:
     """Build the run's backbone and strategies with random weights, and a stub for the text tower."""
     with torch.device(device):
-        backbone: Backbone
-        if config.backbone == "dit":
-            backbone = VideoDiT(
-                config.dit, channels=latents[0], text_dim=encoders.text, text_embed_dim=encoders.common
-            )
-        else:
-            c = latents[0]
-            backbone = VideoUNet(replace(config.unet, in_channels=c, out_channels=c, text_dim=encoders.text))
+        backbone = build_backbone(
+            config.network, channels=latents[0], text_dim=encoders.text, text_embed_dim=encoders.common
+        )
         text = cast(TextEncoder, GivenText(encoders))
         dims = Dims(encoders.image, encoders.common, latents[0], config.data.frames)
         return assemble(backbone, text, config.strategy, dims, options=config.options())

@@ -1,17 +1,27 @@
-"""The one place where a model is put together: backbone, text encoder and strategies."""
+"""The one place where a model is put together: a backbone, and the strategies on it and on a text encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dit_booth.inject import Dims, Sites
 from dit_booth.models.clip.encoders import NULL_PROMPT, TextEncoder
-from dit_booth.models.dit.model import VideoDiT
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.injected import Injected
-from dit_booth.models.unet.model import VideoUNet
+from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.strategy import StrategyConfig, create, find
 
 Backbone = VideoDiT | VideoUNet
+
+
+def build_backbone(
+    config: DiTConfig | UNetConfig, *, channels: int, text_dim: int, text_embed_dim: int
+) -> Backbone:
+    """Build a backbone with random weights for latents of `channels` and a text encoder of these widths."""
+    if isinstance(config, DiTConfig):
+        return VideoDiT(config, channels=channels, text_dim=text_dim, text_embed_dim=text_embed_dim)
+    return VideoUNet(replace(config, in_channels=channels, out_channels=channels, text_dim=text_dim))
 
 
 def assemble(

@@ -8,13 +8,13 @@ from fnmatch import fnmatchcase
 
 from dit_booth.errors import suggest
 from dit_booth.inject import Dims
-from dit_booth.models.assemble import Backbone, assemble
+from dit_booth.models.assemble import assemble, build_backbone
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import build_clip
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.injected import Injected
 from dit_booth.models.pretrained import load_pretrained
-from dit_booth.models.unet.model import UNetConfig, VideoUNet
+from dit_booth.models.unet.model import UNetConfig
 from dit_booth.strategy import StrategyConfig
 
 TINY = ClipConfig(model="dit-booth-tiny", pretrained="none")
@@ -29,16 +29,6 @@ class ModelEntry:
     clip: ClipConfig
     channels: int
     embedded: bool = False  # the package brings trained weights
-
-    def build(self, text_dim: int, text_embed_dim: int) -> Backbone:
-        """Build the backbone with random weights."""
-        if isinstance(self.backbone, DiTConfig):
-            return VideoDiT(
-                self.backbone, channels=self.channels, text_dim=text_dim, text_embed_dim=text_embed_dim
-            )
-        return VideoUNet(
-            replace(self.backbone, in_channels=self.channels, out_channels=self.channels, text_dim=text_dim)
-        )
 
 
 MODELS: Mapping[str, ModelEntry] = {
@@ -101,7 +91,9 @@ def create_model(
             f" (embedded: {', '.join(n for n, e in MODELS.items() if e.embedded)})"
         )
     text, image = build_clip(replace(entry.clip, pretrained="embedded" if pretrained else "none"))
-    backbone = entry.build(text.width, text.embed_dim)
+    backbone = build_backbone(
+        entry.backbone, channels=entry.channels, text_dim=text.width, text_embed_dim=text.embed_dim
+    )
     if pretrained:
         load_pretrained(backbone, text, "embedded", "dit" if isinstance(backbone, VideoDiT) else "unet")
     dims = Dims(image.width, image.embed_dim, entry.channels, frames)

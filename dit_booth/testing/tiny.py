@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit_booth.components import Components, build_backbone
-from dit_booth.config import STAGES, DataConfig, RunConfig, StageName, TrainConfig
+from dit_booth.components import Components
+from dit_booth.config import STAGES, DataConfig, StageName, TrainConfig
 from dit_booth.config.parse import config_class
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.inject import Dims, Reference
-from dit_booth.models.assemble import Backbone, assemble
+from dit_booth.models.assemble import Backbone, assemble, build_backbone
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.autoencoder.model import build_autoencoder
 from dit_booth.models.clip.config import ClipConfig
@@ -136,7 +136,7 @@ def trial(
         **{**BACKBONES[backbone], **settings, **(options or {})},
     )
     autoencoder = build_autoencoder(config.autoencoder)
-    body = _body(config.backbone, config.dit, config.unet, autoencoder.channels).copy()
+    body = _body(config.network, autoencoder.channels).copy()
     dims = Dims(image_encoder.width, image_encoder.embed_dim, autoencoder.channels, FRAMES)
     model = assemble(body, text, strategy, dims, options=config.options())
     components = Components(config, model, autoencoder, image_encoder, make_objective(config.objective))
@@ -159,14 +159,11 @@ def _text() -> Template[TextEncoder]:
 
 
 @cache
-def _body(
-    kind: Literal["dit", "unet"], dit: DiTConfig, unet: UNetConfig, channels: int
-) -> Template[Backbone]:
+def _body(config: DiTConfig | UNetConfig, channels: int) -> Template[Backbone]:
     """Build a backbone with every parameter random, once: trials copy it."""
     text, _ = _clip()
-    config = RunConfig(backbone=kind, dit=dit, unet=unet)
     torch.manual_seed(0)
-    body = build_backbone(config, channels, text.width, text.embed_dim)
+    body = build_backbone(config, channels=channels, text_dim=text.width, text_embed_dim=text.embed_dim)
     _fill_zeros(body)
     return Template(body)
 
