@@ -33,10 +33,15 @@ def packaged(name: str) -> Path:
     return installed if installed.exists() else PACKAGE.parent / "experiments" / name
 
 
-def given_or_packaged(path: str, folder: str) -> Path:
-    """Return `path` if there is such a file, else the file of that name in a folder of the package."""
-    given = Path(path).expanduser()
-    return given if given.exists() else packaged(f"{folder}/{path}")
+def locate(name: str | Path, folder: str, beside: Path | None = None) -> Path:
+    """Return the path of a YAML or JSON file by its name; `name` itself where there is none.
+
+    Looked for are the path (relative to the folder `beside`, if given), then the file that the package has in `folder`
+    (``configs`` or ``sweeps``), with or without ``.yaml``.
+    """
+    given = (beside or Path()) / Path(name).expanduser()
+    known = [packaged(folder) / f"{name}{suffix}" for suffix in ("", ".yaml")]
+    return next((file for file in (given, *known) if file.is_file()), given)
 
 
 @contextmanager

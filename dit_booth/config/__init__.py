@@ -19,6 +19,7 @@ from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.errors import SEED, check_ranges
+from dit_booth.files import locate
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.dit.model import DiTConfig
@@ -214,6 +215,19 @@ class RunConfig:
     def network(self) -> DiTConfig | UNetConfig:
         """The section of the chosen backbone."""
         return self.dit if self.backbone == "dit" else self.unet
+
+    def engine_settings(self) -> PlainDict:
+        """Read DeepSpeed's settings (`ds_config`). ValueError: there is no such file, or it is not JSON."""
+        file = locate(self.ds_config, "configs")
+        if not file.is_file():
+            raise ValueError(
+                f"ds_config is {self.ds_config!r}, which is not a file; give DeepSpeed's JSON settings"
+            )
+        try:
+            settings: PlainDict = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"ds_config {file} is not JSON: {error}") from error
+        return settings
 
     def options(self) -> dict[str, StrategyConfig]:
         """Return the options of the run's strategies, by name (sections that the parser adds for them)."""

@@ -22,7 +22,7 @@ import yaml
 
 from dit_booth.config import PlainDict, RunConfig
 from dit_booth.errors import suggest
-from dit_booth.files import packaged
+from dit_booth.files import locate, packaged
 from dit_booth.strategy import StrategyConfig, find, names_in, registered
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def parse(
     first.add_argument("--plugin", nargs="*", action="extend", default=[])
     first.add_argument("--local_rank", "--local-rank", type=int)
     peeled, rest = first.parse_known_args(list(argv))
-    settings = read_yaml(str(config_file(peeled.config))) if peeled.config else {}
+    settings = read_yaml(str(locate(peeled.config, "configs"))) if peeled.config else {}
     load_plugins(settings, peeled.plugin)
     select_strategy(settings, peeled.strategy)
     try:
@@ -78,7 +78,7 @@ def create(config: str | Path, settings: Mapping[str, object]) -> RunConfig:
 
     ValueError: anything that cannot be, an unknown name with the nearest ones.
     """
-    base = read_yaml(str(config_file(config)))
+    base = read_yaml(str(locate(config, "configs")))
     own = dict(settings)
     load_plugins(base, _listed(own.pop("plugin", None)))
     strategy = own.pop("strategy", None)
@@ -90,12 +90,6 @@ def create(config: str | Path, settings: Mapping[str, object]) -> RunConfig:
             return _parse_flags(merge(base, own), [])
     except SystemExit:
         raise ValueError(one_line(said.getvalue())) from None
-
-
-def config_file(name: str | Path) -> Path:
-    """Return the path of a configuration: a file, or one that the package brings, with or without ``.yaml``."""
-    brought = [packaged("configs") / f"{name}{suffix}" for suffix in ("", ".yaml")]
-    return next((file for file in (Path(name), *brought) if file.is_file()), Path(name))
 
 
 def _parse_flags(
@@ -176,8 +170,7 @@ def read_yaml(path: str, below: tuple[Path, ...] = ()) -> PlainDict:
     parent = settings.pop("extends", None)
     if not parent:
         return settings
-    beside, brought = file.parent / parent, config_file(parent)
-    base = brought if brought.is_file() and not beside.is_file() else beside
+    base = locate(parent, "configs", beside=file.parent)
     return merge(read_yaml(str(base), (*below, file.resolve())), settings)
 
 

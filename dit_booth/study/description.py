@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from dit_booth.errors import suggest
-from dit_booth.files import packaged
+from dit_booth.files import locate, packaged
 
 SEEDS = ("train.seed", "sample.seed")
 """Options that `seeds` sets."""
@@ -94,8 +94,8 @@ def read_description(file: Path, override: Path | None = None) -> Description:
 
 def find_sweep(file: Path) -> Path:
     """Return `file` if there is one, else the packaged sweep of that name. ValueError: there is neither."""
-    found = file if file.is_file() else find_packaged(str(file), "sweeps")
-    if found is None:
+    found = locate(file, "sweeps")
+    if not found.is_file():
         known = [*file.parent.glob("*.yaml"), *packaged("sweeps").glob("*.yaml")]
         near = suggest(file.stem, [path.stem for path in known])
         raise ValueError(f"{file} is neither a file nor a packaged sweep{near}")
@@ -232,15 +232,7 @@ def _base(base: object, file: Path) -> str:
     """Return the path of the configuration that `file` names: relative to it, or a packaged one by its name."""
     if not base:
         return ""
-    beside = file.parent / str(base)
-    found = beside if beside.is_file() else find_packaged(str(base), "configs")
-    return str(found or beside)
-
-
-def find_packaged(name: str, folder: str) -> Path | None:
-    """Return the packaged file of that name (with or without ``.yaml``) in ``configs`` or ``sweeps``."""
-    files = (packaged(f"{folder}/{name}{suffix}") for suffix in ("", ".yaml"))
-    return next((file for file in files if file.is_file()), None)
+    return str(locate(str(base), "configs", beside=file.parent))
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_booth.data.listing import files_of
-from dit_booth.files import PACKAGE, given_or_packaged, write_text
+from dit_booth.files import PACKAGE, locate, write_text
 from dit_booth.study.description import SEEDS, Description, Variant, flatten, variants
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _inputs(points: list[Point], description: Description) -> list[str]:
     files = {*_chain(Path(description.base))}
     for point in points:
         settings = point.settings
-        files |= {given_or_packaged(name, "configs") for name in _texts(settings, "ds_config")}
+        files |= {locate(name, "configs") for name in _texts(settings, "ds_config")}
         files |= {Path(name) for name in _texts(settings, "plugin")}
         for name in _texts(settings, *WEIGHTS_AND_DATA):
             path = Path(name.removeprefix("local-dir:")).expanduser()

@@ -20,7 +20,6 @@ from pathlib import Path
 from dit_booth.config import PlainDict, RunConfig, StageName, decisive
 from dit_booth.config.parse import is_plugin
 from dit_booth.data.listing import files_of
-from dit_booth.files import given_or_packaged
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
@@ -97,7 +96,7 @@ def _common(config: RunConfig) -> PlainDict:
         "clip_weights": _local_or_hub(config.clip.pretrained),
         "autoencoder_weights": _local_or_hub(config.autoencoder.path),
         "data_files": _data_files(config),
-        "engine": _engine(config),
+        "engine": config.engine_settings(),
     }
 
 
@@ -127,19 +126,6 @@ def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple
     if not stage_config(config, name).steps:
         return ()
     return declared_globs(config, name, {strategy: classes[strategy] for strategy in active})
-
-
-def _engine(config: RunConfig) -> object:
-    """Return the content of DeepSpeed's settings. ValueError: the file is missing or is not JSON."""
-    file = given_or_packaged(config.ds_config, "configs")
-    if not file.is_file():
-        raise ValueError(
-            f"ds_config is {config.ds_config!r}, which is not a file; give DeepSpeed's JSON settings"
-        )
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"ds_config {file} is not JSON: {error}") from error
 
 
 def _data_files(config: RunConfig) -> Mapping[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Protocol
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dit_booth.config import PlainDict, RunConfig, StageConfig
-from dit_booth.files import given_or_packaged
 from dit_booth.inject import Reference
 from dit_booth.models.clip.encoders import Prompt
 from dit_booth.models.dit.model import VideoDiT
@@ -81,19 +79,11 @@ def learning_rate(step: int, stage: StageConfig) -> float:
 
 def engine_settings(config: RunConfig, ranks: Ranks) -> PlainDict:
     """Return ``ds_config.json`` plus what the run's configuration decides; a setting in both is an error."""
-    file = given_or_packaged(config.ds_config, "configs")
-    if not file.is_file():
-        raise ValueError(
-            f"ds_config is {config.ds_config!r}, which is not a file; give DeepSpeed's JSON settings"
-        )
-    try:
-        settings: PlainDict = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"ds_config {file} is not JSON: {error}") from error
+    settings = config.engine_settings()
     if clash := [key for key in OURS if key in settings]:
         raise ValueError(
-            f"ds_config {file} sets {', '.join(clash)}; the run's configuration decides that: remove it there and use"
-            " --train.batch-size, --train.accumulation, --train.clip and --stages.*.lr"
+            f"ds_config {config.ds_config} sets {', '.join(clash)}; the run's configuration decides that: remove it"
+            " there and use --train.batch-size, --train.accumulation, --train.clip and --stages.*.lr"
         )
     train, pieces = config.train, config.train.accumulation * ranks.world
     if train.batch_size % pieces:
