@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 import yaml
@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 
 from dit_booth.components import Components, build
 from dit_booth.config import RunConfig
-from dit_booth.config.parse import parse, to_argv
 from dit_booth.data.image_input import ImageLike, MaskLike
 from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.diffusion.guidance import GuidanceConfig
@@ -43,7 +42,7 @@ class Pipeline(Components):
         source: str | Path = "toyworld",
         *,
         base: str = "",
-        settings: Sequence[str] = (),
+        settings: Mapping[str, object] | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
         """Load a pipeline, with the strategies of its last stage active.
@@ -51,7 +50,7 @@ class Pipeline(Components):
         source: ``toyworld`` or ``toyworld-unet`` (embedded), a finished run's folder, or an adapter: the
             ``strategy.safetensors`` of a run, without the backbone that it was trained on.
         base: for an adapter, where the backbone is (`RunConfig.weights`); default: where the adapter's run had it from.
-        settings: settings of the run to replace, such as ``guidance.image=3``.
+        settings: of the run to replace, nested: ``{"guidance": {"image": 3}}``.
         device: default: CUDA if there is a GPU.
         ValueError: there is no such source, the run is not finished, or weights do not fit.
         """
@@ -59,9 +58,9 @@ class Pipeline(Components):
         if str(source) in EMBEDDED:
             path = ASSETS / EMBEDDED[str(source)]
         if path.is_dir():
-            config, files = _run(path, settings)
+            config, files = _run(path, settings or {})
         elif path.is_file():
-            config, files = _adapter(path, base, settings)
+            config, files = _adapter(path, base, settings or {})
         else:
             raise ValueError(
                 f"{str(source)!r} is no run folder, no adapter file and not embedded{suggest(str(source), EMBEDDED)}"
@@ -151,26 +150,26 @@ def load(
     source: str | Path = "toyworld",
     *,
     base: str = "",
-    settings: Sequence[str] = (),
+    settings: Mapping[str, object] | None = None,
     device: torch.device | str | None = None,
 ) -> Pipeline:
     """Load a pipeline: see `Pipeline.load`."""
     return Pipeline.load(source, base=base, settings=settings, device=device)
 
 
-def _run(folder: Path, settings: Sequence[str]) -> tuple[RunConfig, dict[Path, str]]:
+def _run(folder: Path, settings: Mapping[str, object]) -> tuple[RunConfig, dict[Path, str]]:
     """Return a finished run's configuration, and its files of weights with the prefixes of their names."""
     if not (folder / "finished").is_file():
         raise ValueError(
             f"{folder} is not a finished run; run it to its end first (the same command resumes)"
         )
-    config = parse(["--config", str(folder / "run.yaml"), *_flags(settings)])
     files = {folder / "weights.safetensors": "", folder / "strategy.safetensors": "strategy."}
+    config = RunConfig.create(folder / "run.yaml", **settings)
     return config, {file: prefix for file, prefix in files.items() if file.is_file()}
 
 
-def _adapter(file: Path, base: str, settings: Sequence[str]) -> tuple[RunConfig, dict[Path, str]]:
-    """Return the configuration that an adapter's metadata hold, and its file."""
+def _adapter(file: Path, base: str, settings: Mapping[str, object]) -> tuple[RunConfig, dict[Path, str]]:
+    """Return the configuration in an adapter's metadata, and its file."""
     try:
         with safe_open(file, "pt") as saved:
             metadata: dict[str, str] = saved.metadata() or {}
@@ -180,10 +179,5 @@ def _adapter(file: Path, base: str, settings: Sequence[str]) -> tuple[RunConfig,
         raise ValueError(
             f"{file} does not tell its run's settings; give the run's folder, or the strategy.safetensors of a run"
         )
-    stored: dict[str, Any] = json.loads(metadata["settings"])
-    stored["weights"] = base or stored["weights"]
-    return parse([*to_argv(stored), *_flags(settings)]), {file: "strategy."}
-
-
-def _flags(settings: Sequence[str]) -> list[str]:
-    return [f"--{setting}" for setting in settings]
+    start = {"weights": base} if base else {}
+    return RunConfig.create(json.loads(metadata["settings"]), **start, **settings), {file: "strategy."}

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dit_booth.config.parse import merge
 from dit_booth.pipeline import Pipeline
 from dit_booth.sampling.heldout import measure, sample_heldout
 from dit_booth.training.distributed import Ranks, start, stop
@@ -64,7 +65,7 @@ def sample(arguments: SampleArguments) -> None:
     """Sample a set of videos for each seed. ValueError: no such run, or --image has no caption with its subject."""
     if (arguments.caption or arguments.subject or arguments.mask) and not arguments.image:
         raise ValueError("--image is missing; --caption, --subject and --mask are for an image of your own")
-    pipeline = Pipeline.load(arguments.run, settings=arguments.set)
+    pipeline = Pipeline.load(arguments.run, settings=nested(arguments.set))
     if arguments.image:
         for seed in arguments.seeds:
             print(sample_image(pipeline, arguments, seed))
@@ -75,6 +76,21 @@ def sample(arguments: SampleArguments) -> None:
             print(json.dumps(sample_set(pipeline, arguments, seed, ranks)))
     finally:
         stop()
+
+
+def nested(assignments: Sequence[str]) -> dict[str, object]:
+    """Turn ``guidance.image=3`` and the like into nested settings. ValueError: a word without ``=``."""
+    out: dict[str, object] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set has {assignment!r}; write NAME=VALUE, such as guidance.image=3")
+        setting: object = value
+        for part in reversed(name.replace("-", "_").split(".")):
+            setting = {part: setting}
+        assert isinstance(setting, dict)
+        out = merge(out, setting)
+    return out
 
 
 def folder_of(arguments: SampleArguments) -> Path:

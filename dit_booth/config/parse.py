@@ -73,12 +73,14 @@ def parse(
         raise
 
 
-def create(config: str | Path, settings: Mapping[str, object]) -> RunConfig:
-    """Return the run of a configuration (a packaged one's name, or a path) with nested `settings` over it.
+def create(config: str | Path | Mapping[str, object], settings: Mapping[str, object]) -> RunConfig:
+    """Return the run of a configuration (see `RunConfig.create`) with nested `settings` over it.
 
     ValueError: anything that cannot be, an unknown name with the nearest ones.
     """
-    base = read_yaml(str(locate(config, "configs")))
+    base: PlainDict = (
+        dict(config) if isinstance(config, Mapping) else read_yaml(str(locate(config, "configs")))
+    )
     own = dict(settings)
     load_plugins(base, _listed(own.pop("plugin", None)))
     strategy = own.pop("strategy", None)

@@ -83,7 +83,7 @@ def test_a_run_finds_the_subject_by_its_first_token(
     with pytest.raises(ValueError, match="not even the first token 'polar' of subject 'polar bear'"):
         pipe(image_file, "two bears", subject=bear)
     with pytest.raises(ValueError, match="subject 'polar bear' is not in caption 'two polar bears'"):
-        default = Pipeline.load(tmp_path / "run", settings=["token_replacement.compat="])
+        default = Pipeline.load(tmp_path / "run", settings={"token_replacement": {"compat": ""}})
         default(image_file, "two polar bears", subject=bear)
 
 

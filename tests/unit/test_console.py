@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dit_booth.cli import COMMANDS, main
+from dit_booth.commands.sample import nested
 
 
 def test_help_shows_an_example_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,6 +35,16 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no model matches 'vit'" in capsys.readouterr().err
     assert main(["sample", "toyworld", "--caption", "a star"]) == 1
     assert "--image is missing" in capsys.readouterr().err
+
+
+def test_settings_to_sample_with_are_nested() -> None:
+    assert nested(["guidance.image=3", "guidance.text=2", "kv-concat.where=", "weights=a=b"]) == {
+        "guidance": {"image": "3", "text": "2"},
+        "kv_concat": {"where": ""},
+        "weights": "a=b",
+    }
+    with pytest.raises(ValueError, match="--set has 'guidance'; write NAME=VALUE"):
+        nested(["guidance"])
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
