@@ -110,12 +110,13 @@ class Strategies(nn.Module):
     """Several strategies at once: ``token_replacement+kv_concat``.
 
     Parameters are named ``<strategy>.taps.<site>.<parameter>``. At a site with several taps, the earlier one's payload
-    is the later one's input: by their `order`, then as written.
+    is the later one's input: by their `order`, then as written. Each strategy is asked once for what it needs recorded.
     """
 
     def __init__(self, parts: Mapping[str, Strategy]) -> None:
         super().__init__()
         self.names = tuple(parts)
+        self.needs = {name: part.needs() for name, part in parts.items()}
         for name, part in parts.items():
             self.add_module(name, part)
 
@@ -125,13 +126,9 @@ class Strategies(nn.Module):
         assert isinstance(part, Strategy)
         return part
 
-    def needs(self, active: Sequence[str]) -> dict[str, Needs]:
-        """Return what each active strategy wants recorded."""
-        return {name: self.part(name).needs() for name in active}
-
     def reference_frames(self, active: Sequence[str]) -> int:
         """Return how many noised copies of the reference the active strategies ask for, at least one."""
-        return max((needs.frames for needs in self.needs(active).values()), default=1)
+        return max((self.needs[name].frames for name in active), default=1)
 
     def first_token_suffices(self, active: Sequence[str]) -> bool:
         """True if one of the active strategies finds a subject by its first token."""
@@ -143,7 +140,7 @@ class Strategies(nn.Module):
         """Make every active strategy's condition; `hidden` holds a recording for each kind of noise they need."""
         made = {}
         for name in (n for n in self.names if n in active):
-            needs = self.part(name).needs()
+            needs = self.needs[name]
             made[name] = self.part(name)(reference, {site: hidden[needs.noise][site] for site in needs.sites})
         return made
 

@@ -64,12 +64,12 @@ class Injected(nn.Module):
 
     def constant_conditions(self, reference: Reference) -> dict[str, Condition]:
         """Make the active strategies' conditions that are the same at every timestep."""
-        names = [name for name, needs in self.strategy.needs(self.active).items() if needs.constant]
+        names = [name for name in self.active if self.strategy.needs[name].constant]
         return self.conditions(reference.latent.new_zeros(len(reference.latent)), reference, names)
 
     def record(self, t: Tensor, reference: Reference, names: Sequence[str]) -> dict[Noise, Hidden]:
         """Run one pass of the reference for each kind of noise that the named strategies need."""
-        needs = self.strategy.needs(names).values()
+        needs = [self.strategy.needs[name] for name in names]
         hidden: dict[Noise, Hidden] = {}
         kinds: tuple[Noise, ...] = ("matched", "clean")
         for noise in kinds:

@@ -131,7 +131,7 @@ def condition_is_a_pure_function(make: Callable[..., Trial]) -> None:
     first = run.model.conditions(run.t, reference, names)
     for t in (run.t, run.t + 200):
         again = run.model.conditions(t, reference, names)
-        for name, needs in run.model.strategy.needs(names).items():
+        for name, needs in run.model.strategy.needs.items():
             if needs.constant or t is run.t:
                 pairs = zip(_tensors(first[name]), _tensors(again[name]), strict=True)
                 assert all(torch.equal(a, b) for a, b in pairs), f"{name}'s condition changes between calls"

@@ -194,7 +194,7 @@ class Ours:
         if torch.equal(t, reference_t):
             return root(x, t, prompt, image).output
         # Only the golden files noise the reference to another time than the video's.
-        sites = [site for needs in root.strategy.needs(root.active).values() for site in needs.sites]
+        sites = [site for name in root.active for site in root.strategy.needs[name].sites]
         hidden = {"matched": root.hidden(noisy, reference_t, sites)}
         inject = root.strategy.bind(root.active, root.strategy(image, hidden, root.active))
         return root.backbone(x, t, root.text(prompt, inject), inject)

@@ -1,13 +1,15 @@
-"""Helpers for the tests of both backbones: a tap that watches, and how to put one at sites."""
+"""Helpers for the tests of the seam and of both backbones: small models and sites, and a tap that watches."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dit_booth.inject import QKV, Injection, Latents, Modulation, Site
+from dit_booth.inject import QKV, Injection, Latents, Modulation, Site, Sites
+from dit_booth.models.dit.model import DiTConfig, VideoDiT
 
 
 class Spy(nn.Module):
@@ -32,3 +34,15 @@ def tapped(sites: list[Site], tap: nn.Module) -> Injection:
 def worst(a: Tensor, b: Tensor) -> float:
     """Return the largest absolute difference."""
     return (a - b).abs().max().item()
+
+
+def dit() -> VideoDiT:
+    torch.manual_seed(0)
+    backbone = VideoDiT(DiTConfig(), channels=3, text_dim=8, text_embed_dim=6)
+    for p in backbone.parameters():
+        p.data.normal_(std=0.1)
+    return backbone
+
+
+def sites_of(*sites: Site) -> Sites:
+    return Sites(sites, image_dim=8, image_embed_dim=8, latent_channels=3, frames=3)
