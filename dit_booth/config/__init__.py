@@ -205,7 +205,8 @@ class RunConfig:
 
         config: name of a packaged configuration, path of a YAML file, or its content. settings: fields, and mappings
         for sections, a strategy's options under its name:
-        ``create(strategy="kv_concat", kv_concat={"update": "direct"}, stages={"fine": {"steps": 500}})``. ValueError: an unknown name (with the nearest), or a value that cannot be.
+        ``create(strategy="kv_concat", kv_concat={"update": "direct"}, stages={"fine": {"steps": 500}})``.
+        ValueError: an unknown name (with the nearest), or a value that cannot be.
         """
         from dit_booth.config.parse import create
 

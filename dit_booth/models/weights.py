@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dit_booth.files import replacing
+from dit_booth.files import PACKAGE, replacing
 
 JsonObject = Mapping[str, Any]
 """Content of a configuration file."""
@@ -36,7 +36,7 @@ _UNREADABLE = (
 )
 """Errors of torch.load for files that are cut off, damaged or of another format."""
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = PACKAGE / "assets"
 LISTED = 20
 """Names of each kind that an error lists, beside their count."""
 

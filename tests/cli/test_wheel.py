@@ -83,6 +83,9 @@ def test_no_generic_name_enters_site_packages(installed: Installed) -> None:
     assert {name for name in names if not name.endswith(".dist-info")} == {"dit_booth"}
     assert {"dit_booth/configs/demo.yaml", "dit_booth/configs/ds_config.json"} < files
     assert {"dit_booth/sweeps/schedule.yaml", "dit_booth/strategies/kv_concat.py"} < files
+    sources = [(ROOT / "dit_booth", "dit_booth"), (ROOT / "strategies", "dit_booth/strategies")]
+    modules = {f"{to}/{file.relative_to(folder)}" for folder, to in sources for file in folder.rglob("*.py")}
+    assert modules == {name for name in files if name.endswith(".py")}, "pyproject.toml lists every folder"
 
 
 def test_the_five_lines_make_a_video(installed: Installed) -> None:

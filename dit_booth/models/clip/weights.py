@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dit_booth.errors import suggest
+from dit_booth.files import PACKAGE
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.upstream.clip import find_clip_mismatches, from_transformers
 from dit_booth.models.weights import JsonObject, load_strictly, raise_mismatches, read_folder, read_json
@@ -18,7 +19,7 @@ from dit_booth.models.weights import JsonObject, load_strictly, raise_mismatches
 log = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "dit-booth-tiny"
-EMBEDDED_WEIGHTS = Path(__file__).parents[2] / "assets" / "clip.safetensors"
+EMBEDDED_WEIGHTS = PACKAGE / "assets" / "clip.safetensors"
 _CONFIGS = Path(__file__).parent / "configs"
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _FIX = "choose a model such as ViT-L-14-quickgelu"
