@@ -34,12 +34,14 @@ def check_ranges(config: DataclassInstance, section: str, **ranges: str) -> None
         annotation = annotations[name]
         if value is None and "None" in annotation:
             continue
-        whole = "float" not in annotation
-        for element in value if isinstance(value, tuple) else (value,):
-            if not _contains(interval, element, whole):
-                kind = "a whole number" if whole else "a number"
-                field = f"{section}.{name}".lstrip(".")
-                raise ValueError(f"{field} is {value!r}; use {kind} in {interval}")
+        check_number(f"{section}.{name}".lstrip("."), value, interval, whole="float" not in annotation)
+
+
+def check_number(field: str, value: object, interval: str, *, whole: bool = True) -> None:
+    """Raise ValueError for a value, or an element of a tuple, that is no finite (whole) number in an interval."""
+    if not all(_contains(interval, x, whole) for x in (value if isinstance(value, tuple) else (value,))):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{field} is {value!r}; use {kind} in {interval}")
 
 
 def _contains(interval: str, value: object, whole: bool) -> bool:

@@ -18,7 +18,7 @@ from dit_booth.data.image_input import ImageLike, MaskLike
 from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
-from dit_booth.errors import suggest
+from dit_booth.errors import SEED, check_number, suggest
 from dit_booth.files import write_text
 from dit_booth.models.fingerprint import warn_of_another_base
 from dit_booth.models.weights import ASSETS, load_strictly, read
@@ -111,28 +111,33 @@ class Pipeline(Components):
         data, config = self.config.data, self.config
         if not text.strip():
             raise ValueError("text is empty; write what the video shows, such as 'a star is spinning'")
-        if image is not None and subject is None and self.replaces_words:
+        if image is not None and not subject and self.replaces_words:
             raise ValueError(
                 f"subject is missing; name the words of {text!r} that the image stands for, such as subject='star'"
             )
-        side = data.image_size or data.size
-        height, width = size if isinstance(size, tuple) else (size or data.size,) * 2
-        for name, value in (("frames", frames or data.frames), ("size", height), ("size", width)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; use 1 or more")
+        frames, size = data.frames if frames is None else frames, data.size if size is None else size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        for name, value, interval in (
+            ("seed", seed, SEED),
+            ("frames", frames, "[1, 10000]"),
+            ("size", height, "[1, 65536]"),
+            ("size", width, "[1, 65536]"),
+        ):
+            check_number(name, value, interval)
         if not isinstance(guidance, GuidanceConfig):
             guidance = config.guidance if guidance is None else GuidanceConfig(scale=guidance)
         sampler = sampler or config.sampler
         sampler = sampler if steps is None else replace(sampler, steps=steps)
+        side = data.image_size or data.size
         shown = None if image is None else as_image_prompt(image, size=side, mask=mask)
         prompt = torch.zeros(3, side, side) if shown is None else shown
         video = generate(
             self,
             prompt[None].to(self.device),
             [text],
-            [subject],
+            [subject or None],
             [seed],
-            size=(frames or data.frames, height, width),
+            size=(frames, height, width),
             guidance=guidance,
             sampler=sampler,
             use_image=shown is not None,

@@ -35,12 +35,15 @@ def generate(
 
     images: (b 3 s s) in [-1, 1]; `size` is (frames, height, width) in pixels. A row's noise depends on its seed
     alone, so a video is the same in every batch. Conditions that are the same at every timestep are made once; with
-    `reuse` false they are made at every step, which gives the same videos.
+    `reuse` false they are made at every step, which gives the same videos. ValueError: a size that the autoencoder or
+    the backbone cannot cut.
     """
     device, dtype = images.device, next(components.model.parameters()).dtype
     components.model.eval()
     frames, height, width = size
     factor, channels = components.autoencoder.factor, components.autoencoder.channels
+    if height % factor or width % factor:
+        raise ValueError(f"size is {height} x {width} pixels; the autoencoder needs multiples of {factor}")
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     batch, with_image = len(images), use_image and bool(components.model.active)
     passes = make_passes(components, guidance, images, captions, subjects, dtype, with_image)

@@ -56,7 +56,7 @@ def sample_heldout(
             torch.stack([given[i] for i in rows]).to(ranks.device),
             [examples[i].caption for i in rows],
             [examples[i].subject for i in rows],
-            [sample.seed * 1_000_003 + i for i in rows],
+            [(sample.seed * 1_000_003 + i) % 2**63 for i in rows],
             size=(config.data.frames, *examples[rows[0]].video.shape[-2:]),
             guidance=config.guidance,
             sampler=config.sampler,

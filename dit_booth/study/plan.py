@@ -311,7 +311,7 @@ def _chain(file: Path) -> list[Path]:
     import yaml
 
     parent = (yaml.safe_load(file.read_text()) or {}).get("extends")
-    return [file, *(_chain(file.parent / parent) if parent else [])]
+    return [file, *(_chain(locate(parent, "configs", beside=file.parent)) if parent else [])]
 
 
 def _stamps(paths: list[str]) -> dict[str, list[int] | None]:

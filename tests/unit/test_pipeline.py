@@ -90,7 +90,18 @@ def test_bad_calls_say_what_is_wrong(pipe: Pipeline, picture: Image.Image) -> No
         ({"text": TEXT}, "subject is missing; name the words"),
         ({"text": TEXT, "subject": "cat"}, "subject 'cat' is not in caption"),
         ({"text": " ", "subject": "star"}, "text is empty"),
-        ({"text": TEXT, "subject": "star", "frames": -1}, "frames is -1; use 1 or more"),
+        ({"text": TEXT, "subject": ""}, "subject is missing; name the words"),
+        ({"text": TEXT, "subject": "star", "frames": 0}, r"frames is 0; use a whole number in \[1, 10000\]"),
+        ({"text": TEXT, "subject": "star", "size": (0, 32)}, "size is 0; use a whole number"),
+        (
+            {"text": TEXT, "subject": "star", "size": 33},
+            "size is 33 x 33 pixels; the autoencoder needs multiples",
+        ),
+        ({"text": TEXT, "subject": "star", "seed": -1}, "seed is -1; use a whole number"),
+        (
+            {"text": TEXT, "subject": "star", "seed": 2**70},
+            "seed is 1180591620717411303424; use a whole number",
+        ),
         ({"text": TEXT, "subject": "star", "steps": 0}, "steps"),
         ({"text": TEXT, "subject": "star", "guidance": float("nan")}, "scale"),
     ):

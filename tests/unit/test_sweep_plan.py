@@ -165,6 +165,16 @@ def test_a_plan_is_made_anew_when_what_it_came_from_changes(tmp_path: Path, chan
     assert planned(tmp_path, **changes).points[0].stages != before.stages
 
 
+def test_a_base_may_extend_a_packaged_configuration(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("extends: demo\n")
+    one = planned(tmp_path, base=str(base), grid={}, baseline=None, seeds=[0]).points[0]
+    base.write_text("extends: study\n")
+    other = planned(tmp_path, base=str(base), grid={}, baseline=None, seeds=[0]).points[0]
+    frames = [point.settings["stages"]["coarse"]["frames"] for point in (one, other)]
+    assert frames == [3, 0], "those of the demo, then of the studies"
+
+
 def test_a_kept_plan_sees_a_replaced_video(tmp_path: Path) -> None:
     video = tmp_path / "set" / "videos" / "page" / "1.mp4"
     video.parent.mkdir(parents=True)
