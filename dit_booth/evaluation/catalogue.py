@@ -1,0 +1,95 @@
+"""The metrics by name: label, unit, better direction, level and definition. Needs no PyTorch.
+
+A metric's `level` says what one value belongs to: a `frame`, a `video`, or the `set` of a point's videos.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["frame", "video", "set"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A metric's description; `better`: +1 higher, -1 lower, 0 neither (context for other metrics)."""
+
+    name: str
+    label: str
+    unit: str = ""
+    better: int = 0
+    digits: int = 3
+    level: Level = "frame"
+    about: str = ""
+
+
+NETWORKS = {
+    "clip": "CLIP",
+    "dino": "DINO ViT-S/16",
+    "dino_b": "DINO ViT-B/16",
+    "dinov2": "DINOv2",
+    "lite0": "EfficientNet-Lite0",
+    "judge": "judges",
+}
+"""Feature networks by the prefix of their metrics' names."""
+
+
+def _of_network(prefix: str, label: str) -> list[Metric]:
+    """Return the metrics that every feature network has."""
+    return [
+        Metric(
+            name=f"{prefix}_i",
+            label=f"{label} image",
+            better=1,
+            about="cosine of the frame and the image prompt, whole pictures",
+        ),
+        Metric(
+            name=f"{prefix}_i_crop",
+            label=f"{label} image, cropped",
+            better=1,
+            about="cosine of the frame and the image prompt, both cropped to the subject",
+        ),
+        Metric(
+            name=f"{prefix}_consistency",
+            label=f"{label} consistency",
+            digits=4,
+            about="cosine of the frame and the one before; read beside motion: a still video has 1",
+        ),
+    ]
+
+
+_METRICS = [
+    Metric(name="appearance", label="Appearance", unit="ΔE", better=-1, digits=2,
+           about="mean dE2000 between the frame and the true subject rendered in its best-fitting pose"),
+    Metric(name="right_shape", label="Right shape", unit="share", better=1,
+           about="1 if the true shape fits best of all shapes"),
+    Metric(name="shape", label="Shape", better=1,
+           about="overlap with the true shape: 0 at the mean of the wrong shapes, 1 at the ground truth"),
+    Metric(name="right_texture", label="Right texture", unit="share", better=1,
+           about="1 if the true texture fits best of all textures"),
+    Metric(name="palette", label="Palette", unit="ΔE", better=-1, digits=2,
+           about="earth mover's distance of the subject's colours and the image prompt's, dE2000"),
+    Metric(name="subject_found", label="Subject found", unit="share", better=1,
+           about="1 if a subject can be segmented"),
+    *(metric for prefix, label in NETWORKS.items() for metric in _of_network(prefix, label)),
+    Metric(name="clip_t", label="CLIP text", better=1, about="cosine of the frame and the caption"),
+    Metric(name="judge_t", label="judges text", better=1,
+           about="cosine of the frame and the caption, mean of the judges"),
+    Metric(name="psnr", label="PSNR", unit="dB", better=1, digits=2,
+           about="to the real video of the prompt; a pose or motion of its own counts as an error"),
+    Metric(name="flicker", label="Background flicker", unit="share", better=-1, digits=4,
+           about="mean absolute difference of the background's pixels to the frame before"),
+    Metric(name="speed", label="Speed", unit="share", digits=4,
+           about="distance of the subject's centre to the frame before, in shares of the frame's side"),
+    Metric(name="growth", label="Growth", unit="share", digits=4,
+           about="absolute change of the subject's size to the frame before, relative"),
+    Metric(name="rotation", label="Rotation", unit="degrees", digits=2,
+           about="absolute rotation of the subject to the frame before"),
+]  # fmt: skip
+CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
+
+
+def describe(name: str) -> Metric:
+    """Return a metric's description; for an unknown name, one without a better direction."""
+    return CATALOGUE.get(name) or Metric(name=name, label=name.replace("_", " "))
