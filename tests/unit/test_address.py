@@ -42,7 +42,7 @@ def usual() -> dict[str, str]:
         "--store elsewhere",
         "--stop-after coarse",
         "--sample.videos 3",
-        "--sample.seed 5",
+        "--sample.seeds 5 6",
         "--guidance.scale 3",
         "--sampler.steps 9",
         "--train.checkpoint-every 7",

@@ -141,7 +141,7 @@ def test_the_run_folder_is_named_after_the_settings():
     [
         {"train": TrainConfig(seed=1)},
         {"stages": StagesConfig(fine=StageConfig(lr=2e-4, drop=0.1))},
-        {"sample": SampleConfig(seed=1)},
+        {"sample": SampleConfig(seeds=(1,))},
         {"data": DataConfig(frames=7)},
         {"data": DataConfig(toyworld=ToyworldOptions(describe="full"))},
         {"strategy": "none"},
