@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from dit_booth.evaluation.clip_score import ImageFeatures, TextFeatures, clip_scores
+from dit_booth.evaluation.learned.clip_score import ImageFeatures, TextFeatures, clip_scores
 from dit_booth.evaluation.palette import video_palette_distance
 from dit_booth.evaluation.pixels import motion, psnr
 from dit_booth.evaluation.shape import video_shape_overlap

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
 from dit_booth.evaluation import evaluate, summary
-from dit_booth.evaluation.clip_score import clip_scores
+from dit_booth.evaluation.learned.clip_score import clip_scores
 from dit_booth.evaluation.pixels import motion, psnr
 
 torch.set_num_threads(1)
