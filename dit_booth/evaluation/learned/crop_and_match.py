@@ -29,7 +29,7 @@ TEXT = 0.30  # cosine of crop and subject's name below which a box is another ob
 
 
 class Nexus(NamedTuple):
-    """NexusScore of a video: `released` divides the mean by the number of detections once more, `corrected` does not."""
+    """NexusScore of a video: `released` divides the mean by the number of detections once more."""
 
     released: float
     corrected: float
@@ -75,13 +75,13 @@ def crop_and_match_scorer(detect: Detector, image: ImageFeatures, text: TextFeat
             index: _match(case, index, frame_boxes, image, text) for index, frame_boxes in boxes.items()
         }
         best, counted = np.full(len(case.video), np.nan), np.full(len(case.video), np.nan)
-        for index, (confidence, words, cosine) in matched.items():
-            kept = cosine[_counted(confidence, words)]
+        for index, (confidence, named, cosine) in matched.items():
+            kept = cosine[_counted(confidence, named)]
             counted[index] = float(len(kept) > 0)
             best[index] = kept.max() if len(kept) else math.nan
         rows = [matched[index] for index in indices.tolist()]
-        confidence, words, cosine = (np.concatenate(column) for column in zip(*rows, strict=True))
-        nexus = nexus_score(confidence, words, cosine, sum(len(row[0]) > 0 for row in rows))
+        confidence, named, cosine = (np.concatenate(column) for column in zip(*rows, strict=True))
+        nexus = nexus_score(confidence, named, cosine, sum(len(row[0]) > 0 for row in rows))
         return {
             "match_i": best,
             "match_found": counted,
@@ -97,16 +97,14 @@ def _counted(confidence: Array, text: Array) -> NDArray[np.bool_]:
 
 
 def _match(
-    case: Case, index: int, boxes: Tensor, image: ImageFeatures, text: TextFeatures
+    frame: Tensor, boxes: Tensor, image: ImageFeatures, reference: Tensor, words: Tensor
 ) -> tuple[Array, Array, Array]:
-    """Return confidence, cosine with the text and cosine with the reference of the frame's boxes."""
-    crops = [_crop(case.video[index], box) for box in boxes]
+    """Return confidence, cosine with the text and cosine with the reference of a frame's boxes (n 5)."""
+    crops = [_crop(frame, box) for box in boxes]
     kept = [number for number, crop in enumerate(crops) if crop.numel()]
     if not kept:
         return (np.empty(0),) * 3
     features = features_of("image", image, [crops[number] for number in kept])
-    reference = unit_features("image", image(case.image[None]), rows=1)
-    words = unit_features("text", text([case.subject or case.caption]), rows=1)
     confidence = boxes[kept, 4].detach().cpu().double().numpy()
     return confidence, cosines(features, words), cosines(features, reference)
 
@@ -121,7 +119,7 @@ def _check_boxes(found: Sequence[Tensor], *, frames: int) -> Sequence[Tensor]:
     if len(found) != frames or any(boxes.ndim != 2 or boxes.shape[1] != 5 for boxes in found):
         shapes = [tuple(boxes.shape) for boxes in found][:4]
         raise ValueError(
-            f"the detector returned boxes of shape {shapes}... for {len(found)} frames; it must return a tensor (n 5) of"
-            f" x1, y1, x2, y2, confidence for each of the {frames} frames"
+            f"the detector returned boxes of shape {shapes}... for {len(found)} frames; it must return a"
+            f" tensor (n 5) of x1, y1, x2, y2, confidence for each of the {frames} frames"
         )
     return found
