@@ -10,8 +10,8 @@ from pathlib import Path
 from dit_booth.components import Components
 from dit_booth.evaluation import score, summary
 from dit_booth.evaluation.case import Case, Scorer
-from dit_booth.evaluation.clip_score import clip_scores
 from dit_booth.evaluation.folder import write_videos
+from dit_booth.evaluation.learned.clip_score import clip_scores
 from dit_booth.evaluation.palette import video_palette_distance
 from dit_booth.evaluation.pixels import psnr
 from dit_booth.evaluation.scores import SCORES, write_scores

@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
 from dit_booth.evaluation import score, summary
 from dit_booth.evaluation.case import Case, Values
-from dit_booth.evaluation.clip_score import clip_scores
+from dit_booth.evaluation.learned.clip_score import clip_scores
 from dit_booth.evaluation.pixels import motion, psnr
 from dit_booth.evaluation.scores import Score, read_scores, write_scores
 
