@@ -247,7 +247,7 @@ def _run_log(file: Path) -> tuple[dict[str, Score], tuple[StageResult, ...]]:
     for number, line in read_lines(file):
         if isinstance(line.get("samples"), dict):
             scores = _scores(line["samples"], f"{file}:{number}")
-        elif "step" in line:
+        elif "step" in line and "validation" not in line:
             seconds.setdefault(str(line.get("stage")), []).append(
                 _number(line, "seconds", f"{file}:{number}")
             )
