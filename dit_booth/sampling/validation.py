@@ -1,4 +1,4 @@
-"""Identity of the subject while training: a few videos of held-out prompts, sampled in few steps."""
+"""Identity of the subject while training: a few videos of dev prompts, sampled in few steps."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _SEED = 9_173_000_021  # of the noise: the same in every validation, so that a c
 
 
 def identity_curve(components: Components, ranks: Ranks) -> dict[str, float]:
-    """Return means over the first ``train.validate_prompts`` held-out prompts, the same on every rank.
+    """Return means over the first ``train.validate_prompts`` dev prompts, the same on every rank.
 
-    `palette` (dE2000, of the toy world only) and `clip_i`: the mean over frames of the cosine of frame and image
+    `palette` (dE2000, of the toy world only) and `own_i`: the mean over frames of the cosine of frame and image
     prompt, whole pictures, by the run's own image encoder, which may also be what conditions the network. Empty where
     no strategy is active. The sampler and the guidance are the run's, the steps at most `FEW_STEPS`, so the values are
     not those of the finished run's samples. Prompts are sampled one by one: a video depends on its own seed alone,
     whatever the number of ranks.
     """
-    config, dataset = components.config, components.dataset(heldout=True)
+    config, dataset = components.config, components.dataset("dev")
     count = min(config.train.validate_prompts, len(dataset))
     if not (count and components.model.active):
         return {}
@@ -74,7 +74,7 @@ def in_few_steps(sampler: SamplerConfig) -> SamplerConfig:
 
 def identity_scores(components: Components, example: Example, video: Tensor) -> dict[str, float]:
     """Compare a video (f 3 h w) with the image prompt of its example; NaN if the network has diverged."""
-    names = (*(["palette"] if example.identity else []), "clip_i")
+    names = (*(["palette"] if example.identity else []), "own_i")
     if not torch.isfinite(video).all():
         return dict.fromkeys(names, math.nan)
     image = rearrange(example.image, "c h w -> 1 c h w").to(video.device)
@@ -83,7 +83,7 @@ def identity_scores(components: Components, example: Example, video: Tensor) -> 
         for pictures in (video, image)
     )
     cosine = float(einsum(frames, prompt, "f d, n d -> f n").mean())
-    scores = {"clip_i": cosine}
+    scores = {"own_i": cosine}
     if example.identity:
         scores["palette"] = video_palette_distance(video.float().cpu(), example.image).distance
     return {name: scores[name] for name in names}

@@ -55,7 +55,7 @@ class Validation:
         if not components.config.train.validate_every:
             return None
         nothing_dropped = replace(stage, drop=0.0, drop_image=0.0, drop_text=0.0)
-        dataset = components.dataset(heldout=True)
+        dataset = components.dataset("dev")
         return cls(components, nothing_dropped, ranks, dtype, rows, dataset, probe)
 
     def measure(self, ema: Ema | None) -> dict[str, float]:
