@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from dit_booth.components import Components
@@ -32,11 +32,7 @@ def measure(components: Components, cases: Mapping[str, Case], out: Path) -> dic
     """
     config = components.config
     scorers = run_scorers(components)
-    truths = {
-        case.prompt: replace(case, video=case.truth, control="truth", noise_seed=0, given=None)
-        for case in cases.values()
-        if case.truth is not None
-    }
+    truths = {case.prompt: case.as_truth() for case in cases.values() if case.truth is not None}
     every = [*cases.values(), *truths.values()]
     scores = [one for case in every for one in score(case, scorers, seed=config.train.seed)]
     write_scores(out / SCORES, scores)
