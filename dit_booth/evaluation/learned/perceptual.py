@@ -54,7 +54,8 @@ def load_lpips(weights: Weights, device: Device = "cpu") -> Distance:
     model.eval().requires_grad_(False).to(device)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return rearrange(model(*(_enlarge(x.to(device)) for x in (a, b))), "n 1 1 1 -> n")
+        values: Tensor = model(*(_enlarge(x.to(device)) for x in (a, b)))
+        return rearrange(values, "n 1 1 1 -> n")
 
     return distance
 
