@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,9 @@ def load_dino(weights: Weights, device: Device = "cpu", *, name: str = "dino") -
     }[name]
     path = find_weights(name, weights.get(name), example=example, files=_TIMM_FILES)
     file = find_file(name, path, _TIMM_FILES)
-    model = timm.create_model(model_name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    model = timm.create_model(
+        model_name, pretrained=False, num_classes=0, dynamic_img_size=True, weight_init="skip"
+    )
     load_strictly(model, read_weights(file), f"weights {name} = {file}")
     return _network(model, DINO, device)
 
@@ -120,7 +124,9 @@ def load_dinov2(weights: Weights, device: Device = "cpu") -> FeatureNetwork:
             f"weights dinov2 = {file}: no DINOv2 of width 384, 768 or 1024 (its class token's width is {width});"
             " give dinov2_vits14_pretrain.pth, vitb14 or vitl14, without registers"
         )
-    model = timm.create_model(f"vit_{size}_patch14_dinov2", pretrained=False, num_classes=0, img_size=224)
+    model = timm.create_model(
+        f"vit_{size}_patch14_dinov2", pretrained=False, num_classes=0, img_size=224, weight_init="skip"
+    )
     state["pos_embed"] = resample_positions(positions, side=224 // 14)
     load_strictly(model, state, f"weights dinov2 = {file}")
     return _network(model, DINO, device)
@@ -212,9 +218,21 @@ def load_clip(weights: Weights, device: Device = "cpu", *, name: str = "clip") -
     file = find_file(name, path, _CLIP_FILES)
     state = _clip_state(file)
     model_name = model_name or _openai_name(state, f"weights {name} = {file}")
-    model = open_clip.create_model(model_name, load_weights=False)
+    with _quiet():  # open_clip warns of random weights
+        model = open_clip.create_model(model_name, load_weights=False)
     load_strictly(model, state, f"weights {name} = {file}")
     return _clip(model, open_clip.get_tokenizer(model_name), _clip_squash(path), device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop log records up to WARNING."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _clip_state(file: Path) -> dict[str, Tensor]:

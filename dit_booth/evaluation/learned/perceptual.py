@@ -31,6 +31,8 @@ _DREAMSIM_FILES = (
     "open_clip_vitb16_pretrain.pth.tar",
     "clip_vitb16_pretrain.pth.tar",
     "ensemble_lora",
+    "facebookresearch_dino_main",  # these two are torch.hub's copies, made where the package first ran
+    "checkpoints/dino_vitbase16_pretrain.pth",
 )
 
 
@@ -63,19 +65,20 @@ def load_lpips(weights: Weights, device: Device = "cpu") -> Distance:
 def load_dreamsim(weights: Weights, device: Device = "cpu") -> Distance:
     """Load DreamSim's ensemble (Fu et al. 2023): 1 - cosine of the embeddings, after a bicubic resize to 224 x 224.
 
-    `weights["dreamsim"]` is the folder of its unpacked checkpoint (dreamsim_ensemble_checkpoint.zip).
+    `weights["dreamsim"]` is the folder that `dreamsim.dreamsim(cache_dir=FOLDER)` fills where it may download.
 
     Raises:
-        ValueError: the package or a file of the checkpoint is absent.
+        ValueError: the package or a file of that folder is absent.
     """
-    package = _import("dreamsim", "pip install dreamsim")
+    package = _import("dreamsim", "pip install 'dit-booth[metrics]'")
     folder = find_weights(
         "dreamsim", weights.get("dreamsim"), example="dreamsim_ensemble_checkpoint", files=()
     )
     absent = [name for name in _DREAMSIM_FILES if not (folder / name).exists()]
-    if absent:  # the package would download the whole checkpoint
+    if absent:  # the package would download them
         raise ValueError(
-            f"weights dreamsim = {folder}: {', '.join(absent)} missing; unpack the checkpoint there"
+            f"weights dreamsim = {folder}: it has no {', '.join(absent)}; fill it where downloads are possible:"
+            f" python -c \"import dreamsim; dreamsim.dreamsim(device='cpu', cache_dir='{folder}')\""
         )
     model, _ = package.dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
     return dreamsim_distance(model.embed, device)
