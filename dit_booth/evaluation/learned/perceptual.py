@@ -6,6 +6,7 @@ Both networks come from their authors' packages (`lpips`, `dreamsim`), which are
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
@@ -48,7 +49,9 @@ def load_lpips(weights: Weights, device: Device = "cpu") -> Distance:
     """
     package = _import("lpips", "pip install 'dit-booth[metrics]'")
     file = find_weights("lpips", weights.get("lpips"), example="alexnet-owt-7be5be79.pth", files=())
-    model = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():  # the package calls torchvision as it was
+        warnings.simplefilter("ignore", UserWarning)
+        model = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
     own = {name.split(".", 1)[1]: name for name in model.net.state_dict()}  # 0.weight -> slice1.0.weight
     state = {k: v for k, v in read_weights(file).items() if not k.startswith("classifier.")}
     named = {own.get(k.removeprefix("features."), k): v for k, v in state.items()}
