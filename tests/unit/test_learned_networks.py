@@ -69,12 +69,26 @@ def features(dino, pictures) -> torch.Tensor:
         return dino[0](DINO(pictures))
 
 
+def forward(model: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    """The class token of DINO's forward, written out."""
+    patches = model.patch_embed.proj(pictures)  # the convolution leaves out what fills no patch
+    rows, columns = patches.shape[-2:]
+    positions = model.pos_embed[:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
+    scale = ((rows + 0.1) / 14, (columns + 0.1) / 14)
+    positions = torch.nn.functional.interpolate(positions, scale_factor=scale, mode="bicubic")
+    tokens = (patches + positions).flatten(2).transpose(1, 2)
+    first = (model.cls_token + model.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+    return model.norm(model.blocks(torch.cat((first, tokens), dim=1)))[:, 0]
+
+
 def test_dino_computes_what_timm_computes(dino, pictures, features):
     network = load_dino({"dino": str(dino[1])})
     assert torch.allclose(network(pictures), features, atol=1e-5)
     assert features.shape == (2, 384)
-    with torch.no_grad():  # not square, as VBench prepares them
-        assert network.encode(torch.zeros(1, 3, 32, 64)).shape == (1, 384)
+    whole = pictures[:, :, :, :57]  # 2 x 3 patches and a rest, not square: as VBench prepares videos
+    with torch.no_grad():
+        assert torch.allclose(network.encode(whole), forward(dino[0], whole), atol=1e-5)
+    assert torch.allclose(network(pictures), features, atol=1e-5)  # and back
     with pytest.raises(ValueError, match=r"pictures has shape \(3, 8, 8\)"):
         network(torch.zeros(3, 8, 8))
 
@@ -141,7 +155,7 @@ def test_dinov2_is_read_at_224_pixels(tmp_path, pictures):
     state = original.state_dict() | {"mask_token": torch.zeros(1, 384)}
     torch.save(state, tmp_path / "dinov2_vits14_pretrain.pth")
     features = load_dinov2({"dinov2": str(tmp_path / "dinov2_vits14_pretrain.pth")})(pictures)
-    positions = resample_positions(original.pos_embed.detach(), 16)
+    positions = resample_positions(original.pos_embed.detach(), 16, 16)
     original.set_input_size(img_size=224)
     original.pos_embed.data.copy_(positions)
     with torch.no_grad():
@@ -154,16 +168,17 @@ def test_dinov2_is_read_at_224_pixels(tmp_path, pictures):
 def test_positions_are_resampled_by_cubic_convolution():
     grid = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)).double()
     positions = torch.cat((torch.tensor([[[7.0]]]).double(), grid.reshape(1, 25, 1)), dim=1)
-    ours = resample_positions(positions, 3)
+    ours = resample_positions(positions, 3, 8)
     assert ours[0, 0, 0] == 7
     for row in range(3):
-        for column in range(3):
-            expected = cubic(grid, row, column, scale=3.1 / 5)
-            assert float(ours[0, 1 + 3 * row + column, 0]) == pytest.approx(expected, abs=1e-9)
+        for column in range(8):
+            expected = cubic(grid, (row + 0.5) * 5 / 3.1 - 0.5, (column + 0.5) * 5 / 8.1 - 0.5)
+            assert float(ours[0, 1 + 8 * row + column, 0]) == pytest.approx(expected, abs=1e-9)
+    assert resample_positions(positions, 5, 5) is positions
 
 
-def cubic(grid: torch.Tensor, row: int, column: int, scale: float) -> float:
-    """Keys' cubic convolution with a = -0.75 at pixel centers, borders repeated."""
+def cubic(grid: torch.Tensor, y: float, x: float) -> float:
+    """Keys' cubic convolution with a = -0.75, borders repeated."""
 
     def weight(x: float, a: float = -0.75) -> float:
         x = abs(x)
@@ -171,7 +186,6 @@ def cubic(grid: torch.Tensor, row: int, column: int, scale: float) -> float:
             return (a + 2) * x**3 - (a + 3) * x**2 + 1
         return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
 
-    y, x = (row + 0.5) / scale - 0.5, (column + 0.5) / scale - 0.5
     total = 0.0
     for i in range(int(y // 1) - 1, int(y // 1) + 3):
         for j in range(int(x // 1) - 1, int(x // 1) + 3):
