@@ -37,8 +37,8 @@ def motion_scores(case: Case, *, masks: Tensor | None = None) -> dict[str, Value
 
     The subject's centre, its size (the root of its area) and its orientation (the main axis of its second moments)
     come from its mask. Of a subject that leaves the frame, the visible part is tracked. Noise moves a mask: on still
-    videos of the toy world at 32 x 32 pixels, with a standard deviation of 0.05 (of the range [-1, 1]), `speed` is 0.002
-    and `rotation` 1 degree on average; at 0.1, where specks are taken for subject, 0.017 and 18 degrees.
+    videos of the toy world, 32 x 32 pixels in [-1, 1], with a standard deviation of 0.05, `speed` is 0.002 on average
+    and `rotation` 1 degree; at 0.1, where specks are taken for the subject, 0.017 and 18 degrees.
 
     Args:
         masks: `f h w` bool, true on the subject, for videos that `subject_mask` cannot segment (a background that is
