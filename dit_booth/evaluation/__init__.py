@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dit_booth.evaluation.clip_score import ImageFeatures, TextFeatures, clip_scores
 from dit_booth.evaluation.palette import video_palette_distance
-from dit_booth.evaluation.pixels import motion, psnr
+from dit_booth.evaluation.pixels import motion as pixel_motion
+from dit_booth.evaluation.pixels import psnr
 from dit_booth.evaluation.shape import video_shape_overlap
 
 __all__ = ["Statistic", "evaluate", "summary"]
@@ -99,7 +100,7 @@ def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Statistic]:
 def _pixel_scores(video: Tensor, image: Tensor) -> dict[str, float]:
     colour = video_palette_distance(video, image)
     scores = {"palette": colour.distance, "subject_found": colour.found}
-    return scores | ({"motion": motion(video)} if len(video) > 1 else {})
+    return scores | ({"motion": pixel_motion(video)} if len(video) > 1 else {})
 
 
 def _statistic(values: np.ndarray) -> Statistic:
