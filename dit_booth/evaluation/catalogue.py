@@ -116,6 +116,10 @@ _METRICS = [
            about="absolute change of the subject's size to the frame before, relative"),
     Metric(name="rotation", label="Rotation", unit="degrees", digits=2,
            about="absolute rotation of the subject to the frame before"),
+    Metric(name="flow", label="Optical flow", unit="share", digits=4,
+           about="mean length of the optical flow from the frame before, in shares of the frame's shorter side"),
+    Metric(name="dynamic_degree", label="Dynamic degree", unit="share", level="video",
+           about="1 if the video moves by VBench's rule, with another optical flow than VBench's unless RAFT is given"),
 ]  # fmt: skip
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
 
