@@ -14,9 +14,9 @@ the residual twice, so its mean square over S P is subtracted:
 
 For a complete table this is the REML estimate while all variance components are positive. Degrees of freedom are
 Satterthwaite's (Biometrics Bulletin 2, 1946), for a linear combination of mean squares; where the lower bound holds,
-those of the larger term. Simulated nulls are rejected in 3 to 6 % of cases for 5 and more seeds and 12 and more prompts,
-also with no seed effect or no prompt effect; in 1 to 3 % if there is neither. Without the subtraction it is 1 to 3 % for
-weak effects, where power is lost. Two to four seeds reject up to 11 %: hence `MIN_SEEDS`.
+those of the larger term. Of simulated nulls 3 to 6 % are rejected for five and more seeds and twelve and more prompts,
+also with no seed effect or no prompt effect; 1 to 3 % if there is neither. Without the subtraction it is 2 to 4 % for
+weak effects, where power is lost. With two to four seeds up to 11 % are rejected: hence `MIN_SEEDS`.
 """
 
 from __future__ import annotations
