@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_booth.config import RunConfig
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.readers.triplets import check_caption
+from dit_booth.data.toyworld import Split
 from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
 from dit_booth.inject import Dims, Reference
@@ -59,11 +60,11 @@ class Components:
         """Tokenize captions and mark their subjects. ValueError: a caption without its subject (`Tokenizer`)."""
         return self.model.text.tokenize(captions, subjects, first_token_suffices=self.first_token_suffices)
 
-    def dataset(self, *, heldout: bool) -> VideoDataset:
-        """Open the run's data set, whose captions have what `tokenize` needs. ValueError: a broken example."""
+    def dataset(self, split: Split = "train") -> VideoDataset:
+        """Open a split of the run's data, whose captions have what `tokenize` needs. ValueError: a broken example."""
         by_token = partial(check_subject, first_token_suffices=True)
         check = by_token if self.first_token_suffices else check_caption
-        return self.config.data.build(heldout=heldout, check=check)
+        return self.config.data.build(split, check)
 
     @torch.no_grad()
     def reference(self, images: Tensor, dtype: torch.dtype, generator: Generators | None = None) -> Reference:

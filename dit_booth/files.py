@@ -44,6 +44,22 @@ def locate(name: str | Path, folder: str, beside: Path | None = None) -> Path:
     return next((file for file in (given, *known) if file.is_file()), given)
 
 
+def within(field: str, root: Path, path: Path) -> Path:
+    """Return `root / path`, checked to stay in `root` despite `..`, absolute paths, and links.
+
+    Data sets are untrusted: their paths must not make a program read other files. field: what names the root.
+
+    Raises:
+        ValueError: naming the path.
+    """
+    if path.is_absolute() or ".." in path.parts or not (root / path).resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"path {str(path)!r} leads out of {field}={str(root)!r}; "
+            "move the file into the root (a link must point inside), or correct the CSV file"
+        )
+    return root / path
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Yield a path to write to; on success rename it to `file` atomically, synced to disk; else remove it."""

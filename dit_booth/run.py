@@ -1,4 +1,4 @@
-"""Train the stages of a strategy, sample videos from held-out image prompts, and measure them.
+"""Train the stages of a strategy, sample videos for prompts that training never shows, and measure them.
 
     dit-booth run --strategy kv_concat
     deepspeed experiments/run.py --strategy kv_concat
@@ -113,7 +113,7 @@ def load_modules() -> None:
     for name in (
         "dit_booth.training.loop",
         "dit_booth.training.metrics_logger",
-        "dit_booth.sampling.heldout",
+        "dit_booth.sampling.measure",
         "open_clip",
     ):
         import_module(name)
@@ -171,18 +171,19 @@ def train_and_sample(components: Components, ranks: Ranks, begin: float) -> None
 def sample_and_measure(
     components: Components, folder: Path, ranks: Ranks, logger: MetricsLogger | None
 ) -> None:
-    """Sample the held-out image prompts; on the first rank measure them, and log means and the first four videos."""
-    from dit_booth.sampling.heldout import measure, sample_heldout
+    """Sample the prompts; on the first rank measure the videos, and log means and the first four videos."""
+    from dit_booth.sampling.measure import measure
+    from dit_booth.sampling.prompts import sample_prompts
 
     sample = components.config.sample
-    samples = sample_heldout(components, sample, folder, ranks)
-    if logger and samples:
-        means = measure(components, samples, folder)
-        logger.line({"samples": means})
-        for name, statistic in means.items():
+    cases = sample_prompts(components, sample, folder, ranks)
+    if logger and cases:
+        own, *controls = measure(components, cases, folder).items()
+        logger.line({"samples": own[1], "controls": dict(controls)})
+        for name, statistic in own[1].items():
             logger.board.add_scalar(f"samples/{name}", statistic["mean"])
-        for number, one in enumerate(samples[:4]):
-            logger.video(f"samples/{number:03d}", one.video, sample.fps)
+        for name, case in list(cases.items())[:4]:
+            logger.video(f"samples/{name.removesuffix('.mp4')}", case.video, sample.fps)
 
 
 def until(stages: list[Stage], last: str) -> list[Stage]:
@@ -284,7 +285,7 @@ def describe(folder: Path) -> str:
         [
             f"run folder      {folder}",
             f"contact sheet   {folder / 'samples' / 'contact_sheet.png'}",
-            f"videos          {folder / 'samples'}/*.mp4, metrics.jsonl",
+            f"videos          {folder / 'samples'}/*.mp4, scores.jsonl, videos.csv",
             f"weights         {folder / 'strategy.safetensors'}, weights.safetensors, checkpoints/",
             f"curves          tensorboard --logdir {folder / 'tensorboard'}",
         ]

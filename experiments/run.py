@@ -1,4 +1,4 @@
-"""Train the stages of a strategy, sample videos from held-out image prompts, and measure them.
+"""Train the stages of a strategy, sample videos for prompts that training never shows, and measure them.
 
     deepspeed experiments/run.py --strategy kv_concat
     python experiments/run.py --strategy token_replacement+kv_concat --backbone unet --stages.fine.steps 500

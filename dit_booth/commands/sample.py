@@ -1,10 +1,11 @@
-"""Sample videos from a finished run or the embedded pipeline: its held-out image prompts, or an image of your own.
+"""Sample videos from a finished run or the embedded pipeline: for prompts of its data, or an image of your own.
 
-    dit-booth sample runs/RUN --reference shuffled --seeds 0 1 2
+    dit-booth sample runs/RUN --references own shuffled none --seeds 0 1 2
+    dit-booth sample toyworld --split test --videos 82
     dit-booth sample runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
     dit-booth sample toyworld --image star.png --caption "a star is spinning on snow" --subject star
 
-Videos of held-out image prompts are measured; of your own image there are a video and a contact sheet.
+Videos for prompts of the data are measured; of your own image there are a video and a contact sheet.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dit_booth.config import SampleReference
 from dit_booth.config.parse import merge
 from dit_booth.pipeline import Pipeline
-from dit_booth.sampling.heldout import measure, sample_heldout
+from dit_booth.sampling.measure import measure
+from dit_booth.sampling.prompts import sample_prompts
 from dit_booth.training.distributed import Ranks, start, stop
 
 
@@ -30,14 +33,16 @@ from dit_booth.training.distributed import Ranks, start, stop
 class SampleArguments:
     run: Annotated[str, tyro.conf.Positional]
     """The folder of a finished run, an adapter's file (.safetensors), or toyworld, toyworld-unet (embedded)."""
-    reference: Literal["own", "shuffled", "none"] = "own"
-    """The image prompt that a video gets: its own, the next one's (a control), or none."""
+    references: tuple[SampleReference, ...] = ("own",)
+    """Image prompts that the videos get: their own, the next prompt's (shuffled), none."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the sampling noise, one set of videos each."""
+    """Seeds of the sampling noise: each prompt gets a video of every seed."""
+    split: Literal["dev", "test"] = "dev"
+    """Prompts: dev, which settings are chosen on, or test, for published numbers."""
     videos: int = 0
-    """Held-out image prompts; 0: as many as the run sampled."""
+    """Prompts; 0: as many as the run sampled."""
     image: str = ""
-    """An image, or a folder with image.jpg and a mask, to sample from instead of the held-out ones."""
+    """An image, or a folder with image.jpg and a mask, to sample from instead of the data's."""
     mask: str = ""
     """The mask of the image's subject; without one, and without transparency, the whole image is taken."""
     caption: str = ""
@@ -62,7 +67,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
 
 
 def sample(arguments: SampleArguments) -> None:
-    """Sample a set of videos for each seed. ValueError: no such run, or --image has no caption with its subject."""
+    """Sample the prompts, or an image of the user's own. ValueError: no run, or --image has no caption of it."""
     if (arguments.caption or arguments.subject or arguments.mask) and not arguments.image:
         raise ValueError("--image is missing; --caption, --subject and --mask are for an image of your own")
     pipeline = Pipeline.load(arguments.run, settings=nested(arguments.set))
@@ -72,8 +77,7 @@ def sample(arguments: SampleArguments) -> None:
         return
     ranks = start()
     try:
-        for seed in arguments.seeds:
-            print(json.dumps(sample_set(pipeline, arguments, seed, ranks)))
+        print(json.dumps(sample_set(pipeline, arguments, ranks)))
     finally:
         stop()
 
@@ -102,7 +106,7 @@ def folder_of(arguments: SampleArguments) -> Path:
 
 def sample_image(pipeline: Pipeline, arguments: SampleArguments, seed: int) -> Path:
     """Sample one video of a user's image and caption; return its path. A contact sheet is written beside it."""
-    image = None if arguments.reference == "none" else arguments.image
+    image = None if arguments.references == ("none",) else arguments.image
     video = pipeline(
         image,
         arguments.caption,
@@ -116,15 +120,17 @@ def sample_image(pipeline: Pipeline, arguments: SampleArguments, seed: int) -> P
     return path
 
 
-def sample_set(pipeline: Pipeline, arguments: SampleArguments, seed: int, ranks: Ranks) -> dict[str, object]:
-    """Sample and measure the held-out image prompts; return the means and where the files are."""
+def sample_set(pipeline: Pipeline, arguments: SampleArguments, ranks: Ranks) -> dict[str, object]:
+    """Sample and measure prompts of the data; return the means by control, and where the files are."""
     sample = dataclasses.replace(
         pipeline.config.sample,
-        seed=seed,
-        reference=arguments.reference,
+        seeds=arguments.seeds,
+        references=arguments.references,
+        split=arguments.split,
         videos=arguments.videos or pipeline.config.sample.videos,
     )
-    name = "-".join([f"samples-{arguments.reference}-seed{seed}", *arguments.set])
+    seeds = "-".join(map(str, sample.seeds))
+    name = "-".join(["samples", sample.split, *sample.references, f"seed{seeds}", *arguments.set])
     out = folder_of(arguments) / name
-    means = measure(pipeline, sample_heldout(pipeline, sample, out, ranks), out)
-    return {"reference": arguments.reference, "seed": seed, "folder": str(out), **means}
+    means = measure(pipeline, sample_prompts(pipeline, sample, out, ranks), out)
+    return {"folder": str(out), "means": {control or "own": own for control, own in means.items()}}

@@ -27,6 +27,7 @@ from dit_booth.models.unet.model import UNetConfig
 from dit_booth.strategy import StrategyConfig, names_in
 
 StageName = Literal["images", "base", "coarse", "fine", "joint"]
+SampleReference = Literal["own", "shuffled", "none"]
 STAGES: tuple[StageName, ...] = ("images", "base", "coarse", "fine", "joint")
 PlainDict = dict[str, Any]
 """Nested settings as YAML and JSON hold them: mappings, lists, strings, numbers, None."""
@@ -142,25 +143,31 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     videos: int = 8
-    """Held-out image prompts to sample videos from; 0: none."""
-    seed: int = 0
-    """Seed of the sampling noise."""
+    """Prompts to sample videos for; 0: none."""
+    split: Literal["dev", "test"] = "dev"
+    """Prompts: dev, which settings are chosen on, or test, for published numbers."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the sampling noise: each prompt gets a video of every seed."""
+    references: tuple[SampleReference, ...] = ("own",)
+    """Image prompts that the videos get: their own, and the floors shuffled (another prompt's) and none."""
     batch_size: int = 8
     """Videos sampled at once on a rank."""
     fps: int = 8
     """Frames per second of the written videos."""
-    reference: Literal["own", "shuffled", "none"] = "own"
-    """The image prompt that a video gets: its own, another one's (a control), or none."""
 
     def __post_init__(self) -> None:
         check_ranges(
             self,
             "sample",
             videos="[0, 1000000]",
-            seed=SEED,
+            seeds=SEED,
             batch_size="[1, 100000]",
             fps="[1, 1000]",
         )
+        for name in ("seeds", "references"):
+            values: tuple[object, ...] = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"sample.{name} is {values}; name at least one, each once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +279,7 @@ __all__ = [
     "PlainDict",
     "RunConfig",
     "SampleConfig",
+    "SampleReference",
     "StageConfig",
     "StageName",
     "StagesConfig",

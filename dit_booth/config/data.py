@@ -8,7 +8,7 @@ from typing import Literal
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.image_prompt import Augment
 from dit_booth.data.readers.triplets import Check, Triplets, TripletsConfig, check_caption
-from dit_booth.data.toyworld.world import Describe, Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Describe, Split, Toyworld, ToyworldConfig
 from dit_booth.errors import SEED, check_ranges
 
 DataKind = Literal["toyworld", "triplets"]
@@ -27,8 +27,10 @@ class TripletsOptions:
     """Folder with the CSV files, videos/ and masks/."""
     csv: str = "*.csv"
     """CSV files of the folder to train on."""
-    heldout_csv: str = ""
-    """CSV files whose image prompts are sampled from; empty: those trained on."""
+    dev_csv: str = ""
+    """CSV files whose image prompts are sampled from while settings are chosen; empty: those trained on."""
+    test_csv: str = ""
+    """CSV files whose image prompts are sampled from for published numbers; empty: those of dev_csv."""
     stride: int = 4
     """Distance between the frames read (VideoBooth: 16 frames, every 4th)."""
     augment: bool = True
@@ -74,32 +76,33 @@ class DataConfig:
                 "data.triplets.root is empty; data.kind=triplets needs the folder of the data set"
             )
 
-    def build(self, *, heldout: bool, check: Check = check_caption) -> VideoDataset:
-        """Return the data set to train on, or the held-out one whose image prompts are sampled from.
+    def build(self, split: Split = "train", check: Check = check_caption) -> VideoDataset:
+        """Return the data set of a split: to train on, or one whose image prompts are sampled from (dev, test).
 
         check: raises ValueError at a caption of a file without its subject (`Triplets`).
         """
-        return self._toyworld(heldout) if self.kind == "toyworld" else self._triplets(heldout, check)
+        return self._toyworld(split) if self.kind == "toyworld" else self._triplets(split, check)
 
-    def _toyworld(self, heldout: bool) -> Toyworld:
+    def _toyworld(self, split: Split) -> Toyworld:
         return Toyworld(
             ToyworldConfig(
                 frames=self.frames,
                 size=self.size,
                 image_size=self.image_size or None,
                 seed=self.seed,
-                split="heldout" if heldout else "train",
+                split=split,
                 describe=self.toyworld.describe,
             )
         )
 
-    def _triplets(self, heldout: bool, check: Check) -> Triplets:
+    def _triplets(self, split: Split, check: Check) -> Triplets:
         options = self.triplets
-        varied = options.augment and not heldout
+        varied = options.augment and split == "train"
+        dev = options.dev_csv or options.csv
         return Triplets(
             TripletsConfig(
                 root=options.root,
-                csv=(options.heldout_csv or options.csv) if heldout else options.csv,
+                csv={"train": options.csv, "dev": dev, "test": options.test_csv or dev}[split],
                 frames=self.frames,
                 stride=options.stride,
                 size=self.size,

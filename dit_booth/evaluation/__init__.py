@@ -1,4 +1,11 @@
-"""Metrics of generated videos: one per file, and `evaluate` for all of them.
+"""Metrics of generated videos: `score` one video with scorers, `summary` over prompts.
+
+    case.py        a video to score, and what it was to show
+    catalogue.py   the metrics by name: unit, better direction, definition
+    oracle/        the toy world: the exact renderer as the model, no learned network
+    learned/       metrics of networks that the user has
+    scores.py      scores.jsonl: every metric of every video, frame by frame
+    folder.py      a folder of videos with its CSV file
 
 Metrics work on tensors; networks are passed as functions that return features.
 """
@@ -6,100 +13,55 @@ Metrics work on tensors; networks are passed as functions that return features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
-from dit_booth.evaluation.clip_score import ImageFeatures, TextFeatures, clip_scores
-from dit_booth.evaluation.palette import video_palette_distance
-from dit_booth.evaluation.pixels import motion, psnr
-from dit_booth.evaluation.shape import video_shape_overlap
+from dit_booth.evaluation.case import Case, Scorer
+from dit_booth.evaluation.scores import Score
 
-__all__ = ["Statistic", "evaluate", "summary"]
+__all__ = ["Statistic", "score", "summary"]
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A mean over videos, its standard error (NaN for one video), and the number of videos."""
+    """A mean over prompts, its standard error (NaN for one prompt), and the number of prompts."""
 
     mean: float
     stderr: float
     n: int
 
 
-def evaluate(
-    videos: Sequence[Tensor],
-    truths: Sequence[Tensor] | None,
-    images: Sequence[Tensor],
-    captions: Sequence[str],
-    *,
-    shapes: Sequence[str] | None = None,
-    image_features: ImageFeatures | None = None,
-    text_features: TextFeatures | None = None,
-) -> list[dict[str, float]]:
-    """Compute every metric of every video.
+def score(case: Case, scorers: Sequence[Scorer], *, seed: int = 0) -> list[Score]:
+    """Compute every metric of a video; `seed`: the training seed to write beside it."""
+    values = {name: value for scorer in scorers for name, value in scorer(case).items()}
+    return [
+        Score(
+            metric=name,
+            value=float(value) if np.ndim(value) == 0 else tuple(map(float, np.asarray(value))),
+            prompt=case.prompt,
+            seed=seed,
+            noise_seed=case.noise_seed,
+            control=case.control,
+        )
+        for name, value in values.items()
+    ]
 
-    Args:
-        videos: generated, each `f 3 h w` in [-1, 1].
-        truths: the real videos of the same prompts, of the same shapes, or None.
-        images: image prompts, each `3 s s` in [-1, 1], the subject on white.
-        captions: text prompts.
-        shapes: the subjects' shapes by name, for the toy world.
-        image_features, text_features: CLIP; without them there are no `clip_*` scores.
 
-    Returns:
-        For each video: `palette` (Delta E 2000, lower is better), `subject_found` (share of frames), `motion`
-        (share of the range), with shapes `shape` (overlap with the best-fitting pose of that shape), `clip_i`,
-        `clip_t`, `clip_consistency` (cosines), and with truths `psnr` (dB), `truth_palette` (the floor that
-        segmentation and sampling leave) and `truth_motion`. A video of one
-        frame has no metrics over pairs of frames.
+def summary(scores: Iterable[Score], control: str = "") -> dict[str, Statistic]:
+    """Return mean, standard error and count of every metric over prompts, of one control's videos.
 
-    Raises:
-        ValueError: the lists differ in length, a tensor has the wrong shape, or only one feature function is given.
+    A prompt's videos of several noise seeds count as one value, their mean; a video without a value is left out.
     """
-    lengths = {"videos": len(videos), "images": len(images), "captions": len(captions)}
-    if truths is not None:
-        lengths["truths"] = len(truths)
-    if shapes is not None:
-        lengths["shapes"] = len(shapes)
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"the lists differ in length: {lengths}; give one of each for every video")
-    if (image_features is None) != (text_features is None):
-        raise ValueError("image_features and text_features come together; give both, or neither")
-    rows = [_pixel_scores(video, image) for video, image in zip(videos, images, strict=True)]
-    for row, video, truth, image in zip(rows, videos, () if truths is None else truths, images, strict=False):
-        row["psnr"] = psnr(video.cpu(), truth.cpu())
-        scores = _pixel_scores(truth, image)
-        row |= {f"truth_{name}": scores[name] for name in ("palette", "motion") if name in scores}
-    for row, video, shape in zip(rows, videos, () if shapes is None else shapes, strict=False):
-        row["shape"] = video_shape_overlap(video.cpu(), shape)
-    if image_features is not None and text_features is not None:
-        clip = clip_scores(videos, images, captions, image_features, text_features)
-        for name, values in clip.items():
-            for row, value in zip(rows, values, strict=True):
-                if not math.isnan(value):
-                    row[name] = value
-    return rows
-
-
-def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Statistic]:
-    """Return mean, standard error and count of every metric, over the videos that have it.
-
-    Raises:
-        ValueError: there are no videos.
-    """
-    if not rows:
-        raise ValueError("rows is empty; evaluate at least one video")
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _statistic(np.array([row[name] for row in rows if name in row])) for name in names}
-
-
-def _pixel_scores(video: Tensor, image: Tensor) -> dict[str, float]:
-    colour = video_palette_distance(video, image)
-    scores = {"palette": colour.distance, "subject_found": colour.found}
-    return scores | ({"motion": motion(video)} if len(video) > 1 else {})
+    values: dict[str, dict[str, list[float]]] = {}
+    for one in scores:
+        if one.control == control and not math.isnan(one.mean):
+            values.setdefault(one.metric, {}).setdefault(one.prompt, []).append(one.mean)
+    return {
+        name: _statistic(np.array([np.mean(same) for same in by_prompt.values()]))
+        for name, by_prompt in values.items()
+    }
 
 
 def _statistic(values: np.ndarray) -> Statistic:

@@ -35,6 +35,7 @@ class Case:
         identity: the toy world's parameters of the subject (`toyworld.Identity`).
         noise_seed: seed of the sampling noise.
         control: empty for a method's own video.
+        given: `3 s s`, the image prompt that the video was made from, if that is not `image`.
     """
 
     video: Tensor
@@ -46,6 +47,7 @@ class Case:
     identity: IdentityDict | None = None
     noise_seed: int = 0
     control: Control = ""
+    given: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_pictures("video", self.video, axes="f 3 h w")

@@ -30,6 +30,7 @@ NETWORKS = {
     "dino_b": "DINO ViT-B/16",
     "dinov2": "DINOv2",
     "lite0": "EfficientNet-Lite0",
+    "own": "own CLIP",
     "judge": "judges",
 }
 """Feature networks by the prefix of their metrics' names."""
@@ -74,6 +75,8 @@ _METRICS = [
            about="1 if a subject can be segmented"),
     *(metric for prefix, label in NETWORKS.items() for metric in _of_network(prefix, label)),
     Metric(name="clip_t", label="CLIP text", better=1, about="cosine of the frame and the caption"),
+    Metric(name="own_t", label="own CLIP text", better=1,
+           about="cosine of the frame and the caption, in the CLIP that the method is conditioned on"),
     Metric(name="judge_t", label="judges text", better=1,
            about="cosine of the frame and the caption, mean of the judges"),
     Metric(name="psnr", label="PSNR", unit="dB", better=1, digits=2,

@@ -83,7 +83,8 @@ def _common(config: RunConfig) -> PlainDict:
     settings = decisive(config.as_dict())
     rest = {k: v for k, v in settings.items() if k not in (*ELSEWHERE, *WITHOUT_EFFECT)}
     rest = {k: v for k, v in rest.items() if k not in find(config.strategy)}  # the strategies' own sections
-    rest["data"].get("triplets", {}).pop("heldout_csv", None)  # sampled from, not trained on
+    for name in ("dev_csv", "test_csv"):  # sampled from, not trained on
+        rest["data"].get("triplets", {}).pop(name, None)
     for section, names in BY_CONTENT.items():
         for name in names:
             rest[section].pop(name, None)

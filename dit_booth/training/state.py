@@ -52,7 +52,7 @@ class TrainState:
         options, model.active = stage_config(config, stage.name), stage.active
         globs = trainable_globs(config, model, stage.name, stage.active)
         parameters = set_trainable(model, globs, stage.active)
-        dataset, settings = components.dataset(heldout=False), engine_settings(config, ranks)
+        dataset, settings = components.dataset(), engine_settings(config, ranks)
         cost = StageCost.of(components, options, dataset, parameters, ranks, dtype_of(settings))
         if config.train.compile:
             compile_backbone(model.backbone, settings)

@@ -97,7 +97,7 @@ class VideoPool:
 
         ValueError: not the toy world, or `favour` has a word of no caption or a weight that is not positive.
         """
-        world = config.data.build(heldout=False)
+        world = config.data.build()
         if not isinstance(world, Toyworld):
             raise ValueError(
                 f"data.kind is {config.data.kind!r}, and toyworld_base.py renders the toy world only; use run.py"

@@ -1,7 +1,11 @@
-"""Train the embedded tiny CLIP on the toy world: image prompts and video frames against captions (CLIP, section 2).
+"""Train the embedded tiny CLIPs on the toy world: image prompts and video frames against captions (CLIP, section 2).
 
 python experiments/base/toyworld_clip.py --steps 800 --out dit_booth/assets/clip.safetensors
 python experiments/base/toyworld_clip.py --steps 600 --start embedded --train image  # it follows the text tower
+for seed in 101 102 103; do  # the judges of evaluation, which no network is conditioned on
+    python experiments/base/toyworld_clip.py --model dit-booth-judge --steps 1500 --seed $seed --lr 2e-3 \\
+        --out dit_booth/assets/judge-$seed.safetensors --log docs/results/judge-$seed.jsonl
+done
 
 The text feature also has to tell the words of its caption. Random captions of a batch differ in so much else that
 their contrast never needs the word of the motion, and a base trained on that text tower ignores it, too.
@@ -43,6 +47,8 @@ class ClipArguments:
     """Image-caption pairs in a step; half are image prompts, half frames."""
     lr: float = 1e-3
     """Peak learning rate, after 50 steps of warm-up, cosine to zero."""
+    model: str = "dit-booth-tiny"
+    """The architecture: dit-booth-tiny conditions the networks, dit-booth-judge only judges their videos."""
     start: Literal["none", "embedded"] = "none"
     """Random weights, or the package's."""
     train: Literal["both", "image"] = "both"
@@ -60,7 +66,11 @@ class ClipArguments:
 def main(settings: ClipArguments) -> None:
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_clip_model(ClipConfig(pretrained=settings.start)).requires_grad_(True).to(device)
+    model = (
+        build_clip_model(ClipConfig(model=settings.model, pretrained=settings.start))
+        .requires_grad_(True)
+        .to(device)
+    )
     text = TextEncoder(model).requires_grad_(settings.train == "both")
     tell = nn.Linear(text.embed_dim, len(text.token_embedding.weight)).to(device)
     world = Toyworld(ToyworldConfig(frames=2, size=32, seed=settings.seed, describe="full"))

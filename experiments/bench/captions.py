@@ -70,7 +70,7 @@ def main(settings: CaptionsArguments) -> None:
 
 def ask(components: Components, wanted: dict[str, int]) -> list[tuple[str, Example]]:
     """Return the first held-out examples of each motion, as many as `wanted`, in the order of the motions."""
-    world, named = components.dataset(heldout=True), {motion: list[Example]() for motion in wanted}
+    world, named = components.dataset("dev"), {motion: list[Example]() for motion in wanted}
     for i in count():
         example = world[i]
         motion = next((motion for motion in wanted if f" {motion} " in example.caption), None)

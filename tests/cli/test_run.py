@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dit_booth.config.parse import parse
 from dit_booth.data.video import probe
+from dit_booth.evaluation.folder import VideoFolder
+from dit_booth.evaluation.scores import read_scores
 
 pytestmark = pytest.mark.slow
 LAUNCHED = ["--train.checkpoint-every", "1", "--sample.videos", "3"]  # two ranks share three videos
@@ -81,21 +83,26 @@ def test_tensorboard_reads_scalars_and_videos(launched: Run):
     assert [event.value for event in events.Scalars("fine/loss")] == pytest.approx(
         [line["loss"] for line in launched.lines() if line.get("stage") == "fine"]
     )
-    assert events.Images("samples/000")[0].encoded_image_string.startswith(b"GIF89a")
+    assert events.Images("samples/000-seed0")[0].encoded_image_string.startswith(b"GIF89a")
 
 
 def test_samples_are_videos_with_metrics_and_a_contact_sheet(launched: Run):
     samples = launched.folder / "samples"
-    assert sorted(path.name for path in samples.glob("*.mp4")) == ["000.mp4", "001.mp4", "002.mp4"]
+    assert sorted(path.name for path in samples.glob("*.mp4")) == [f"00{i}-seed0.mp4" for i in range(3)]
     for path in samples.glob("*.mp4"):
         info = probe(path)
         assert (info.frames, info.height, info.width, info.fps) == (3, 12, 12, 8)
-    scores = [json.loads(line) for line in (samples / "metrics.jsonl").read_text().splitlines()]
-    assert len(scores) == 3
-    assert len({score["key"] for score in scores}) == 3
-    means = launched.lines()[-1]["samples"]
-    assert means["psnr"]["n"] == 3
-    assert means["psnr"]["mean"] == pytest.approx(sum(score["psnr"] for score in scores) / 3)
+    scores = read_scores(samples / "scores.jsonl")
+    own = [score for score in scores if score.metric == "psnr" and not score.control]
+    assert len({score.prompt for score in own}) == len(own) == 3
+    last = launched.lines()[-1]
+    assert last["samples"]["psnr"]["n"] == 3
+    assert last["samples"]["psnr"]["mean"] == pytest.approx(sum(s.mean for s in own) / 3, rel=1e-4)
+    # The ground truth is scored in the same way.
+    assert last["controls"].keys() == {"truth"}
+    assert last["controls"]["truth"]["palette"]["mean"] < last["samples"]["palette"]["mean"]
+    rows = VideoFolder(samples / "videos.csv")
+    assert [rows[i].prompt for i in range(3)] == [score.prompt for score in own]
     with Image.open(samples / "contact_sheet.png") as sheet:
         assert min(sheet.size) > 36
 
@@ -152,13 +159,24 @@ def test_a_finished_run_samples_again_and_from_an_image_of_ones_own(launched: Ru
     Image.fromarray(picture).save(tmp_path / "mine.png")
     command = ["experiments/sample.py", str(launched.folder)]
     own = ["--image", str(tmp_path / "mine.png"), "--caption", "a star is spinning", "--subject", "star"]
-    again = program.python(*command, "--reference", "own")
+    again = program.python(*command, "--references", "own", "none")
     assert again.code == 0, again.output
-    first = (launched.folder / "samples" / "metrics.jsonl").read_text().splitlines()
-    second = (launched.folder / "samples-own-seed0" / "metrics.jsonl").read_text().splitlines()
-    for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
-        assert a["key"] == b["key"]
-        assert abs(a["psnr"] - b["psnr"]) < 1e-4  # the saved weights are the run's
+    first, second = (
+        read_scores(launched.folder / name / "scores.jsonl")
+        for name in ("samples", "samples-dev-own-none-seed0")
+    )
+    psnr = [
+        {s.prompt: s.mean for s in scores if s.metric == "psnr" and not s.control}
+        for scores in (first, second)
+    ]
+    assert (
+        psnr[0] == pytest.approx(psnr[1], abs=1e-4) and len(psnr[0]) == 3
+    )  # the saved weights are the run's
+    assert {s.control for s in first} == {"", "truth"} and {s.control for s in second} == {
+        "",
+        "none",
+        "truth",
+    }
     mine = program.python(*command, *own)
     assert mine.code == 0, mine.output
     assert probe(mine.output.strip().splitlines()[-1]).frames == 3
@@ -173,7 +191,7 @@ def test_the_unet_by_plain_python(program, tiny, tiny_unet, tmp_path: Path):
     assert "on unet, ranks: 1," in ended.output
     trained = load_file(tmp_path / "run" / "strategy.safetensors")
     assert "kv_concat.taps.mid_block.attentions.0.transformer_blocks.0.attn1.to_k_new.weight" in trained
-    assert probe(tmp_path / "run" / "samples" / "000.mp4").frames == 3
+    assert probe(tmp_path / "run" / "samples" / "000-seed0.mp4").frames == 3
 
 
 def test_zero_stage_3_on_two_ranks(program, tiny, tiny_unet, zero3, tmp_path: Path):

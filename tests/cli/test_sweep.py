@@ -77,7 +77,7 @@ def test_every_point_is_a_run_with_all_its_lines(swept: Sweep):
         events = EventAccumulator(str(folder / "tensorboard"))
         events.Reload()
         assert [event.step for event in events.Scalars("coarse/loss")] == list(range(1, 7))
-        assert (folder / "samples" / "000.mp4").is_file()
+        assert (folder / "samples" / "000-seed0.mp4").is_file()
 
 
 def test_a_row_has_options_scores_and_costs(swept: Sweep):

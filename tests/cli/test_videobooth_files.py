@@ -93,7 +93,7 @@ def test_the_recipe_trains_both_stages_from_stable_diffusion_and_elite(
     for tap in ("to_k_new", "to_v_exemplar"):
         moved = ours[f"strategy.kv_concat.taps.{site}.{tap}.weight"] - image[f"{site}.{tap[:4]}.weight"]
         assert 0 < moved.abs().max() < 1e-3, tap
-    assert probe(run / "samples" / "000.mp4").frames == 3
+    assert probe(run / "samples" / "000-seed0.mp4").frames == 3
 
 
 def test_sampling_from_videobooths_files(files: Path, python: Callable[..., str], tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_sampling_from_videobooths_files(files: Path, python: Callable[..., str]
         state = torch.load(file)[key]
         assert set(exported[key]) == set(state)
         assert all(torch.equal(exported[key][name], state[name]) for name in state), key
-    assert probe(run / "samples" / "000.mp4").frames == 3
+    assert probe(run / "samples" / "000-seed0.mp4").frames == 3
     picture = np.full((20, 16, 3), 255, np.uint8)
     picture[5:15, 4:12] = (200, 30, 30)
     Image.fromarray(picture).save(tmp_path / "panda.png")
@@ -131,7 +131,7 @@ def test_sampling_as_the_release_does(files: Path, tmp_path: Path, in_process: A
     assert settings["token_replacement"]["compat"] == "videobooth"
     ours = load_file(tmp_path / "run" / "weights.safetensors")
     assert all(torch.equal(ours[f"backbone.{name}"], tensor) for name, tensor in state.items())
-    assert probe(tmp_path / "run" / "samples" / "000.mp4").frames == 3
+    assert probe(tmp_path / "run" / "samples" / "000-seed0.mp4").frames == 3
 
 
 def test_half_of_the_files_do_not_sample(files: Path, tmp_path: Path, in_process: Any) -> None:

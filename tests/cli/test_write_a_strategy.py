@@ -79,7 +79,7 @@ def test_it_trains_and_samples(plugin: Path, tiny: list[str], in_process: Any, t
     assert ended.code == 0, ended.output
     trained = load_file(tmp_path / "run" / "strategy.safetensors")
     assert "one_token.taps.blocks.4.attn1.to_v.weight" in trained
-    assert (tmp_path / "run" / "samples" / "000.mp4").is_file()
+    assert (tmp_path / "run" / "samples" / "000-seed0.mp4").is_file()
 
 
 def test_its_options_are_in_the_help(plugin: Path, tmp_path: Path) -> None:

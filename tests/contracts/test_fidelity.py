@@ -57,7 +57,7 @@ def sampled(run: Trial, captions: Sequence[str] = ("a dog runs", "the red cat"),
 @pytest.mark.parametrize("copies", [1, 3])
 def test_training_noises_every_copy_anew(copies: int, backbone: str) -> None:
     run = trial("kv_concat", backbone, options={"kv_concat": KVConcatConfig(reference_frames=copies)})
-    data = run.components.config.data.build(heldout=False)
+    data = run.components.config.data.build()
     batch, stage = collate([data[i] for i in range(2)]), StageConfig()
     made = make_inputs(run.components, batch, stage, generator_of(0), torch.float32, with_image=True)
     reference, objective = made.reference, run.components.objective
@@ -294,7 +294,7 @@ def test_compat_finds_the_subject_by_its_first_token_alone(compat: str) -> None:
 def test_training_and_sampling_ask_a_caption_for_as_much_of_its_subject(compat: str) -> None:
     """The prompts of both hold what the strategy finds, and neither takes a caption that has nothing of it."""
     run = finding(compat, "unet")
-    data = run.components.config.data.build(heldout=False)
+    data = run.components.config.data.build()
     batch = collate([data[i] for i in range(2)])
 
     def made(caption: str, subject: str) -> list[Any]:
@@ -339,7 +339,7 @@ def test_a_strategy_that_takes_no_part_asks_for_nothing() -> None:
 def test_a_dropped_row_is_penalised_as_the_zero_image_and_for_nothing_else() -> None:
     """The mapper reads the zero image; the text itself has no regulariser."""
     run = trial("token_replacement", "dit-factorised")
-    data, part = run.components.config.data.build(heldout=False), run.model.strategy.part("token_replacement")
+    data, part = run.components.config.data.build(), run.model.strategy.part("token_replacement")
     batch = collate([data[i] for i in range(2)])
     for drop, image in ((0.0, batch.image), (1.0, torch.zeros_like(batch.image))):
         made = make_inputs(

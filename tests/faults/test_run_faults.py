@@ -269,4 +269,4 @@ def test_a_truncated_video_is_an_error_or_by_request_left_out(
     ended = in_process(*arguments, "--data.triplets.max-broken", "1")
     assert ended.code == 0, ended.output
     assert "1 of 3 examples" in ended.output and "left out" in ended.output and "clip1" in ended.output
-    assert (tmp_path / "run" / "samples" / "000.mp4").is_file()
+    assert (tmp_path / "run" / "samples" / "000-seed0.mp4").is_file()

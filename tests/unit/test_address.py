@@ -42,12 +42,12 @@ def usual() -> dict[str, str]:
         "--store elsewhere",
         "--stop-after coarse",
         "--sample.videos 3",
-        "--sample.seed 5",
+        "--sample.seeds 5 6",
         "--guidance.scale 3",
         "--sampler.steps 9",
         "--train.checkpoint-every 7",
         "--data.workers 2",
-        "--data.triplets.heldout-csv other.csv",
+        "--data.triplets.dev-csv other.csv",
         "--data.triplets.stride 2",
         "--stages.joint.steps 9",
         "--unet.heads 2",
@@ -196,7 +196,7 @@ def test_lists_of_data_count_by_content(tmp_path: Path) -> None:
             csv.writer(file).writerows(rows)
     flags += ["--data.triplets.csv", "train.csv"]
     before = addresses(*flags)
-    assert addresses(*flags, "--data.triplets.heldout-csv", "heldout.csv") == before
+    assert addresses(*flags, "--data.triplets.dev-csv", "heldout.csv") == before
     with (tmp_path / "train.csv").open("a", newline="") as file:
         csv.writer(file).writerow(("2", "page", "a dog sits"))
     assert addresses(*flags) != before

@@ -16,7 +16,7 @@ from experiments.bench import captions
 @pytest.fixture(scope="module")
 def heldout() -> list[Example]:
     config = parse(["--config", "experiments/configs/toyworld_base.yaml", "--data.toyworld.describe=full"])
-    world = config.data.build(heldout=True)
+    world = config.data.build("dev")
     return [world[i] for i in range(120)]
 
 

@@ -141,7 +141,7 @@ def test_the_run_folder_is_named_after_the_settings():
     [
         {"train": TrainConfig(seed=1)},
         {"stages": StagesConfig(fine=StageConfig(lr=2e-4, drop=0.1))},
-        {"sample": SampleConfig(seed=1)},
+        {"sample": SampleConfig(seeds=(1,))},
         {"data": DataConfig(frames=7)},
         {"data": DataConfig(toyworld=ToyworldOptions(describe="full"))},
         {"strategy": "none"},
@@ -178,7 +178,7 @@ def test_decisive_leaves_its_argument_alone():
 
 def test_training_and_sampling_read_different_toy_worlds():
     config = DataConfig(frames=2, size=12, image_size=16)
-    train, heldout = config.build(heldout=False), config.build(heldout=True)
+    train, heldout = config.build(), config.build("dev")
     assert isinstance(train, Toyworld)
     assert train[0].video.shape == (2, 3, 12, 12)
     assert train[0].image.shape == (3, 16, 16)
@@ -188,7 +188,7 @@ def test_training_and_sampling_read_different_toy_worlds():
 def test_a_data_set_that_is_not_there_is_named(tmp_path: Path):
     missing = str(tmp_path / "none")
     with pytest.raises(ValueError, match=r"data\.triplets\.root is .*none.*is not a folder"):
-        DataConfig(kind="triplets", triplets=TripletsOptions(root=missing)).build(heldout=False)
+        DataConfig(kind="triplets", triplets=TripletsOptions(root=missing)).build()
 
 
 # ---- RunConfig.create --------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def step_flops(kernel: str) -> float:
     components = build(config)
     components.model.active = ()
     set_trainable(components.model, ["backbone.*"])
-    return count_flops(components, config.stages.base, config.data.build(heldout=False), torch.float32, CPU)
+    return count_flops(components, config.stages.base, config.data.build(), torch.float32, CPU)
 
 
 def test_attention_counts_the_same_in_flash_as_in_matrix_products() -> None:

@@ -11,19 +11,23 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_booth.data.toyworld.looks import (
+    COLOUR_CONTRAST,
+    COLOUR_JITTER,
+    COLOURS,
+    draw_looks,
+    looks_of_test,
+    split_of,
+)
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
 from dit_booth.data.toyworld.world import (
     BACKGROUND_CONTRAST,
     BACKGROUNDS,
-    COLOUR_CONTRAST,
-    COLOUR_JITTER,
-    COLOURS,
     MOTIONS,
     Identity,
     Toyworld,
     ToyworldConfig,
     caption,
-    is_heldout,
     render_prompt,
     render_video,
     sample_identity,
@@ -58,7 +62,9 @@ def centres(mask: torch.Tensor) -> np.ndarray:
 
 
 @settings(max_examples=25, deadline=None)
-@given(index=st.integers(0, 999_999), seed=st.integers(0, 99), split=st.sampled_from(["train", "heldout"]))
+@given(
+    index=st.integers(0, 999_999), seed=st.integers(0, 99), split=st.sampled_from(["train", "dev", "test"])
+)
 def test_an_example_is_a_pure_function_of_seed_split_and_index(index, seed, split):
     config = ToyworldConfig(size=24, frames=3, seed=seed, split=split)
     a, b = Toyworld(config)[index], Toyworld(config)[index]
@@ -137,7 +143,8 @@ def test_edges_are_smooth_and_areas_hold_at_every_size(shape):
 def test_motions_do_what_their_captions_say():
     def run(motion: str, **changes) -> torch.Tensor:
         rng = np.random.default_rng(3)
-        it = next(it for it in iter(lambda: sample_identity(rng, "train"), None) if it.motion == motion)
+        drawn = iter(lambda: sample_identity(rng, draw_looks(rng, "train", 0)), None)
+        it = next(it for it in drawn if it.motion == motion)
         return render_video(replace(it, **changes), frames=8, size=64)[1]
 
     for motion, axis, sign in (("right", 0, 1), ("left", 0, -1), ("down", 1, 1), ("up", 1, -1)):
@@ -172,7 +179,7 @@ def test_subjects_are_large_and_stay_in_the_frame():
 def test_colours_keep_their_names_and_their_distance():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        it = sample_identity(rng, "train")
+        it = sample_identity(rng, draw_looks(rng, "train", 0))
         for name, rgb in zip(it.colours, it.rgb, strict=True):
             assert min(COLOURS, key=lambda other: math.dist(COLOURS[other], rgb)) == name
             assert max(abs(a - b) for a, b in zip(COLOURS[name], rgb, strict=True)) <= COLOUR_JITTER
@@ -200,27 +207,47 @@ def test_the_prompt_is_the_subject_on_white_that_fills_its_square():
         assert abs(int(columns.min()) - (47 - int(columns.max()))) <= 4
 
 
-def test_held_out_looks_never_occur_in_training():
+def test_the_splits_share_no_looks():
     def looks(split, count):
         rng = np.random.default_rng(1)
-        drawn = (sample_identity(rng, split) for _ in range(count))
-        return {(it.shape, it.texture, it.colours) for it in drawn}
+        return {draw_looks(rng, split, index) for index in range(count)}
 
-    train, heldout = looks("train", 3000), looks("heldout", 300)
-    assert not train & heldout
-    assert all(is_heldout(*look) for look in heldout) and not any(is_heldout(*look) for look in train)
+    drawn = {split: looks(split, count) for split, count in (("train", 3000), ("dev", 300), ("test", 300))}
+    for split, own in drawn.items():
+        assert all(split_of(look) == split for look in own)
     # What is new is the combination: each part of it is known from training.
     for part in range(3):
-        assert {look[part] for look in heldout} <= {look[part] for look in train}
+        assert {look[part] for look in drawn["dev"]} <= {look[part] for look in drawn["train"]}
     pairs = itertools.permutations(COLOURS, 2)
-    share = np.mean([is_heldout(s, t, pair) for pair in pairs for s in SHAPES for t in TEXTURES])
+    share = np.mean([split_of((s, t, pair)) != "train" for pair in pairs for s in SHAPES for t in TEXTURES])
     assert share == pytest.approx(0.1, abs=0.01)
 
 
-def test_the_held_out_data_set_holds_held_out_looks():
-    made = Toyworld(ToyworldConfig(split="heldout"))[0]
-    assert made.key == "toyworld/0/heldout/0" and made.identity is not None
-    assert is_heldout(made.identity["shape"], made.identity["texture"], made.identity["colours"])
+def test_of_a_test_subject_training_has_neither_order_of_the_colours():
+    every = looks_of_test()
+    assert len(set(every)) == len(every) == 41
+    for shape, texture, (first, second) in every:
+        assert {split_of((shape, texture, pair)) for pair in ((first, second), (second, first))} == {"test"}
+        assert texture != "plain" or first == second
+    # All combinations in turn, in both orders of their colours, each time in another scene.
+    world = Toyworld(ToyworldConfig(split="test", size=8, frames=1))
+    seen = [world[i].identity for i in range(4 * len(every))]
+    names = [(it["shape"], it["texture"], frozenset(it["colours"])) for it in seen]
+    assert names == 4 * [(shape, texture, frozenset(pair)) for shape, texture, pair in every]
+    assert len({(it["shape"], it["texture"], it["colours"]) for it in seen}) > len(every)
+    assert len({it["ripples"] for it in seen}) == len(seen)
+
+
+def test_the_first_dev_prompts_are_those_that_settings_were_chosen_on():
+    said = [
+        "a diamond is spinning on snow", "a circle is moving right on sand", "a triangle is growing at night",
+        "a ring is shrinking on stone", "a square is growing in the sky", "a circle is moving left on snow",
+        "a square is growing on snow", "a square is shrinking on sand", "a crescent is moving right in the sky",
+        "a crescent is moving left on sand", "a star is spinning on grass", "a flower is moving down on sand",
+    ]  # fmt: skip
+    world = Toyworld(ToyworldConfig(split="dev", size=8, frames=1))
+    assert [world[i].caption for i in range(12)] == said
+    assert world[0].key == "toyworld/0/dev/0"
 
 
 def test_captions_tell_as_much_as_asked():
@@ -255,7 +282,7 @@ def test_a_plain_subject_without_its_colour_is_called_plain():
         ({"frames": 0}, "data.frames is 0"),
         ({"size": 4}, "data.size is 4.*at least 8"),
         ({"image_size": 0}, "data.image_size is 0"),
-        ({"split": "test"}, "data.split is 'test'.*train, heldout"),
+        ({"split": "heldout"}, "data.split is 'heldout'.*train, dev, test"),
         ({"describe": "some"}, "data.toyworld.describe is 'some'.*none, full, mixed"),
         ({"describe_probability": 1.5}, "data.toyworld.describe_probability is 1.5"),
     ],

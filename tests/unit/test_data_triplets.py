@@ -101,11 +101,11 @@ def test_training_varies_by_epoch_and_evaluation_does_not(tmp_path: Path):
 def test_a_run_varies_the_image_prompt_as_videobooth_does_or_not_at_all(tmp_path: Path):
     root = str(write_triplets(tmp_path, ("a",)))
     asks = {"kind": "triplets", "frames": 3, "size": 40}
-    varied = DataConfig(**asks, triplets=TripletsOptions(root=root)).build(heldout=False).config.augment
+    varied = DataConfig(**asks, triplets=TripletsOptions(root=root)).build().config.augment
     assert (varied.flip, varied.degrees) == (True, 30.0) and varied.trim > 0
     for still in (
-        DataConfig(**asks, triplets=TripletsOptions(root=root, augment=False)).build(heldout=False),
-        DataConfig(**asks, triplets=TripletsOptions(root=root)).build(heldout=True),
+        DataConfig(**asks, triplets=TripletsOptions(root=root, augment=False)).build(),
+        DataConfig(**asks, triplets=TripletsOptions(root=root)).build("dev"),
     ):
         assert torch.equal(still.at(0, 1).image, still[0].image)
 

@@ -1,6 +1,7 @@
 """CLIP scores, pixel metrics, and the table of all of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
-from dit_booth.evaluation import evaluate, summary
-from dit_booth.evaluation.clip_score import clip_scores
+from dit_booth.evaluation import score, summary
+from dit_booth.evaluation.case import Case, Values
+from dit_booth.evaluation.learned.clip_score import clip_scores
 from dit_booth.evaluation.pixels import motion, psnr
+from dit_booth.evaluation.scores import Score, read_scores, write_scores
 
 torch.set_num_threads(1)
 
@@ -75,57 +78,65 @@ def test_motion_is_a_share_of_the_range():
         motion(still[:1])
 
 
-def test_evaluate_and_its_summary():
-    world = Toyworld(ToyworldConfig(size=32, frames=3))
-    examples = [world[i] for i in range(3)]
-    truths, images, captions = zip(*((e.video, e.image, e.caption) for e in examples), strict=True)
-    videos = [truth.clone() for truth in truths]
-    videos[2] = repeat(truths[2][0], "c h w -> f c h w", f=3)  # frozen
-    shapes = ["circle" if examples[0].subject != "circle" else "star", *(e.subject for e in examples[1:])]
-    rows = evaluate(
-        videos, truths, images, captions, shapes=shapes, image_features=mean_colour, text_features=words
-    )
-    assert rows[0]["shape"] < 0.8 < rows[1]["shape"]
-    assert rows[0]["palette"] == rows[0]["truth_palette"] < 6
-    assert rows[0]["psnr"] == math.inf
-    assert rows[2]["motion"] == 0 < rows[2]["truth_motion"]
-    assert rows[2]["clip_consistency"] == pytest.approx(1)
-    assert set(rows[0]) == {
-        *("palette", "subject_found", "motion", "psnr", "truth_palette", "truth_motion"),
-        "shape",
-        *("clip_i", "clip_t", "clip_consistency"),
-    }
-    table = summary(rows)
-    assert table["subject_found"].mean == 1
-    assert table["subject_found"].n == 3
-    assert table["motion"].mean == pytest.approx(sum(row["motion"] for row in rows) / 3)
+def case(index: int = 0, frames: int = 3, **fields) -> Case:
+    example = Toyworld(ToyworldConfig(size=16, frames=frames))[index]
+    own = {"image": example.image, "caption": example.caption, "truth": example.video, "prompt": example.key}
+    return Case(**{"video": example.video, **own, **fields})
 
 
-def test_summary_gives_mean_standard_error_and_count():
-    table = summary([{"a": 1.0, "b": 5.0}, {"a": 3.0}, {"a": 5.0}])
-    assert (table["a"].mean, table["a"].n) == (3, 3)
-    assert table["a"].stderr == pytest.approx(2 / math.sqrt(3))
-    assert (table["b"].mean, table["b"].n) == (5, 1)
-    assert math.isnan(table["b"].stderr)
-    with pytest.raises(ValueError, match="rows is empty"):
-        summary([])
+def test_scores_are_kept_frame_by_frame():
+    def scorer(one: Case) -> dict[str, Values]:
+        return {"mean": one.video.mean((1, 2, 3)).numpy(), "frames": float(len(one.video))}
+
+    one = case(noise_seed=2, control="shuffled")
+    mean, frames = score(one, [scorer], seed=5)
+    assert mean.value == pytest.approx(one.video.mean((1, 2, 3)).tolist())
+    assert (frames.value, frames.metric) == (3.0, "frames")
+    assert (mean.prompt, mean.seed, mean.noise_seed, mean.control) == (one.prompt, 5, 2, "shuffled")
 
 
-def test_evaluate_without_truths_networks_or_motion():
-    example = Toyworld(ToyworldConfig(size=32, frames=1))[0]
-    (row,) = evaluate(example.video[None], None, example.image[None], [example.caption])
-    assert set(row) == {"palette", "subject_found"}
-    (row,) = evaluate(
-        [example.video], None, [example.image], ["red"], image_features=mean_colour, text_features=words
-    )
-    assert set(row) == {"palette", "subject_found", "clip_i", "clip_t"}
+def test_summary_is_over_prompts():
+    def row(prompt: str, value, **fields) -> Score:
+        return Score(metric="a", prompt=prompt, value=value, **fields)
+
+    scores = [
+        row("x", (0.0, 2.0)), row("x", (math.nan, 3.0), noise_seed=1),  # 1 and 3: one prompt, 2
+        row("y", 4.0), row("z", math.nan), row("y", 100.0, control="truth"),
+    ]  # fmt: skip
+    table = summary(scores)
+    assert (table["a"].mean, table["a"].n) == (3, 2)
+    assert table["a"].stderr == pytest.approx(1)
+    assert summary(scores, "truth")["a"].mean == 100 and math.isnan(summary(scores, "truth")["a"].stderr)
+    assert summary([]) == {}
 
 
-def test_evaluate_refuses_lists_that_do_not_match():
-    example = Toyworld(ToyworldConfig(size=32, frames=1))[0]
-    with pytest.raises(ValueError, match="'truths': 0"):
-        evaluate([example.video], [], [example.image], ["red"])
-    with pytest.raises(ValueError, match="'shapes': 2"):
-        evaluate([example.video], None, [example.image], ["red"], shapes=["star", "star"])
-    with pytest.raises(ValueError, match="come together"):
-        evaluate([example.video], None, [example.image], ["red"], image_features=mean_colour)
+def test_scores_survive_a_file(tmp_path):
+    scores = [
+        Score(metric="a", value=(math.nan, 0.123456789), prompt="p", point="b", seed=3, control="none"),
+        Score(metric="fvd", value=12.5),
+    ]
+    for name in ("scores.jsonl", "scores.jsonl.gz"):
+        write_scores(tmp_path / name, scores)
+        first, second = read_scores(tmp_path / name)
+        assert math.isnan(first.value[0]) and first.value[1] == 0.123457
+        assert replace(first, value=0.0) == replace(scores[0], value=0.0) and second == scores[1]
+
+
+@pytest.mark.parametrize("line", ["{", '{"metric": "a"}', '{"metric": "a", "value": "b"}', "[]", '{"value": 1}',
+                                  '{"metric": "a", "value": 1, "colour": 2}'])  # fmt: skip
+def test_a_line_that_is_no_score_is_named(tmp_path, line):
+    (tmp_path / "scores.jsonl").write_text('{"metric": "a", "value": 1}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"scores.jsonl:2: no score"):
+        read_scores(tmp_path / "scores.jsonl")
+    (tmp_path / "scores.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_scores(tmp_path / "scores.jsonl.gz")
+
+
+def test_a_case_is_checked():
+    with pytest.raises(ValueError, match=r"video of prompt 'toyworld.*real video \(2, 3, 16, 16\)"):
+        case(truth=case(frames=2).video)
+    with pytest.raises(ValueError, match="contains NaN"):
+        case(video=torch.full((3, 3, 16, 16), math.nan))
+    with pytest.raises(ValueError, match=r"video has shape \(3, 1, 16, 16\)"):
+        case(video=torch.zeros(3, 1, 16, 16))

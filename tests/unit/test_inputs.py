@@ -37,7 +37,7 @@ def parts_of(kind: Any = "eps") -> Components:
 
 @cache
 def batch() -> Batch:
-    data = parts_of().config.data.build(heldout=False)
+    data = parts_of().config.data.build()
     return collate([data[i] for i in range(BATCH)])
 
 
@@ -109,7 +109,7 @@ def test_a_row_with_a_generator_of_its_own_is_the_same_in_every_batch(kind: str,
     """Hence the same on one rank and on several, which share a batch."""
 
     def made(rows: range) -> Inputs:
-        data, stage = parts_of().config.data.build(heldout=False), StageConfig(drop=0.5, single_frames=single)
+        data, stage = parts_of().config.data.build(), StageConfig(drop=0.5, single_frames=single)
         some = collate([data[i] for i in rows])
         draws = [generator_of(0, i) for i in rows]
         return make_inputs(parts_of(kind), some, stage, draws, torch.float32, with_image=not single)

@@ -126,7 +126,7 @@ def test_a_run_saves_what_its_videos_are_compared_with(tmp_path: Path):
     from dit_booth.data.video import probe
     from dit_booth.sampling.heldout import HeldoutSample, write_references
 
-    example = Toyworld(ToyworldConfig(frames=3, size=12, split="heldout"))[0]
+    example = Toyworld(ToyworldConfig(frames=3, size=12, split="dev"))[0]
     other = torch.full((3, 12, 12), -1.0)
     write_references(
         [HeldoutSample(example, example.image, example.video), HeldoutSample(example, other, example.video)],

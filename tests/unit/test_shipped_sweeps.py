@@ -83,7 +83,7 @@ def test_a_nano_point_of_every_variant_can_be_built_and_trained(name: str, tmp_p
         small = {"weights": "none", "dit": {**point.settings["dit"], "depth": 2}}
         file.write_text(yaml.safe_dump({**point.settings, **small}))
         config = parse(["--config", str(file)])
-        components, data = build(config), config.data.build(heldout=False)
+        components, data = build(config), config.data.build()
         for of in stages_of(config):
             stage, components.model.active = stage_config(config, of.name), of.active
             set_trainable(
@@ -174,7 +174,7 @@ def test_the_backbones_cost_the_same() -> None:
         components = build(config)
         components.model.active = ()
         set_trainable(components.model, ["backbone.*"])
-        data, device = config.data.build(heldout=False), torch.device("cpu")
+        data, device = config.data.build(), torch.device("cpu")
         flops[point.label] = count_flops(components, config.stages.base, data, torch.float32, device)
     assert len(flops) == 2
     assert max(flops.values()) / min(flops.values()) < 1.05, flops

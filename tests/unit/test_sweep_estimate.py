@@ -36,7 +36,7 @@ DEMO = str(ROOT / "experiments/configs/demo.yaml")
 def test_the_flops_are_those_that_the_run_counts(strategy: str, backbone: str) -> None:
     """Up to the text tower, which only the run counts: a few per cent of these tiny networks."""
     config = parse(["--config", DEMO, "--strategy", strategy, "--backbone", backbone])
-    components, data = build(config), config.data.build(heldout=False)
+    components, data = build(config), config.data.build()
     for of in stages_of(config):
         stage, components.model.active = stage_config(config, of.name), of.active
         set_trainable(

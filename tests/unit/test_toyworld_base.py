@@ -22,7 +22,7 @@ def test_the_pool_is_the_data_set_for_any_number_of_processes() -> None:
     components = build(config)
     one, three = (base.VideoPool.render(config, components, 12, n) for n in (1, 3))
     assert torch.equal(one.videos, three.videos) and torch.equal(one.ids, three.ids)
-    world = config.data.build(heldout=False)
+    world = config.data.build()
     for i in (0, 7, 11):
         assert (one.videos[i].float() / 127.5 - 1 - world[i].video).abs().max() < 0.6 / 127.5
         assert torch.equal(one.ids[i : i + 1], components.model.text.tokenize([world[i].caption]).ids)

@@ -29,10 +29,12 @@ from dit_booth.data.example import Example
 from dit_booth.data.image_files import Mask, MaskEntry, read_entries, read_mask
 from dit_booth.data.image_prompt import Augment, pixel_box, prepare
 from dit_booth.data.video import check_length, probe, read_video
+from dit_booth.files import within
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("videoid", "page_dir", "name")
+ROOT = "data.triplets.root"
 NAMED_IN_MESSAGES = 5  # broken examples that a message lists
 
 Check = Callable[[str, str], object]
@@ -286,10 +288,13 @@ def read_rows(file: Path, *, root: Path) -> list[TripletRow]:
                         f"{file}, line {reader.line_num}: must have the values {', '.join(COLUMNS)}; "
                         "fill them in, and quote a caption that has commas"
                     )
-                video = within(root, Path("videos", page_dir, f"{videoid}.mp4"))
+                video = within(ROOT, root, Path("videos", page_dir, f"{videoid}.mp4"))
                 rows.append(
                     TripletRow(
-                        key=videoid, caption=name, video=video, masks=within(root, Path("masks", videoid))
+                        key=videoid,
+                        caption=name,
+                        video=video,
+                        masks=within(ROOT, root, Path("masks", videoid)),
                     )
                 )
     except (UnicodeDecodeError, csv.Error) as error:
@@ -297,31 +302,15 @@ def read_rows(file: Path, *, root: Path) -> list[TripletRow]:
     return rows
 
 
-def within(root: Path, path: Path) -> Path:
-    """Return `root / path`, checked to stay in `root` despite `..`, absolute paths, and links.
-
-    Data sets are untrusted: their paths must not make a program read other files.
-
-    Raises:
-        ValueError: naming the path.
-    """
-    if path.is_absolute() or ".." in path.parts or not (root / path).resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"path {str(path)!r} leads out of data.triplets.root={str(root)!r}; "
-            "move the file into the root (a link must point inside), or correct the CSV file"
-        )
-    return root / path
-
-
 def _check(row: TripletRow, root: Path, config: TripletsConfig, check: Check) -> TripletItem | str:
     """Return the item, or the reason why it is broken; raise an error for a path that leaves the root."""
     folder = row.masks.relative_to(root)
-    entries = within(root, folder / "mask.json")
+    entries = within(ROOT, root, folder / "mask.json")
     try:
         entry = subject_of(row, read_entries(entries), check)
     except ValueError as error:
         return str(error)
-    file = within(root, folder / f"mask_{entry.value}.png")
+    file = within(ROOT, root, folder / f"mask_{entry.value}.png")
     try:
         info = probe(row.video)
         check_length(row.video, info, start=0, frames=config.frames, stride=config.stride)

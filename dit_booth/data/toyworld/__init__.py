@@ -1,5 +1,6 @@
 """A procedural data set of moving shapes with known ground truth."""
 
-from dit_booth.data.toyworld.world import Describe, Identity, Split, Toyworld, ToyworldConfig
+from dit_booth.data.toyworld.looks import Split
+from dit_booth.data.toyworld.world import Describe, Identity, Toyworld, ToyworldConfig
 
 __all__ = ["Describe", "Identity", "Split", "Toyworld", "ToyworldConfig"]

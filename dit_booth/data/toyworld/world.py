@@ -7,7 +7,6 @@ image prompt always carries more than any caption. Every example is a pure funct
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
@@ -18,29 +17,20 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_booth.data.example import Example, IdentityDict
+from dit_booth.data.toyworld.looks import (
+    COLOURS,
+    Looks,
+    Rgb,
+    Split,
+    choose,
+    draw_looks,
+    exact_colour,
+)
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES, Plane, coverage
 
-Rgb = tuple[float, float, float]
-Split = Literal["train", "heldout"]
 Describe = Literal["none", "full", "mixed"]
 
-COLOURS: dict[str, Rgb] = {
-    "red": (0.87, 0.13, 0.14),
-    "orange": (0.97, 0.53, 0.09),
-    "yellow": (0.97, 0.86, 0.16),
-    "green": (0.14, 0.60, 0.20),
-    "teal": (0.10, 0.72, 0.70),
-    "blue": (0.14, 0.30, 0.86),
-    "purple": (0.53, 0.16, 0.70),
-    "pink": (0.96, 0.52, 0.72),
-    "brown": (0.47, 0.27, 0.13),
-    "black": (0.09, 0.09, 0.10),
-}
-# Half of the smallest gap between two names is 0.16; a jitter of 0.08 a channel moves a colour by at most
-# 0.14, so the nearest name is always the right one.
-COLOUR_JITTER = 0.08
-# Smallest distances in RGB: between the two colours of a subject, and between a subject and its background.
-COLOUR_CONTRAST = 0.45
+# Smallest distance in RGB between a subject and its background.
 BACKGROUND_CONTRAST = 0.5
 
 BACKGROUNDS: dict[str, tuple[Rgb, str]] = {
@@ -63,8 +53,6 @@ MOTIONS: dict[str, str] = {
     "bouncing": "is bouncing",
     "still": "is resting",
 }
-
-HELDOUT_SHARE = 10  # one in 10 combinations of shape, texture and colour names is never trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +101,7 @@ class ToyworldConfig:
         size: side of the square video in pixels.
         image_size: side of the image prompt in pixels; None: that of the video.
         seed: seed of all examples.
-        split: `train`, or `heldout`: the combinations of shape, texture and colours that `train` never shows.
+        split: `train`, `dev` or `test`: disjoint combinations of shape, texture and colours (`looks.split_of`).
         length: number of examples; index `i` is the same example at every length.
         describe: looks of the subject in the caption: `none`, `full`, or `mixed` (colours and
             texture are each named with probability `describe_probability`).
@@ -168,7 +156,7 @@ class Toyworld:
         named = (
             rng.random(2) < {"none": 0.0, "full": 1.0, "mixed": config.describe_probability}[config.describe]
         )
-        identity = sample_identity(rng, config.split)
+        identity = sample_identity(rng, draw_looks(rng, config.split, index))
         video, mask = render_video(identity, frames=config.frames, size=config.size)
         return Example(
             key=f"toyworld/{config.seed}/{config.split}/{index}",
@@ -180,12 +168,6 @@ class Toyworld:
             mask_frames=config.frames,
             identity=asdict(identity),
         )
-
-
-def is_heldout(shape: str, texture: str, colours: tuple[str, str]) -> bool:
-    """Return True if a combination of looks belongs to the held-out split, whatever the seed."""
-    digest = hashlib.blake2b("/".join((shape, texture, *colours)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % HELDOUT_SHARE == 0
 
 
 def caption(identity: Identity | IdentityDict, *, colours: bool, texture: bool) -> str:
@@ -204,10 +186,10 @@ def caption(identity: Identity | IdentityDict, *, colours: bool, texture: bool) 
     return f"{article} {noun} {MOTIONS[it.motion]} {BACKGROUNDS[it.background][1]}"
 
 
-def sample_identity(rng: np.random.Generator, split: Split) -> Identity:
-    """Draw a subject of `split`, a scene for it, and its pose in the image prompt."""
-    shape, texture, colours = _sample_looks(rng, split)
-    rgb = (_jitter(rng, colours[0]), _jitter(rng, colours[1]))
+def sample_identity(rng: np.random.Generator, looks: Looks) -> Identity:
+    """Draw a subject with these looks, a scene for it, and its pose in the image prompt."""
+    shape, texture, colours = looks
+    rgb = (exact_colour(rng, colours[0]), exact_colour(rng, colours[1]))
     if texture == "plain":
         rgb = (rgb[0], rgb[0])
     visible = [
@@ -217,7 +199,7 @@ def sample_identity(rng: np.random.Generator, split: Split) -> Identity:
     ]
     # A plain disc or ring that spins looks as if at rest, and would contradict the caption.
     unmoved = texture == "plain" and shape in ("circle", "ring")
-    motion = _choose(rng, [name for name in MOTIONS if not (unmoved and name == "spinning")])
+    motion = choose(rng, [name for name in MOTIONS if not (unmoved and name == "spinning")])
     radius, start, end = _path(rng, motion)
     # 6 to 13 degrees between frames of an eight-frame video; beyond, a star's arms are ambiguous.
     turn = math.radians(rng.uniform(45, 90)) * float(rng.choice((-1.0, 1.0)))
@@ -229,7 +211,7 @@ def sample_identity(rng: np.random.Generator, split: Split) -> Identity:
         scale=float(rng.uniform(0.85, 1.25)),
         direction=math.radians(float(rng.choice((0.0, 45.0, 90.0)))),
         motion=motion,
-        background=_choose(rng, visible),
+        background=choose(rng, visible),
         radius=radius,
         angle=math.radians(rng.uniform(-12, 12)),
         start=start,
@@ -290,27 +272,6 @@ def _identity(identity: Identity | IdentityDict) -> Identity:
 
 def _column(values: np.ndarray) -> Plane:
     return rearrange(np.asarray(values, dtype=np.float32), "f -> f 1 1")
-
-
-def _choose(rng: np.random.Generator, names: list[str]) -> str:
-    return names[int(rng.integers(len(names)))]
-
-
-def _jitter(rng: np.random.Generator, name: str) -> Rgb:
-    red, green, blue = np.clip(np.add(COLOURS[name], rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3)), 0, 1)
-    return float(red), float(green), float(blue)
-
-
-def _sample_looks(rng: np.random.Generator, split: Split) -> tuple[str, str, tuple[str, str]]:
-    while True:
-        shape, texture = _choose(rng, list(SHAPES)), _choose(rng, list(TEXTURES))
-        first, second = _choose(rng, list(COLOURS)), _choose(rng, list(COLOURS))
-        if texture == "plain":
-            second = first
-        elif math.dist(COLOURS[first], COLOURS[second]) < COLOUR_CONTRAST:
-            continue
-        if is_heldout(shape, texture, (first, second)) == (split == "heldout"):
-            return shape, texture, (first, second)
 
 
 def _path(rng: np.random.Generator, motion: str) -> tuple[float, tuple[float, float], tuple[float, float]]:

@@ -1,0 +1,170 @@
+"""A folder of videos to score, with a CSV file that says what each was to show: ``videos.csv``.
+
+    video,image,caption,subject
+    000.mp4,image/000.png,a star is spinning on snow,star
+
+Paths are relative to the CSV file and stay in its folder. Optional columns: ``prompt`` (name of the prompt, by which
+methods are paired; else the image's path and the caption), ``noise_seed``, ``control`` (truth, shuffled, none: a floor
+or ceiling), ``truth`` (the real video), ``identity`` (the toy world's parameters, JSON). A run's ``samples`` has all.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import get_args
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from dit_booth.data.image_prompt import as_image_prompt
+from dit_booth.data.toyworld import Identity
+from dit_booth.data.video import read_video, write_video
+from dit_booth.evaluation.case import Case, Control
+from dit_booth.files import replacing, within, write_text
+
+VIDEOS = "videos.csv"
+NEEDED = ("video", "image", "caption", "subject")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoRow:
+    """A line of ``videos.csv``, as text."""
+
+    video: str
+    image: str
+    caption: str
+    subject: str
+    prompt: str = ""
+    noise_seed: str = "0"
+    control: str = ""
+    truth: str = ""
+    identity: str = ""
+
+
+class VideoFolder(Sequence[Case]):
+    """The videos of a CSV file, each read when it is asked for: a set may be larger than the memory.
+
+    ``folder[i]`` raises ValueError for a video that is broken or does not fit its prompt; it names the file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.folder, self.rows = file.parent, read_rows(file)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Case:  # type: ignore[override]  # no slices
+        row = self.rows[index]
+        try:
+            return _case(self.folder, row)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{row.video}: {error}") from error
+
+
+def read_rows(file: Path) -> list[VideoRow]:
+    """Read ``videos.csv``. ValueError: a column or value is missing, or a path leaves the folder."""
+    names = [field.name for field in fields(VideoRow)]
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
+                raise ValueError(
+                    f"{file}: has no column {', '.join(missing)}; the first line names the columns"
+                    f" {','.join(NEEDED)}, and may name {','.join(names[len(NEEDED) :])}"
+                )
+            lines = [(reader.line_num, line) for line in reader]
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise ValueError(f"{file}: cannot be read as CSV in UTF-8 ({error})") from error
+    if not lines:
+        raise ValueError(f"{file}: lists no videos; write a line for each")
+    return [_row(file, number, line, names) for number, line in lines]
+
+
+def _row(file: Path, number: int, line: Mapping[str, str | None], names: Sequence[str]) -> VideoRow:
+    values = {name: (line.get(name) or "").strip() for name in names if line.get(name)}
+    where = f"{file}, line {number}"
+    if empty := [name for name in NEEDED if name != "subject" and not values.get(name)]:
+        raise ValueError(f"{where}: {', '.join(empty)} is empty; fill it in, and quote a caption with commas")
+    row = VideoRow(**{"subject": "", **values})
+    if row.control not in get_args(Control):
+        raise ValueError(f"{where}: control is {row.control!r}; use truth, shuffled, none, or nothing")
+    if not row.noise_seed.isdigit():
+        raise ValueError(f"{where}: noise_seed is {row.noise_seed!r}; use a whole number")
+    for path in (row.video, row.image, row.truth):
+        if path:
+            within(f"{where}, folder", file.parent, Path(path))
+    return row
+
+
+def _case(folder: Path, row: VideoRow) -> Case:
+    video = _read(folder / row.video)
+    identity = json.loads(row.identity) if row.identity else None
+    if identity is not None:
+        try:
+            identity = asdict(Identity(**identity))
+        except TypeError as error:
+            raise ValueError(f"identity is not one of the toy world: {error}") from error
+    control: Control = row.control  # type: ignore[assignment]  # checked in _row
+    return Case(
+        video=video,
+        image=as_image_prompt(folder / row.image, size=max(video.shape[-2:])),
+        caption=row.caption,
+        subject=row.subject,
+        prompt=row.prompt or f"{row.image}: {row.caption}",
+        truth=_read(folder / row.truth) if row.truth else None,
+        identity=identity,
+        noise_seed=int(row.noise_seed),
+        control=control,
+    )
+
+
+def _read(file: Path) -> Tensor:
+    """Decode a video to `f 3 h w` in [-1, 1]."""
+    return rearrange(torch.from_numpy(read_video(file)), "f h w c -> f c h w").float() / 127.5 - 1
+
+
+def write_videos(folder: Path, cases: Mapping[str, Case], fps: int) -> None:
+    """Write ``videos.csv`` and what each video is compared with: ``image/000.png`` and ``truth/000.mp4``.
+
+    cases: by the name of the video's file, which lies in the folder already.
+    """
+    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(case.prompt for case in cases.values()))}
+    rows, written = [], set[str]()
+    for name, case in cases.items():
+        number = f"{numbers[case.prompt]:03d}"
+        row = VideoRow(
+            video=name,
+            image=f"image/{number}.png",
+            caption=case.caption,
+            subject=case.subject,
+            prompt=case.prompt,
+            noise_seed=str(case.noise_seed),
+            control=case.control,
+            truth=f"truth/{number}.mp4" if case.truth is not None else "",
+            identity=json.dumps(case.identity) if case.identity else "",
+        )
+        rows.append(row)
+        if number in written:
+            continue
+        written.add(number)
+        with replacing(folder / row.image) as partial:
+            _picture(case.image).save(partial, format="PNG")
+        if case.truth is not None:
+            write_video(folder / row.truth, case.truth, fps=fps)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(VideoRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(folder / VIDEOS, out.getvalue())
+
+
+def _picture(image: Tensor) -> Image.Image:
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(rearrange(pixels, "c h w -> h w c").cpu().numpy())
