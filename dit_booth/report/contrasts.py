@@ -118,5 +118,5 @@ def _verdict(
     if p_equivalent < level:
         return f"{said}; equivalent within ±{within}"
     if not metric.better:
-        return f"{said}; not shown to be equivalent within ±{within}"
-    return f"{said}; {'not worse' if p_margin < level else 'not shown to be not worse'} by {within} or more"
+        return f"{said}; equivalence within ±{within} not shown"
+    return f"{said}; {'non-inferior' if p_margin < level else 'non-inferiority not shown'} (margin {within})"

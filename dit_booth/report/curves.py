@@ -40,7 +40,7 @@ class DriftTable:
     rows: tuple[tuple[ResultRow, dict[str, CrossedEstimate]], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Curve:
     row: ResultRow
     mean: Array
@@ -97,17 +97,36 @@ def _curve(row: ResultRow, metric: str) -> _Curve | None:
 
 
 def _drift_plot(metric: Measure, curves: Sequence[_Curve], styles: Mapping[str, int]) -> Plot:
-    means = np.concatenate([curve.mean[np.isfinite(curve.mean)] for curve in curves])
+    """Draw the rows with bands; floors and ceilings in grey, as far as they do not squash the rows."""
+    own = [curve for curve in curves if not curve.row.control]
+    low, high, shown = _extent(own or curves, [curve for curve in curves if curve.row.control])
     x = Axis(low=1, high=max(len(curve.mean) for curve in curves), start=62, end=510)
-    low, high = padded(list(means), 0.15)
     y = Axis(low=low, high=high, start=310, end=34)
     parts = [frame(x, y, "frame", axis_label(metric), whole=True)]
-    parts += [_band(curve, styles, x, y) for curve in curves if not curve.row.control]
-    parts += [_line(curve, styles, x, y) for curve in curves]
-    parts += _end_names([curve for curve in curves if curve.row.control], x, y)
+    parts += [_band(curve, styles, x, y) for curve in own]
+    parts += [_line(curve, styles, x, y) for curve in (*shown, *own)]
+    parts += _end_names(shown, x, y)
     title = f"{metric.label} over the frames"
     svg = element("svg", *parts, viewBox="0 0 620 356", role="img", aria_label=title, class_="plot wide")
-    return Plot(key=metric.name, svg=svg)
+    outside = [
+        f"{curve.row.label} {metric.text(float(np.nanmean(curve.mean)))}"
+        for curve in curves
+        if curve.row.control and curve not in shown
+    ]
+    return Plot(key=metric.name, svg=svg, note=f"Outside the frame: {'; '.join(outside)}." if outside else "")
+
+
+def _extent(own: Sequence[_Curve], controls: Sequence[_Curve]) -> tuple[float, float, list[_Curve]]:
+    """Return the ends of the axis, and the floors and ceilings that fit: at most 2.5 times what the rows need."""
+    values = np.concatenate([np.concatenate([c.mean, c.mean - c.half, c.mean + c.half]) for c in own])
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    room, shown = 2.5 * (high - low), []
+    for curve in sorted(controls, key=lambda c: abs(float(np.nanmean(c.mean)) - (low + high) / 2)):
+        least, most = min(low, float(np.nanmin(curve.mean))), max(high, float(np.nanmax(curve.mean)))
+        if most - least <= room:
+            low, high = least, most
+            shown.append(curve)
+    return *padded([low, high]), shown
 
 
 def _path(values: Array, x: Axis, y: Axis, way: int = 1) -> str:
@@ -127,7 +146,7 @@ def _line(curve: _Curve, styles: Mapping[str, int], x: Axis, y: Axis) -> Markup:
     known = curve.mean[np.isfinite(curve.mean)]
     tip = f"{curve.row.label}: {known[0]:.4g} to {known[-1]:.4g}"
     if curve.row.control:
-        look = element("path", d=line, class_=f"floor {curve.row.control}")
+        look = element("path", d=line, class_=f"floor floor-{curve.row.control}")
         return element("g", look, element("path", d=line, class_="hit"), data_g="", data_tip=tip)
     style = styles[curve.row.id]
     look = element("path", d=line, class_=f"line {classes(style)}")

@@ -47,9 +47,10 @@ def to_csv(table: Table) -> str:
     for m in table.metrics if table.others else ():
         header += [f"{m.name}_difference", *(f"{m.name}_difference_{end}" for end in _DIFFERENCE)]
     header += costs
-    lines = [_csv_row(table, row, costs) for row in (*table.rows, *table.controls)]
-    lines += [[group.label, group.status, "0", "0", "0", *[""] * (len(header) - 5)] for group in table.absent]
-    return _csv([header, *lines])
+    empty = [""] * (len(header) - 5)
+    absent = [[group.label, group.status, "0", "0", "0", *empty] for group in table.absent]
+    rows, floors = ([_csv_row(table, row, costs) for row in part] for part in (table.rows, table.controls))
+    return _csv([header, *rows, *absent, *floors])
 
 
 _DIFFERENCE = ("low", "high", "df", "p", "seeds_low", "seeds_high", "prompts_low", "prompts_high")

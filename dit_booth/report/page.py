@@ -66,6 +66,7 @@ def _context(study: Study, table: Table, styles: dict[str, int]) -> dict[str, ob
         "table": table,
         "styles": styles,
         "over": _over(table),
+        "mixed": len({e.main.over for row in table.rows for e in row.quality.values()}) > 1,
         "min_seeds": MIN_SEEDS,
         "caveats": caveats(study, table),
         "quality": quality_plots(table, styles),

@@ -43,8 +43,8 @@ def write_sweep(
 ) -> Path:
     """Every point finished, a coarse stage for each seed that all share, and samples of solid colours.
 
-    A palette distance rises by 1 from frame to frame around its mean. The ground truth has 1.5, and the baseline's floors
-    20 (shuffled) and 30 (none) more than its own videos.
+    A palette distance rises by 1 from frame to frame around its mean. The ground truth has 1.5, and the baseline's
+    floors 20 (shuffled) and 30 (none) more than its own videos.
     """
     labels = list(dict.fromkeys(label for label, _ in palettes))
     rows = [
