@@ -17,12 +17,14 @@ from typing import Annotated
 
 import tyro
 
+from dit_booth.evaluation.scores import write_scores
 from dit_booth.files import write_text
 from dit_booth.report.caveats import caveats
-from dit_booth.report.export import to_csv, to_latex
+from dit_booth.report.export import contrasts_to_csv, to_csv, to_latex
 from dit_booth.report.page import make_page
 from dit_booth.report.read import read_study
 from dit_booth.report.table import make_table
+from dit_booth.report.values import scores_of
 
 log = logging.getLogger("dit_booth")
 
@@ -36,13 +38,15 @@ class ReportArguments:
     out: str = ""
     """The page; empty: report.html in the sweep's folder, or here for run folders."""
     csv: bool = False
-    """Also write the table as .csv beside the page, in full precision."""
+    """Also write the table as .csv beside the page, in full precision, and the primary contrasts as .contrasts.csv."""
     latex: bool = False
     """Also write the table as .tex beside the page (booktabs)."""
+    scores: bool = False
+    """Also write the scores of all points, video by video and frame by frame, as .scores.jsonl.gz beside the page."""
     baseline: str = ""
     """Label of the row that the others are compared with; empty: the sweep's own baseline."""
     max_mb: float = 8.0
-    """Largest size of the page in MB: sample rows that do not fit are left out."""
+    """Largest size of the page in MB: videos that do not fit are left out."""
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
@@ -90,14 +94,24 @@ def write_report(arguments: ReportArguments) -> list[str]:
     wanted = {out: page.html}
     if arguments.csv:
         wanted[out.with_suffix(".csv")] = to_csv(table)
+        if table.contrasts is not None:
+            wanted[out.with_suffix(".contrasts.csv")] = contrasts_to_csv(table.contrasts)
     if arguments.latex:
         wanted[out.with_suffix(".tex")] = to_latex(table, [study.title, *caveats(study, table)])
     lines = []
     for file, text in wanted.items():
         write_text(file, text)
         lines.append(f"{file}  {len(text.encode()) / 1e6:.2f} MB")
+    if arguments.scores:
+        file = out.with_suffix(".scores.jsonl.gz")
+        write_scores(file, scores_of(study))
+        lines.append(f"{file}  {file.stat().st_size / 1e6:.2f} MB")
+    if page.extremes.dropped:
+        lines.append(
+            f"the ends of {page.extremes.dropped} points did not fit (--max-mb {arguments.max_mb:g})"
+        )
     if page.samples.dropped:
         lines.append(f"{page.samples.dropped} sample rows did not fit (--max-mb {arguments.max_mb:g})")
     if len(page.html.encode()) > arguments.max_mb * 1e6:
-        lines.append(f"the page is larger than --max-mb {arguments.max_mb:g} even without samples")
+        lines.append(f"the page is larger than --max-mb {arguments.max_mb:g} even without videos")
     return lines

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
+from dit_booth.evaluation.catalogue import describe
+from dit_booth.report.measures import MOTION
 from dit_booth.report.study import Study
 from dit_booth.report.table import Table
-from dit_booth.study.statistics import t_quantile
+from dit_booth.study.statistics import MIN_SEEDS, t_quantile
 
-_FEW_SEEDS = 3
 _FEW_PROMPTS = 30
 
 
@@ -17,7 +17,7 @@ def caveats(study: Study, table: Table) -> list[str]:
     """Return sentences, the most serious first; empty if nothing limits the conclusions."""
     said = [*_absent(study, table)]
     if table.rows:
-        said += [*_seeds(table), *_prompts(table), *_comparisons(table), *_setting(study)]
+        said += [*_seeds(table), *_prompts(table), *_tests(table), *_still(table), *_setting(study, table)]
     return said
 
 
@@ -30,7 +30,7 @@ def _absent(study: Study, table: Table) -> Iterator[str]:
         kinds = [f"{failed} failed"] if failed else []
         kinds += [f"{total - finished - failed} are not finished"] if total - finished - failed else []
         yield f"{finished} of {total} points are in the table: {' and '.join(kinds)}."
-    lone = [r.group.label for r in table.rows if 0 < len(r.group.finished) < len(r.group.points)]
+    lone = [r.label for r in table.rows if r.group and len(r.points) < len(r.group.points)]
     if lone:
         yield f"Some seeds of {', '.join(lone)} are missing; paired differences use the seeds in common."
     flagged = next((group for group in study.groups if group.baseline), None)
@@ -43,50 +43,65 @@ def _absent(study: Study, table: Table) -> Iterator[str]:
 
 
 def _seeds(table: Table) -> Iterator[str]:
-    counts = sorted({len(row.group.finished) for row in table.rows})
+    counts = sorted({len(row.points) for row in table.rows})
+    if counts[0] >= MIN_SEEDS:
+        return
+    told = f"{_range(counts)} training seed{'s' if counts[-1] > 1 else ''} per variant"
+    rule = f"no difference is marked below {MIN_SEEDS}"
     if counts[-1] == 1:
         yield (
-            "One training seed per variant. Intervals are over prompts: they show the variation over prompts for these"
-            " trained models, and nothing about other training seeds."
+            f"Exploratory: {told}; {rule}. Intervals are over prompts: they show the variation over prompts for these"
+            " trained models, and nothing about other trainings."
         )
-    elif counts[0] < _FEW_SEEDS:
-        few = counts[0] if counts[0] > 1 else counts[1]
-        alone = " Variants with one seed have intervals over prompts instead." if counts[0] == 1 else ""
-        yield (
-            f"Few seeds: {_range(counts)} per variant. A 95 % interval over {few} seeds reaches {t_quantile(few):.1f}"
-            f" standard errors to each side (1.96 with many): it is wide; most differences are not significant.{alone}"
-        )
+        return
+    few = counts[0] if counts[0] > 1 else counts[1]
+    alone = " Variants with one seed have intervals over prompts alone." if counts[0] == 1 else ""
+    yield (
+        f"Exploratory: {told}; {rule}. With {few} seeds a 95 % interval may reach {t_quantile(few - 1):.1f} standard"
+        f" errors to each side (1.96 with many).{alone}"
+    )
 
 
 def _prompts(table: Table) -> Iterator[str]:
-    counts = sorted(
-        {score.n for row in table.rows for p in row.group.finished for score in p.scores.values()}
-    )
-    if counts and counts[0] < _FEW_PROMPTS:
+    points = [point for row in table.rows for point in row.points]
+    counts = sorted({len(point.prompts) for point in points if point.measured})
+    if not counts:
+        yield "No video was scored: no point has a file samples/scores.jsonl."
+        return
+    unscored = sum(not point.measured for point in points)
+    if unscored:
+        yield f"{unscored} of {len(points)} finished points have no scores (samples/scores.jsonl)."
+    if counts[0] < _FEW_PROMPTS:
         yield f"Few prompts: {_range(counts)} per point. Other prompts may rank the variants differently."
-    keys = {
-        point.seed: {prompt.key for prompt in point.prompts}
-        for row in table.rows
-        for point in row.group.finished
-        if point.prompts
-    }
-    for row in table.rows:
-        for point in row.group.finished:
-            if point.prompts and {prompt.key for prompt in point.prompts} != keys[point.seed]:
-                yield "Points have different prompts; paired differences use the prompts in common."
-                return
+    if len({frozenset(point.prompts) for point in points if point.measured}) > 1:
+        yield "Points have different prompts; paired differences use the prompts in common."
 
 
-def _comparisons(table: Table) -> Iterator[str]:
+def _tests(table: Table) -> Iterator[str]:
+    """Say which differences are tested, and which only describe."""
     count = sum(metric.name in row.differences for row in table.others for metric in table.metrics)
-    if count >= 10:
-        yield (
-            f"{count} differences are tested at 95 %, without correction: about {math.ceil(count / 20)} would be marked"
-            " by chance if there were no true differences."
-        )
+    if not count:
+        return
+    if table.contrasts is None:
+        yield f"No primary contrast was declared: all {count} differences are descriptive, and none is marked."
+        return
+    tested = len(table.contrasts.results)
+    yield (
+        f"Declared and tested together (Holm): {tested} contrast{'' if tested == 1 else 's'} of"
+        f" {table.contrasts.metric.label}. All other differences are descriptive: among many, some intervals exclude 0"
+        " by chance."
+    )
 
 
-def _setting(study: Study) -> Iterator[str]:
+def _still(table: Table) -> Iterator[str]:
+    if any(metric.consistency for metric in table.metrics):
+        beside = f"read it beside {describe(MOTION).label.lower()}"
+        if not any(metric.name == MOTION for metric in table.metrics):
+            beside = "motion was not measured here"
+        yield f"A still video wins every consistency: {beside}."
+
+
+def _setting(study: Study, table: Table) -> Iterator[str]:
     settings = [point.settings for point in study.points if point.settings]
 
     def everywhere(name: str, value: str) -> bool:
@@ -100,11 +115,8 @@ def _setting(study: Study) -> Iterator[str]:
             f"All data are the toy world's (drawn shapes, {'/'.join(sorted(size))} pixels, {'/'.join(sorted(frames))}"
             " frames): the ranking may differ on natural videos and at full size."
         )
-    if everywhere("clip.pretrained", "embedded"):
-        yield "CLIP scores come from the embedded toy-world CLIP; do not compare them with published scores."
-    given = sorted({str(setting.get("sample.reference", "own")) for setting in settings} - {"own"})
-    if given:
-        yield f"Some videos were sampled with sample.reference {' and '.join(given)}, not from their own image prompt."
+    if everywhere("clip.pretrained", "embedded") and any(m.name.startswith("own_") for m in table.metrics):
+        yield "The own CLIP is the embedded one of the toy world; do not compare its scores with published ones."
 
 
 def _range(counts: list[int]) -> str:

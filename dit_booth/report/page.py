@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
@@ -10,32 +11,45 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from dit_booth.report.caveats import caveats
+from dit_booth.report.curves import drift_plots, drift_table, scatter_plots
+from dit_booth.report.export import p_text
+from dit_booth.report.extremes import Extremes, read_extremes
+from dit_booth.report.measures import Measure
 from dit_booth.report.plots import loss_plots, quality_plots
 from dit_booth.report.samples import Samples, read_samples
 from dit_booth.report.settings import compare_settings
 from dit_booth.report.study import Study
 from dit_booth.report.svg import DASH, element, marker
-from dit_booth.report.table import Measure, Table
+from dit_booth.report.table import Table
+from dit_booth.report.values import metrics_of, values_of
+from dit_booth.study.statistics import MIN_SEEDS, estimate_mean
 
 
 @dataclass(frozen=True)
 class Page:
-    """The HTML, and its samples with the number of rows that did not fit."""
+    """The HTML, and its videos with the number of those that did not fit."""
 
     html: str
     samples: Samples
+    extremes: Extremes
 
 
 def make_page(study: Study, table: Table, *, max_bytes: int) -> Page:
-    """Render the page; sample rows are dropped, the last one first, until it has at most `max_bytes`."""
+    """Render the page with at most `max_bytes`: points at the ends and sample rows are dropped, the last ones first."""
     styles = _styles(study)
-    samples = read_samples([row.group for row in table.rows], styles, max_bytes)
+    groups = [row.group for row in table.rows if row.group]
+    extremes = read_extremes(table, styles, max_bytes // 3)
+    room = max_bytes - sum(row.size for row in extremes.rows)
+    samples = read_samples(groups, styles, room)
     context = _context(study, table, styles)
-    html = _render(context, samples)
-    while len(html.encode()) > max_bytes and samples.rows:
-        samples = replace(samples, rows=samples.rows[:-1], dropped=samples.dropped + 1)
-        html = _render(context, samples)
-    return Page(html, samples)
+    html = _render(context, samples, extremes)
+    while len(html.encode()) > max_bytes and (samples.rows or extremes.rows):
+        if extremes.rows:
+            extremes = replace(extremes, rows=extremes.rows[:-1], dropped=extremes.dropped + 1)
+        else:
+            samples = replace(samples, rows=samples.rows[:-1], dropped=samples.dropped + 1)
+        html = _render(context, samples, extremes)
+    return Page(html, samples, extremes)
 
 
 def _styles(study: Study) -> dict[str, int]:
@@ -46,35 +60,61 @@ def _styles(study: Study) -> dict[str, int]:
 
 
 def _context(study: Study, table: Table, styles: dict[str, int]) -> dict[str, object]:
-    """Return the template's variables, except the samples."""
+    """Return the template's variables, except the videos."""
     return {
         "study": study,
         "table": table,
         "styles": styles,
-        "over": sorted({e.over for row in table.rows for e in row.quality.values()}, reverse=True),
+        "over": _over(table),
+        "mixed": len({e.main.over for row in table.rows for e in row.quality.values()}) > 1,
+        "min_seeds": MIN_SEEDS,
         "caveats": caveats(study, table),
         "quality": quality_plots(table, styles),
         "losses": loss_plots(study, styles),
+        "drift": drift_table(table),
+        "drifts": drift_plots(table, styles),
+        "scatters": scatter_plots(study, table),
         "settings": compare_settings(study),
         "facts": _facts(study),
         "sharing": _sharing(study),
         "failed": [point for point in study.points if point.status == "failed"],
+        "labels": {metric.name: metric.label for metric in table.metrics},
         "compared": any(metric.name in row.differences for row in table.others for metric in table.metrics),
         "commands": _commands(study),
+        "point_means": _point_means(study),
     }
 
 
-def _render(context: dict[str, object], samples: Samples) -> str:
+def _over(table: Table) -> str:
+    """Return what most intervals of the table are over; those of others are marked."""
+    kinds = Counter(e.main.over for row in table.rows for e in row.quality.values())
+    return kinds.most_common(1)[0][0] if kinds else ""
+
+
+def _point_means(study: Study) -> dict[str, dict[str, float]]:
+    """Return point -> metric -> mean over its prompts."""
+    return {
+        point.id: {
+            name: estimate.mean
+            for name in metrics_of([point])
+            if (estimate := estimate_mean(values_of([point], name)))
+        }
+        for point in study.points
+    }
+
+
+def _render(context: dict[str, object], samples: Samples, extremes: Extremes) -> str:
     folder = files("dit_booth.report") / "page"
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"swatch": _swatch, "duration": duration, "number": _number}
     environment.filters["breakable"] = _breakable
-    environment.globals |= {"isnan": math.isnan, "nan": math.nan}
+    environment.globals |= {"isnan": math.isnan, "nan": math.nan, "p_text": p_text}
     return environment.from_string((folder / "page.html").read_text()).render(
         **context,
         samples=samples,
+        extremes=extremes,
         css=Markup((folder / "page.css").read_text()),
         js=Markup((folder / "page.js").read_text()),
     )
@@ -96,9 +136,11 @@ def _facts(study: Study) -> list[tuple[str, str]]:
     """Return (value, label) of the figures under the title."""
     points = study.points
     seeds = sorted({point.seed for point in points})
-    prompts = sorted({score.n for point in points for score in point.scores.values()})
+    prompts = max((len(point.prompts) for point in points), default=0)
+    noise = {video.noise_seed for point in points for video in point.videos if not video.control}
     finished = sum(point.finished for point in points)
-    facts = [("variant", len(study.groups)), ("seed", len(seeds)), ("prompt", prompts[-1] if prompts else 0)]
+    facts = [("variant", len(study.groups)), ("training seed", len(seeds)), ("prompt", prompts)]
+    facts += [("noise seed", len(noise))] if len(noise) > 1 else []
     return [
         *((str(count), name if count == 1 else f"{name}s") for name, count in facts),
         (f"{finished} of {len(points)}", "points finished"),

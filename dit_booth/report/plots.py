@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from dit_booth.report.measures import Measure
 from dit_booth.report.read import stage_losses
 from dit_booth.report.study import Group, StageResult, Study
 from dit_booth.report.svg import (
@@ -22,10 +23,11 @@ from dit_booth.report.svg import (
     padded_log,
     text_width,
 )
-from dit_booth.report.table import Measure, ResultRow, Table
+from dit_booth.report.table import ResultRow, Table
 
 Array = NDArray[np.float64]
 _SIDES = ((1, "start"), (-1, "end"))
+CONTROL_NAMES = {"truth": "ground truth", "shuffled": "shuffled image", "none": "no image"}
 _POINTS = 160  # of a curve, at most: more than a plot of this width can show
 
 
@@ -52,11 +54,20 @@ class _Dot:
 def quality_plots(table: Table, styles: Mapping[str, int]) -> list[Plot]:
     """Return a plot for every metric and cost that two or more rows have."""
     return [
-        _quality_plot(metric, cost, rows, styles, table.truth.get(metric.name))
+        _quality_plot(metric, cost, rows, styles, _levels(table, metric))
         for metric in table.metrics
         for cost in table.costs
         if len(rows := [row for row in table.rows if _has(row, metric, cost)]) > 1
     ]
+
+
+def _levels(table: Table, metric: Measure) -> dict[str, float]:
+    """Return label and mean of the ground truth and of the baseline's floors; of no one else's, if there are many."""
+    found = [row for row in table.controls if metric.name in row.quality]
+    if len(found) > 3:
+        found = [row for row in found if row.control == "truth"]
+    means = {CONTROL_NAMES[row.control]: row.quality[metric.name].mean for row in found}
+    return {label: mean for label, mean in means.items() if math.isfinite(mean)}
 
 
 def _has(row: ResultRow, metric: Measure, cost: Measure) -> bool:
@@ -65,7 +76,11 @@ def _has(row: ResultRow, metric: Measure, cost: Measure) -> bool:
 
 
 def _quality_plot(
-    metric: Measure, cost: Measure, rows: Sequence[ResultRow], styles: Mapping[str, int], truth: float | None
+    metric: Measure,
+    cost: Measure,
+    rows: Sequence[ResultRow],
+    styles: Mapping[str, int],
+    levels: Mapping[str, float],
 ) -> Plot:
     costs = [row.costs[cost.name] for row in rows]
     log = max(costs) > 10 * min(costs) > 0
@@ -75,30 +90,42 @@ def _quality_plot(
     low, high, clipped = _extent(dots)
     y = Axis(low=low, high=high, start=310, end=34)
     unit = f" ({cost.unit})" if cost.unit else ""
-    better = {1: ", higher is better", -1: ", lower is better", 0: ""}[metric.better]
-    y_label = f"{metric.label}{f' ({metric.unit})' if metric.unit else ''}{better}"
-    parts = [frame(x, y, f"{cost.label}{unit}{', log scale' if log else ''}", y_label, cost.scale)]
-    if truth is not None and low <= truth <= high:
-        parts.append(element("line", x1=x.start, x2=x.end, y1=y(truth), y2=y(truth), class_="truth"))
-        parts.append(
-            element("text", "ground truth", x=x.end, y=y(truth) - 5, text_anchor="end", class_="faint")
-        )
-    labels = _place_labels(dots, x, y)
-    for dot, label in zip(dots, labels, strict=True):
-        tip = f"{dot.row.group.label}: {metric.text(dot.mean)} [{metric.text(dot.low)}, {metric.text(dot.high)}]"
+    parts = [frame(x, y, f"{cost.label}{unit}{', log scale' if log else ''}", axis_label(metric), cost.scale)]
+    inside = {label: level for label, level in levels.items() if low <= level <= high}
+    parts += _level_lines(inside, x, y)
+    for dot, label in zip(dots, _place_labels(dots, x, y), strict=True):
+        tip = f"{dot.row.label}: {metric.text(dot.mean)} [{metric.text(dot.low)}, {metric.text(dot.high)}]"
         tip += f" at {cost.text(dot.row.costs[cost.name])} {cost.unit}".rstrip()
         body = [*_bar(dot, y), marker(dot.style, dot.x, y(dot.mean)), *label]
         parts.append(element("g", *body, data_g=str(dot.style), data_tip=tip))
+    outside = [f"{label} {metric.text(level)}" for label, level in levels.items() if label not in inside]
     notes = ["Small dots: seeds." if any(len(dot.seeds) > 1 for dot in dots) else ""]
     notes += ["Arrow heads: the interval extends beyond the frame." if clipped else ""]
-    notes += [
-        "Variants of equal cost are drawn side by side."
-        if len({round(x(c)) for c in costs}) < len(costs)
-        else ""
-    ]
+    notes += [f"Outside the frame: {', '.join(outside)}." if outside else ""]
+    side_by_side = len({round(x(c)) for c in costs}) < len(costs)
+    notes += ["Variants of equal cost are drawn side by side." if side_by_side else ""]
     title = f"{metric.label} against {cost.label.lower()}"
     svg = element("svg", *parts, viewBox="0 0 620 356", role="img", aria_label=title, class_="plot wide")
     return Plot(key=f"{metric.name}/{cost.name}", svg=svg, note=" ".join(filter(None, notes)))
+
+
+def axis_label(metric: Measure) -> str:
+    """Return a metric's axis label: its name, unit and better direction."""
+    better = {1: ", higher is better", -1: ", lower is better", 0: ""}[metric.better]
+    return f"{metric.label}{f' ({metric.unit})' if metric.unit else ''}{better}"
+
+
+def _level_lines(levels: Mapping[str, float], x: Axis, y: Axis) -> list[Markup]:
+    """Draw dashed lines of floors and ceilings; a name that would cover the one before moves to the left end."""
+    parts: list[Markup] = []
+    last = -math.inf
+    for label, level in sorted(levels.items(), key=lambda item: y(item[1])):
+        at, near = y(level), y(level) - last < 13
+        parts.append(element("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="truth"))
+        place, anchor = (x.start + 4, "start") if near else (x.end, "end")
+        parts.append(element("text", label, x=place, y=at - 4, text_anchor=anchor, class_="faint"))
+        last = at
+    return parts
 
 
 def _dots(
@@ -117,11 +144,11 @@ def _dots(
             dots.append(
                 _Dot(
                     row=row,
-                    style=styles[row.group.id],
+                    style=styles[row.id],
                     x=pixel + 13 * (number - (len(cluster) - 1) / 2),
                     mean=quality.mean,
-                    low=quality.low,
-                    high=quality.high,
+                    low=quality.main.low,
+                    high=quality.main.high,
                     seeds=[value for _, value in row.seeds[metric.name] if math.isfinite(value)],
                 )
             )
@@ -169,7 +196,7 @@ def _place_labels(dots: Sequence[_Dot], x: Axis, y: Axis) -> list[list[Markup]]:
             taken.append((dot.x - 4, max(y(dot.high), y.end), dot.x + 4, min(y(dot.low), y.start)))
     labels: list[list[Markup]] = []
     for dot in dots:
-        name = dot.row.group.label
+        name = dot.row.label
         width, middle = text_width(name), y(dot.mean)
         above = min(middle, y(dot.high)) if not math.isnan(dot.high) else middle
         places = [(side * 10, middle + dy, anchor) for dy in (4, -9, 17) for side, anchor in _SIDES]

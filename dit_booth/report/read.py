@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shlex
@@ -12,8 +13,19 @@ from typing import Any
 import yaml
 
 from dit_booth.cost.totals import training_costs
-from dit_booth.report.study import COSTS, PLACES, Group, PointResult, PromptScores, Score, StageResult, Study
+from dit_booth.evaluation.scores import SCORES, Score, read_scores
+from dit_booth.report.study import (
+    COSTS,
+    PLACES,
+    Group,
+    Measured,
+    PointResult,
+    SampledVideo,
+    StageResult,
+    Study,
+)
 from dit_booth.study.description import flatten
+from dit_booth.study.primary import read_primary
 
 JsonObject = dict[str, Any]
 
@@ -58,6 +70,7 @@ def read_sweep(folder: Path) -> Study:
             f"dit-booth report {folder} --csv --latex",
         ),
         description=text,
+        primary=read_primary(described.get("primary"), str(file)),
     )
 
 
@@ -69,7 +82,7 @@ def read_runs(folders: Sequence[Path]) -> Study:
     points = []
     for number, (folder, setting) in enumerate(zip(folders, settings, strict=True)):
         finished, log = (folder / "finished").is_file(), folder / "metrics.jsonl"
-        scores, stages = _run_log(log) if finished or log.is_file() else ({}, ())
+        stages = _run_log(log) if finished or log.is_file() else ()
         costs = {"step_seconds": stages[-1].step_seconds} if stages else {}
         file = folder / "cost.json"
         if file.is_file():
@@ -85,10 +98,10 @@ def read_runs(folders: Sequence[Path]) -> Study:
                 status="finished" if finished else "unfinished",
                 baseline=number == 0 and len(folders) > 1,
                 options={name: setting[name] for name in differing if name in setting},
-                scores=scores,
                 costs=costs,
                 stages=stages,
-                prompts=tuple(_prompts(folder / "samples" / "metrics.jsonl")),
+                measured=_measured(folder / "samples") if finished else {},
+                videos=tuple(_videos(folder / "samples")) if finished else (),
                 settings=setting,
             )
         )
@@ -158,7 +171,7 @@ def read_json(file: Path) -> JsonObject:
 
 def _sweep_point(sweep: Path, row: JsonObject, where: str) -> PointResult:
     needed: dict[str, type] = {"point": str, "group": str, "status": str, "seed": int}
-    optional: dict[str, type] = {"options": dict, "metrics": dict, "error": list, "stages": list}
+    optional: dict[str, type] = {"options": dict, "error": list, "stages": list}
     for name, kind in {**needed, **optional}.items():
         if not isinstance(row.get(name), kind) and (name in needed or row.get(name) is not None):
             raise ValueError(f"{where}: {name} is {row.get(name)!r}; it must be a {kind.__name__}")
@@ -181,27 +194,17 @@ def _sweep_point(sweep: Path, row: JsonObject, where: str) -> PointResult:
         baseline=bool(row.get("baseline")),
         error=tuple(map(str, row.get("error") or ())),
         options=row.get("options") or {},
-        scores=_scores(row.get("metrics") or {}, where),
         costs=_costs(row, where),
         stages=tuple(_stage(stage, where) for stage in row.get("stages") or ()),
         launch_seconds=_number(row, "launch_seconds", where),
-        prompts=tuple(_prompts(folder / "samples" / "metrics.jsonl")) if finished else (),
+        measured=_measured(folder / "samples") if finished else {},
+        videos=tuple(_videos(folder / "samples")) if finished else (),
         settings=flatten(read_yaml(settings)) if settings.is_file() else {},
     )
 
 
 def _costs(row: Mapping[str, object], where: str) -> dict[str, float]:
     return {name: _number(row, name, where) for name in COSTS if row.get(name) is not None}
-
-
-def _scores(metrics: JsonObject, where: str) -> dict[str, Score]:
-    for name, value in metrics.items():
-        if not isinstance(value, dict) or not isinstance(value.get("n"), int):
-            raise ValueError(f"{where}: metric {name} is {value!r}; it must have mean, stderr and n")
-    return {
-        name: Score(mean=_number(v, "mean", where), stderr=_number(v, "stderr", where), n=v["n"])
-        for name, v in metrics.items()
-    }
 
 
 def _stage(stage: object, where: str) -> StageResult:
@@ -226,36 +229,51 @@ def _number(row: Mapping[str, object], name: str, where: str) -> float:
     return float(value)
 
 
-def _prompts(file: Path) -> Iterator[PromptScores]:
-    """Iterate over the rows of a sample folder's ``metrics.jsonl``; none if nothing was sampled."""
+def _measured(samples: Path) -> Measured:
+    """Read ``scores.jsonl`` of a sample folder; empty if nothing was scored."""
+    if not (samples / SCORES).is_file():
+        return {}
+    found: dict[tuple[str, str], dict[str, list[Score]]] = {}
+    for score in read_scores(samples / SCORES):
+        found.setdefault((score.control, score.metric), {}).setdefault(score.prompt, []).append(score)
+    return {key: {p: tuple(same) for p, same in prompts.items()} for key, prompts in found.items()}
+
+
+def _videos(samples: Path) -> Iterator[SampledVideo]:
+    """Iterate over the lines of a sample folder's ``videos.csv``; none if nothing was sampled."""
+    file = samples / "videos.csv"
     if not file.is_file():
         return
-    for index, (number, line) in enumerate(read_lines(file)):
-        scores = {name: value for name, value in line.items() if name not in ("key", "caption")}
-        yield PromptScores(
-            index=index,
-            key=str(line.get("key", index)),
-            caption=str(line.get("caption", "")),
-            scores={name: _number(scores, name, f"{file}:{number}") for name in scores},
-        )
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        for number, line in enumerate(csv.DictReader(stream), 2):
+            seed = line.get("noise_seed") or "0"
+            if not line.get("video") or not seed.isdigit():
+                raise ValueError(
+                    f"{file}:{number}: needs a video, and a whole number as noise_seed; repair the line"
+                )
+            yield SampledVideo(
+                file=line["video"],
+                prompt=line.get("prompt") or line["video"],
+                caption=line.get("caption") or "",
+                image=line.get("image") or "",
+                truth=line.get("truth") or "",
+                noise_seed=int(seed),
+                control=line.get("control") or "",
+            )
 
 
-def _run_log(file: Path) -> tuple[dict[str, Score], tuple[StageResult, ...]]:
-    """Return the scores in a run's log (its last ``samples`` line), and its stages."""
-    scores: dict[str, Score] = {}
+def _run_log(file: Path) -> tuple[StageResult, ...]:
+    """Return the stages in a run's log."""
     seconds: dict[str, list[float]] = {}
     for number, line in read_lines(file):
-        if isinstance(line.get("samples"), dict):
-            scores = _scores(line["samples"], f"{file}:{number}")
-        elif "step" in line and "validation" not in line:
+        if "step" in line and "validation" not in line:
             seconds.setdefault(str(line.get("stage")), []).append(
                 _number(line, "seconds", f"{file}:{number}")
             )
-    stages = tuple(
+    return tuple(
         StageResult(name=name, steps=len(own), seconds=sum(own), step_seconds=sorted(own)[len(own) // 2])
         for name, own in seconds.items()
     )
-    return scores, stages
 
 
 def _groups(points: Sequence[PointResult]) -> Iterator[Group]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dit_booth.data.video import probe
-from dit_booth.report.study import Group, PointResult
+from dit_booth.report.study import Group, PointResult, SampledVideo
 
 PROMPTS = 8
 _TINY = 128  # videos of fewer pixels are enlarged with square pixels
@@ -56,16 +56,16 @@ class Samples:
 
 def read_samples(groups: Sequence[Group], styles: dict[str, int], budget: int) -> Samples:
     """Read the grid of the groups' first prompts, at most `budget` characters."""
-    shown = [group for group in groups if any(point.prompts for point in group.finished)]
+    shown = [group for group in groups if any(point.own_videos for point in group.finished)]
     if not shown:
         return Samples()
     points = [_point(group, _common_seed(shown)) for group in shown]
-    prompts = {prompt.key: prompt.caption for point in points for prompt in point.prompts}
+    videos = [{video.prompt: video for video in point.own_videos} for point in points]
+    having = Counter(prompt for own in videos for prompt in own)
     rows: list[SampleRow] = []
-    having = Counter(prompt.key for point in points for prompt in point.prompts)
-    wanted = sorted(prompts, key=lambda key: -having[key])[:PROMPTS]  # those of most groups first
-    for key in wanted:
-        row = _row(key, prompts[key], shown, points, styles)
+    wanted = sorted(having, key=lambda prompt: -having[prompt])[:PROMPTS]  # those of most groups first
+    for prompt in wanted:
+        row = _row([own.get(prompt) for own in videos], points, [styles[group.id] for group in shown])
         if sum(r.size for r in rows) + row.size > budget:
             break
         rows.append(row)
@@ -86,25 +86,22 @@ def _common_seed(groups: Sequence[Group]) -> int | None:
 
 
 def _point(group: Group, seed: int | None) -> PointResult:
-    sampled = [point for point in group.finished if point.prompts]
+    sampled = [point for point in group.finished if point.own_videos]
     return next((point for point in sampled if point.seed == seed), sampled[0])
 
 
 def _row(
-    key: str, caption: str, groups: Sequence[Group], points: Sequence[PointResult], styles: dict[str, int]
+    videos: Sequence[SampledVideo | None], points: Sequence[PointResult], styles: Sequence[int]
 ) -> SampleRow:
     """Return a prompt's row; image prompt and ground truth are the same in all points, so any point's are taken."""
-    places = [
-        (p.folder / "samples", next((f"{q.index:03d}" for q in p.prompts if q.key == key), ""))
-        for p in points
+    found = [(p.folder / "samples", v) for p, v in zip(points, videos, strict=True) if v is not None]
+    cells = [
+        video_cell([point.folder / "samples" / video.file] if video else [], style)
+        for point, video, style in zip(points, videos, styles, strict=True)
     ]
-    prompt = [folder / "prompt" / f"{name}.png" for folder, name in places if name]
-    truth = [folder / "truth" / f"{name}.mp4" for folder, name in places if name]
-    videos = [
-        _video([folder / f"{name}.mp4"] if name else [], styles[group.id])
-        for group, (folder, name) in zip(groups, places, strict=True)
-    ]
-    return SampleRow(caption=caption, cells=(_picture(prompt), _video(truth, -1), *videos))
+    image = _picture([folder / video.image for folder, video in found if video.image])
+    truth = video_cell([folder / video.truth for folder, video in found if video.truth], -1)
+    return SampleRow(caption=found[0][1].caption or found[0][1].prompt, cells=(image, truth, *cells))
 
 
 def _picture(files: Sequence[Path]) -> Cell:
@@ -118,7 +115,8 @@ def _picture(files: Sequence[Path]) -> Cell:
     return Cell(uri=_uri(data, "image/png"), tiny=width < _TINY)
 
 
-def _video(files: Sequence[Path], style: int) -> Cell:
+def video_cell(files: Sequence[Path], style: int) -> Cell:
+    """Return the first of the files that exists, or a cell that says why there is none."""
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return Cell(missing="not saved", style=style)

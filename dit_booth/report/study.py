@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every")
-"""Settings that do not change results."""
+from dit_booth.evaluation.scores import Score
+from dit_booth.study.description import REFERENCES
+from dit_booth.study.primary import Primary
+
+PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every", REFERENCES)
+"""Settings that do not change a method's results."""
 COSTS = (
     "trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "train_flops", "train_seconds",
     "wall_seconds",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """A metric of one point: mean over `n` prompts, and its standard error (NaN for one prompt)."""
-
-    mean: float
-    stderr: float = math.nan
-    n: int = 1
+Measured = Mapping[tuple[str, str], Mapping[str, tuple[Score, ...]]]
+"""(control, metric) -> prompt -> its scores, one for each noise seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptScores:
-    """One sampled video of a point: its index (as in its file name), its prompt and its scores."""
+class SampledVideo:
+    """A line of ``samples/videos.csv``; files are relative to the samples' folder."""
 
-    index: int
-    key: str
-    caption: str
-    scores: dict[str, float]
+    file: str
+    prompt: str
+    caption: str = ""
+    image: str = ""
+    truth: str = ""
+    noise_seed: int = 0
+    control: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +62,29 @@ class PointResult:
     baseline: bool = False
     error: tuple[str, ...] = ()
     options: dict[str, object] = field(default_factory=dict)
-    scores: dict[str, Score] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
     stages: tuple[StageResult, ...] = ()
     launch_seconds: float = math.nan
-    prompts: tuple[PromptScores, ...] = ()
+    measured: Measured = field(default_factory=dict)
+    videos: tuple[SampledVideo, ...] = ()
     settings: dict[str, object] = field(default_factory=dict)
     """`run.yaml`, flat: ``{"stages.fine.steps": 150}``."""
 
     @property
     def finished(self) -> bool:
         return self.status == "finished"
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return the prompts of the point's own videos that have a score, in order."""
+        own = (prompts for (control, _), prompts in self.measured.items() if not control)
+        return tuple(dict.fromkeys(prompt for prompts in own for prompt in prompts if prompt))
+
+    @property
+    def own_videos(self) -> tuple[SampledVideo, ...]:
+        """Return the point's own videos of one noise seed, the first: one for each prompt."""
+        own = [video for video in self.videos if not video.control]
+        return tuple(video for video in own if video.noise_seed == own[0].noise_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +127,7 @@ class Study:
     commands: tuple[str, ...] = ()
     description: str = ""
     """Text of ``sweep.yaml``."""
+    primary: Primary | None = None
 
     @property
     def points(self) -> tuple[PointResult, ...]:

@@ -108,14 +108,17 @@ def padded_log(values: Sequence[float], share: float = 0.08) -> tuple[float, flo
     return math.exp(low), math.exp(high)
 
 
-def frame(x: Axis, y: Axis, x_label: str, y_label: str, x_scale: float = 1.0) -> Markup:
-    """Draw grid lines, ticks with labels (x in units of `x_scale`), and the titles of both axes."""
+def frame(
+    x: Axis, y: Axis, x_label: str, y_label: str, x_scale: float = 1.0, *, whole: bool = False
+) -> Markup:
+    """Draw grid lines, ticks with labels (x in units of `x_scale`, or `whole` numbers), and both axes' titles."""
     left, bottom, right, top = x.start, y.start, x.end, y.end
     parts = []
     for value, text in y.labelled_ticks():
         parts.append(element("line", x1=left, x2=right, y1=y(value), y2=y(value), class_="grid"))
         parts.append(element("text", text, x=left - 7, y=y(value) + 4, text_anchor="end"))
-    for value, text in x.labelled_ticks(x_scale):
+    ticks = x.labelled_ticks(x_scale)
+    for value, text in ((v, f"{v:.0f}") for v, _ in ticks if v == round(v)) if whole else ticks:
         parts.append(element("line", x1=x(value), x2=x(value), y1=bottom, y2=bottom + 4, class_="tick"))
         parts.append(element("text", text, x=x(value), y=bottom + 18, text_anchor="middle"))
     parts.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))

@@ -5,8 +5,11 @@
     grid: {kv_concat.update: [first_frame_value, direct]}      # every combination
     zip: {stages.fine.lr: [1e-4, 1e-3], stages.fine.steps: [300, 150]}     # element by element
     list: [{label: no image, strategy: none}, {label: fine, strategy: kv_concat}]     # one after the other
-    seeds: [0, 1]                         # of training and of sampling
+    seeds: [0, 1, 2, 3, 4]                # of training: each is a point
+    noise_seeds: [0, 1]                   # of sampling: each prompt of a point gets a video of each
     baseline: {kv_concat.update: first_frame_value}
+    controls: [shuffled, none]            # floors that are sampled with the baseline's points
+    primary: {metric: appearance, contrasts: baseline}         # what is tested (primary.py)
 
 Points are all combinations of grid, zip rows, list entries and seeds.
 """
@@ -22,9 +25,15 @@ import yaml
 
 from dit_booth.errors import suggest
 from dit_booth.files import locate, packaged
+from dit_booth.study.primary import Primary, check_labels, read_primary
 
-SEEDS = ("train.seed", "sample.seed")
-"""Options that `seeds` sets."""
+TRAIN_SEED = "train.seed"
+"""Option that `seeds` sets."""
+NOISE_SEEDS = "sample.seeds"
+"""Option that `noise_seeds` sets."""
+REFERENCES = "sample.references"
+"""Option that `controls` sets: a point's own image prompts, and the controls'."""
+CONTROLS = ("shuffled", "none")
 LAUNCHERS = ("deepspeed", "python")
 
 
@@ -40,7 +49,10 @@ class Description:
     zip: Mapping[str, Sequence[object]]
     list: Sequence[Mapping[str, object]]
     seeds: tuple[int, ...]
+    noise_seeds: tuple[int, ...] = (0,)
     baseline: Mapping[str, object] | str | None = None
+    controls: tuple[str, ...] = CONTROLS
+    primary: Primary | None = None
     launcher: str = "deepspeed"
     ranks: int = 1
 
@@ -51,7 +63,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Variant:
-    """One combination: its label, the options that distinguish it, and its seed."""
+    """One combination: its label, the options that distinguish it, and its training seed."""
 
     label: str
     options: Mapping[str, object]
@@ -89,7 +101,12 @@ def read_description(file: Path, override: Path | None = None) -> Description:
         raise ValueError(
             f"{file} has no `base`; name the configuration file of the run that all points start from"
         )
-    return _checked(file, name, base, settings)
+    description = _checked(file, name, base, settings)
+    _check_options(description, file)
+    if description.primary is not None:
+        labels = list(dict.fromkeys(variant.label for variant in variants(description)))
+        check_labels(description.primary, labels, description.baseline, str(file))
+    return description
 
 
 def find_sweep(file: Path) -> Path:
@@ -123,11 +140,6 @@ def variants(description: Description) -> list[Variant]:
 
 
 def _checked(file: Path, name: str, base: str, settings: Mapping[str, object]) -> Description:
-    seeds = settings.get("seeds") or []
-    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise ValueError(f"{file}: seeds is {seeds!r}; write a list of whole numbers such as [0, 1]")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{file}: seeds is {seeds!r}, which names a seed twice; name each once")
     grid, zipped = (_lists(settings, key, file) for key in ("grid", "zip"))
     if len({len(values) for values in zipped.values()}) > 1:
         lengths = ", ".join(f"{key}: {len(values)}" for key, values in zipped.items())
@@ -137,18 +149,7 @@ def _checked(file: Path, name: str, base: str, settings: Mapping[str, object]) -
     entries = settings.get("list") or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{file}: list must hold entries such as {{label: ..., option: value}}")
-    launcher, ranks = settings.get("launcher", "deepspeed"), settings.get("ranks", 1)
-    if not isinstance(launcher, str) or launcher not in LAUNCHERS:
-        raise ValueError(f"{file}: launcher is {launcher!r}; use {' or '.join(LAUNCHERS)}")
-    if (
-        not isinstance(ranks, int)
-        or isinstance(ranks, bool)
-        or ranks < 1
-        or (ranks > 1 and launcher == "python")
-    ):
-        raise ValueError(
-            f"{file}: ranks is {ranks!r}; use 1 or more, and launcher deepspeed for more than one"
-        )
+    launcher, ranks = _launch(settings, file)
     baseline = settings.get("baseline")
     if isinstance(baseline, dict):
         baseline = flatten(baseline)
@@ -162,11 +163,58 @@ def _checked(file: Path, name: str, base: str, settings: Mapping[str, object]) -
         grid=grid,
         zip=zipped,
         list=[_named(entry) for entry in entries],
-        seeds=tuple(seeds),
+        seeds=_seeds(settings, "seeds", file),
+        noise_seeds=_seeds(settings, "noise_seeds", file) or (0,),
         baseline=baseline,
+        controls=_controls(settings, file),
+        primary=read_primary(settings.get("primary"), str(file)),
         launcher=launcher,
         ranks=ranks,
     )
+
+
+def _seeds(settings: Mapping[str, object], key: str, file: Path) -> tuple[int, ...]:
+    seeds = settings.get(key) or []
+    if not isinstance(seeds, (list, tuple)) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"{file}: {key} is {seeds!r}; write a list of whole numbers such as [0, 1]")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{file}: {key} is {seeds!r}, which names a seed twice; name each once")
+    return tuple(seeds)
+
+
+def _controls(settings: Mapping[str, object], file: Path) -> tuple[str, ...]:
+    controls = settings.get("controls", CONTROLS)
+    known = isinstance(controls, (list, tuple)) and all(control in CONTROLS for control in controls)
+    if not known or len(set(controls)) < len(controls):
+        raise ValueError(f"{file}: controls is {controls!r}; write a list of {' and '.join(CONTROLS)}, or []")
+    return tuple(controls)
+
+
+def _check_options(description: Description, file: Path) -> None:
+    """Raise ValueError for an option that a key of the sweep sets."""
+    d = description
+    keys = {TRAIN_SEED: "seeds", NOISE_SEEDS: "noise_seeds", REFERENCES: "controls"}
+    for name in dict.fromkeys([*d.options, *d.grid, *d.zip, *(name for entry in d.list for name in entry)]):
+        if name in keys:
+            raise ValueError(
+                f"{file}: {name} is an option that {keys[name]} sets; write it under {keys[name]}"
+            )
+
+
+def _launch(settings: Mapping[str, object], file: Path) -> tuple[str, int]:
+    launcher, ranks = settings.get("launcher", "deepspeed"), settings.get("ranks", 1)
+    if not isinstance(launcher, str) or launcher not in LAUNCHERS:
+        raise ValueError(f"{file}: launcher is {launcher!r}; use {' or '.join(LAUNCHERS)}")
+    if (
+        not isinstance(ranks, int)
+        or isinstance(ranks, bool)
+        or ranks < 1
+        or (ranks > 1 and launcher == "python")
+    ):
+        raise ValueError(
+            f"{file}: ranks is {ranks!r}; use 1 or more, and launcher deepspeed for more than one"
+        )
+    return launcher, ranks
 
 
 def _read(file: Path) -> dict[str, object]:

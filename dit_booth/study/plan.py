@@ -12,19 +12,27 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_booth.data.listing import files_of
 from dit_booth.files import PACKAGE, locate, write_text
-from dit_booth.study.description import SEEDS, Description, Variant, flatten, variants
+from dit_booth.study.description import (
+    NOISE_SEEDS,
+    REFERENCES,
+    TRAIN_SEED,
+    Description,
+    Variant,
+    flatten,
+    variants,
+)
 
 if TYPE_CHECKING:
     from dit_booth.config import RunConfig
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS_AND_DATA = (
     "weights",
     "strategy_weights",
@@ -115,8 +123,12 @@ def plan_sweep(description: Description, folder: Path, store: Path) -> SweepPlan
 
 
 def expand(description: Description) -> list[Point]:
-    """Return every point of a description, checked by the parser of runs."""
-    points = [_point(description, variant) for variant in variants(description)]
+    """Return every point of a description, checked by the parser of runs.
+
+    Controls are sampled with the baseline's points, or with all if the sweep has no baseline.
+    """
+    spanned = variants(description)
+    points = [_point(description, variant, ()) for variant in spanned]
     seen: dict[str, Point] = {}
     for point in points:
         if point.id in seen:
@@ -125,22 +137,28 @@ def expand(description: Description) -> list[Point]:
                 f" {point.seed}); leave one out"
             )
         seen[point.id] = point
-    return _with_baseline(description, points)
+    baseline = _baseline_group(description, points)
+    return [
+        replace(_point(description, variant, description.controls), baseline=point.group == baseline)
+        if baseline in (None, point.group)
+        else point
+        for variant, point in zip(spanned, points, strict=True)
+    ]
 
 
-def _point(description: Description, variant: Variant) -> Point:
+def _point(description: Description, variant: Variant, controls: tuple[str, ...]) -> Point:
     from dit_booth.config import decisive
     from dit_booth.training.address import digest, stages_of
 
     where = f"{description.name}, point {variant.label!r}"
-    config = _configure(description, variant, where)
+    config = _configure(description, variant, controls, where)
     try:
         stages = stages_of(config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     settings = config.as_dict()
     own = decisive(settings)
-    unseeded = {name: value for name, value in flatten(own).items() if name not in SEEDS}
+    unseeded = {name: value for name, value in flatten(own).items() if name != TRAIN_SEED}
     return Point(
         id=digest([own, [stage.address for stage in stages]], 10),
         label=variant.label,
@@ -153,13 +171,17 @@ def _point(description: Description, variant: Variant) -> Point:
     )
 
 
-def _configure(description: Description, variant: Variant, where: str) -> RunConfig:
+def _configure(
+    description: Description, variant: Variant, controls: tuple[str, ...], where: str
+) -> RunConfig:
     """Return the configuration of a point's run, made by the parser of runs."""
     from dit_booth.config.parse import one_line, parse, to_argv
     from dit_booth.strategy import names_in, registered
 
-    seeds = {} if variant.seed is None else dict.fromkeys(SEEDS, variant.seed)
-    options = {**description.options, **variant.options, **seeds}
+    own: dict[str, object] = {NOISE_SEEDS: list(description.noise_seeds), REFERENCES: ["own", *controls]}
+    if variant.seed is not None:
+        own[TRAIN_SEED] = variant.seed
+    options = {**description.options, **variant.options, **own}
     chosen = names_in(str(options["strategy"])) if "strategy" in options else None
     if chosen is not None:  # as --strategy does: drop the base's options of other strategies
         others = set(registered()) - set(chosen)
@@ -200,11 +222,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(old)
 
 
-def _with_baseline(description: Description, points: list[Point]) -> list[Point]:
-    """Return the points, those of the baseline's group marked."""
+def _baseline_group(description: Description, points: list[Point]) -> str | None:
+    """Return the group of the baseline's points; None without a baseline. ValueError: none or several match."""
     baseline = description.baseline
     if baseline is None:
-        return points
+        return None
     if isinstance(baseline, str):
         groups = {point.group for point in points if point.label == baseline}
     else:
@@ -217,7 +239,7 @@ def _with_baseline(description: Description, points: list[Point]) -> list[Point]
             f"{description.name}: baseline {baseline!r} is {'none' if not groups else 'more than one'} of the points"
             f" ({labels}); name one by its label or its options"
         )
-    return [Point(**{**vars(point), "baseline": point.group in groups}) for point in points]
+    return groups.pop()
 
 
 def _matches(point: Point, name: str, value: object) -> bool:

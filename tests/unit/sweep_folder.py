@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from einops import repeat
 from torchvision.utils import save_image
 
 from dit_booth.data.video import write_video
+from dit_booth.evaluation.scores import Score, write_scores
 from dit_booth.report.study import COSTS
 
 Palettes = Mapping[tuple[str, int], Sequence[float]]
@@ -27,11 +29,26 @@ COMMAND = "dit-booth sweep query_projection --override big.yaml"
 CAPTIONS = ["a ring is shrinking on stone", "a <b>circle</b> & a square"]
 
 
-def write_sweep(folder: Path, palettes: Palettes = TWO, *, samples: bool = True, side: int = 12) -> Path:
-    """Every point finished, a coarse stage for each seed that all share, and samples of solid colours."""
+PRIMARY = {"metric": "palette", "contrasts": "baseline"}
+
+
+def write_sweep(
+    folder: Path,
+    palettes: Palettes = TWO,
+    *,
+    samples: bool = True,
+    side: int = 12,
+    primary: Mapping[str, Any] | None = PRIMARY,
+    frames: int = 3,
+) -> Path:
+    """Every point finished, a coarse stage for each seed that all share, and samples of solid colours.
+
+    A palette distance rises by 1 from frame to frame around its mean. The ground truth has 1.5, and the baseline's
+    floors 20 (shuffled) and 30 (none) more than its own videos.
+    """
     labels = list(dict.fromkeys(label for label, _ in palettes))
     rows = [
-        _point(folder, label, labels.index(label), seed, values, samples=samples, side=side)
+        _point(folder, label, labels.index(label), seed, values, side if samples else 0, frames)
         for (label, seed), values in palettes.items()
     ]
     for seed in dict.fromkeys(seed for _, seed in palettes):
@@ -41,6 +58,7 @@ def write_sweep(folder: Path, palettes: Palettes = TWO, *, samples: bool = True,
         "about": "How the query is made.",
         "seeds": [0, 1],
         "command": COMMAND,
+        **({"primary": dict(primary)} if primary else {}),
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(settings))
     write_rows(folder, rows)
@@ -48,19 +66,17 @@ def write_sweep(folder: Path, palettes: Palettes = TWO, *, samples: bool = True,
 
 
 def _point(
-    folder: Path, label: str, number: int, seed: int, palettes: Sequence[float], *, samples: bool, side: int
+    folder: Path, label: str, number: int, seed: int, palettes: Sequence[float], side: int, frames: int
 ) -> dict[str, Any]:
     name = f"p{number}s{seed}"
     run = folder / "points" / name
-    prompts = [
-        {"key": f"toy/{i}", "caption": CAPTIONS[i % 2], "palette": v, "clip_i": 0.9 - v / 100, "truth_palette": 1.5}
-        for i, v in enumerate(palettes)
-    ]  # fmt: skip
-    write_lines(run / "metrics.jsonl", [*losses("fine", 2.0 + number), {"samples": means(prompts)}])
-    if samples:
-        write_samples(run / "samples", prompts, side, colour=number)
+    write_lines(run / "metrics.jsonl", losses("fine", 2.0 + number))
+    (run / "samples").mkdir(parents=True)
+    write_scores(run / "samples" / "scores.jsonl", scores(palettes, seed, frames, floors=number == 0))
+    if side:
+        write_samples(run / "samples", len(palettes), side, frames, colour=number)
     settings = {
-        "data": {"kind": "toyworld", "size": side, "frames": 3},
+        "data": {"kind": "toyworld", "size": side or 12, "frames": frames},
         "clip": {"pretrained": "embedded"},
         "train": {"seed": seed, "lr": 0.001},
         "kv_concat": {"query": label},
@@ -79,7 +95,7 @@ def _point(
         "status": "finished",
         "error": [],
         "run": f"points/{name}",
-        "metrics": means(prompts),
+        "metrics": {},
         "stages": [
             {"name": "coarse", "address": f"c{seed}", "steps": 30, "shared": True, **stage},
             {"name": "fine", "address": f"f{number}{seed}", "steps": 30, "shared": False, **stage},
@@ -95,26 +111,38 @@ def _point(
     }
 
 
-def write_samples(samples: Path, prompts: Sequence[Mapping[str, Any]], side: int, colour: int) -> None:
-    """What a run leaves in its sample folder."""
-    write_lines(samples / "metrics.jsonl", prompts)
-    (samples / "prompt").mkdir(parents=True)
-    for i in range(len(prompts)):
-        picture = repeat(torch.tensor([0.2 * i, 0.3 * colour, 0.5]), "c -> c h w", h=side, w=side)
-        save_image(picture, samples / "prompt" / f"{i:03d}.png")
-        video = repeat(picture * 2 - 1, "c h w -> f c h w", f=3)
-        write_video(samples / f"{i:03d}.mp4", video, fps=8)
-        write_video(samples / "truth" / f"{i:03d}.mp4", video.flip(1), fps=8)
-
-
-def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean, standard error and number, as a run's log and ``sweep.jsonl`` have them."""
-    out = {}
-    for name in [name for name in rows[0] if name not in ("key", "caption")]:
-        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-        out[name] = {"mean": float(values.mean()), "stderr": stderr, "n": len(values)}
+def scores(palettes: Sequence[float], seed: int, frames: int, *, floors: bool) -> list[Score]:
+    """What a run measures: palette and CLIP-I of each prompt, of the ground truth, and of floors if wanted."""
+    values = {"": palettes, "truth": [1.5] * len(palettes)}
+    if floors:
+        values |= {"shuffled": [v + 20 for v in palettes], "none": [v + 30 for v in palettes]}
+    out = []
+    for control, own in values.items():
+        rise = 0 if control == "truth" else 1
+        for i, value in enumerate(own):
+            about = {"prompt": f"toy/{i}", "seed": seed, "control": control}
+            curve = tuple(value + rise * (f - (frames - 1) / 2) for f in range(frames))
+            out.append(Score(metric="palette", value=curve, **about))
+            out.append(Score(metric="clip_i", value=0.9 - value / 100, **about))
     return out
+
+
+def write_samples(samples: Path, count: int, side: int, frames: int, colour: int) -> None:
+    """The videos of a run's sample folder, and the table of what they were to show."""
+    (samples / "image").mkdir()
+    with (samples / "videos.csv").open("w", newline="") as out:
+        table = csv.writer(out)
+        table.writerow(["video", "image", "caption", "subject", "prompt", "noise_seed", "control", "truth"])
+        for i in range(count):
+            picture = repeat(
+                torch.tensor([0.2 * (i % 5), 0.3 * colour % 1, 0.5]), "c -> c h w", h=side, w=side
+            )
+            save_image(picture, samples / "image" / f"{i:03d}.png")
+            video = repeat(picture * 2 - 1, "c h w -> f c h w", f=frames)
+            write_video(samples / f"{i:03d}-seed0.mp4", video, fps=8)
+            write_video(samples / "truth" / f"{i:03d}.mp4", video.flip(1), fps=8)
+            given = [f"{i:03d}-seed0.mp4", f"image/{i:03d}.png", CAPTIONS[i % 2], "", f"toy/{i}"]
+            table.writerow([*given, "0", "", f"truth/{i:03d}.mp4"])
 
 
 def losses(stage: str, height: float, steps: int = 30) -> list[dict[str, Any]]:

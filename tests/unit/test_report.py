@@ -10,12 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweep_folder import COMMAND, TWO, fail, read_rows, write_lines, write_rows, write_sweep
+from sweep_folder import CAPTIONS, COMMAND, TWO, fail, read_rows, write_lines, write_rows, write_sweep
 
 from dit_booth.commands.report import main
+from dit_booth.evaluation.scores import read_scores
 from dit_booth.report.export import tex
+from dit_booth.study.statistics import holm, paired_difference, t_quantile
 
 torch.set_num_threads(1)
+FIVE = {("kept", seed): [10.0 + seed + 5 * p for p in range(6)] for seed in range(5)} | {
+    ("trained", seed): [7.0 + seed + 5 * p + 0.1 * ((seed + p) % 3) for p in range(6)] for seed in range(5)
+}
+"""Five seeds of six prompts: `trained` is lower by 3, but for a small interaction."""
+LABELS = ("trained", "kept")
 HOSTILE = """</script><script>alert("1")</script><img src=x onerror=alert(1)> & 50% of a_b {x} \\end"""
 
 
@@ -88,7 +95,7 @@ def test_the_page_says_what_was_swept_and_how_to_repeat_it(sweep: Path):
     page = (sweep / "report.html").read_text()
     assert "<title>query_projection</title>" in page
     assert "How the query is made." in page
-    for fact in ("2</b> variants", "2</b> seeds", "2</b> prompts", "4 of 4</b> points finished"):
+    for fact in ("2</b> variants", "2</b> training seeds", "2</b> prompts", "4 of 4</b> points finished"):
         assert fact in page
     assert f"<pre>{COMMAND}\n" in page
     assert f"dit-booth report {sweep} --csv --latex" in page
@@ -117,7 +124,7 @@ def test_the_table_of_the_page_is_that_of_the_files(sweep: Path):
         "train_flops": (2, 1e12),
         "train_seconds": (2, 60),
     }
-    for line, shown, tex_line in zip(lines, page[2:4], latex.strip().splitlines(), strict=True):
+    for line, shown, tex_line in zip(lines[:2], page[2:4], latex.strip().splitlines(), strict=True):
         wanted = [f"{float(line[name]) / scale:.{n}f}" for name, (n, scale) in digits.items()]
         assert shown[2:] == wanted
         cells = [
@@ -125,28 +132,223 @@ def test_the_table_of_the_page_is_that_of_the_files(sweep: Path):
         ]
         assert [cell.rstrip("\\") for cell in cells] == [line["variant"], *wanted]
     assert float(lines[0]["palette"]) == 16.5  # of 15 and 18
-    assert float(lines[0]["palette_high"]) == pytest.approx(16.5 + 12.7062 * 1.5, abs=1e-3)
-    assert [line["prompts"] for line in lines] == ["2", "2"]
-    assert [line["wall_seconds"] for line in lines] == ["130.0", "130.0"], "in the file alone"
+    stderr = (
+        1.5**2 + 5.5**2 - 0.5**2
+    ) ** 0.5  # seed means 15 and 18, prompt means 11 and 22, residuals +-0.5
+    assert float(lines[0]["palette_df"]) == pytest.approx(stderr**4 / (1.5**4 + 5.5**4 + 0.5**4))
+    assert float(lines[0]["palette_high"]) - 16.5 == pytest.approx(
+        t_quantile(float(lines[0]["palette_df"])) * stderr
+    )
+    assert [line["prompts"] for line in lines] == ["2"] * 5
+    assert [line["wall_seconds"] for line in lines[:2]] == ["130.0", "130.0"], "in the file alone"
 
 
-def test_differences_are_paired_and_marked(tmp_path: Path):
-    three = {**TWO, ("kept", 2): [11.0, 21.0], ("trained", 2): [8.0, 17.0]}
-    sweep = write_sweep(tmp_path / "three", three)
+def test_floors_and_the_ground_truth_are_rows_like_any_other(sweep: Path):
+    page = Tables((sweep / "report.html").read_text()).tables
+    minus = "\N{MINUS SIGN}"
+    assert [row[:4] for row in page["results"][-3:]] == [
+        ["ground truth", "2 × 2", "1.50", "0.885"],  # noqa: RUF001
+        ["kept, shuffled image", "2 × 2", "36.50", "0.535"],  # noqa: RUF001
+        ["kept, no image", "2 × 2", "46.50", "0.435"],  # noqa: RUF001
+    ]
+    assert [row[:2] for row in page["differences"][-3:]] == [
+        ["ground truth", f"{minus}15.00"],
+        ["kept, shuffled image", "+20.00"],
+        ["kept, no image", "+30.00"],
+    ]
+    lines = list(csv.DictReader((sweep / "report.csv").open()))[2:]
+    assert [(line["variant"], line["status"], float(line["palette"])) for line in lines] == [
+        ("ground truth", "control", 1.5),
+        ("kept, shuffled image", "control", 36.5),
+        ("kept, no image", "control", 46.5),
+    ]
+    latex = (sweep / "report.tex").read_text().split("\\midrule")[2]
+    assert latex.strip().startswith("ground truth & 1.50")
+
+
+def test_a_primary_contrast_is_tested_and_marked(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "five", FIVE, samples=False)
     page = report(sweep)
-    (_, row) = Tables(page).tables["differences"]
-    assert row[:2] == ["trained", "\N{MINUS SIGN}3.50*"]  # -3 and -4 for each prompt, the same for each seed
-    assert "better" in page.split('class="sortable differences"')[1].split("CLIP")[1]
+    tables = Tables(page).tables
+    found = paired_difference(
+        *({s: dict(zip("abcdef", FIVE[n, s], strict=True)) for s in range(5)} for n in LABELS)
+    )
+    assert found
+    change = f"\N{MINUS SIGN}{-found.mean:.2f}*"
+    assert tables["contrasts"][1] == ["trainedminuskept", "5 × 6", change, "<0.001", "better"]  # noqa: RUF001
+    assert tables["differences"][1][:2] == ["trained", change]
+    assert "better" in page.split('class="sortable differences"')[1].split("</tr>")[1]
+    assert "xploratory" not in page.split("Primary contrasts")[1].split("<p")[0]
+    assert "Exploratory" not in page
     line = list(csv.DictReader((sweep / "report.csv").open()))[1]
-    assert float(line["palette_difference"]) == -3.5
-    assert float(line["palette_difference_seeds_low"]) == -3.5
-    assert float(line["palette_difference_prompts_high"]) == pytest.approx(-3.5 + 12.7062 * 0.5, abs=1e-3)
-    assert r"$-$3.50$^*$ [$-$3.50, $-$3.50]" in (sweep / "report.tex").read_text()
+    assert float(line["palette_difference"]) == pytest.approx(found.mean)
+    assert float(line["palette_difference_high"]) == pytest.approx(found.main.high)
+    (line,) = csv.DictReader((sweep / "report.contrasts.csv").open())
+    assert (line["variant"], line["minus"], line["verdict"]) == ("trained", "kept", "better")
+    assert float(line["p_holm"]) == pytest.approx(found.main.p) == pytest.approx(float(line["p"]))
+    latex = (sweep / "report.tex").read_text()
+    assert latex.count("$^*$") == 2
+    assert r"& \textless{}0.001 & better \\" in latex
 
 
-def test_equal_differences_of_two_seeds_are_not_marked(sweep: Path):
-    assert Tables((sweep / "report.html").read_text()).tables["differences"][1][1] == "\N{MINUS SIGN}3.50"
-    assert r"$-$3.50 [$-$3.50, $-$3.50]" in (sweep / "report.tex").read_text()
+def test_below_five_training_seeds_nothing_is_marked(tmp_path: Path):
+    four = {key: values for key, values in FIVE.items() if key[1] < 4}
+    sweep = write_sweep(tmp_path / "four", four, samples=False)
+    page = report(sweep)
+    contrast = Tables(page).tables["contrasts"][1]
+    assert contrast[3:] == ["–", "exploratory: 4 training seeds of the 5 that a test needs"]  # noqa: RUF001
+    assert "Exploratory: 4 training seeds per variant; no difference is marked below 5." in page
+    cells = [cell for rows in Tables(page).tables.values() for row in rows for cell in row]
+    assert not any("*" in cell for cell in cells)
+    assert "$^*$" not in (sweep / "report.tex").read_text()
+    assert "diff better" not in page and "diff worse" not in page
+
+
+def test_holm_is_over_all_declared_contrasts_and_other_differences_have_no_mark(tmp_path: Path):
+    third = {("third", s): [v + 0.05 * (s - 2) + 0.6 for v in FIVE["kept", s]] for s in range(5)}
+    pairs = {"metric": "palette", "contrasts": [["trained", "third"], ["third", "kept"]]}
+    page = report(write_sweep(tmp_path / "three", FIVE | third, samples=False, primary=pairs))
+    tables = Tables(page).tables
+    assert [row[0] for row in tables["contrasts"][1:]] == ["trainedminusthird", "thirdminuskept"]
+    marked = {row[0]: "*" in row[1] for row in tables["differences"][1:3]}
+    assert marked == {"trained": False, "third": True}, "trained against kept was not declared"
+    lines = list(csv.DictReader((tmp_path / "three/report.contrasts.csv").open()))
+    ps = [float(line["p"]) for line in lines]
+    assert [float(line["p_holm"]) for line in lines] == pytest.approx(holm(ps))
+    assert ps != holm(ps)
+
+
+def test_a_margin_is_tested_where_it_was_declared(tmp_path: Path):
+    near = {
+        ("near", s): [v + 0.02 * ((s + i) % 3 - 1) for i, v in enumerate(FIVE["kept", s])] for s in range(5)
+    }
+    primary = {"metric": "palette", "contrasts": "baseline", "margin": 0.5}
+    page = report(write_sweep(tmp_path / "near", FIVE | near, samples=False, primary=primary))
+    verdicts = {row[0]: row[4] for row in Tables(page).tables["contrasts"][1:]}
+    assert verdicts == {
+        "nearminuskept": "no difference shown; equivalent within ±0.5 ΔE",
+        "trainedminuskept": "better; non-inferior (margin 0.5 ΔE)",
+    }
+    assert "declared margin of 0.5 ΔE" in page
+
+
+def test_without_a_declared_question_nothing_is_tested(tmp_path: Path):
+    page = report(write_sweep(tmp_path / "none", FIVE, samples=False, primary=None))
+    assert "contrasts" not in Tables(page).tables
+    assert "*" not in str(Tables(page).tables["differences"])
+    assert "No primary contrast was declared: all 8 differences are descriptive" in page
+    assert not (tmp_path / "none/report.contrasts.csv").exists()
+
+
+def test_a_contrast_of_a_point_that_is_missing_says_so(copy: Path):
+    fail(copy, "p1s0")
+    fail(copy, "p1s1")
+    (row,) = Tables(report(copy)).tables["contrasts"][1:]
+    assert row[1:] == ["–", "–", "–", "not measured: no seed and prompt in common"]  # noqa: RUF001
+    assert "trained $-$ kept & -- & -- & not measured" in (copy / "report.tex").read_text()
+
+
+def test_the_diagnostics_stand_beside_the_interval(sweep: Path):
+    """-3 and -4 for each prompt, the same for each seed: no spread over seeds, and two prompts."""
+    line = list(csv.DictReader((sweep / "report.csv").open()))[1]
+    ends = [
+        float(line[f"palette_difference_{over}_{end}"])
+        for over in ("seeds", "prompts")
+        for end in ("low", "high")
+    ]
+    half = 12.7062 * 0.5
+    assert ends == pytest.approx([-3.5, -3.5, -3.5 - half, -3.5 + half], abs=1e-3)
+    assert float(line["palette_difference_low"]) == pytest.approx(-3.5 - half, abs=1e-3)
+
+
+def test_the_scores_of_all_points_are_kept_beside_the_page(sweep: Path, tmp_path: Path):
+    assert main([str(sweep), "--out", str(tmp_path / "page.html"), "--scores"]) == 0
+    scores = read_scores(tmp_path / "page.scores.jsonl.gz")
+    assert {(score.point, score.seed) for score in scores} == {
+        ("p0s0", 0),
+        ("p0s1", 1),
+        ("p1s0", 0),
+        ("p1s1", 1),
+    }
+    own = [score for score in scores if (score.point, score.metric, score.control) == ("p1s1", "palette", "")]
+    assert [(score.prompt, score.value) for score in own] == [("toy/0", (8, 9, 10)), ("toy/1", (19, 20, 21))]
+    assert {score.control for score in scores if score.point == "p0s0"} == {"", "truth", "shuffled", "none"}
+
+
+def test_noise_seeds_are_averaged_before_anything_else(copy: Path):
+    file = copy / "points/p1s0/samples/scores.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    more = [
+        line | {"noise_seed": 1, "value": [v + 4 for v in line["value"]]}
+        for line in lines
+        if line["metric"] == "palette"
+    ]
+    write_lines(file, [*lines, *more])
+    report(copy)
+    line = list(csv.DictReader((copy / "report.csv").open()))[1]
+    assert (float(line["palette"]), line["prompts"]) == (14.0, "2")  # 13, and one of two seeds is higher by 2
+
+
+# ---- drift, prompts and ends ---------------------------------------------------------------------------------
+
+
+def test_drift_is_in_numbers_and_in_a_plot(sweep: Path):
+    page = (sweep / "report.html").read_text()
+    assert Tables(page).tables["drift"][1:] == [
+        ["kept", "+1.000", "+2.000", "2.000"],
+        ["trained", "+1.000", "+2.000", "2.000"],
+        ["ground truth", "0.000", "0.000", "0.000"],
+        ["kept, shuffled image", "+1.000", "+2.000", "2.000"],
+        ["kept, no image", "+1.000", "+2.000", "2.000"],
+    ]
+    drift = page.split('class="quality drifts')[1].split("</figure>")[0]
+    assert drift.count("<svg viewBox") - drift.count('class="swatch"') == 1, "CLIP-I has no values per frame"
+    assert drift.count('class="line') == 2
+
+
+def test_a_video_of_one_frame_has_no_drift(tmp_path: Path):
+    page = report(write_sweep(tmp_path / "one", samples=False, frames=1))
+    assert "drift" not in Tables(page).tables
+    assert "drifts" not in page.split("<main>")[1]
+
+
+def test_each_prompt_of_the_primary_contrast_is_a_dot(sweep: Path):
+    page = (sweep / "report.html").read_text()
+    scatter = page.split('class="quality scatters')[1].split("</figure>")[0]
+    assert scatter.count('class="prompt"') == 2
+    assert "2 of 2 prompts lie below the diagonal, 0 above (worse)." in scatter
+    assert f'data-tip="{CAPTIONS[0]}: 11.00 → 8.00"' in scatter
+
+
+def test_the_worst_and_the_best_videos_of_each_point(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "five", FIVE, side=8)
+    page = report(sweep)
+    rows = re.findall(r"<tr><th scope=\"row\">(\d)</th><td>(.*?)</td><td>(.*?)</td></tr>", page, re.DOTALL)
+    assert [seed for seed, *_ in rows] == list("0123401234")
+    values = [re.findall(r"<small>([^<]*)</small>", part) for part in rows[0][1:]]
+    assert values == [["35.00", "30.00", "25.00"], ["20.00", "15.00", "10.00"]]
+    worst = re.findall(r"base64,([^\"]*)", rows[0][1])
+    assert base64.b64decode(worst[0]) == (sweep / "points/p0s0/samples/005-seed0.mp4").read_bytes()
+
+
+def test_consistency_stands_beside_motion_and_says_why(copy: Path):
+    for row in read_rows(copy):
+        file = copy / row["run"] / "samples/scores.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        extra = [
+            line | {"metric": name, "value": [None, 0.5, 0.5]}
+            for line in lines
+            if line["metric"] == "palette"
+            for name in ("growth", "speed", "clip_consistency", "lite0_i")
+        ]
+        write_lines(file, [*lines, *extra])
+    page = report(copy)
+    heads = Tables(page).tables["results"][1]
+    assert heads[2:8] == [
+        "Palette↓", "CLIP image↑", "EfficientNet\u2011Lite0 image↑", "CLIP consistency", "Speed", "Growth",
+    ]  # fmt: skip
+    assert "A still video wins consistency" in page
+    assert "A still video wins every consistency: read it beside speed." in page
 
 
 def test_the_best_is_marked_where_better_is(sweep: Path):
@@ -154,31 +356,37 @@ def test_the_best_is_marked_where_better_is(sweep: Path):
     best = [re.findall(r'best" data-v="([^"]*)"', row) for row in rows[:2]]
     assert best[0] == []
     assert [float(value) for value in best[1]] == pytest.approx([13.0, 0.77])  # lower palette, higher CLIP-I
-    assert "1.50" in Tables((sweep / "report.html").read_text()).tables["results"][-1]  # the ground truth's
 
 
 def test_videos_and_prompts_are_inside(sweep: Path):
     page = (sweep / "report.html").read_text()
     videos = re.findall(r'<video src="data:video/mp4;base64,([^"]*)" class="tiny"', page)
-    assert len(videos) == 2 * 3  # for each prompt the ground truth and both variants
-    assert base64.b64decode(videos[1]) == (sweep / "points/p0s0/samples/000.mp4").read_bytes()
+    assert (
+        len(videos) == 2 * 3 + 4 * 2
+    )  # for each prompt the ground truth and both variants; two of each point
+    assert base64.b64decode(videos[1]) == (sweep / "points/p0s0/samples/000-seed0.mp4").read_bytes()
     assert base64.b64decode(videos[0]) == (sweep / "points/p0s0/samples/truth/000.mp4").read_bytes()
     picture = re.findall(r'<img src="data:image/png;base64,([^"]*)"', page)[1]
-    assert base64.b64decode(picture) == (sweep / "points/p0s0/samples/prompt/001.png").read_bytes()
-    assert "first 2 held-out prompts, all of seed 0" in page
+    assert base64.b64decode(picture) == (sweep / "points/p0s0/samples/image/001.png").read_bytes()
+    assert "first 2 prompts, all of training seed 0" in page
 
 
 def test_rows_of_samples_go_until_the_page_fits(copy: Path, caplog: pytest.LogCaptureFixture):
     whole = len(report(copy).encode())
     page = report(copy, "--max-mb", str((whole - 100) / 1e6))
     assert len(page.encode()) < whole - 100
+    assert page.count("<video") == 6 + 3 * 2, "the ends of a point go first"
+    assert "1 more point did not fit" in page
+    assert "the ends of 1 points did not fit" in caplog.text
+    bare = len(re.sub('base64,[^"]*', "", page).encode())
+    page = report(copy, "--max-mb", str((bare + 5500) / 1e6))
     assert page.count("<video") == 3
     assert "1 more row did not fit" in page
     assert "1 sample rows did not fit" in caplog.text
     page = report(copy, "--max-mb", "0.000001")
     assert "<video" not in page
     assert "2 more rows did not fit" in page
-    assert "larger than --max-mb 1e-06 even without samples" in caplog.text
+    assert "larger than --max-mb 1e-06 even without videos" in caplog.text
 
 
 def test_settings_that_differ_and_that_do_not(sweep: Path):
@@ -209,12 +417,16 @@ def test_a_shared_stage_is_drawn_once(sweep: Path, copy: Path):
 
 def test_caveats_come_from_the_data(sweep: Path, tmp_path: Path):
     page = (sweep / "report.html").read_text()
-    assert "Few seeds: 2 per variant. A 95 % interval over 2 seeds reaches 12.7 standard errors" in page
+    assert "Exploratory: 2 training seeds per variant; no difference is marked below 5." in page
+    assert "With 2 seeds a 95 % interval may reach 12.7 standard errors" in page
     assert "Few prompts: 2 per point" in page
     assert "All data are the toy world&#39;s (drawn shapes, 12 pixels, 3 frames)" in page
-    assert "embedded toy-world CLIP" in page
+    assert "Declared and tested together (Holm): 1 contrast of Palette." in page
     one = report(write_sweep(tmp_path / "one", {k: v for k, v in TWO.items() if k[1] == 0}))
-    assert "One training seed per variant. Intervals are over prompts" in one
+    assert (
+        "Exploratory: 1 training seed per variant; no difference is marked below 5. Intervals are over prompts"
+        in one
+    )
     assert Tables(one).tables["differences"][1][1] == "\N{MINUS SIGN}3.50"  # -3 and -4: far too few prompts
     many = {("kept", s): [10.0 + s + i for i in range(40)] for s in range(5)}
     page = report(write_sweep(tmp_path / "many", many, samples=False))
@@ -230,7 +442,7 @@ def test_failed_points_are_listed_and_the_rest_is_shown(copy: Path):
     assert "RuntimeError: &lt;/script&gt;" in page
     assert "of 2 seeds" in page
     assert [row[1] for row in Tables(page).tables["results"][2:4]] == ["1 × 2", "1 × 2"]  # noqa: RUF001
-    assert page.count("<video") == 6
+    assert page.count("<video") == 6 + 2 * 2  # the grid, and the ends of both points
 
 
 def test_a_variant_without_a_finished_point_is_listed_with_what_became_of_it(copy: Path):
@@ -287,10 +499,12 @@ def test_numbers_that_are_none(copy: Path):
     """A PSNR may be infinite, a metric may lack in one variant, and a cost may be unknown."""
     rows = read_rows(copy)
     for row in rows:
-        row["metrics"]["psnr"] = {"mean": float("inf"), "stderr": float("nan"), "n": 2}
         row["step_seconds"] = None
-        if row["group"] == "g1":
-            del row["metrics"]["clip_i"]
+        file = copy / row["run"] / "samples/scores.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        kept = [line for line in lines if line["metric"] != "clip_i" or row["group"] == "g0"]
+        psnr = [{"metric": "psnr", "prompt": f"toy/{i}", "value": float("inf")} for i in range(2)]
+        write_lines(file, [*kept, *psnr])
     write_rows(copy, rows)
     table = Tables(report(copy)).tables["results"]
     assert table[2][2:5] == ["16.50", "0.735", "∞"]
@@ -347,7 +561,17 @@ def test_a_line_being_written_is_left_out(copy: Path):
         ("sweep.yaml", "a: b: c", "sweep.yaml: not YAML"),
         ("sweep.yaml", "[1]", "sweep.yaml: holds a list"),
         ("points/p1s0/run.yaml", "- 1", "run.yaml: holds a list"),
-        ("points/p1s0/samples/metrics.jsonl", '{"palette": "far"}\n', "metrics.jsonl:1: palette is 'far'"),
+        ("points/p1s0/samples/scores.jsonl", '{"value": "far"}\n', "scores.jsonl:1: no score (value 'far'"),
+        (
+            "points/p1s0/samples/videos.csv",
+            "video,noise_seed\na.mp4,x\n",
+            "videos.csv:2: needs a video, and a",
+        ),
+        (
+            "sweep.yaml",
+            "primary: {metric: palete}",
+            "primary.metric is 'palete', which is no metric; nearest: palette",
+        ),
         ("stages/coarse-c0/metrics.jsonl", "x\ny\n", "coarse-c0/metrics.jsonl:1: not JSON"),
     ],
 )
@@ -367,11 +591,22 @@ def test_what_is_missing_is_one_line(copy: Path, tmp_path: Path, caplog: pytest.
 
 
 def test_a_broken_video_costs_its_place_only(copy: Path):
-    video = copy / "points/p1s0/samples/001.mp4"
+    video = copy / "points/p1s0/samples/001-seed0.mp4"
     video.write_bytes(video.read_bytes()[:300])
-    (copy / "points/p0s0/samples/000.mp4").unlink()
+    (copy / "points/p0s0/samples/000-seed0.mp4").unlink()
     page = report(copy)
-    assert page.count("<video") == 4
-    assert page.count("unreadable</div>") == 1
-    assert page.count("not saved</div>") == 1
+    grid, ends = page.split('class="given samples"')[1].split("Worst and best videos")
+    assert grid.count("<video") == 4
+    assert [part.count("unreadable</div>") for part in (grid, ends)] == [1, 1]
+    assert [part.count("not saved</div>") for part in (grid, ends)] == [1, 1]
     assert str(video) in page
+
+
+def test_points_without_scores_are_counted(copy: Path):
+    (copy / "points/p1s0/samples/scores.jsonl").unlink()
+    assert "1 of 4 finished points have no scores (samples/scores.jsonl)." in report(copy)
+    for row in read_rows(copy):
+        (copy / row["run"] / "samples/scores.jsonl").unlink(missing_ok=True)
+    page = report(copy)
+    assert "No video was scored: no point has a file samples/scores.jsonl." in page
+    assert Tables(page).tables["results"][2][2:4] == ["1.20", "41.20"]  # costs alone

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sweep_folder import read_rows, write_rows, write_sweep
+from sweep_folder import read_rows, write_lines, write_rows, write_sweep
 
+from dit_booth.report.curves import drift_plots, scatter_plots
 from dit_booth.report.plots import _smooth, loss_plots, quality_plots
 from dit_booth.report.read import read_study
 from dit_booth.report.svg import Axis, element, marker, text_width, with_prefix
 from dit_booth.report.table import make_table
+from dit_booth.report.values import frames_of, values_of
 
 torch.set_num_threads(1)
 
@@ -96,11 +98,90 @@ def test_names_cover_nothing_and_stay_inside(tmp_path: Path, costs: list[float])
 
 
 def test_wide_intervals_do_not_hide_the_differences(tmp_path: Path):
-    near = {("a", 0): [10.0, 10.0], ("a", 1): [11.0, 11.0], ("b", 0): [11.5, 12.0], ("b", 1): [12.0, 13.0]}
+    near = {("a", 0): [10.0, 10.0], ("a", 1): [11.0, 11.0], ("b", 0): [11.5, 11.5], ("b", 1): [12.5, 12.5]}
     study = read_study([write_sweep(tmp_path, near, samples=False)])
     plot = quality_plots(make_table(study), {"g0": 0, "g1": 1})[0]
     assert "Arrow heads" in plot.note
     assert plot.svg.count("<path") == 4
+
+
+def levels(svg: str) -> list[str]:
+    """The names of the floors and ceilings that are drawn."""
+    return re.findall(r'class="faint">([^<]*)', svg)
+
+
+def test_floors_and_the_ground_truth_are_lines_where_they_fit(tmp_path: Path):
+    far = {("a", 0): [40.0, 1.0], ("b", 0): [1.0, 1.2], ("c", 0): [30.0, 20.0]}
+    study = read_study([write_sweep(tmp_path / "far", far, samples=False)])
+    plot = quality_plots(make_table(study), {"g0": 0, "g1": 1, "g2": 2})[0]
+    assert levels(plot.svg) == ["ground truth"]
+    assert "Outside the frame: shuffled image 40.50, no image 50.50." in plot.note
+    near = {("a", 0): [40.0, 41.0], ("b", 0): [42.0, 41.2]}
+    study = read_study([write_sweep(tmp_path / "near", near, samples=False)])
+    plot = quality_plots(make_table(study), {"g0": 0, "g1": 1})[0]
+    assert levels(plot.svg) == []
+    assert "Outside the frame: ground truth 1.50, shuffled image 60.50, no image 70.50." in plot.note
+
+
+# ---- drift and prompts -----------------------------------------------------------------------------------------
+
+
+def test_a_drift_plot_has_the_mean_of_each_frame(tmp_path: Path):
+    study = read_study(
+        [write_sweep(tmp_path, {("a", 0): [10.0, 20.0], ("a", 1): [14.0, 24.0]}, samples=False)]
+    )
+    (plot,) = drift_plots(make_table(study), {"g0": 0})
+    assert plot.key == "palette"
+    assert plot.svg.count('class="line') == 1
+    (path,) = re.findall(r'd="M([^"Z]*)" class="line', plot.svg)
+    heights = [float(pair.split(",")[1]) for pair in path.split(" L")]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.11)
+    assert heights[0] - heights[1] > 1
+    assert "a: 16 to 18" in plot.svg, "17 over seeds and prompts, rising by 1 each frame"
+    (band,) = re.findall(r'd="M([^"]*) Z" class="band', plot.svg)
+    assert band.count("L") == 5
+
+
+def test_floors_that_would_squash_a_drift_are_named_only(tmp_path: Path):
+    rising = {("a", 0): [4.0, 4.2, 4.1], ("b", 0): [4.4, 4.3, 4.2]}
+    study = read_study([write_sweep(tmp_path, rising, samples=False, frames=9)])
+    (plot,) = drift_plots(make_table(study), {"g0": 0, "g1": 1})
+    assert 'class="floor floor-truth"' in plot.svg
+    assert "Outside the frame: a, shuffled image 24.10; a, no image 34.10." in plot.note
+    assert levels(plot.svg) == ["ground truth"]
+
+
+def test_frames_without_a_value_are_left_out(tmp_path: Path):
+    folder = write_sweep(tmp_path, {("a", 0): [1.0, 2.0]}, samples=False, primary=None)
+    values = [[None, 3.0, 5.0, None], [None, 5.0]]
+    lines = [{"metric": "speed", "prompt": f"toy/{i}", "value": v} for i, v in enumerate(values)]
+    write_lines(folder / "points/p0s0/samples/scores.jsonl", lines)
+    (point,) = read_study([folder]).points
+    frames = frames_of([point], "speed")
+    assert np.array_equal(frames, [[np.nan, 3, 5, np.nan], [np.nan, 5, np.nan, np.nan]], equal_nan=True)
+    assert values_of([point], "speed") == {0: {"toy/0": 4.0, "toy/1": 5.0}}
+    (plot,) = drift_plots(make_table(read_study([folder])), {"g0": 0})
+    assert "nan" not in plot.svg
+    assert "a: 4 to 5" in plot.svg
+
+
+def test_prompts_of_both_variants_are_compared(tmp_path: Path):
+    both = {
+        ("a", 0): [10.0, 20.0, 30.0],
+        ("a", 1): [12.0, 22.0, 32.0],
+        ("b", 0): [9.0, 21.0],
+        ("b", 2): [0.0],
+    }
+    study = read_study([write_sweep(tmp_path, both, samples=False)])
+    (plot,) = scatter_plots(study, make_table(study))
+    assert plot.key == "b \N{MINUS SIGN} a"
+    assert re.findall(r'data-tip="([^"]*)"', plot.svg) == ["toy/0: 10.00 → 9.00", "toy/1: 20.00 → 21.00"]
+    assert plot.note == "1 of 2 prompts lie below the diagonal, 1 above (worse)."
+    marks = re.findall(r'cx="([^"]*)" cy="([^"]*)" r="4.0"', plot.svg)
+    (diagonal,) = re.findall(r'x1="([^"]*)" y1="([^"]*)" x2="([^"]*)" y2="([^"]*)" class="truth"', plot.svg)
+    x1, y1, x2, y2 = map(float, diagonal)
+    sides = [(float(y) - y1) * (x2 - x1) - (float(x) - x1) * (y2 - y1) for x, y in marks]
+    assert sides[0] > 0 > sides[1], "pixels grow downwards"
 
 
 def test_losses_that_are_not_numbers_are_left_out(tmp_path: Path):
@@ -117,28 +198,3 @@ def test_losses_that_are_not_numbers_are_left_out(tmp_path: Path):
     coarse, _ = loss_plots(study, {"g0": 0, "g1": 1})
     assert coarse.note == "coarse: every loss is NaN or infinite."
     assert coarse.svg == ""
-
-
-def test_a_run_saves_what_its_videos_are_compared_with(tmp_path: Path):
-    from PIL import Image
-
-    from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
-    from dit_booth.data.video import probe
-    from dit_booth.sampling.heldout import HeldoutSample, write_references
-
-    example = Toyworld(ToyworldConfig(frames=3, size=12, split="dev"))[0]
-    other = torch.full((3, 12, 12), -1.0)
-    write_references(
-        [HeldoutSample(example, example.image, example.video), HeldoutSample(example, other, example.video)],
-        tmp_path,
-        fps=8,
-    )
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
-        "prompt/000.png", "prompt/001.png", "truth/000.mp4", "truth/001.mp4"
-    ]  # fmt: skip
-    with Image.open(tmp_path / "prompt/000.png") as picture:
-        pixels = torch.from_numpy(np.asarray(picture).copy())
-    assert (pixels.movedim(2, 0) / 127.5 - 1 - example.image).abs().max() < 0.005
-    with Image.open(tmp_path / "prompt/001.png") as picture:
-        assert picture.getextrema() == ((0, 0),) * 3  # what the video was given, not the example's own
-    assert probe(tmp_path / "truth/000.mp4").frames == 3

@@ -65,6 +65,14 @@ def test_a_nano_sweep(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_each_declares_its_primary_question(name: str, full: Path) -> None:
+    nano, large = (read_description(FOLDER / f"{name}.yaml", over) for over in (None, full))
+    assert nano.primary and nano.primary.metric == "appearance"
+    assert large.primary and large.primary.metric == "dino_i"  # the toy world's metrics need its renderer
+    assert (name == "engine") == (nano.primary.margin is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_nano_point_of_every_variant_can_be_built_and_trained(name: str, tmp_path: Path) -> None:
     """As its run does it, up to the gradients of a video in its last stage: what planning alone cannot know.
 

@@ -12,6 +12,7 @@ import yaml
 
 from dit_booth.commands.sweep import parse, record
 from dit_booth.study.description import Description, read_description, variants
+from dit_booth.study.primary import Primary
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +103,64 @@ def test_sweeps_and_their_bases_are_found_by_name_in_the_package(tmp_path: Path)
         read_description(Path("scedule"))
 
 
+def test_training_seeds_and_noise_seeds_are_told_apart(tmp_path: Path) -> None:
+    read = described(tmp_path, {"seeds": [0, 1], "noise_seeds": [5, 6, 7]})
+    assert (read.seeds, read.noise_seeds) == ((0, 1), (5, 6, 7))
+    assert [variant.seed for variant in variants(read)] == [0, 1]
+    assert described(tmp_path, {}).noise_seeds == (0,)
+
+
+def test_floors_are_both_unless_named(tmp_path: Path) -> None:
+    assert described(tmp_path, {}).controls == ("shuffled", "none")
+    assert described(tmp_path, {"controls": []}).controls == ()
+    assert described(tmp_path, {"controls": ["none"]}).controls == ("none",)
+
+
+LABELS = ["one", "two", "three"]
+LIST = [{"label": label, "a": number} for number, label in enumerate(LABELS)]
+
+
+def test_a_primary_question_is_pairs_of_labels(tmp_path: Path) -> None:
+    section = {"metric": "appearance", "contrasts": [["two", "one"], ["two", "three"]], "margin": 1}
+    primary = described(tmp_path, {"list": LIST, "primary": section}).primary
+    assert primary == Primary(metric="appearance", contrasts=(("two", "one"), ("two", "three")), margin=1.0)
+    assert primary.pairs(LABELS, "one") == [("two", "one"), ("two", "three")]
+
+
+def test_a_primary_question_against_the_baseline_is_every_other_row(tmp_path: Path) -> None:
+    settings = {"list": LIST, "baseline": "two", "primary": {"metric": "clip_i"}}
+    primary = described(tmp_path, settings).primary
+    assert primary == Primary(metric="clip_i", contrasts="baseline", margin=None)
+    assert primary.pairs(LABELS, "two") == [("one", "two"), ("three", "two")]
+    assert primary.pairs(LABELS, None) == []
+    assert described(tmp_path, {}).primary is None
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        (["appearance"], r"primary is \['appearance'\]; write metric, contrasts"),
+        ({"metrics": "appearance"}, r"'metrics' is no key of primary; nearest: metric"),
+        ({}, r"primary\.metric is None, which is no metric"),
+        ({"metric": "apearance"}, r"primary\.metric is 'apearance', which is no metric; nearest: appearance"),
+        ({"metric": "psnr", "contrasts": "base"}, r"contrasts is 'base'; write baseline, or a list of pairs"),
+        ({"metric": "psnr", "contrasts": []}, r"contrasts is \[\]; write baseline"),
+        ({"metric": "psnr", "contrasts": [["one"]]}, r"contrasts has \['one'\]; write baseline"),
+        ({"metric": "psnr", "contrasts": [["one", "one"]]}, r"contrasts has \['one', 'one'\]"),
+        ({"metric": "psnr", "contrasts": [["one", "two"], ["two", "one"]]}, r"'two' and 'one' twice"),
+        ({"metric": "psnr", "contrasts": [["one", "tow"]]}, r"names 'tow', which is no point; nearest: two"),
+        ({"metric": "psnr"}, r"contrasts is baseline, and the sweep has none; add baseline"),
+        ({"metric": "psnr", "margin": 0}, r"primary\.margin is 0; give a positive number"),
+        ({"metric": "psnr", "margin": float("inf")}, r"primary\.margin is inf"),
+        ({"metric": "psnr", "margin": True}, r"primary\.margin is True"),
+    ],
+)
+def test_a_wrong_primary_question_is_one_line(tmp_path: Path, section: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        described(tmp_path, {"list": LIST, "primary": section})
+    assert "study.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ---- what is wrong -----------------------------------------------------------------------------------------
 
 
@@ -117,6 +176,17 @@ def test_sweeps_and_their_bases_are_found_by_name_in_the_package(tmp_path: Path)
         ({"seeds": [0, 0]}, r"which names a seed twice"),
         ({"seeds": 3}, r"seeds is 3; write a list of whole numbers"),
         ({"seeds": [True]}, r"seeds is \[True\]"),
+        ({"noise_seeds": [1, 1]}, r"noise_seeds is \[1, 1\], which names a seed twice"),
+        ({"noise_seeds": 0.5}, r"noise_seeds is 0\.5; write a list of whole numbers"),
+        ({"controls": "none"}, r"controls is 'none'; write a list of shuffled and none, or \[\]"),
+        ({"controls": ["own"]}, r"controls is \['own'\]"),
+        ({"controls": ["none", "none"]}, r"controls is \['none', 'none'\]"),
+        (
+            {"options": {"sample": {"seeds": [1]}}},
+            r"sample\.seeds is an option that noise_seeds sets; write it under",
+        ),
+        ({"grid": {"train.seed": [1]}}, r"train\.seed is an option that seeds sets"),
+        ({"list": [{"sample.references": ["none"]}]}, r"sample\.references is an option that controls sets"),
         ({"launcher": "torchrun"}, r"launcher is 'torchrun'; use deepspeed or python"),
         ({"ranks": 2, "launcher": "python"}, r"ranks is 2; use 1 or more, and launcher deepspeed"),
         ({"baseline": [1]}, r"baseline is \[1\]; name the options of a point, or its label"),
@@ -155,6 +225,11 @@ def test_the_copy_in_the_sweeps_folder_can_be_read_and_says_how_it_came_about(
     tmp_path: Path, with_override: bool
 ) -> None:
     settings = {"options": {"train.lr": 1e-5}, "grid": {"a.b": [1, "1e-4"]}, "seeds": [0], "about": "Why?"}
+    settings |= {
+        "noise_seeds": [2],
+        "controls": [],
+        "primary": {"metric": "psnr", "contrasts": [["b=1", "b=1e-4"]]},
+    }
     read = described(tmp_path, settings, {"base": "other.yaml", "ranks": 2} if with_override else None)
     flags = ["--override", str(tmp_path / "full.yaml")] if with_override else []
     flags += ["--out", str(tmp_path / "my out"), "--store", str(tmp_path / "stages")]

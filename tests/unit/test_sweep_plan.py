@@ -71,10 +71,29 @@ def test_points_of_one_group_differ_in_the_seed_only(study: SweepPlan) -> None:
     assert len({point.id for point in study.points}) == 8
     point = study.points[3]
     assert point.options == {"kv_concat.update": "first_frame_value", "stages.fine.lr": 1e-3}
-    assert (point.settings["train"]["seed"], point.settings["sample"]["seed"]) == (1, 1)
+    assert (point.settings["train"]["seed"], point.settings["sample"]["seeds"]) == (1, [0])
     assert [(p.label, p.seed) for p in study.points if p.baseline] == [
         ("update=first_frame_value, lr=0.001", 0), ("update=first_frame_value, lr=0.001", 1)
     ]  # fmt: skip
+
+
+def references(plan: SweepPlan) -> dict[str, Any]:
+    return {point.label: point.settings["sample"]["references"] for point in plan.points}
+
+
+def test_floors_are_sampled_with_the_baseline_s_points_alone(study: SweepPlan, tmp_path: Path) -> None:
+    own, floors = ["own"], ["own", "shuffled", "none"]
+    assert references(study) == {
+        "update=first_frame_value, lr=0.0001": own, "update=first_frame_value, lr=0.001": floors,
+        "update=direct, lr=0.0001": own, "update=direct, lr=0.001": own,
+    }  # fmt: skip
+    changes: dict[str, Any] = {"grid": {"kv_concat.update": ["first_frame_value", "direct"]}, "seeds": [0]}
+    one = planned(tmp_path, **changes, baseline="update=direct", controls=["none"], noise_seeds=[3, 4])
+    assert references(one) == {"update=first_frame_value": own, "update=direct": ["own", "none"]}
+    assert {tuple(point.settings["sample"]["seeds"]) for point in one.points} == {(3, 4)}
+    assert references(planned(tmp_path, **changes, baseline=None)) == {
+        "update=first_frame_value": floors, "update=direct": floors,
+    }  # fmt: skip
 
 
 def test_engines_are_an_axis_whose_stages_are_told_by_their_content(tmp_path: Path) -> None:

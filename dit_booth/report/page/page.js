@@ -20,21 +20,24 @@ for (const head of all(".sortable th[data-sort]")) {
   });
 }
 
-// Quality against cost: one of the plots is shown.
-const selects = all(".quality select");
-const choose = () => {
-  const key = selects.map((select) => select.value).join("/");
-  let found = false;
-  for (const plot of all("[data-plot]")) found = !(plot.hidden = plot.dataset.plot !== key) || found;
-  document.querySelector(".none-chosen").hidden = found;
-};
-for (const select of selects) select.addEventListener("change", choose);
-if (selects.length) choose();
+// Figures with a choice: one of the plots is shown.
+for (const figure of all(".chooser")) {
+  const selects = all("select", figure), none = figure.querySelector(".none-chosen");
+  const choose = () => {
+    const key = selects.map((select) => select.value).join("/");
+    let found = false;
+    for (const plot of all("[data-plot]", figure)) found = !(plot.hidden = plot.dataset.plot !== key) || found;
+    if (none) none.hidden = found;
+  };
+  for (const select of selects) select.addEventListener("change", choose);
+  choose();
+}
 
 // Hovering over a row of the table, a name or a mark brings that row out in every plot.
 const tip = document.querySelector(".tip");
-for (const part of all("[data-g]")) {
+for (const part of all("[data-g], [data-tip]")) {
   part.addEventListener("pointerenter", () => {
+    if (!part.dataset.g) return;
     const groups = part.dataset.g.split(" ");
     document.body.classList.add("focus");
     for (const g of all(".plot [data-g]")) g.classList.toggle("on", g.dataset.g.split(" ").some((own) => groups.includes(own)));
