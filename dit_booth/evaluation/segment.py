@@ -8,6 +8,7 @@ the subject's pixels alone: whole-frame metrics also count the background.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -95,26 +96,31 @@ def _commonest(lab: Array, border: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return the border pixels around the border's commonest colour (the one with the most others near it)."""
     colours = lab[border]
     candidates = colours[:: max(1, len(colours) // 256)]
-    apart = np.linalg.norm(
-        rearrange(candidates, "n c -> n 1 c") - rearrange(colours, "m c -> 1 m c"), axis=-1
-    )
-    centre = candidates[int((apart < _NEAR).sum(axis=1).argmax())]
-    near: NDArray[np.bool_] = np.linalg.norm(lab - centre, axis=-1) < _NEAR
+    lengths = (np.square(each).sum(axis=1) for each in (candidates, colours))
+    apart = np.add.outer(*lengths) - 2 * candidates @ colours.T  # squared
+    centre = candidates[int((apart < _NEAR**2).sum(axis=1).argmax())]
+    near: NDArray[np.bool_] = _distance(lab, centre) < _NEAR
     return border & near
 
 
 def _fit(lab: Array, chosen: NDArray[np.bool_], *, degree: int) -> Array:
     """Fit a least-squares polynomial surface to the chosen pixels, evaluated everywhere: `h w c`."""
-    y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in lab.shape[:2]), indexing="ij")
-    terms = [x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)]
-    basis = np.stack(terms, axis=-1)
+    basis = _polynomials(*chosen.shape, degree)
     # A slight ridge keeps the surface flat if too few pixels are chosen.
-    ridge = 1e-3 * chosen.sum() * np.eye(len(terms))
+    ridge = 1e-3 * chosen.sum() * np.eye(basis.shape[-1])
     ridge[0, 0] = 0
     known = basis[chosen]
     weights = np.linalg.lstsq(known.T @ known + ridge, known.T @ lab[chosen], rcond=None)[0]
     return np.asarray(basis @ weights)
 
 
+@cache
+def _polynomials(height: int, width: int, degree: int) -> Array:
+    """Return the terms of a polynomial of two variables in [-1, 1] at every pixel: `h w terms`."""
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    return np.stack([x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)], axis=-1)
+
+
 def _distance(lab: Array, ground: Array) -> Array:
-    return np.asarray(np.linalg.norm(lab - ground, axis=-1))
+    light, red, yellow = rearrange(lab - ground, "h w c -> c h w")
+    return np.asarray(np.sqrt(light * light + red * red + yellow * yellow))
