@@ -8,7 +8,7 @@ the subject's pixels alone: whole-frame metrics also count the background.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from scipy import ndimage
 from skimage.color import deltaE_ciede2000, rgb2lab
 from torch import Tensor
 
+from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.check import check_pictures
 
 Array = NDArray[np.float64]
@@ -63,6 +64,17 @@ def subject_mask(frame: Tensor, *, background: Rgb | None = None) -> Tensor:
     if rest.mean() > SPECK:
         ground = _fit(lab, rest & (_distance(lab, ground) < _NEAR), degree=3)
     return torch.from_numpy(_subject(lab, ground))
+
+
+def subject_masks(video: Tensor) -> Tensor:
+    """Segment the subject of every frame of a video `f 3 h w` in [-1, 1]: `f h w` bool on the CPU."""
+    return torch.stack([subject_mask(frame) for frame in video])
+
+
+@lru_cache(maxsize=1)
+def case_masks(case: Case) -> Tensor:
+    """Return `subject_masks` of a case's video; the metrics of one case share them."""
+    return subject_masks(case.video)
 
 
 def to_lab(values: Tensor) -> Array:
