@@ -77,6 +77,14 @@ def case_masks(case: Case) -> Tensor:
     return subject_masks(case.video)
 
 
+def background(frame: Array, mask: NDArray[np.bool_]) -> Array:
+    """Fit the smooth background of a frame `h w 3` outside the subject's mask `h w`, evaluated everywhere."""
+    rest = ~ndimage.binary_dilation(mask, iterations=2)
+    if rest.mean() < SPECK:
+        rest = ~mask if not mask.all() else mask
+    return np.asarray(_fit(frame, rest, degree=3))
+
+
 def to_lab(values: Tensor) -> Array:
     """Return CIELAB (D65) of colours in [-1, 1] along the last axis; values beyond are clamped."""
     return np.asarray(rgb2lab((values.detach().to("cpu", torch.float64).clamp(-1, 1).numpy() + 1) / 2))

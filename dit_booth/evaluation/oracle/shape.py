@@ -1,0 +1,158 @@
+"""Shape of the subject in a frame: the best-fitting pose of each shape, and its overlap with what is seen.
+
+A shape is compared with a bank of templates at all angles, in coordinates normalised by the seen area and centroid;
+its best angles are refined on the frame's own pixels. The overlap is the intersection over union of coverages:
+`sum min(seen, rendered) / sum max(seen, rendered)`, where a pixel of the outline counts with its share.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from einops import rearrange, repeat
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from dit_booth.data.toyworld.shapes import SHAPES, coverage
+from dit_booth.data.toyworld.world import render_video, sample_identity
+from dit_booth.evaluation.oracle.pose import Array, Poses, local, pose_steps, refine
+from dit_booth.evaluation.oracle.seen import Plane, see
+from dit_booth.evaluation.segment import subject_masks
+
+ANGLES = np.radians(np.arange(0, 360, 5))
+_GRID = np.linspace(-1.25, 1.25, 32, dtype=np.float32)  # of the templates, in square roots of the seen area
+_KEPT = 2  # angles of each shape that are refined
+_RIVALS = 4  # wrong shapes that are refined: those whose templates fit best
+_EXAMPLES = 4  # videos of a shape that its floor and ceiling are measured on
+
+
+@dataclass(frozen=True)
+class ShapeFit:
+    """The best pose of a shape in every frame, `f 4`, and its overlap with the seen coverage, `f`."""
+
+    poses: Poses
+    overlap: Array
+
+
+@dataclass(frozen=True)
+class Match:
+    """The true shape's fit in every frame, and the overlap of the best wrong shape, `f`."""
+
+    true: ShapeFit
+    wrong: Array
+
+
+def match_shapes(cover: Plane, shape: str) -> Match:
+    """Fit the true shape and its strongest rivals to the coverage of every frame, `f s s`, none of them empty."""
+    losses, centre, scale = _template_losses(cover)
+    true = _refine_shape(cover, shape, losses[shape], centre, scale)
+    rivals = [name for name in SHAPES if name != shape]
+    order = np.argsort(np.argsort([losses[name].min(axis=1) for name in rivals], axis=0), axis=0)
+    wrong = np.zeros(len(cover))
+    for name, rank in zip(rivals, order, strict=True):
+        near = rank < _RIVALS
+        if near.any():
+            fit = _refine_shape(cover[near], name, losses[name][near], centre[near], scale[near])
+            wrong[near] = np.maximum(wrong[near], fit.overlap)
+    return Match(true, wrong)
+
+
+@cache
+def overlap_bounds(shape: str, side: int) -> tuple[float, float]:
+    """Measure a shape's floor and ceiling: mean overlap of the wrong shapes and of the true one with exact renders.
+
+    Seen are the first and last frames of a few subjects of this shape, segmented as any other frame.
+    """
+    rng = np.random.default_rng(list(SHAPES).index(shape))
+    floors, ceilings = list[Array](), list[Array]()
+    for _ in range(_EXAMPLES):
+        identity = replace(sample_identity(rng, "train"), shape=shape)
+        video, _ = render_video(identity, frames=2, size=side)
+        cover = see(video, subject_masks(video)).cover
+        losses, centre, scale = _template_losses(cover)
+        for name in SHAPES:
+            fit = _refine_shape(cover, name, losses[name], centre, scale)
+            (ceilings if name == shape else floors).append(fit.overlap)
+    return float(np.mean(floors)), float(np.mean(ceilings))
+
+
+def overlap(a: Plane, b: Plane) -> Array:
+    """Compute the intersection over union of coverages, `n h w` each: `n`."""
+    union = np.maximum(a, b).sum(axis=(1, 2), dtype=np.float64)
+    return np.asarray(np.minimum(a, b).sum(axis=(1, 2), dtype=np.float64) / np.maximum(union, 1e-9))
+
+
+def local_minima(losses: Array, count: int) -> NDArray[np.int64]:
+    """Return the indices of the lowest local minima along the last axis, which is a circle: `... count`."""
+    lowest = (losses <= np.roll(losses, 1, axis=-1)) & (losses <= np.roll(losses, -1, axis=-1))
+    return np.argsort(np.where(lowest, losses, np.inf), axis=-1)[..., :count]
+
+
+def _refine_shape(cover: Plane, shape: str, losses: Array, centre: Array, scale: Array) -> ShapeFit:
+    """Refine the best angles of a shape on the pixels, and keep the better pose of every frame."""
+    side, (area, middle, _) = cover.shape[-1], _templates(shape)
+    angle = rearrange(ANGLES[local_minima(losses, _KEPT)], "f k -> (f k)")
+    radius = repeat(scale / math.sqrt(area), "f -> (f k)", k=_KEPT)
+    cos, sin = np.cos(angle), np.sin(angle)
+    x, y = repeat(centre, "f xy -> xy (f k)", k=_KEPT)
+    x, y = x - radius * (cos * middle[0] - sin * middle[1]), y + radius * (sin * middle[0] + cos * middle[1])
+    start = np.stack([x, y, radius, angle], axis=1)
+    mirrored = np.zeros(len(start), bool)
+
+    def render(poses: Poses) -> Plane:
+        right, up, pixels = local(poses, mirrored, side)
+        return coverage(SHAPES[shape](right, up), pixels).astype(np.float32)
+
+    seen = repeat(cover, "f h w -> (f k) h w", k=_KEPT)
+    poses, loss = refine(render, seen, start, pose_steps(start, side))
+    best = rearrange(loss, "(f k) -> f k", k=_KEPT).argmin(axis=1) + _KEPT * np.arange(len(cover))
+    mirrored = mirrored[best]
+    return ShapeFit(poses[best], overlap(cover, render(poses[best])))
+
+
+def _template_losses(cover: Plane) -> tuple[dict[str, Array], Array, Array]:
+    """Compare every frame with every template.
+
+    Returns:
+        For each shape the squared differences, `f angles`; the seen centroids (x, y), `f 2`, and the square roots
+        of the seen areas, `f`, in shares of the side.
+    """
+    side = cover.shape[-1]
+    grid = (np.arange(side) + 0.5) / side
+    mass = cover.sum(axis=(1, 2), dtype=np.float64)
+    x, y = (cover.sum(axis=1) @ grid / mass, cover.sum(axis=2) @ grid / mass)
+    scale = np.sqrt(mass) / side
+    normal = np.stack([_resample(*each) for each in zip(cover, x * side, y * side, scale * side, strict=True)])
+    square = np.square(normal).sum(axis=1)[:, None]
+    losses = {}
+    for shape in SHAPES:
+        bank = _templates(shape)[2]
+        losses[shape] = (square - 2 * normal @ bank.T + np.square(bank).sum(axis=1)).astype(np.float64)
+    return losses, np.stack([x, y], axis=1), scale
+
+
+def _resample(cover: Plane, x: float, y: float, scale: float) -> Plane:
+    rows, columns = y - scale * _GRID - 0.5, x + scale * _GRID - 0.5
+    at = np.meshgrid(rows, columns, indexing="ij")
+    return np.asarray(ndimage.map_coordinates(cover, at, order=1, mode="constant")).ravel()
+
+
+@cache
+def _templates(shape: str) -> tuple[float, tuple[float, float], Plane]:
+    """Return a shape's area and centroid (right, up) in units of its radius, and its templates, `angles (y x)`."""
+    fine = np.linspace(-1.05, 1.05, 211)
+    x, y = np.meshgrid(fine, fine)
+    inside = SHAPES[shape](x, y) < 0
+    area = float(inside.sum()) * float(fine[1] - fine[0]) ** 2
+    middle = float(x[inside].mean()), float(y[inside].mean())
+    radius = 1 / math.sqrt(area)
+    cos, sin = (rearrange(f(ANGLES).astype(np.float32), "a -> a 1 1") for f in (np.cos, np.sin))
+    right, up = _GRID[None, None, :] / np.float32(radius), _GRID[None, :, None] / np.float32(radius)
+    posed = SHAPES[shape](
+        cos * right + sin * up + np.float32(middle[0]), cos * up - sin * right + np.float32(middle[1])
+    )
+    cell = float(_GRID[1] - _GRID[0])
+    return area, middle, rearrange(coverage(posed, radius / cell), "a h w -> a (h w)").astype(np.float32)
