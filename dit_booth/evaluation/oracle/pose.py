@@ -13,67 +13,110 @@ from dit_booth.data.toyworld.shapes import Plane
 Array = NDArray[np.float64]
 Poses = Array
 """`n 4`: centre x (right) and y (down) and radius, in shares of the frame's side, and angle in radians."""
-Render = Callable[[Array], Plane]
-"""Parameters `n p` to pixels `n ...`."""
+Draw = Callable[[Plane, Plane, Plane], Plane]
+"""The subject's own coordinates x and y, `n h w`, and pixels per radius, `n 1 1`, to the pixels' values, `n c h w`."""
 
-_ITERATIONS = 4
+_ITERATIONS = 3
 _DAMPING = 1e-2
 
 
 def local(poses: Poses, mirrored: NDArray[np.bool_], side: int) -> tuple[Plane, Plane, Plane]:
     """Return the subject's own coordinates of every pixel (x right, y up), `n s s`, and pixels per radius, `n 1 1`."""
-    grid = (np.arange(side, dtype=np.float32) + np.float32(0.5)) / np.float32(side)
-    centre_x, centre_y, radius, angle = rearrange(poses.astype(np.float32), "n p -> p n 1 1")
-    right, up = (grid[None, None, :] - centre_x) / radius, (centre_y - grid[None, :, None]) / radius
-    cos, sin = np.cos(angle), np.sin(angle)
-    sign = np.where(mirrored, np.float32(-1), np.float32(1))[:, None, None]
-    return sign * (cos * right + sin * up), cos * up - sin * right, radius * np.float32(side)
+    grid = (np.arange(side) + 0.5) / side
+    centre_x, centre_y, radius, angle = rearrange(poses, "n p -> p n 1")
+    sign = np.where(mirrored, -1, 1)[:, None]
+    cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
+    right, up = grid - centre_x, centre_y - grid
+    along_x, down_x, along_y, down_y = (
+        term.astype(np.float32) for term in (sign * cos * right, sign * sin * up, -sin * right, cos * up)
+    )
+    x = rearrange(along_x, "n w -> n 1 w") + rearrange(down_x, "n h -> n h 1")
+    y = rearrange(along_y, "n w -> n 1 w") + rearrange(down_y, "n h -> n h 1")
+    return x, y, rearrange(radius * side, "n 1 -> n 1 1").astype(np.float32)
 
 
-def pose_steps(poses: Poses, side: int) -> Array:
-    """Return the change of each parameter that moves an outline by half a pixel, `n 4`."""
-    half = np.full(len(poses), 0.5 / side)
-    return np.stack([half, half, half, half / poses[:, 2]], axis=1)
+def fold(bank: Plane, tolerance: float) -> int:
+    """Return the largest number of equal rotations that leave a subject as it is; the number of angles if all do.
+
+    Args:
+        bank: renders of the subject at equally spaced angles of the full circle, `angles m`.
+        tolerance: difference that counts as none, as a share of the mean magnitude.
+    """
+    count, size = len(bank), float(np.abs(bank).mean())
+    orders = [order for order in range(count, 0, -1) if count % order == 0]
+    apart = (float(np.abs(bank - np.roll(bank, count // order, axis=0)).mean()) for order in orders)
+    return next(order for order, each in zip(orders, apart, strict=True) if each <= tolerance * size)
 
 
 def refine(
-    render: Render, target: Plane, start: Array, steps: Array, *, iterations: int = _ITERATIONS
-) -> tuple[Array, Array]:
-    """Minimise the squared difference of rendered pixels and a target by the Levenberg-Marquardt method.
-
-    Derivatives are differences over `steps`, which smooths the kinks of anti-aliased outlines.
+    draw: Draw, target: Plane, start: Poses, mirrored: NDArray[np.bool_], *, iterations: int = _ITERATIONS
+) -> tuple[Poses, Array]:
+    """Minimise the squared difference of drawn pixels and a target by the Levenberg-Marquardt method.
 
     Args:
-        render: parameters `n p` to pixels `n ...`.
-        target: `n ...`.
-        start: parameters, `n p`.
-        steps: change of each parameter for the derivatives, `n p`; one iteration moves by at most four of them.
+        draw: draws all `n` subjects at their own coordinates.
+        target: `n c h w`.
+        start: `n 4`; one iteration moves an outline by at most two pixels.
+        mirrored: subjects that are drawn mirrored, `n`.
 
     Returns:
-        The best parameters, `n p`, and their sums of squares, `n`; never worse than the start.
+        The best poses, `n 4`, and their sums of squares, `n`; never worse than the start.
     """
-    best, trial = start.copy(), start
-    loss, damping = np.full(len(start), np.inf), np.full(len(start), _DAMPING)
-    residual = np.zeros((len(start), target[0].size), np.float32)
+    side = target.shape[-1]
+    best, trial, loss = start.copy(), start, np.full(len(start), np.inf)
+    damping, normal, wanted = (
+        np.full(len(start), _DAMPING),
+        np.zeros((len(start), 4, 4)),
+        np.zeros_like(start),
+    )
     for iteration in range(iterations + 1):
-        difference = rearrange(target - render(trial), "n ... -> n (...)")
-        trial_loss = np.square(difference).sum(axis=1, dtype=np.float64)
+        x, y, pixels = local(trial, mirrored, side)
+        drawn = draw(x, y, pixels)
+        residual = target - drawn
+        trial_loss = np.square(residual).sum(axis=(1, 2, 3), dtype=np.float64)
         better = trial_loss < loss
-        best[better], residual[better], loss[better] = trial[better], difference[better], trial_loss[better]
+        best[better], loss[better] = trial[better], trial_loss[better]
         if iteration == iterations:
             break
         damping = np.where(better, damping / 4, damping * 8)
-        slopes = _slopes(render, target, residual, best, steps)
-        normal = (slopes @ rearrange(slopes, "n p m -> n m p")).astype(np.float64)
-        wanted = (slopes @ rearrange(residual, "n m -> n m 1")).astype(np.float64)
-        diagonal = rearrange(np.diagonal(normal, axis1=1, axis2=2), "n p -> n p 1") * np.eye(normal.shape[1])
-        normal += rearrange(damping, "n -> n 1 1") * diagonal + 1e-6 * np.eye(normal.shape[1])
-        trial = best + steps * np.clip(np.linalg.solve(normal, wanted)[..., 0], -4, 4)
+        # Differences over half a pixel smooth the kinks of anti-aliased outlines.
+        step = np.float32(0.5) / pixels
+        per_step = rearrange(1 / step, "n 1 1 -> n 1 1 1")
+        gradient = (
+            (draw(x + step, y, pixels) - drawn) * per_step,
+            (draw(x, y + step, pixels) - drawn) * per_step,
+        )
+        slopes = rearrange(_slopes(gradient, x, y, trial, mirrored), "n p c h w -> n p (c h w)")
+        normal[better] = (slopes @ rearrange(slopes, "n p m -> n m p"))[better]
+        wanted[better] = (slopes @ rearrange(residual, "n c h w -> n (c h w) 1"))[better, :, 0]
+        trial = best + _solve(normal, wanted, damping, best[:, 2], side)
     return best, loss
 
 
-def _slopes(render: Render, target: Plane, residual: Plane, at: Array, steps: Array) -> Plane:
-    """Return the change of every pixel per step of every parameter, `n p m`."""
-    now = rearrange(target, "n ... -> n (...)") - residual
-    moved = [rearrange(render(at + steps * axis), "n ... -> n (...)") - now for axis in np.eye(at.shape[1])]
-    return np.stack(moved, axis=1)
+def _slopes(
+    gradient: tuple[Plane, Plane], x: Plane, y: Plane, poses: Poses, mirrored: NDArray[np.bool_]
+) -> Plane:
+    """Return the derivative of every pixel by every parameter of its pose, `n p c h w`, by the chain rule."""
+    by_x, by_y = gradient
+    x, y = (rearrange(each, "n h w -> n 1 h w") for each in (x, y))
+    scale = rearrange(1 / poses[:, 2], "n -> n 1 1 1").astype(np.float32)
+    sign = rearrange(np.where(mirrored, -1, 1), "n -> n 1 1 1").astype(np.float32)
+    cos, sin = (rearrange(f(poses[:, 3]), "n -> n 1 1 1").astype(np.float32) for f in (np.cos, np.sin))
+    return np.stack(
+        [
+            by_x * (-sign * cos * scale) + by_y * (sin * scale),
+            by_x * (sign * sin * scale) + by_y * (cos * scale),
+            (by_x * x + by_y * y) * -scale,
+            (by_x * y - by_y * x) * sign,
+        ],
+        axis=1,
+    )
+
+
+def _solve(normal: Array, wanted: Array, damping: Array, radius: Array, side: int) -> Array:
+    """Solve the damped normal equations, `n 4`, and bound each step to two pixels at the outline."""
+    diagonal = rearrange(np.diagonal(normal, axis1=1, axis2=2), "n p -> n p 1") * np.eye(4)
+    damped = normal + rearrange(damping, "n -> n 1 1") * diagonal + 1e-9 * np.eye(4)
+    bound = np.full_like(wanted, 2 / side)
+    bound[:, 3] /= radius
+    return np.clip(np.linalg.solve(damped, wanted[..., None])[..., 0], -bound, bound)

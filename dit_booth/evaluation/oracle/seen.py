@@ -54,7 +54,9 @@ def see(video: Tensor, masks: Tensor, *, side: int | None = None) -> Seen:
     pixels = (video.detach().cpu().float().clamp(-1, 1) + 1) / 2
     if side is not None and side < width:
         pixels = F.interpolate(pixels, (side, side), mode="area")
-        masks = F.interpolate(rearrange(masks.float(), "f h w -> f 1 h w"), (side, side), mode="area")[:, 0] > 0.5
+        masks = (
+            F.interpolate(rearrange(masks.float(), "f h w -> f 1 h w"), (side, side), mode="area")[:, 0] > 0.5
+        )
     frames, inside = pixels.numpy(), masks.cpu().numpy()
     ground = np.stack(
         [

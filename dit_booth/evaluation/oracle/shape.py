@@ -12,19 +12,21 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from dit_booth.data.toyworld.shapes import SHAPES, coverage
 from dit_booth.data.toyworld.world import render_video, sample_identity
-from dit_booth.evaluation.oracle.pose import Array, Poses, local, pose_steps, refine
+from dit_booth.evaluation.oracle.pose import Array, Poses, fold, local, refine
 from dit_booth.evaluation.oracle.seen import Plane, see
 from dit_booth.evaluation.segment import subject_masks
 
-ANGLES = np.radians(np.arange(0, 360, 5))
+ANGLES = np.radians(np.arange(0, 360, 6))
 _GRID = np.linspace(-1.25, 1.25, 32, dtype=np.float32)  # of the templates, in square roots of the seen area
-_KEPT = 2  # angles of each shape that are refined
+_KEPT = 2  # angles of each shape that are refined, if the next one's template fits nearly as well
+_NEARLY = 1.5
+_SAME = 0.005  # difference of templates that rotate into each other
 _RIVALS = 4  # wrong shapes that are refined: those whose templates fit best
 _EXAMPLES = 4  # videos of a shape that its floor and ceiling are measured on
 
@@ -86,7 +88,7 @@ def overlap(a: Plane, b: Plane) -> Array:
 
 
 def local_minima(losses: Array, count: int) -> NDArray[np.int64]:
-    """Return the indices of the lowest local minima along the last axis, which is a circle: `... count`."""
+    """Return the indices of the lowest local minima along the last axis, which is a circle: `... count` or fewer."""
     lowest = (losses <= np.roll(losses, 1, axis=-1)) & (losses <= np.roll(losses, -1, axis=-1))
     return np.argsort(np.where(lowest, losses, np.inf), axis=-1)[..., :count]
 
@@ -94,23 +96,24 @@ def local_minima(losses: Array, count: int) -> NDArray[np.int64]:
 def _refine_shape(cover: Plane, shape: str, losses: Array, centre: Array, scale: Array) -> ShapeFit:
     """Refine the best angles of a shape on the pixels, and keep the better pose of every frame."""
     side, (area, middle, _) = cover.shape[-1], _templates(shape)
-    angle = rearrange(ANGLES[local_minima(losses, _KEPT)], "f k -> (f k)")
-    radius = repeat(scale / math.sqrt(area), "f -> (f k)", k=_KEPT)
+    which = local_minima(losses, _KEPT)
+    kept = np.take_along_axis(losses, which, axis=1)
+    frame, rank = np.nonzero(kept <= _NEARLY * kept[:, :1])
+    angle, radius, (x, y) = ANGLES[which[frame, rank]], scale[frame] / math.sqrt(area), centre[frame].T
     cos, sin = np.cos(angle), np.sin(angle)
-    x, y = repeat(centre, "f xy -> xy (f k)", k=_KEPT)
     x, y = x - radius * (cos * middle[0] - sin * middle[1]), y + radius * (sin * middle[0] + cos * middle[1])
     start = np.stack([x, y, radius, angle], axis=1)
+
     mirrored = np.zeros(len(start), bool)
 
-    def render(poses: Poses) -> Plane:
-        right, up, pixels = local(poses, mirrored, side)
-        return coverage(SHAPES[shape](right, up), pixels).astype(np.float32)
+    def draw(x: Plane, y: Plane, pixels: Plane) -> Plane:
+        return rearrange(coverage(SHAPES[shape](x, y), pixels), "n h w -> n 1 h w")
 
-    seen = repeat(cover, "f h w -> (f k) h w", k=_KEPT)
-    poses, loss = refine(render, seen, start, pose_steps(start, side))
-    best = rearrange(loss, "(f k) -> f k", k=_KEPT).argmin(axis=1) + _KEPT * np.arange(len(cover))
-    mirrored = mirrored[best]
-    return ShapeFit(poses[best], overlap(cover, render(poses[best])))
+    poses, loss = refine(draw, rearrange(cover[frame], "n h w -> n 1 h w"), start, mirrored)
+    # Sorted by frame, then by loss: the first of each frame is its best.
+    order = np.lexsort((loss, frame))
+    best = poses[order[np.unique(frame[order], return_index=True)[1]]]
+    return ShapeFit(best, overlap(cover, draw(*local(best, mirrored[: len(best)], side))[:, 0]))
 
 
 def _template_losses(cover: Plane) -> tuple[dict[str, Array], Array, Array]:
@@ -125,7 +128,9 @@ def _template_losses(cover: Plane) -> tuple[dict[str, Array], Array, Array]:
     mass = cover.sum(axis=(1, 2), dtype=np.float64)
     x, y = (cover.sum(axis=1) @ grid / mass, cover.sum(axis=2) @ grid / mass)
     scale = np.sqrt(mass) / side
-    normal = np.stack([_resample(*each) for each in zip(cover, x * side, y * side, scale * side, strict=True)])
+    normal = np.stack(
+        [_resample(*each) for each in zip(cover, x * side, y * side, scale * side, strict=True)]
+    )
     square = np.square(normal).sum(axis=1)[:, None]
     losses = {}
     for shape in SHAPES:
@@ -142,7 +147,10 @@ def _resample(cover: Plane, x: float, y: float, scale: float) -> Plane:
 
 @cache
 def _templates(shape: str) -> tuple[float, tuple[float, float], Plane]:
-    """Return a shape's area and centroid (right, up) in units of its radius, and its templates, `angles (y x)`."""
+    """Return a shape's area and centroid (right, up) in units of its radius, and its templates, `angles (y x)`.
+
+    The angles go up to the shape's first rotation into itself: one for a circle, 15 of `ANGLES` for a square.
+    """
     fine = np.linspace(-1.05, 1.05, 211)
     x, y = np.meshgrid(fine, fine)
     inside = SHAPES[shape](x, y) < 0
@@ -155,4 +163,5 @@ def _templates(shape: str) -> tuple[float, tuple[float, float], Plane]:
         cos * right + sin * up + np.float32(middle[0]), cos * up - sin * right + np.float32(middle[1])
     )
     cell = float(_GRID[1] - _GRID[0])
-    return area, middle, rearrange(coverage(posed, radius / cell), "a h w -> a (h w)").astype(np.float32)
+    bank = rearrange(coverage(posed, radius / cell), "a h w -> a (h w)").astype(np.float32)
+    return area, middle, bank[: len(bank) // fold(bank, _SAME)]
