@@ -39,13 +39,31 @@ def fold(bank: Plane, tolerance: float) -> int:
     """Return the largest number of equal rotations that leave a subject as it is; the number of angles if all do.
 
     Args:
-        bank: renders of the subject at equally spaced angles of the full circle, `angles m`.
+        bank: renders of the subject at equally spaced angles of the full circle, `angles ...`.
         tolerance: difference that counts as none, as a share of the mean magnitude.
     """
     count, size = len(bank), float(np.abs(bank).mean())
     orders = [order for order in range(count, 0, -1) if count % order == 0]
     apart = (float(np.abs(bank - np.roll(bank, count // order, axis=0)).mean()) for order in orders)
     return next(order for order, each in zip(orders, apart, strict=True) if each <= tolerance * size)
+
+
+def first_of_each(group: NDArray[np.int64], loss: Array) -> NDArray[np.int64]:
+    """Return the index of the lowest loss of each group, in the order of the groups' numbers."""
+    order = np.lexsort((loss, group))
+    return order[np.unique(group[order], return_index=True)[1]]
+
+
+def nearly_best(losses: Array, count: int, factor: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows and columns of each row's lowest local minima along a circle, `f a`.
+
+    At most `count` of a row, and only those below `factor` times its lowest.
+    """
+    lowest = (losses <= np.roll(losses, 1, axis=1)) & (losses <= np.roll(losses, -1, axis=1))
+    columns = np.argsort(np.where(lowest, losses, np.inf), axis=1)[:, :count]
+    kept = np.take_along_axis(losses, columns, axis=1)
+    rows, ranks = np.nonzero(kept <= factor * np.maximum(kept[:, :1], 1e-9))
+    return rows, columns[rows, ranks]
 
 
 def refine(
@@ -102,15 +120,12 @@ def _slopes(
     scale = rearrange(1 / poses[:, 2], "n -> n 1 1 1").astype(np.float32)
     sign = rearrange(np.where(mirrored, -1, 1), "n -> n 1 1 1").astype(np.float32)
     cos, sin = (rearrange(f(poses[:, 3]), "n -> n 1 1 1").astype(np.float32) for f in (np.cos, np.sin))
-    return np.stack(
-        [
-            by_x * (-sign * cos * scale) + by_y * (sin * scale),
-            by_x * (sign * sin * scale) + by_y * (cos * scale),
-            (by_x * x + by_y * y) * -scale,
-            (by_x * y - by_y * x) * sign,
-        ],
-        axis=1,
-    )
+    slopes = np.empty((len(poses), 4, *by_x.shape[1:]), np.float32)
+    slopes[:, 0] = by_x * (-sign * cos * scale) + by_y * (sin * scale)
+    slopes[:, 1] = by_x * (sign * sin * scale) + by_y * (cos * scale)
+    slopes[:, 2] = by_x * (-scale * x) + by_y * (-scale * y)
+    slopes[:, 3] = by_x * (sign * y) - by_y * (sign * x)
+    return slopes
 
 
 def _solve(normal: Array, wanted: Array, damping: Array, radius: Array, side: int) -> Array:

@@ -19,7 +19,7 @@ FIT_SIDE = 64  # frames with longer sides are reduced to this before poses are f
 
 @dataclass(frozen=True)
 class Seen:
-    """Frames and backgrounds, `f 3 h w` RGB in [0, 1]; masks, `f h w` bool; coverage by the subject, `f h w` in [0, 1]."""
+    """Frames and backgrounds, `f 3 h w` in [0, 1]; masks, `f h w` bool; coverage by the subject, `f h w` in [0, 1]."""
 
     frames: Plane
     ground: Plane

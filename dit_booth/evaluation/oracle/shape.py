@@ -13,12 +13,11 @@ from functools import cache
 
 import numpy as np
 from einops import rearrange
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from dit_booth.data.toyworld.shapes import SHAPES, coverage
 from dit_booth.data.toyworld.world import render_video, sample_identity
-from dit_booth.evaluation.oracle.pose import Array, Poses, fold, local, refine
+from dit_booth.evaluation.oracle.pose import Array, Poses, first_of_each, fold, local, nearly_best, refine
 from dit_booth.evaluation.oracle.seen import Plane, see
 from dit_booth.evaluation.segment import subject_masks
 
@@ -87,19 +86,16 @@ def overlap(a: Plane, b: Plane) -> Array:
     return np.asarray(np.minimum(a, b).sum(axis=(1, 2), dtype=np.float64) / np.maximum(union, 1e-9))
 
 
-def local_minima(losses: Array, count: int) -> NDArray[np.int64]:
-    """Return the indices of the lowest local minima along the last axis, which is a circle: `... count` or fewer."""
-    lowest = (losses <= np.roll(losses, 1, axis=-1)) & (losses <= np.roll(losses, -1, axis=-1))
-    return np.argsort(np.where(lowest, losses, np.inf), axis=-1)[..., :count]
+def centroid(shape: str) -> tuple[float, float]:
+    """Return a shape's centroid (right, up) in units of its radius."""
+    return _templates(shape)[1]
 
 
 def _refine_shape(cover: Plane, shape: str, losses: Array, centre: Array, scale: Array) -> ShapeFit:
     """Refine the best angles of a shape on the pixels, and keep the better pose of every frame."""
     side, (area, middle, _) = cover.shape[-1], _templates(shape)
-    which = local_minima(losses, _KEPT)
-    kept = np.take_along_axis(losses, which, axis=1)
-    frame, rank = np.nonzero(kept <= _NEARLY * kept[:, :1])
-    angle, radius, (x, y) = ANGLES[which[frame, rank]], scale[frame] / math.sqrt(area), centre[frame].T
+    frame, which = nearly_best(losses, _KEPT, _NEARLY)
+    angle, radius, (x, y) = ANGLES[which], scale[frame] / math.sqrt(area), centre[frame].T
     cos, sin = np.cos(angle), np.sin(angle)
     x, y = x - radius * (cos * middle[0] - sin * middle[1]), y + radius * (sin * middle[0] + cos * middle[1])
     start = np.stack([x, y, radius, angle], axis=1)
@@ -110,9 +106,7 @@ def _refine_shape(cover: Plane, shape: str, losses: Array, centre: Array, scale:
         return rearrange(coverage(SHAPES[shape](x, y), pixels), "n h w -> n 1 h w")
 
     poses, loss = refine(draw, rearrange(cover[frame], "n h w -> n 1 h w"), start, mirrored)
-    # Sorted by frame, then by loss: the first of each frame is its best.
-    order = np.lexsort((loss, frame))
-    best = poses[order[np.unique(frame[order], return_index=True)[1]]]
+    best = poses[first_of_each(frame, loss)]
     return ShapeFit(best, overlap(cover, draw(*local(best, mirrored[: len(best)], side))[:, 0]))
 
 

@@ -12,20 +12,20 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange
 from scipy import ndimage
 
 from dit_booth.data.toyworld.shapes import Plane
 from dit_booth.data.toyworld.world import Identity, paint
-from dit_booth.evaluation.oracle.pose import Array, Poses, fold, local, refine
+from dit_booth.evaluation.oracle.pose import Array, Poses, first_of_each, fold, local, nearly_best, refine
 from dit_booth.evaluation.oracle.seen import Seen
-from dit_booth.evaluation.oracle.shape import ANGLES, local_minima
+from dit_booth.evaluation.oracle.shape import ANGLES, centroid
 
-_GRID = np.linspace(-1.05, 1.05, 32, dtype=np.float32)  # of the renders in the bank, in units of the radius
-_KEPT = 3  # angles that are refined
-_SAME = (
-    0.04  # difference of renders that counts as a rotation into itself: a triangle of 2% longer sides does
-)
+_GRID = np.linspace(-1.3, 1.3, 36, dtype=np.float32)  # of the bank, around the centroid, in radii
+_KEPT = 3  # angles that are refined, if the next one's render fits nearly as well
+_NEARLY = 1.5
+_EQUAL = 0.005  # difference of renders that are equal
+_SAME = 0.04  # difference that a viewer hardly sees, as that of a nearly regular triangle turned by a third
 _COVER = 0.7  # weight of a pixel's coverage in the loss, as the distance of colours in RGB that it equals
 
 
@@ -59,17 +59,25 @@ def fit_subject(seen: Seen, identity: Identity, start: Poses) -> Track:
 
     Whether it is mirrored is decided for the whole video.
     """
-    found, bank = seen.found, _bank(identity)
+    found, (bank, mirror_bank) = seen.found, _banks(identity)
+    turns = fold(bank, _SAME)
     images, ground = _channels(seen.only(found))
-    losses = _bank_losses(images, ground, start, bank)
-    fits = [_refine(images, ground, identity, start, losses[flip], bool(flip)) for flip in (0, 1)]
-    flip = int(np.sum(fits[1][1]) < np.sum(fits[0][1]))
-    turns = fold(rearrange(bank[0], "a c m -> a (c m)"), _SAME)
+    middle = _centroids(start, identity.shape)
+    period = slice(len(ANGLES) // fold(bank, _EQUAL))
+    poses, losses, mirrored = list[Poses](), list[Array](), False
+    for flip, renders in enumerate((bank, mirror_bank)):
+        if flip and _same_turned(bank, mirror_bank):
+            break
+        fits = _bank_losses(images, ground, middle, renders[period])
+        each = _refine(images, ground, identity, middle, fits, bool(flip))
+        poses.append(each[0])
+        losses.append(each[1])
+    mirrored = len(losses) > 1 and bool(losses[1].sum() < losses[0].sum())
     turns = 0 if turns == len(ANGLES) else turns
-    poses = np.full((len(found), 4), np.nan)
-    poses[found] = fits[flip][0]
-    poses[found, 3] = _unwrap(poses[found, 3], turns)
-    return Track(poses, bool(flip), turns)
+    track = np.full((len(found), 4), np.nan)
+    track[found] = poses[int(mirrored)]
+    track[found, 3] = _unwrap(track[found, 3], turns)
+    return Track(track, mirrored, turns)
 
 
 def render_subject(identity: Identity, track: Track, ground: Plane) -> tuple[Plane, Plane]:
@@ -99,69 +107,84 @@ def _paint(identity: Identity, x: Plane, y: Plane, pixels: Plane) -> tuple[Plane
     return alpha, np.concatenate([colour, np.full_like(alpha, _COVER)], axis=1)
 
 
+def _centroids(poses: Poses, shape: str) -> Poses:
+    """Return poses whose first two columns are the centroid of the shape in place of its centre, and the reverse."""
+    return _moved(poses, *centroid(shape), mirrored=False)
+
+
+def _moved(poses: Poses, right: float, up: float, *, mirrored: bool) -> Poses:
+    """Return poses moved by a vector in the subject's own coordinates."""
+    right = -right if mirrored else right
+    cos, sin = np.cos(poses[:, 3]), np.sin(poses[:, 3])
+    moved = poses.copy()
+    moved[:, 0] += poses[:, 2] * (cos * right - sin * up)
+    moved[:, 1] -= poses[:, 2] * (sin * right + cos * up)
+    return moved
+
+
 def _refine(
-    images: Plane, ground: Plane, identity: Identity, start: Poses, losses: Array, flip: bool
+    images: Plane, ground: Plane, identity: Identity, middle: Poses, losses: Array, flip: bool
 ) -> tuple[Poses, Array]:
-    """Refine the best angles, and return the best pose of every frame, `f 4`, and its loss, `f`."""
-    angles = ANGLES[local_minima(losses, _KEPT)]
-    kept = angles.shape[1]
-    poses = repeat(start, "f p -> (f k) p", k=kept)
-    poses[:, 3] = rearrange(angles, "f k -> (f k)")
-    target, under = (repeat(each, "f c h w -> (f k) c h w", k=kept) for each in (images, ground))
+    """Refine the best angles around the centroids; return each frame's best pose, `f 4`, and its loss, `f`."""
+    frame, which = nearly_best(losses, _KEPT, _NEARLY)
+    start = middle[frame]
+    start[:, 3] = ANGLES[which]
+    right, up = centroid(identity.shape)
+    start = _moved(start, -right, -up, mirrored=flip)
+    target, under = images[frame], ground[frame]
 
     def draw(x: Plane, y: Plane, pixels: Plane) -> Plane:
         alpha, colour = _paint(identity, x, y, pixels)
         return under + (colour - under) * alpha
 
-    refined, loss = refine(draw, target, poses, np.full(len(poses), flip))
-    best = rearrange(loss, "(f k) -> f k", k=kept).argmin(axis=1) + kept * np.arange(len(start))
+    refined, loss = refine(draw, target, start, np.full(len(start), flip))
+    best = first_of_each(frame, loss)
     return refined[best], loss[best]
 
 
-def _bank(identity: Identity) -> tuple[Plane, Plane]:
-    """Render the subject at every angle.
+def _banks(identity: Identity) -> tuple[Plane, Plane]:
+    """Render the subject at every angle around its centroid, as it is and mirrored.
 
     Returns:
-        Coverage and premultiplied channels together, `angles 5 (y x)`, as it is and mirrored.
+        Coverage and premultiplied channels together, `angles 5 (y x)`, twice.
     """
     cell = float(_GRID[1] - _GRID[0])
     cos, sin = (rearrange(f(ANGLES).astype(np.float32), "a -> a 1 1") for f in (np.cos, np.sin))
     right, up = _GRID[None, None, :], _GRID[None, :, None]
     x, y, pixels = cos * right + sin * up, cos * up - sin * right, np.full((1, 1, 1), 1 / cell, np.float32)
+    middle = np.asarray(centroid(identity.shape), np.float32)
     banks = []
     for sign in (1, -1):
-        alpha, colour = _paint(identity, np.float32(sign) * x, y, pixels)
+        alpha, colour = _paint(identity, np.float32(sign) * x + middle[0], y + middle[1], pixels)
         banks.append(rearrange(np.concatenate([alpha, alpha * colour], axis=1), "a c h w -> a c (h w)"))
     return banks[0], banks[1]
 
 
-def _bank_losses(images: Plane, ground: Plane, start: Poses, bank: tuple[Plane, Plane]) -> list[Array]:
-    """Compare every frame with the bank's renders, centred on `start`: `f angles`, for each of the two banks.
+def _same_turned(bank: Plane, mirror_bank: Plane) -> bool:
+    """Return True if the mirrored subject is the subject at another angle."""
+    apart = np.abs(bank - mirror_bank[0]).mean(axis=(1, 2)).min()
+    return bool(apart <= _EQUAL * np.abs(bank).mean())
+
+
+def _bank_losses(images: Plane, ground: Plane, middle: Poses, bank: Plane) -> Array:
+    """Compare every frame with the bank's renders around `middle`: `f angles`.
 
     With frame I, background B, coverage a and colour C the loss is `sum |I - B - a (C - B)|^2`. It is expanded, so
     that matrix products compute it: `|I - B|^2 - 2 aC.(I - B) + 2 a B.(I - B) + |aC|^2 - 2 a aC.B + a^2 |B|^2`.
     """
     image, under = (
-        np.stack([_resample(*each) for each in zip(x, start, strict=True)]) for x in (images, ground)
+        np.stack([_resample(*each) for each in zip(x, middle, strict=True)]) for x in (images, ground)
     )
-    apart = image - under
-    terms: list[tuple[Plane, Plane]] = []  # of the frames and of the bank
-    results = []
-    for renders in bank:
-        alpha, colour = renders[:, 0], renders[:, 1:]
-        flat = rearrange(colour, "a c m -> a (c m)")
-        terms = [
-            (-2 * rearrange(apart, "f c m -> f (c m)"), flat),
-            (2 * (under * apart).sum(axis=1), alpha),
-            (
-                -2 * rearrange(under, "f c m -> f (c m)"),
-                rearrange(alpha[:, None] * colour, "a c m -> a (c m)"),
-            ),
-            (np.square(under).sum(axis=1), np.square(alpha)),
-        ]
-        loss = sum(frames @ rearrange(each, "a m -> m a") for frames, each in terms)
-        results.append(loss + np.square(flat).sum(axis=1) + np.square(apart).sum(axis=(1, 2))[:, None])
-    return results
+    alpha, colour = bank[:, 0], bank[:, 1:]
+    flat, apart = rearrange(colour, "a c m -> a (c m)"), image - under
+    both = rearrange(colour * alpha[:, None], "a c m -> a (c m)")
+    loss = np.square(apart).sum(axis=(1, 2))[:, None] + np.square(flat).sum(axis=1)
+    loss = (
+        loss + (2 * (under * apart).sum(axis=1)) @ alpha.T + np.square(under).sum(axis=1) @ np.square(alpha).T
+    )
+    for frames, renders in ((apart, flat), (under, both)):
+        loss -= 2 * rearrange(frames, "f c m -> f (c m)") @ renders.T
+    return loss.astype(np.float64)
 
 
 def _resample(image: Plane, pose: Array) -> Plane:

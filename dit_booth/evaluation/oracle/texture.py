@@ -1,7 +1,7 @@
 """Texture of the subject in a frame: the one that explains most of its colours.
 
-Every texture is fitted at any direction, at scales around the usual one and with a slight shift, and its two colours are
-estimated by least squares: colours, direction and scale of the true subject are the appearance's business, and a
+Every texture is fitted at any direction, at scales around the usual one and with a slight shift, and its two colours
+are estimated by least squares: colours, direction and scale of the true subject are the appearance's business, and a
 texture of swapped colours is still that texture. A texture counts if it explains at least half of the variance by two
 colours that a viewer can tell; a subject of which none does, and whose colours hardly vary, is plain.
 """
@@ -26,18 +26,24 @@ _SCALES = (0.75, 0.92, 1.12, 1.37)
 _GRID = np.linspace(-1.05, 1.05, 32, dtype=np.float32)  # of the bank, in units of the radius
 _EXPLAINED = 0.5  # share of the variance that a texture must explain
 _CONTRAST = 0.2  # least distance of its two colours in RGB; the toy world's differ by 0.45 or more
+_SEEN = 0.02  # least variance of the second colour's share: one of the colours covers 2% of the subject
+_NEARLY = (
+    0.2  # share of the variance within which a texture of the bank may become the best one when it is refined
+)
 _EVEN = 0.12  # largest standard deviation (RGB) of a plain subject's colours
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Weighted sums over pixels that a fit of two colours needs; `...` are frames and patterns."""
+class _Start:
+    """A texture's best pose in the bank, `f 4`, its two colours, `f 3 1 1`, and the variance it explains, `f`."""
 
-    share: Array  # ...
-    square: Array  # ...
-    colour: Array  # ... c
-    both: Array  # ... c
-    power: Array  # ...
+    poses: Poses
+    first: Plane
+    second: Plane
+    explained: Array
+
+    def only(self, frames: NDArray[np.bool_]) -> _Start:
+        return _Start(self.poses[frames], self.first[frames], self.second[frames], self.explained[frames])
 
 
 def name_textures(seen: Seen, poses: Poses) -> list[str]:
@@ -45,22 +51,21 @@ def name_textures(seen: Seen, poses: Poses) -> list[str]:
 
     Args:
         seen: `f` frames.
-        poses: the subject's poses, `f 4`: textures are centred on them.
+        poses: the subject's poses, `f 4`: textures are centred near them.
     """
     inside = np.stack([_interior(mask) for mask in seen.masks])
     weight = inside / inside.sum(axis=(1, 2), keepdims=True, dtype=np.float32)
     starts = _starts(seen, inside, poses)
-    variance, unexplained = _spread(seen.frames, weight), {}
-    for name, (start, first, second) in starts.items():
-        unexplained[name] = _fit_texture(seen.frames, weight, name, start, first, second)
-    names = []
-    for frame, spread in enumerate(variance):
-        best = min(_PATTERNS, key=lambda name: unexplained[name][frame])
-        if unexplained[best][frame] <= (1 - _EXPLAINED) * spread:
-            names.append(best)
-        else:
-            names.append("plain" if spread <= _EVEN**2 else "")
-    return names
+    spread, explained = _spread(seen.frames, weight), np.zeros((len(_PATTERNS), len(poses)))
+    hope = np.stack([start.explained for start in starts])
+    for name, start, share, most in zip(_PATTERNS, starts, explained, hope, strict=True):
+        near = hope.max(axis=0) - most <= _NEARLY * spread
+        if near.any():
+            share[near] = _fit_texture(seen.frames[near], weight[near], name, start.only(near))
+    best = explained.argmax(axis=0)
+    fits = explained.max(axis=0) > _EXPLAINED * spread
+    plain = np.where(spread <= _EVEN**2, "plain", "")
+    return np.where(fits, np.array(_PATTERNS)[best], plain).tolist()
 
 
 def _interior(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -75,70 +80,61 @@ def _spread(frames: Plane, weight: Plane) -> Array:
     return np.asarray((np.square(frames - mean) * weight[:, None]).sum(axis=(1, 2, 3)), np.float64)
 
 
-def _fit_texture(frames: Plane, weight: Plane, name: str, start: Poses, first: Plane, second: Plane) -> Array:
-    """Refine a texture's pose, and return the variance that it leaves, `f`; all of it where its colours are alike."""
-    root = np.sqrt(weight)[:, None]
+def _fit_texture(frames: Plane, weight: Plane, name: str, start: _Start) -> Array:
+    """Refine a texture's pose, and return the variance that it explains, `f`."""
+    root, still = np.sqrt(weight)[:, None], np.zeros(len(frames), bool)
 
     def draw(x: Plane, y: Plane, pixels: Plane) -> Plane:
         share = TEXTURES[name](x, y, 1, pixels)
-        return (first + (second - first) * share[:, None]) * root
+        return (start.first + (start.second - start.first) * share[:, None]) * root
 
-    still = np.zeros(len(start), bool)
-    poses, _ = refine(draw, frames * root, start, still)
-    share = TEXTURES[name](
-        *local(poses, still, frames.shape[-1])[:2], 1, local(poses, still, frames.shape[-1])[2]
-    )
-    sums = _Sums(
-        share=(weight * share).sum(axis=(1, 2)),
-        square=(weight * share * share).sum(axis=(1, 2)),
-        colour=(weight[:, None] * frames).sum(axis=(2, 3)),
-        both=(weight[:, None] * share[:, None] * frames).sum(axis=(2, 3)),
-        power=(weight[:, None] * frames * frames).sum(axis=(1, 2, 3)),
-    )
-    return _colours(sums)[2]
+    poses, _ = refine(draw, frames * root, start.poses, still)
+    x, y, pixels = local(poses, still, frames.shape[-1])
+    share = rearrange(TEXTURES[name](x, y, 1, pixels), "f h w -> f 1 (h w)")
+    weight, colour = rearrange(weight, "f h w -> f (h w)"), rearrange(frames, "f c h w -> f c (h w)")
+    return _fit_colours(weight, colour, share)[2][:, 0]
 
 
-def _starts(seen: Seen, inside: NDArray[np.bool_], poses: Poses) -> dict[str, tuple[Poses, Plane, Plane]]:
-    """Return each texture's best pose in the bank and its two colours, `f 3 1 1`."""
+def _starts(seen: Seen, inside: NDArray[np.bool_], poses: Poses) -> list[_Start]:
+    """Return the best start of each of `_PATTERNS`."""
     sampled = np.stack([_resample(*each) for each in zip(seen.frames, inside, poses, strict=True)])
-    weight = sampled[:, 3] / np.maximum(sampled[:, 3].sum(axis=1, keepdims=True), 1e-6)
-    colour = sampled[:, :3] * weight[:, None]
-    power = (np.square(sampled[:, :3]) * weight[:, None]).sum(axis=(1, 2))
-    starts = {}
+    colour, weight = sampled[:, :3], sampled[:, 3]
+    weight = weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-6)
+    starts, every = [], np.arange(len(poses))
     for name in _PATTERNS:
         share, direction, scale = _bank(name)
-        count = len(share)
-        sums = _Sums(
-            share=weight @ share.T,
-            square=weight @ np.square(share).T,
-            colour=np.broadcast_to(colour.sum(axis=2)[:, None], (len(poses), count, 3)),
-            both=rearrange(colour @ share.T, "f c k -> f k c"),
-            power=np.broadcast_to(power[:, None], (len(poses), count)),
-        )
-        first, second, left = _colours(sums)
-        best = left.argmin(axis=1)
-        every = np.arange(len(poses))
+        first, second, explained = _fit_colours(weight, colour, share)
+        best = explained.argmax(axis=1)
         start = poses.copy()
         start[:, 2] *= scale[best]
         start[:, 3] = direction[best]
         pair = (rearrange(each[every, best], "f c -> f c 1 1").astype(np.float32) for each in (first, second))
-        starts[name] = (start, *pair)
+        starts.append(_Start(start, *pair, explained[every, best]))
     return starts
 
 
-def _colours(sums: _Sums) -> tuple[Array, Array, Array]:
-    """Fit two colours by least squares.
+def _fit_colours(weight: Plane, colour: Plane, share: Plane) -> tuple[Array, Array, Array]:
+    """Fit two colours to each pattern by least squares.
+
+    Args:
+        weight: of the pixels, `f m`; the weights of a frame sum to 1.
+        colour: `f c m`.
+        share: weight of the second colour, `k m` or `f k m`.
 
     Returns:
-        First and second colour, `... c`, and the variance left, `...`: all of it where the colours are alike.
+        First and second colour, `f k c`, and the variance explained, `f k`: none where the colours are alike, or one
+        of them is hardly seen.
     """
-    variance = np.maximum(sums.square - sums.share**2, 1e-6)
-    step = (sums.both - sums.share[..., None] * sums.colour) / variance[..., None]
-    first = sums.colour - sums.share[..., None] * step
-    spread = sums.power - np.square(sums.colour).sum(axis=-1)
+    weighted = rearrange(weight, "f m -> f m 1")
+    mean = rearrange((colour @ weighted)[..., 0].astype(np.float64), "f c -> f 1 c")
+    middle = (share @ weighted).astype(np.float64)  # f k 1
+    variance = (np.square(share) @ weighted).astype(np.float64) - middle**2
+    both = share @ (weighted * rearrange(colour, "f c m -> f m c"))
+    step = (both - middle * mean) / np.maximum(variance, _SEEN)
+    first = mean - middle * step
     length = np.square(step).sum(axis=-1)
-    left = np.where(length >= _CONTRAST**2, spread - variance * length, spread)
-    return first, first + step, np.maximum(left, 0)
+    valid = (length >= _CONTRAST**2) & (variance[..., 0] >= _SEEN)
+    return first, first + step, np.where(valid, variance[..., 0] * length, 0)
 
 
 def _resample(frame: Plane, inside: NDArray[np.bool_], pose: Array) -> Plane:
