@@ -44,7 +44,7 @@ def fold(bank: Plane, tolerance: float) -> int:
     """
     count, size = len(bank), float(np.abs(bank).mean())
     orders = [order for order in range(count, 0, -1) if count % order == 0]
-    apart = (float(np.abs(bank - np.roll(bank, count // order, axis=0)).mean()) for order in orders)
+    apart = (float(np.abs(bank[0] - bank[count // order % count]).mean()) for order in orders)
     return next(order for order, each in zip(orders, apart, strict=True) if each <= tolerance * size)
 
 
