@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from dit_booth.evaluation.clip_score import ImageFeatures, TextFeatures, clip_scores
+from dit_booth.evaluation.oracle import shape_overlaps
 from dit_booth.evaluation.palette import video_palette_distance
 from dit_booth.evaluation.pixels import motion, psnr
-from dit_booth.evaluation.shape import video_shape_overlap
 
 __all__ = ["Statistic", "evaluate", "summary"]
 
@@ -74,7 +74,7 @@ def evaluate(
         scores = _pixel_scores(truth, image)
         row |= {f"truth_{name}": scores[name] for name in ("palette", "motion") if name in scores}
     for row, video, shape in zip(rows, videos, () if shapes is None else shapes, strict=False):
-        row["shape"] = video_shape_overlap(video.cpu(), shape)
+        row["shape"] = float(shape_overlaps(video.cpu(), shape).mean())
     if image_features is not None and text_features is not None:
         clip = clip_scores(videos, images, captions, image_features, text_features)
         for name, values in clip.items():

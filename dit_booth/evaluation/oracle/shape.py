@@ -14,11 +14,12 @@ from functools import cache
 import numpy as np
 from einops import rearrange
 from scipy import ndimage
+from torch import Tensor
 
 from dit_booth.data.toyworld.shapes import SHAPES, coverage
 from dit_booth.data.toyworld.world import render_video, sample_identity
 from dit_booth.evaluation.oracle.pose import Array, Poses, first_of_each, fold, local, nearly_best, refine
-from dit_booth.evaluation.oracle.seen import Plane, see
+from dit_booth.evaluation.oracle.seen import FIT_SIDE, Plane, see
 from dit_booth.evaluation.segment import subject_masks
 
 ANGLES = np.radians(np.arange(0, 360, 6))
@@ -26,7 +27,7 @@ _GRID = np.linspace(-1.25, 1.25, 32, dtype=np.float32)  # of the templates, in s
 _KEPT = 2  # angles of each shape that are refined, if the next one's template fits nearly as well
 _NEARLY = 1.5
 _SAME = 0.005  # difference of templates that rotate into each other
-_RIVALS = 4  # wrong shapes that are refined: those whose templates fit best
+_RIVALS = 4  # shapes beside the true one that are refined: those whose templates fit best
 _EXAMPLES = 4  # videos of a shape that its floor and ceiling are measured on
 
 
@@ -48,17 +49,38 @@ class Match:
 
 def match_shapes(cover: Plane, shape: str) -> Match:
     """Fit the true shape and its strongest rivals to the coverage of every frame, `f s s`, none of them empty."""
-    losses, centre, scale = _template_losses(cover)
-    true = _refine_shape(cover, shape, losses[shape], centre, scale)
-    rivals = [name for name in SHAPES if name != shape]
-    order = np.argsort(np.argsort([losses[name].min(axis=1) for name in rivals], axis=0), axis=0)
-    wrong = np.zeros(len(cover))
-    for name, rank in zip(rivals, order, strict=True):
-        near = rank < _RIVALS
-        if near.any():
-            fit = _refine_shape(cover[near], name, losses[name][near], centre[near], scale[near])
-            wrong[near] = np.maximum(wrong[near], fit.overlap)
-    return Match(true, wrong)
+    seen = _compare_templates(cover)
+    rivals = tuple(name for name in SHAPES if name != shape)
+    return Match(_refine_shape(seen, shape), _strongest(seen, rivals).max(axis=0))
+
+
+def shape_overlaps(video: Tensor, shape: str) -> Array:
+    """Compute the overlap of every frame's subject with the best pose of a shape, `f`; 0 where there is no subject.
+
+    Args:
+        video: `f 3 s s` in [-1, 1], its background smooth.
+        shape: a key of `SHAPES`.
+
+    Raises:
+        ValueError: there is no such shape, or the video has the wrong shape.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; choose one of {', '.join(SHAPES)}")
+    seen = see(video, subject_masks(video), side=FIT_SIDE)
+    overlaps = np.zeros(len(video))
+    if seen.found.any():
+        overlaps[seen.found] = _refine_shape(_compare_templates(seen.cover[seen.found]), shape).overlap
+    return overlaps
+
+
+def best_shapes(video: Tensor) -> list[str]:
+    """Return the shape that overlaps most with the subject of each frame of a video `f 3 s s`; empty if it has none."""
+    seen, names = see(video, subject_masks(video), side=FIT_SIDE), np.array(list(SHAPES))
+    best = np.full(len(video), "", dtype=names.dtype)
+    if seen.found.any():
+        overlaps = _strongest(_compare_templates(seen.cover[seen.found]), tuple(SHAPES))
+        best[seen.found] = names[overlaps.argmax(axis=0)]
+    return [str(name) for name in best]
 
 
 @cache
@@ -73,9 +95,9 @@ def overlap_bounds(shape: str, side: int) -> tuple[float, float]:
         identity = replace(sample_identity(rng, "train"), shape=shape)
         video, _ = render_video(identity, frames=2, size=side)
         cover = see(video, subject_masks(video)).cover
-        losses, centre, scale = _template_losses(cover)
+        seen = _compare_templates(cover)
         for name in SHAPES:
-            fit = _refine_shape(cover, name, losses[name], centre, scale)
+            fit = _refine_shape(seen, name)
             (ceilings if name == shape else floors).append(fit.overlap)
     return float(np.mean(floors)), float(np.mean(ceilings))
 
@@ -91,11 +113,41 @@ def centroid(shape: str) -> tuple[float, float]:
     return _templates(shape)[1]
 
 
-def _refine_shape(cover: Plane, shape: str, losses: Array, centre: Array, scale: Array) -> ShapeFit:
+@dataclass(frozen=True)
+class _Compared:
+    """Coverages compared with all templates.
+
+    Attributes:
+        cover: `f s s`.
+        centre, scale: centroid (x, y), `f 2`, and square root of the area, `f`, in shares of the side.
+        losses: for each shape the squared differences from its templates, `f angles`.
+    """
+
+    cover: Plane
+    centre: Array
+    scale: Array
+    losses: dict[str, Array]
+
+
+def _strongest(seen: _Compared, names: tuple[str, ...]) -> Array:
+    """Return the overlaps of shapes, `shapes f`: only of the `_RIVALS` whose templates fit best; 0 of the others."""
+    order = np.argsort(np.argsort([seen.losses[name].min(axis=1) for name in names], axis=0), axis=0)
+    overlaps = np.zeros(order.shape)
+    for name, rank, each in zip(names, order, overlaps, strict=True):
+        near = rank < _RIVALS
+        if near.any():
+            chosen = _Compared(
+                seen.cover[near], seen.centre[near], seen.scale[near], {name: seen.losses[name][near]}
+            )
+            each[near] = _refine_shape(chosen, name).overlap
+    return overlaps
+
+
+def _refine_shape(seen: _Compared, shape: str) -> ShapeFit:
     """Refine the best angles of a shape on the pixels, and keep the better pose of every frame."""
-    side, (area, middle, _) = cover.shape[-1], _templates(shape)
-    frame, which = nearly_best(losses, _KEPT, _NEARLY)
-    angle, radius, (x, y) = ANGLES[which], scale[frame] / math.sqrt(area), centre[frame].T
+    cover, (area, middle, _) = seen.cover, _templates(shape)
+    frame, which = nearly_best(seen.losses[shape], _KEPT, _NEARLY)
+    angle, radius, (x, y) = ANGLES[which], seen.scale[frame] / math.sqrt(area), seen.centre[frame].T
     cos, sin = np.cos(angle), np.sin(angle)
     x, y = x - radius * (cos * middle[0] - sin * middle[1]), y + radius * (sin * middle[0] + cos * middle[1])
     start = np.stack([x, y, radius, angle], axis=1)
@@ -107,16 +159,11 @@ def _refine_shape(cover: Plane, shape: str, losses: Array, centre: Array, scale:
 
     poses, loss = refine(draw, rearrange(cover[frame], "n h w -> n 1 h w"), start, mirrored)
     best = poses[first_of_each(frame, loss)]
-    return ShapeFit(best, overlap(cover, draw(*local(best, mirrored[: len(best)], side))[:, 0]))
+    return ShapeFit(best, overlap(cover, draw(*local(best, mirrored[: len(best)], cover.shape[-1]))[:, 0]))
 
 
-def _template_losses(cover: Plane) -> tuple[dict[str, Array], Array, Array]:
-    """Compare every frame with every template.
-
-    Returns:
-        For each shape the squared differences, `f angles`; the seen centroids (x, y), `f 2`, and the square roots
-        of the seen areas, `f`, in shares of the side.
-    """
+def _compare_templates(cover: Plane) -> _Compared:
+    """Compare every frame's coverage, none of them empty, with every template."""
     side = cover.shape[-1]
     grid = (np.arange(side) + 0.5) / side
     mass = cover.sum(axis=(1, 2), dtype=np.float64)
@@ -130,7 +177,7 @@ def _template_losses(cover: Plane) -> tuple[dict[str, Array], Array, Array]:
     for shape in SHAPES:
         bank = _templates(shape)[2]
         losses[shape] = (square - 2 * normal @ bank.T + np.square(bank).sum(axis=1)).astype(np.float64)
-    return losses, np.stack([x, y], axis=1), scale
+    return _Compared(cover, np.stack([x, y], axis=1), scale, losses)
 
 
 def _resample(cover: Plane, x: float, y: float, scale: float) -> Plane:
