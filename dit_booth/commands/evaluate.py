@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import math
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from dit_booth.evaluation.catalogue import describe
 from dit_booth.evaluation.folder import LEFT_OUT, VIDEOS, VideoFolder
 from dit_booth.evaluation.learned import Family
 from dit_booth.evaluation.learned.sets import SetScorer
-from dit_booth.evaluation.motion import motion_scores
+from dit_booth.evaluation.motion import flicker_scores, flow_scores, motion_scores
 from dit_booth.evaluation.oracle import ORACLE, oracle_scores
 from dit_booth.evaluation.palette import palette_scores
 from dit_booth.evaluation.pixels import psnr_scores
@@ -41,12 +41,14 @@ from dit_booth.sampling.scorers import judge_scorer
 
 TOYWORLD: dict[str, Family[Scorer]] = {
     "oracle": Family(lambda weights, device: oracle_scores, ORACLE),
+    "flicker": Family(lambda weights, device: flicker_scores, ("flicker",)),
     "palette": Family(lambda weights, device: palette_scores, ("palette", "subject_found")),
     "judges": Family(lambda weights, device: judge_scorer(torch.device(device)), ("judge_i", "judge_t")),
 }
 """Metrics of videos with an identity."""
 PIXELS: dict[str, Family[Scorer]] = {
     "motion": Family(lambda weights, device: motion_scores, ("speed", "growth", "rotation", "flicker")),
+    "flow": Family(lambda weights, device: flow_scores, ("flow", "dynamic_degree")),
     "psnr": Family(lambda weights, device: psnr_scores, ("psnr",)),
 }
 FAMILIES: dict[str, Family[Scorer]] = {**TOYWORLD, **PIXELS, **learned.SCORERS}

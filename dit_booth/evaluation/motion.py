@@ -20,7 +20,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from dit_booth.evaluation.case import Case, Values
-from dit_booth.evaluation.segment import subject_mask
+from dit_booth.evaluation.segment import case_masks
 
 Array = NDArray[np.float64]
 Flow = Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.floating]]
@@ -54,7 +54,7 @@ def motion_scores(case: Case, *, masks: Tensor | None = None) -> dict[str, Value
     """
     frames, _, height, width = case.video.shape
     if masks is None:
-        masks = torch.stack([subject_mask(frame) for frame in case.video])
+        masks = case_masks(case)
     if tuple(masks.shape) != (frames, height, width) or masks.dtype != torch.bool:
         raise ValueError(
             f"masks is {masks.dtype} of shape {tuple(masks.shape)}; it must be torch.bool of the video's shape"
@@ -68,6 +68,11 @@ def motion_scores(case: Case, *, masks: Tensor | None = None) -> dict[str, Value
         "rotation": to_frame_before(np.abs((np.diff(angle) + 90) % 180 - 90)),
         "flicker": to_frame_before(background_flicker(case.video, inside)),
     }
+
+
+def flicker_scores(case: Case) -> dict[str, Values]:
+    """Return `flicker` alone, for the toy world, whose oracle tracks the exact pose."""
+    return {"flicker": to_frame_before(background_flicker(case.video, case_masks(case).numpy()))}
 
 
 def moments(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:

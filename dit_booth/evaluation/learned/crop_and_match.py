@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_booth.evaluation.case import Case, Scorer, Values
 from dit_booth.evaluation.learned.clip_score import ImageFeatures, TextFeatures
-from dit_booth.evaluation.learned.similarity import cosines, features_of
+from dit_booth.evaluation.learned.similarity import cosines, features_of, unit_features
 
 Array = NDArray[np.float64]
 Detector = Callable[[Tensor, Tensor], Sequence[Tensor]]
