@@ -15,7 +15,7 @@ import logging
 import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +31,7 @@ from dit_booth.evaluation.catalogue import describe
 from dit_booth.evaluation.folder import LEFT_OUT, VIDEOS, VideoFolder
 from dit_booth.evaluation.learned import Family
 from dit_booth.evaluation.learned.sets import SetScorer
-from dit_booth.evaluation.motion import flicker_scores, flow_scores, motion_scores
+from dit_booth.evaluation.motion import flicker_scores, flow_scorer, motion_scores
 from dit_booth.evaluation.oracle import ORACLE, oracle_scores
 from dit_booth.evaluation.palette import palette_scores
 from dit_booth.evaluation.pixels import psnr_scores
@@ -48,7 +48,7 @@ TOYWORLD: dict[str, Family[Scorer]] = {
 """Metrics of videos with an identity."""
 PIXELS: dict[str, Family[Scorer]] = {
     "motion": Family(lambda weights, device: motion_scores, ("speed", "growth", "rotation", "flicker")),
-    "flow": Family(lambda weights, device: flow_scores, ("flow", "dynamic_degree")),
+    "flow": Family(lambda weights, device: flow_scorer(), ("flow", "dynamic_degree")),
     "psnr": Family(lambda weights, device: psnr_scores, ("psnr",)),
 }
 FAMILIES: dict[str, Family[Scorer]] = {**TOYWORLD, **PIXELS, **learned.SCORERS}
@@ -98,17 +98,17 @@ def evaluate(arguments: EvaluateArguments) -> Iterator[str]:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     known = read_scores(folder / SCORES) if (folder / SCORES).is_file() else []
     chosen = Chosen.build(arguments, device, videos, {one.metric for one in known})
-    scores, left_out = score_videos(videos, chosen)
-    new = {(one.metric, one.prompt, one.noise_seed, one.control) for one in scores}
+    result = score_videos(videos, chosen)
+    new = {(one.metric, one.prompt, one.noise_seed, one.control) for one in result.scores}
     kept = [one for one in known if (one.metric, one.prompt, one.noise_seed, one.control) not in new]
     seed = known[0].seed if known else 0
-    write_scores(folder / SCORES, [*kept, *(replace(one, seed=seed) for one in scores)])
-    write_text(folder / LEFT_OUT, json.dumps(left_out, indent=1) + "\n")
-    yield from table([*kept, *scores])
-    for video, reason in left_out.items():
-        yield f"left out: {reason}" if reason.startswith(video) else f"left out: {video}: {reason}"
-    for name, reason in chosen.absent.items():
-        yield f"not measured: {name}: {reason}"
+    write_scores(folder / SCORES, [*kept, *(replace(one, seed=seed) for one in result.scores)])
+    write_text(folder / LEFT_OUT, json.dumps(result.left_out, indent=1) + "\n")
+    yield from table([*kept, *result.scores])
+    yield from (f"left out: {reason}" for reason in result.left_out.values())
+    yield from (f"not measured for all: {name}: {why}" for name, why in result.failed.items())
+    if chosen.absent:
+        yield f"without their weights or package: {', '.join(chosen.absent)}; --metrics NAME tells what one needs"
     yield f"{folder / SCORES}"
     if arguments.page:
         yield from write_report(
@@ -166,40 +166,48 @@ def is_default(
     return fits and not set(family.metrics) <= set(known)
 
 
-def score_videos(videos: VideoFolder, chosen: Chosen) -> tuple[list[Score], dict[str, str]]:
-    """Score all videos, and the real video of each prompt as control ``truth``.
+@dataclass(frozen=True)
+class Result:
+    """Scores of a folder, the reason for each video that cannot be read, and for each family that failed on some."""
 
-    Returns the scores, and the reason for each video that cannot be scored, by its file.
-    ValueError: this holds for all of them.
-    """
-    scores, left_out = list[Score](), dict[str, str]()
+    scores: list[Score] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def score_videos(videos: VideoFolder, chosen: Chosen) -> Result:
+    """Score all videos, and the real video of each prompt as control ``truth``. ValueError: none can be read."""
+    result = Result()
     truths = {row.prompt for row in videos.rows if row.control == "truth"}
-    scorers = list(chosen.scorers.values())
     for index, row in enumerate(tqdm(videos.rows, desc="videos", unit="video")):
         try:
             case = videos[index]
-            found = score(case, scorers)
-            if case.truth is not None and case.prompt not in truths:
-                truths.add(case.prompt)
-                found += score(case.as_truth(), scorers)
-            scores += found
         except ValueError as error:
-            left_out[row.video] = str(error)
-    if len(left_out) == len(videos):
-        first = next(iter(left_out.values()))
-        raise ValueError(f"none of {len(videos)} videos can be scored; the first: {first}")
-    for control in dict.fromkeys(row.control for row in videos.rows if row.control != "truth"):
-        rows = [
-            i for i, row in enumerate(videos.rows) if row.control == control and row.video not in left_out
-        ]
-        for name, scorer in chosen.sets.items():
+            result.left_out[row.video] = str(error)
+            continue
+        cases = [case]
+        if case.truth is not None and case.prompt not in truths:
+            truths.add(case.prompt)
+            cases.append(case.as_truth())
+        for name, scorer in chosen.scorers.items():
             try:
-                values = scorer(videos.only(rows))
+                result.scores.extend(found for one in cases for found in score(one, [scorer]))
+            except ValueError as error:
+                result.failed.setdefault(name, f"{row.video}: {error}")
+    if len(result.left_out) == len(videos):
+        first = next(iter(result.left_out.values()))
+        raise ValueError(f"none of {len(videos)} videos can be read; the first: {first}")
+    for control in dict.fromkeys(row.control for row in videos.rows if row.control != "truth"):
+        of_control = [i for i, row in enumerate(videos.rows) if row.control == control]
+        rows = [i for i in of_control if videos.rows[i].video not in result.left_out]
+        for name, set_scorer in chosen.sets.items():
+            try:
+                values = set_scorer(videos.only(rows))
             except ValueError as error:  # too few videos, or no real ones
-                left_out[f"{name} of {len(rows)} videos"] = str(error)
+                result.failed.setdefault(name, str(error))
                 continue
-            scores += [Score(metric=metric, value=value, control=control) for metric, value in values.items()]
-    return scores, left_out
+            result.scores.extend(Score(metric=m, value=v, control=control) for m, v in values.items())
+    return result
 
 
 def table(scores: Sequence[Score]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from dit_booth.evaluation.case import Case, Values
+from dit_booth.evaluation.case import Case, Scorer, Values
 from dit_booth.evaluation.segment import case_masks
 
 Array = NDArray[np.float64]
@@ -142,6 +143,12 @@ def flow_scores(case: Case, *, flow: Flow | None = None, fps: float = 8.0) -> di
     return {"flow": to_frame_before(means), "dynamic_degree": dynamic_degree(lengths)}
 
 
+def flow_scorer() -> Scorer:
+    """Return `flow_scores` with OpenCV's flow. ValueError: it is not installed."""
+    _opencv()
+    return flow_scores
+
+
 def flow_lengths(pictures: Sequence[NDArray[np.uint8]], flow: Flow) -> list[Array]:
     """Return the flow's length in pixels, h w, between each frame (h w 3) and the next."""
     flows = [flow(one, two) for one, two in pairwise(pictures)]
@@ -168,12 +175,7 @@ def opencv_flow(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> NDArray[np.fl
 
     ValueError: OpenCV is not installed, or a side is shorter than the 12 pixels that it needs.
     """
-    try:
-        cv2 = import_module("cv2")
-    except ImportError as error:
-        raise ValueError(
-            f"optical flow needs OpenCV ({error}); install it: pip install opencv-python-headless, or pass a flow"
-        ) from error
+    cv2 = _opencv()
     if min(one.shape[:2]) < 12:
         raise ValueError(
             f"the video is {one.shape[0]} x {one.shape[1]} pixels; optical flow needs 12 or more"
@@ -183,6 +185,15 @@ def opencv_flow(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> NDArray[np.fl
         *grey, None
     )
     return flow
+
+
+def _opencv() -> Any:
+    try:
+        return import_module("cv2")
+    except ImportError as error:
+        raise ValueError(
+            f"optical flow needs OpenCV ({error}); install it: pip install opencv-python-headless, or pass a flow"
+        ) from error
 
 
 def to_bytes(video: Tensor) -> list[NDArray[np.uint8]]:
