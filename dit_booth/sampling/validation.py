@@ -51,7 +51,7 @@ def sample_example(components: Components, example: Example, index: int, device:
     config = components.config
     partitioned = any(hasattr(p, "ds_id") for p in components.model.parameters())
     torch.manual_seed(_SEED + index)  # an autoencoder's posterior draws from the global generator
-    (video,) = generate(
+    videos = generate(
         components,
         rearrange(example.image, "c h w -> 1 c h w").to(device),
         [example.caption],
@@ -62,7 +62,7 @@ def sample_example(components: Components, example: Example, index: int, device:
         sampler=in_few_steps(config.sampler),
         reuse=not partitioned,  # ZeRO-3 gathers parameters within the whole network's forward pass
     )
-    return video
+    return videos[0]
 
 
 def in_few_steps(sampler: SamplerConfig) -> SamplerConfig:
