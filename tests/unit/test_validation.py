@@ -134,14 +134,15 @@ def test_shares_of_the_range_of_t_run_from_data_to_noise(kind: Any) -> None:
 def test_identity_is_measured_on_samples_of_the_prompts_and_repeats() -> None:
     run = trial("kv_concat").perturb()
     run.components.config = replace(run.components.config, train=TrainConfig(validate_prompts=2))
-    first = identity_curve(run.components, ALONE)
+    dataset = run.components.dataset(heldout=True)
+    first = identity_curve(run.components, dataset, ALONE)
     torch.rand(3)  # other draws before it change nothing
-    assert identity_curve(run.components, ALONE) == first
+    assert identity_curve(run.components, dataset, ALONE) == first
     assert list(first) == ["palette", "clip_i"]
     assert first["palette"] > 0
     assert -1 <= first["clip_i"] <= 1
     run.components.config = replace(run.components.config, train=TrainConfig(validate_prompts=0))
-    assert identity_curve(run.components, ALONE) == {}
+    assert identity_curve(run.components, dataset, ALONE) == {}
 
 
 def test_the_right_subject_scores_better() -> None:
