@@ -263,6 +263,7 @@ def train_stages(
 
 def train_if_needed(components: Components, stage: Stage, ranks: Ranks, logger: MetricsLogger | None) -> bool:
     """Train a stage unless it is finished, or another run finishes it meanwhile; True if it was trained here."""
+    from dit_booth.sampling.validation import identity_curve
     from dit_booth.training.distributed import owning
     from dit_booth.training.loop import train_stage
 
@@ -271,7 +272,7 @@ def train_if_needed(components: Components, stage: Stage, ranks: Ranks, logger: 
     if not ranks.broadcast(marker.is_file()):
         with owning(folder, ranks):
             if not ranks.broadcast(marker.is_file()):
-                train_stage(components, stage, folder, ranks, logger)
+                train_stage(components, stage, folder, ranks, logger, identity_curve)
                 return True
     log.info("stage %s is finished: %s", stage.name, folder)
     if logger:

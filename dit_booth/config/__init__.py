@@ -116,6 +116,12 @@ class TrainConfig:
     """torch.compile the DiT's blocks: the first step takes a minute more, the others less time and memory."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
+    validate_every: int = 0
+    """Steps between validations: the loss of held-out videos by noise level, samples of held-out prompts; 0: none."""
+    validate_examples: int = 16
+    """Held-out videos in a validation's loss."""
+    validate_prompts: int = 4
+    """Held-out prompts that a validation samples, in few steps, and compares with their images; 0: none."""
     seed: int = 0
     """Seed of initialisation, noise and order."""
 
@@ -130,6 +136,9 @@ class TrainConfig:
             ema="[0, 1)",
             ema_width="[0, 0.28)",
             checkpoint_every="[1, 1000000000]",
+            validate_every="[0, 1000000000]",
+            validate_examples="[1, 1000000]",
+            validate_prompts="[0, 1000000]",
             seed=SEED,
         )
         for rule in self.decay_of:
@@ -267,7 +276,8 @@ def decisive(settings: Mapping[str, Any]) -> PlainDict:
     data = out.get("data", {})
     for name in ("workers", *(kind for kind in DATA_KINDS if kind != data.get("kind"))):
         data.pop(name, None)
-    out.get("train", {}).pop("checkpoint_every", None)
+    for name in ("checkpoint_every", "validate_every", "validate_examples", "validate_prompts"):
+        out.get("train", {}).pop(name, None)
     return out
 
 

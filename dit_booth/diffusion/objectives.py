@@ -64,6 +64,10 @@ class Objective(ABC):
     def from_timestep(self, timestep: Tensor) -> Tensor:
         """Return t (b,) of a timestep: the inverse of `timestep`."""
 
+    @abstractmethod
+    def t_at(self, share: Tensor) -> Tensor:
+        """Return t (b,) at a share in [0, 1) of its range; 0 is the data."""
+
     def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """(b,) mean squared error over all other axes."""
         return per_sample_mse(pred, self.target(x0, eps, t))
@@ -117,6 +121,9 @@ class DiscreteObjective(Objective):
 
     def from_timestep(self, timestep: Tensor) -> Tensor:
         return (timestep * (len(self.schedule) / NUM_TIMESTEPS)).round().long()
+
+    def t_at(self, share: Tensor) -> Tensor:
+        return (share * len(self.schedule)).long().clamp_max(len(self.schedule) - 1)
 
 
 class EpsObjective(DiscreteObjective):
@@ -211,6 +218,9 @@ class FlowObjective(Objective):
 
     def from_timestep(self, timestep: Tensor) -> Tensor:
         return timestep / (NUM_TIMESTEPS - 1)
+
+    def t_at(self, share: Tensor) -> Tensor:
+        return share
 
     def sampling_grid(self, steps: int) -> Tensor:
         """(steps + 1,) float64 values of t from 1 to 0 for sampling, shifted."""

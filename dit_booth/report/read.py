@@ -266,7 +266,7 @@ def _run_log(file: Path) -> tuple[StageResult, ...]:
     """Return the stages in a run's log."""
     seconds: dict[str, list[float]] = {}
     for number, line in read_lines(file):
-        if "step" in line:
+        if "step" in line and "validation" not in line:
             seconds.setdefault(str(line.get("stage")), []).append(
                 _number(line, "seconds", f"{file}:{number}")
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,17 @@ from torch import Tensor, nn
 def local(parameter: nn.Parameter) -> Tensor:
     """Return this rank's part of a parameter: its ZeRO-3 partition, or all of it."""
     return getattr(parameter, "ds_tensor", parameter).data
+
+
+@torch.no_grad()
+def set_local(parameter: nn.Parameter, value: Tensor) -> None:
+    """Replace this rank's part of a parameter.
+
+    ZeRO-3 keeps small parameters whole between their uses; such a copy is dropped, and gathered anew at the next use.
+    """
+    local(parameter).copy_(value)
+    if hasattr(parameter, "ds_tensor"):
+        parameter.partition()  # type: ignore[operator]
 
 
 def power_of(width: float) -> float:
@@ -55,4 +67,15 @@ class Ema:
     def copy_to_parameters(self) -> None:
         """Replace the parameters by their averages, at the end of a stage."""
         for name, parameter in self.parameters.items():
-            local(parameter).copy_(self.shadow[name])
+            set_local(parameter, self.shadow[name])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Replace the parameters by their averages for a while; afterwards they are as before, bit for bit."""
+        trained = {name: local(p).clone() for name, p in self.parameters.items()}
+        self.copy_to_parameters()
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                set_local(parameter, trained[name])

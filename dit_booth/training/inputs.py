@@ -60,12 +60,13 @@ def make_inputs(
     generator: Generators,
     dtype: torch.dtype,
     with_image: bool,
+    t: Tensor | None = None,
 ) -> Inputs:
     """Encode, drop, draw t and noise. The reference's noise is drawn before the video's, as in VideoBooth.
 
     Rows that are dropped get the null prompt and the zero image (VideoBooth section 3.3's training), or one of the two
     (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). With a generator for each row, a row's draws do not depend on
-    the batch around it, hence not on the number of ranks.
+    the batch around it, hence not on the number of ranks. A given `t` (b,) is taken instead of one that is drawn.
     """
     frames = stage.frames_of(batch.video.shape[1])
     video = _crop(batch.video, frames, generator) if stage.frames else batch.video
@@ -77,7 +78,8 @@ def make_inputs(
     prompt = components.tokenize(captions, subjects)
     x0 = components.autoencoder.encode(video, generator)
     shape, reference = x0.shape, None
-    t = per_row(components.objective.sample_t, len(batch), generator).to(x0.device)
+    fixed, t = t, per_row(components.objective.sample_t, len(batch), generator) if t is None else t
+    t = t.to(x0.device)
     if with_image:
         images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
         reference = components.reference(images, dtype, generator)
@@ -85,7 +87,7 @@ def make_inputs(
         noisy = components.objective.noise(clean, t, randn_like(clean, generator))
         reference = replace(reference, noisy=noisy)
     if stage.single_frames:
-        x0, prompt, t, reference = _single_frames(components, x0, prompt, reference, generator)
+        x0, prompt, t, reference = _single_frames(components, x0, prompt, reference, generator, fixed)
     eps = randn(shape, generator, x0.device, x0.dtype).reshape(x0.shape)  # a row's frames are one draw
     x_t = components.objective.noise(x0, t, eps).to(dtype)
     return Inputs(x_t, components.objective.timestep(t), prompt, reference, x0, eps, t)
@@ -99,12 +101,21 @@ def _crop(video: Tensor, frames: int, generator: Generators) -> Tensor:
 
 
 def _single_frames(
-    components: Components, x0: Tensor, prompt: Prompt, reference: Reference | None, generator: Generators
+    components: Components,
+    x0: Tensor,
+    prompt: Prompt,
+    reference: Reference | None,
+    generator: Generators,
+    fixed: Tensor | None,
 ) -> tuple[Tensor, Prompt, Tensor, Reference | None]:
-    """Make every frame a video of one frame, with its own t."""
+    """Make every frame a video of one frame, with its own t, or with the `fixed` t (b,) of its video."""
     if reference is not None:
         raise ValueError("single_frames is for stages without an image (base); set it to false in this stage")
     rows, frames = x0.shape[:2]
-    t = per_row(lambda n, g: components.objective.sample_t(n * frames, g), rows, generator).to(x0.device)
+    if fixed is None:
+        t = per_row(lambda n, g: components.objective.sample_t(n * frames, g), rows, generator)
+    else:
+        t = repeat(fixed, "b -> (b f)", f=frames)
+    t = t.to(x0.device)
     x0 = rearrange(x0, "b f c h w -> (b f) 1 c h w")
     return x0, prompt.each(lambda y: repeat(y, "b l -> (b f) l", f=frames)), t, None

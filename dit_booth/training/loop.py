@@ -18,16 +18,24 @@ from dit_booth.training.inputs import generator_of, make_inputs
 from dit_booth.training.metrics_logger import MetricsLogger
 from dit_booth.training.signals import Interrupted, reading, stop_signals
 from dit_booth.training.state import TrainState
+from dit_booth.training.validation import Probe
 
 
 def train_stage(
-    components: Components, stage: Stage, folder: Path, ranks: Ranks, logger: MetricsLogger | None
+    components: Components,
+    stage: Stage,
+    folder: Path,
+    ranks: Ranks,
+    logger: MetricsLogger | None,
+    probe: Probe | None = None,
 ) -> None:
     """Train a stage, or continue it, and write ``weights.safetensors`` into `folder` at its end.
 
+    `probe`: measures the network further in each validation.
+
     ValueError: a configuration that cannot work, or a loss that is not finite. Interrupted: SIGINT or SIGTERM.
     """
-    state = TrainState.build(components, stage, folder, ranks, logger)
+    state = TrainState.build(components, stage, folder, ranks, logger, probe)
     steps, pieces, name = state.options.steps, state.train.accumulation, stage.name
     bar = tqdm(
         total=steps, initial=state.step, desc=name, unit="step", disable=not ranks.first, mininterval=1.0
@@ -47,6 +55,7 @@ def train_stage(
                 logger.step(name, state.step, {**values, "seconds": seconds})
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
+            state.validate()
             if stopping or (state.step % state.train.checkpoint_every == 0 and state.step < steps):
                 state.save()
             if stopping:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from einops import rearrange
@@ -21,7 +22,7 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLogger:
-    """``metrics.jsonl`` (one line a step) and TensorBoard beside it.
+    """``metrics.jsonl`` (one line a step, and one a validation) and TensorBoard beside it.
 
     A stage's lines are also kept in its own folder, which runs may share: a run that takes over a stage, finished or
     not, takes over its lines. `start`: `time.perf_counter` when the program began.
@@ -31,7 +32,7 @@ class MetricsLogger:
         self.start, self.first_step = start, True
         self.file = folder / METRICS
         self.stage_file: Path | None = None
-        self.seconds = 0.0  # of the steps that this process has made
+        self.seconds = 0.0  # of the steps and validations that this process has made
         self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def begin(self, stage: str, folder: Path, done: int) -> None:
@@ -44,30 +45,42 @@ class MetricsLogger:
         if source is here or own != source:
             _write(self.stage_file, own)
         _write(self.file, [*others, *own])
-        known = {line["step"] for line in here if line.get("stage") == stage}
+        known = {_key(line) for line in here if line.get("stage") == stage}
         for line in own:
-            if line["step"] not in known:
-                self._scalars(**line)
+            if _key(line) not in known:
+                self._scalars(line)
 
     def step(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Log an optimizer step of the stage that was begun, and how soon the first one came."""
-        assert self.stage_file is not None
-        row: PlainDict = {"stage": stage, "step": step, **values}
-        self.seconds += values["seconds"]
-        for file in (self.stage_file, self.file):
-            _append(file, row)
-        self._scalars(**row)
+        self._stage_line({"stage": stage, "step": step, **values})
         if self.first_step:
             log.info("first step of %s after %.1f s", stage, self.elapsed())
             self.first_step = False
+
+    def validation(self, stage: str, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Log a validation after an optimizer step of the stage that was begun, and its duration."""
+        self._stage_line({"stage": stage, "step": step, "validation": dict(values), "seconds": seconds})
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log.info("%s step %d on held-out examples (%.1f s): %s", stage, step, seconds, measured)
 
     def elapsed(self) -> float:
         """Return the seconds since the program began."""
         return time.perf_counter() - self.start
 
-    def _scalars(self, *, stage: str, step: int, **values: float) -> None:
+    def _stage_line(self, row: PlainDict) -> None:
+        """Write a line of the stage that was begun, to its own file and to the run's."""
+        assert self.stage_file is not None
+        self.seconds += row["seconds"]
+        for file in (self.stage_file, self.file):
+            _append(file, row)
+        self._scalars(row)
+
+    def _scalars(self, row: PlainDict) -> None:
+        values, group = {name: v for name, v in row.items() if name not in ("stage", "step")}, row["stage"]
+        if "validation" in values:
+            values, group = {**values.pop("validation"), **values}, f"validation/{group}"
         for name, value in values.items():
-            self.board.add_scalar(f"{stage}/{name}", value, step)
+            self.board.add_scalar(f"{group}/{name}", value, row["step"])
 
     def line(self, values: PlainDict) -> None:
         _append(self.file, values)
@@ -90,6 +103,11 @@ class MetricsLogger:
 
     def close(self) -> None:
         self.board.close()
+
+
+def _key(line: PlainDict) -> tuple[int, bool]:
+    """Return what identifies a line of a stage: its step, and if it is a validation."""
+    return line["step"], "validation" in line
 
 
 def _append(file: Path, row: PlainDict) -> None:

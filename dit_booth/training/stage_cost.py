@@ -57,13 +57,15 @@ class StageCost:
     def write(self, folder: Path) -> None:
         """Write ``cost.json`` of a stage whose steps are all in its ``metrics.jsonl``."""
         device = self.ranks.device
-        seconds = [line["seconds"] for line in read_lines(folder / METRICS)]
+        lines = read_lines(folder / METRICS)
+        seconds = [line["seconds"] for line in lines if "validation" not in line]
         cost = {
             "steps": len(seconds),
             "trained_parameters": self.trained_parameters,
             "flops_per_step": self.flops_per_step,
             "seconds": sum(seconds),
             "step_seconds": statistics.median(seconds) if seconds else 0.0,
+            "validation_seconds": sum(line["seconds"] for line in lines if "validation" in line),
             "peak_memory_mib": peak_memory_mib(device),
             "ranks": self.ranks.world,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -116,6 +118,7 @@ def write_run_cost(
         "trained_parameters": sum(trained.values()),
         "flops_per_step": last.get("flops_per_step", 0.0),
         "step_seconds": last.get("step_seconds", 0.0),
+        "validation_seconds": sum(cost.get("validation_seconds", 0.0) for cost in costs),
         "peak_memory_mib": max((cost.get("peak_memory_mib", 0.0) for cost in costs), default=0.0),
         **seconds,
         "stages": costs,

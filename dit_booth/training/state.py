@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dit_booth.training.engine import Engine, compile_backbone, engine_settings,
 from dit_booth.training.metrics_logger import MetricsLogger
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
 from dit_booth.training.stage_cost import StageCost, dtype_of
+from dit_booth.training.validation import Probe, Validation
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +42,19 @@ class TrainState:
     ema: Ema | None
     loader: Loader
     cost: StageCost
+    validation: Validation | None
     logger: MetricsLogger | None
     step: int
 
     @classmethod
     def build(
-        cls, components: Components, stage: Stage, folder: Path, ranks: Ranks, logger: MetricsLogger | None
+        cls,
+        components: Components,
+        stage: Stage,
+        folder: Path,
+        ranks: Ranks,
+        logger: MetricsLogger | None,
+        probe: Probe | None = None,
     ) -> TrainState:
         """Set a stage up on the device, and load its latest checkpoint. ValueError: it cannot work as configured."""
         config, model = components.config, components.model
@@ -72,6 +81,7 @@ class TrainState:
             world_size=ranks.world,
             workers=config.data.workers,
         )
+        validation = Validation.build(components, options, ranks, dtype, loader.batch_size, probe)
         return cls(
             components,
             stage,
@@ -84,6 +94,7 @@ class TrainState:
             ema,
             loader,
             cost,
+            validation,
             logger,
             step,
         )
@@ -91,6 +102,15 @@ class TrainState:
     @property
     def train(self) -> TrainConfig:
         return self.components.config.train
+
+    def validate(self) -> None:
+        """Measure the network on held-out examples and log it, if the step is one to do so at."""
+        if self.validation is None or self.step % self.train.validate_every:
+            return
+        start = time.perf_counter()
+        values = self.validation.measure(self.ema)
+        if self.logger:
+            self.logger.validation(self.stage.name, self.step, values, time.perf_counter() - start)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""

@@ -233,7 +233,7 @@ def read_steps(folder: Path) -> dict[str, dict[str, float]]:
             name: value for key, value in line.items() if (name := OLDER_NAMES.get(key, key)) in FLOATS
         }
         for line in lines
-        if "step" in line
+        if "step" in line and "validation" not in line
     }
 
 
