@@ -39,6 +39,12 @@ COMMANDS = {
         "run a study, each shared stage once",
         "dit-booth sweep schedule --dry-run",
     ),
+    "evaluate": Command(
+        "dit_booth.commands.evaluate",
+        "EvaluateArguments",
+        "score a run's videos, or a folder of videos of any tool",
+        "dit-booth evaluate mine/videos.csv --weights dino=dino.pth",
+    ),
     "report": Command(
         "dit_booth.commands.report",
         "ReportArguments",

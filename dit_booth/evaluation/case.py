@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -48,6 +48,11 @@ class Case:
     noise_seed: int = 0
     control: Control = ""
     given: Tensor | None = None
+
+    def as_truth(self) -> Case:
+        """Return the real video as a case of its own: the ceiling, scored like a method."""
+        assert self.truth is not None
+        return replace(self, video=self.truth, control="truth", noise_seed=0, given=None)
 
     def __post_init__(self) -> None:
         check_pictures("video", self.video, axes="f 3 h w")

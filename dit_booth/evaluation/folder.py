@@ -14,7 +14,8 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -30,6 +31,8 @@ from dit_booth.evaluation.case import Case, Control
 from dit_booth.files import replacing, within, write_text
 
 VIDEOS = "videos.csv"
+LEFT_OUT = "left_out.json"
+"""Reasons for the videos that could not be scored, by file."""
 NEEDED = ("video", "image", "caption", "subject")
 
 
@@ -55,7 +58,16 @@ class VideoFolder(Sequence[Case]):
     """
 
     def __init__(self, file: Path) -> None:
-        self.folder, self.rows = file.parent, read_rows(file)
+        self.folder = file.parent
+        self.rows = [
+            replace(row, prompt=row.prompt or f"{row.image}: {row.caption}") for row in read_rows(file)
+        ]
+
+    def only(self, indices: Sequence[int]) -> VideoFolder:
+        """Return a folder of some of the videos."""
+        chosen = copy(self)
+        chosen.rows = [self.rows[index] for index in indices]
+        return chosen
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -117,7 +129,7 @@ def _case(folder: Path, row: VideoRow) -> Case:
         image=as_image_prompt(folder / row.image, size=max(video.shape[-2:])),
         caption=row.caption,
         subject=row.subject,
-        prompt=row.prompt or f"{row.image}: {row.caption}",
+        prompt=row.prompt,
         truth=_read(folder / row.truth) if row.truth else None,
         identity=identity,
         noise_seed=int(row.noise_seed),

@@ -7,8 +7,9 @@ CIE 142-2001); 0 is the same palette.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +21,19 @@ from scipy.cluster.vq import vq
 from scipy.optimize import linprog
 from torch import Tensor
 
+from dit_booth.evaluation.case import Case, Values
 from dit_booth.evaluation.check import check_pictures
-from dit_booth.evaluation.segment import WHITE, delta_e, subject_mask, to_lab
+from dit_booth.evaluation.segment import WHITE, case_masks, delta_e, subject_mask, subject_masks, to_lab
 
 Array = NDArray[np.float64]
 
 _SEED = 0
 _RESTARTS = 4
 _ITERATIONS = 20
+_ENUMERATED = (
+    3  # colours up to which the optimal transport is found among all basic solutions: 50 times as fast
+)
+_ROUNDING = 1e-9
 _INTERIOR = 0.4  # drop the outline from a palette if at least this fraction of the subject remains
 
 
@@ -77,14 +83,44 @@ def palette_distance(a: Palette, b: Palette) -> float:
     """
     cost = delta_e(rearrange(a.colours, "i c -> i 1 c"), rearrange(b.colours, "j c -> 1 j c"))
     rows, columns = cost.shape
-    margins = np.concatenate(
-        [repeat(np.eye(rows), "r i -> r (i j)", j=columns), repeat(np.eye(columns), "r j -> r (i j)", i=rows)]
-    )
+    margins = _margins(rows, columns)
     # One margin follows from the others: without it rounding cannot make the plan infeasible.
     wanted = np.concatenate([a.weights, b.weights])[:-1]
-    plan = linprog(rearrange(cost, "i j -> (i j)"), A_eq=margins[:-1], b_eq=wanted, method="highs")
+    if max(rows, columns) <= _ENUMERATED:
+        plans = _bases(rows, columns) @ wanted
+        costs = plans @ rearrange(cost, "i j -> (i j)")
+        return max(0.0, float(costs[plans.min(axis=1) > -_ROUNDING].min()))
+    plan = linprog(rearrange(cost, "i j -> (i j)"), A_eq=margins, b_eq=wanted, method="highs")
     assert plan.success, plan.message
     return max(0.0, float(plan.fun))
+
+
+def palette_scores(case: Case) -> dict[str, Values]:
+    """Score every frame: `palette` (Delta E 2000) and `subject_found` (0 or 1)."""
+    found = case_masks(case)
+    distances = palette_distances(case.video, case.image, found)
+    return {"palette": distances, "subject_found": found.any((1, 2)).numpy().astype(np.float64)}
+
+
+def palette_distances(video: Tensor, image: Tensor, masks: Tensor, k: int = 3) -> Array:
+    """Compute each frame's distance between the subject's palette and the image prompt's, `f`.
+
+    A frame without a subject counts with the palette of the whole frame: that is its background, which is far
+    from any subject that can be seen on it. It is never left out, so a subject that vanishes scores worse.
+
+    Args:
+        video: `f 3 h w` in [-1, 1].
+        image: `3 s s` in [-1, 1], the subject on white.
+        masks: `f h w` bool, true on the subject.
+        k: colours of a palette.
+    """
+    target = subject_palette(image, subject_mask(image, background=WHITE), k)
+    return np.array(
+        [
+            palette_distance(subject_palette(frame, mask, k), target)
+            for frame, mask in zip(video, masks, strict=True)
+        ]
+    )
 
 
 def video_palette_distance(
@@ -92,8 +128,7 @@ def video_palette_distance(
 ) -> PaletteScore:
     """Compute the distance between the subject's palette in the frames and in the image prompt, mean over frames.
 
-    A frame without a subject counts with the palette of the whole frame: that is its background, which is far
-    from any subject that can be seen on it. It is never left out, so a subject that vanishes scores worse.
+    See `palette_distances` for frames without a subject.
 
     Args:
         video: `f 3 h w` in [-1, 1].
@@ -112,13 +147,9 @@ def video_palette_distance(
             f"masks is {masks.dtype} of shape {tuple(masks.shape)}; "
             f"it must be torch.bool of the video's shape (f, h, w) = {(frames, height, width)}"
         )
-    found: Sequence[Tensor] = [subject_mask(frame) for frame in video] if masks is None else list(masks.cpu())
-    target = subject_palette(image, subject_mask(image, background=WHITE), k)
-    distances = [
-        palette_distance(subject_palette(frame, mask, k), target)
-        for frame, mask in zip(video, found, strict=True)
-    ]
-    return PaletteScore(float(np.mean(distances)), sum(bool(mask.any()) for mask in found) / frames)
+    found = subject_masks(video) if masks is None else masks.cpu()
+    distances = palette_distances(video, image, found, k)
+    return PaletteScore(float(np.mean(distances)), int(found.any(2).any(1).sum()) / frames)
 
 
 def subject_palette(frame: Tensor, mask: Tensor, k: int = 3) -> Palette:
@@ -132,6 +163,29 @@ def subject_palette(frame: Tensor, mask: Tensor, k: int = 3) -> Palette:
         inside = interior
     pixels = rearrange((frame.detach().cpu().clamp(-1, 1) + 1) / 2, "c h w -> h w c")
     return palette(pixels[torch.from_numpy(inside if inside.any() else ~inside)], k)
+
+
+@cache
+def _margins(rows: int, columns: int) -> Array:
+    """Return the matrix that maps a transport plan to its margins but the last: `margin (i j)`."""
+    outgoing = repeat(np.eye(rows), "r i -> r (i j)", j=columns)
+    incoming = repeat(np.eye(columns), "r j -> r (i j)", i=rows)
+    return np.concatenate([outgoing, incoming])[:-1]
+
+
+@cache
+def _bases(rows: int, columns: int) -> Array:
+    """Return the matrix from margins to plan of every basis of the transport problem: `basis (i j) margin`.
+
+    A linear programme has its optimum at a basic feasible solution; 3 x 3 cells have 81 of them.
+    """
+    margins = _margins(rows, columns)
+    chosen = [list(cells) for cells in combinations(range(rows * columns), len(margins))]
+    chosen = [cells for cells in chosen if np.linalg.matrix_rank(margins[:, cells]) == len(margins)]
+    bases = np.zeros((len(chosen), rows * columns, len(margins)))
+    for basis, cells in zip(bases, chosen, strict=True):
+        basis[cells] = np.linalg.inv(margins[:, cells])
+    return bases
 
 
 def _k_means(

@@ -1,12 +1,21 @@
-"""Metrics on pixels: PSNR and motion."""
+"""PSNR to the real video."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor
 
-from dit_booth.evaluation.check import check_pictures
+from dit_booth.evaluation.case import Case, Values
+
+
+def psnr_scores(case: Case) -> Mapping[str, Values]:
+    """Return `psnr` of every frame; nothing without a real video, or for the real video itself."""
+    if case.truth is None or case.control == "truth":
+        return {}
+    return {"psnr": np.array([psnr(a, b) for a, b in zip(case.video, case.truth, strict=True)])}
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -21,21 +30,3 @@ def psnr(a: Tensor, b: Tensor) -> float:
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; compare equal shapes")
     error = float((a.detach().double().clamp(-1, 1) - b.detach().double().clamp(-1, 1)).square().mean())
     return 10 * math.log10(4 / error) if error else math.inf
-
-
-def motion(video: Tensor) -> float:
-    """Compute the mean absolute difference of consecutive frames, as a share of the range: 1 is black to white.
-
-    A still video has the best consistency scores: report motion beside them, and beside the ground truth's.
-
-    Args:
-        video: `f 3 h w` in [-1, 1], at least two frames.
-
-    Raises:
-        ValueError: the video has the wrong shape, or a single frame.
-    """
-    check_pictures("video", video, axes="f 3 h w")
-    if len(video) < 2:
-        raise ValueError("video has 1 frame; motion needs at least 2")
-    values = video.detach().float().clamp(-1, 1)
-    return float((values[1:] - values[:-1]).abs().mean() / 2)

@@ -8,6 +8,7 @@ the subject's pixels alone: whole-frame metrics also count the background.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from scipy import ndimage
 from skimage.color import deltaE_ciede2000, rgb2lab
 from torch import Tensor
 
+from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.check import check_pictures
 
 Array = NDArray[np.float64]
@@ -64,6 +66,25 @@ def subject_mask(frame: Tensor, *, background: Rgb | None = None) -> Tensor:
     return torch.from_numpy(_subject(lab, ground))
 
 
+def subject_masks(video: Tensor) -> Tensor:
+    """Segment the subject of every frame of a video `f 3 h w` in [-1, 1]: `f h w` bool on the CPU."""
+    return torch.stack([subject_mask(frame) for frame in video])
+
+
+@lru_cache(maxsize=1)
+def case_masks(case: Case) -> Tensor:
+    """Return `subject_masks` of a case's video; the metrics of one case share them."""
+    return subject_masks(case.video)
+
+
+def background(frame: Array, mask: NDArray[np.bool_]) -> Array:
+    """Fit the smooth background of a frame `h w 3` outside the subject's mask `h w`, evaluated everywhere."""
+    rest = ~ndimage.binary_dilation(mask, iterations=2)
+    if rest.mean() < SPECK:
+        rest = ~mask if not mask.all() else mask
+    return np.asarray(_fit(frame, rest, degree=3))
+
+
 def to_lab(values: Tensor) -> Array:
     """Return CIELAB (D65) of colours in [-1, 1] along the last axis; values beyond are clamped."""
     return np.asarray(rgb2lab((values.detach().to("cpu", torch.float64).clamp(-1, 1).numpy() + 1) / 2))
@@ -95,26 +116,31 @@ def _commonest(lab: Array, border: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return the border pixels around the border's commonest colour (the one with the most others near it)."""
     colours = lab[border]
     candidates = colours[:: max(1, len(colours) // 256)]
-    apart = np.linalg.norm(
-        rearrange(candidates, "n c -> n 1 c") - rearrange(colours, "m c -> 1 m c"), axis=-1
-    )
-    centre = candidates[int((apart < _NEAR).sum(axis=1).argmax())]
-    near: NDArray[np.bool_] = np.linalg.norm(lab - centre, axis=-1) < _NEAR
+    lengths = (np.square(each).sum(axis=1) for each in (candidates, colours))
+    apart = np.add.outer(*lengths) - 2 * candidates @ colours.T  # squared
+    centre = candidates[int((apart < _NEAR**2).sum(axis=1).argmax())]
+    near: NDArray[np.bool_] = _distance(lab, centre) < _NEAR
     return border & near
 
 
 def _fit(lab: Array, chosen: NDArray[np.bool_], *, degree: int) -> Array:
     """Fit a least-squares polynomial surface to the chosen pixels, evaluated everywhere: `h w c`."""
-    y, x = np.meshgrid(*(np.linspace(-1, 1, side) for side in lab.shape[:2]), indexing="ij")
-    terms = [x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)]
-    basis = np.stack(terms, axis=-1)
+    basis = _polynomials(*chosen.shape, degree)
     # A slight ridge keeps the surface flat if too few pixels are chosen.
-    ridge = 1e-3 * chosen.sum() * np.eye(len(terms))
+    ridge = 1e-3 * chosen.sum() * np.eye(basis.shape[-1])
     ridge[0, 0] = 0
     known = basis[chosen]
     weights = np.linalg.lstsq(known.T @ known + ridge, known.T @ lab[chosen], rcond=None)[0]
     return np.asarray(basis @ weights)
 
 
+@cache
+def _polynomials(height: int, width: int, degree: int) -> Array:
+    """Return the terms of a polynomial of two variables in [-1, 1] at every pixel: `h w terms`."""
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    return np.stack([x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)], axis=-1)
+
+
 def _distance(lab: Array, ground: Array) -> Array:
-    return np.asarray(np.linalg.norm(lab - ground, axis=-1))
+    light, red, yellow = rearrange(lab - ground, "h w c -> c h w")
+    return np.asarray(np.sqrt(light * light + red * red + yellow * yellow))

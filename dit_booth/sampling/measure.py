@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from dit_booth.components import Components
 from dit_booth.evaluation import score, summary
 from dit_booth.evaluation.case import Case, Scorer
 from dit_booth.evaluation.folder import write_videos
-from dit_booth.evaluation.learned.clip_score import clip_scores
-from dit_booth.evaluation.palette import video_palette_distance
-from dit_booth.evaluation.pixels import psnr
+from dit_booth.evaluation.motion import flicker_scores, motion_scores
+from dit_booth.evaluation.oracle import oracle_scores
+from dit_booth.evaluation.palette import palette_scores
+from dit_booth.evaluation.pixels import psnr_scores
 from dit_booth.evaluation.scores import SCORES, write_scores
-from dit_booth.evaluation.shape import video_shape_overlap
 from dit_booth.sampling.contact_sheet import SheetRow, contact_sheet
+from dit_booth.sampling.scorers import judge_scorer, own_scorer
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,7 @@ def measure(components: Components, cases: Mapping[str, Case], out: Path) -> dic
     """
     config = components.config
     scorers = run_scorers(components)
-    truths = {
-        case.prompt: replace(case, video=case.truth, control="truth", noise_seed=0, given=None)
-        for case in cases.values()
-        if case.truth is not None
-    }
+    truths = {case.prompt: case.as_truth() for case in cases.values() if case.truth is not None}
     every = [*cases.values(), *truths.values()]
     scores = [one for case in every for one in score(case, scorers, seed=config.train.seed)]
     write_scores(out / SCORES, scores)
@@ -66,26 +63,15 @@ def measure(components: Components, cases: Mapping[str, Case], out: Path) -> dic
 
 
 def run_scorers(components: Components) -> list[Scorer]:
-    """Return the scorers that a run has without a download: of the pixels, and of its own encoders."""
-    device, text = components.device, components.model.text
-
-    def clip(case: Case) -> dict[str, float]:
-        found = clip_scores(
-            [case.video],
-            [case.image],
-            [case.caption],
-            lambda images: components.image_encoder(images.to(device)).embedding,
-            lambda captions: text(text.tokenize(list(captions))).pooled,
-        )
-        return {name: values[0] for name, values in found.items()}
-
-    def pixels(case: Case) -> dict[str, float]:
-        colour = video_palette_distance(case.video, case.image)
-        out = {"palette": colour.distance, "subject_found": colour.found}
-        if case.identity:
-            out["shape"] = video_shape_overlap(case.video, case.identity["shape"])
-        if case.truth is not None and case.control != "truth":
-            out["psnr"] = psnr(case.video, case.truth)
-        return out
-
-    return [pixels, clip]
+    """Return the scorers without a download: the exact ones and judges on the toy world, else of the subject seen."""
+    own = own_scorer(components)
+    if components.config.data.kind == "toyworld":
+        return [
+            oracle_scores,
+            palette_scores,
+            flicker_scores,
+            psnr_scores,
+            own,
+            judge_scorer(components.device),
+        ]
+    return [motion_scores, psnr_scores, own]

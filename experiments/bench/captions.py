@@ -27,8 +27,8 @@ from torch import Tensor
 from dit_booth.components import Components, build
 from dit_booth.config.parse import parse
 from dit_booth.data.example import Example
+from dit_booth.evaluation.oracle import best_shapes, shape_overlaps
 from dit_booth.evaluation.segment import subject_mask
-from dit_booth.evaluation.shape import best_shape, video_shape_overlap
 from dit_booth.sampling.generate import generate
 
 WAYS = ("moving left", "moving right", "moving up", "moving down", "growing", "shrinking")
@@ -113,8 +113,9 @@ class Shape:
 
 def shape_of(video: Tensor, shape: str) -> Shape:
     """Score how well a video (f 3 h w in [-1, 1]) keeps to a shape; no shape is right if its middle frame is empty."""
-    middle = subject_mask(video[len(video) // 2])
-    return Shape(video_shape_overlap(video, shape), bool(middle.any()) and best_shape(middle) == shape)
+    middle = len(video) // 2
+    overlap = float(shape_overlaps(video, shape).mean())
+    return Shape(overlap, best_shapes(video[middle : middle + 1]) == [shape])
 
 
 def summary_of(shapes: list[Shape]) -> dict[str, float]:

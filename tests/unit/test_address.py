@@ -46,6 +46,7 @@ def usual() -> dict[str, str]:
         "--guidance.scale 3",
         "--sampler.steps 9",
         "--train.checkpoint-every 7",
+        "--train.validate-every 7 --train.validate-examples 3 --train.validate-prompts 1",
         "--data.workers 2",
         "--data.triplets.dev-csv other.csv",
         "--data.triplets.stride 2",

@@ -12,7 +12,7 @@ from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
 from dit_booth.evaluation import score, summary
 from dit_booth.evaluation.case import Case, Values
 from dit_booth.evaluation.learned.clip_score import clip_scores
-from dit_booth.evaluation.pixels import motion, psnr
+from dit_booth.evaluation.pixels import psnr, psnr_scores
 from dit_booth.evaluation.scores import Score, read_scores, write_scores
 
 torch.set_num_threads(1)
@@ -69,19 +69,16 @@ def test_psnr_in_decibels():
         psnr(a, a[:1])
 
 
-def test_motion_is_a_share_of_the_range():
-    still = solid(RED, RED, RED)
-    assert motion(still) == 0
-    assert motion(solid((-1.0, -1.0, -1.0), (1.0, 1.0, 1.0))) == 1
-    assert motion(solid((0.0, 0.0, 0.0), (0.2, 0.2, 0.2), (0.2, 0.2, 0.2))) == pytest.approx(0.05)
-    with pytest.raises(ValueError, match="at least 2"):
-        motion(still[:1])
-
-
 def case(index: int = 0, frames: int = 3, **fields) -> Case:
     example = Toyworld(ToyworldConfig(size=16, frames=frames))[index]
     own = {"image": example.image, "caption": example.caption, "truth": example.video, "prompt": example.key}
     return Case(**{"video": example.video, **own, **fields})
+
+
+def test_psnr_is_to_the_real_video():
+    one = case(video=case().video + 0.2 * torch.tensor([1.0, 0.1, 0.0]).view(3, 1, 1, 1))
+    assert psnr_scores(one)["psnr"] == pytest.approx([20, 40, math.inf], abs=0.1)
+    assert psnr_scores(case(truth=None)) == psnr_scores(case().as_truth()) == {}
 
 
 def test_scores_are_kept_frame_by_frame():

@@ -239,7 +239,7 @@ def render_video(identity: Identity | IdentityDict, *, frames: int, size: int) -
     # Rows run down and the subject's y runs up.
     x, y = (grid[None, None, :] - centre_x) / radius, (centre_y - grid[None, :, None]) / radius
     cos, sin = np.cos(angle), np.sin(angle)
-    alpha, colour = _paint(it, cos * x + sin * y, cos * y - sin * x, pixels=radius * np.float32(size))
+    alpha, colour = paint(it, cos * x + sin * y, cos * y - sin * x, pixels=radius * np.float32(size))
     ground = _ground(it, size)
     video = ground + (colour - ground) * rearrange(alpha, "f h w -> f 1 h w")
     return torch.from_numpy(video * np.float32(2) - np.float32(1)), torch.from_numpy(alpha > 0.5)
@@ -261,7 +261,7 @@ def render_prompt(identity: Identity | IdentityDict, *, size: int) -> Tensor:
     )
     x = grid[None, None, :] + (columns[-1] + columns[0]) / np.float32(2)
     y = -grid[None, :, None] - (rows[-1] + rows[0]) / np.float32(2)
-    alpha, colour = _paint(it, *_prompt_pose(it, x, y), pixels=_column(np.array([size / (2 * half)])))
+    alpha, colour = paint(it, *_prompt_pose(it, x, y), pixels=_column(np.array([size / (2 * half)])))
     image = 1 + (colour - 1) * rearrange(alpha, "f h w -> f 1 h w")
     return torch.from_numpy(image[0] * np.float32(2) - np.float32(1))
 
@@ -321,8 +321,11 @@ def _prompt_pose(it: Identity, x: Plane, y: Plane) -> tuple[Plane, Plane]:
     return (-px if it.prompt_flip else px), py
 
 
-def _paint(it: Identity, x: Plane, y: Plane, *, pixels: Plane) -> tuple[Plane, Plane]:
-    """Coverage `f h w` and colour `f 3 h w` of the subject at its own coordinates `x`, `y` (`f h w`)."""
+def paint(it: Identity, x: Plane, y: Plane, *, pixels: Plane) -> tuple[Plane, Plane]:
+    """Return coverage `f h w` and colour `f 3 h w` of the subject at its own coordinates `x`, `y` (`f h w`).
+
+    `pixels` is pixels per radius, `f 1 1`: it sets the width of the anti-aliased outlines.
+    """
     alpha = coverage(SHAPES[it.shape](x, y), pixels)
     first, second = (rearrange(np.asarray(rgb, dtype=np.float32), "c -> 1 c 1 1") for rgb in it.rgb)
     cos, sin = np.float32(math.cos(it.direction)), np.float32(math.sin(it.direction))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_booth.evaluation.case import Case, Scorer, Values
 from dit_booth.evaluation.learned.clip_score import ImageFeatures, TextFeatures
-from dit_booth.evaluation.learned.similarity import cosines, features_of
+from dit_booth.evaluation.learned.similarity import cosines, features_of, unit_features
 
 Array = NDArray[np.float64]
 Detector = Callable[[Tensor, Tensor], Sequence[Tensor]]
@@ -70,9 +70,11 @@ def crop_and_match_scorer(detect: Detector, image: ImageFeatures, text: TextFeat
         indices = np.linspace(0, len(case.video) - 1, FRAMES, dtype=int)
         chosen = np.unique(indices)  # a video of fewer frames is sampled with repetitions
         found = _check_boxes(detect(case.video[chosen.tolist()], case.image), frames=len(chosen))
-        boxes = dict(zip(chosen.tolist(), found, strict=True))
+        reference = unit_features("image", image(case.image[None]), rows=1)
+        words = unit_features("text", text([case.subject or case.caption]), rows=1)
         matched = {
-            index: _match(case, index, frame_boxes, image, text) for index, frame_boxes in boxes.items()
+            index: _match(case.video[index], boxes, image, reference, words)
+            for index, boxes in zip(chosen.tolist(), found, strict=True)
         }
         best, counted = np.full(len(case.video), np.nan), np.full(len(case.video), np.nan)
         for index, (confidence, named, cosine) in matched.items():

@@ -34,7 +34,8 @@ def masks_of_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     x, y = torch.arange(width) + 0.5, torch.arange(height) + 0.5
     x1, y1, x2, y2 = rearrange(boxes, "n c -> c n 1")
     inside_x, inside_y = (x >= x1) & (x <= x2), (y >= y1) & (y <= y2)
-    return rearrange(inside_y, "n h -> n h 1") & rearrange(inside_x, "n w -> n 1 w")
+    masks: Tensor = rearrange(inside_y, "n h -> n h 1") & rearrange(inside_x, "n w -> n 1 w")
+    return masks
 
 
 def crop_to_subject(picture: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,8 @@ class Clip:
 def load_dino(weights: Weights, device: Device = "cpu", *, name: str = "dino") -> FeatureNetwork:
     """Load DINO (Caron et al. 2021): `dino` is ViT-S/16, `dino_b` ViT-B/16; files of facebookresearch/dino or timm.
 
-    Pictures that are not square get their positions resampled (VBench crops nothing).
+    Prepared pictures may have any size, as VBench's have: positions are resampled, and what does not fill a patch is
+    left out, as in the original.
 
     Raises:
         ValueError: the weights are absent, broken, or another network's.
@@ -91,9 +94,26 @@ def load_dino(weights: Weights, device: Device = "cpu", *, name: str = "dino") -
     }[name]
     path = find_weights(name, weights.get(name), example=example, files=_TIMM_FILES)
     file = find_file(name, path, _TIMM_FILES)
-    model = timm.create_model(model_name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    model = timm.create_model(model_name, pretrained=False, num_classes=0, weight_init="skip")
     load_strictly(model, read_weights(file), f"weights {name} = {file}")
-    return _network(model, DINO, device)
+    place = _place(model, device)
+    return FeatureNetwork(_at_any_size(model), DINO, place)
+
+
+def _at_any_size(model: Any) -> Callable[[Tensor], Tensor]:
+    """Return a vision transformer's forward for pictures of any size."""
+    positions, patch = model.pos_embed.detach().clone(), model.patch_embed.patch_size[0]
+
+    def encode(pictures: Tensor) -> Tensor:
+        rows, columns = (side // patch for side in pictures.shape[-2:])
+        size = (rows * patch, columns * patch)
+        if size != tuple(model.patch_embed.img_size):
+            model.set_input_size(img_size=size)
+            model.pos_embed = nn.Parameter(resample_positions(positions, rows, columns), requires_grad=False)
+        features: Tensor = model(pictures[..., : size[0], : size[1]])
+        return features
+
+    return encode
 
 
 def load_dinov2(weights: Weights, device: Device = "cpu") -> FeatureNetwork:
@@ -120,24 +140,28 @@ def load_dinov2(weights: Weights, device: Device = "cpu") -> FeatureNetwork:
             f"weights dinov2 = {file}: no DINOv2 of width 384, 768 or 1024 (its class token's width is {width});"
             " give dinov2_vits14_pretrain.pth, vitb14 or vitl14, without registers"
         )
-    model = timm.create_model(f"vit_{size}_patch14_dinov2", pretrained=False, num_classes=0, img_size=224)
-    state["pos_embed"] = resample_positions(positions, side=224 // 14)
+    model = timm.create_model(
+        f"vit_{size}_patch14_dinov2", pretrained=False, num_classes=0, img_size=224, weight_init="skip"
+    )
+    state["pos_embed"] = resample_positions(positions, 224 // 14, 224 // 14)
     load_strictly(model, state, f"weights dinov2 = {file}")
-    return _network(model, DINO, device)
+    place = _place(model, device)
+    return FeatureNetwork(model, DINO, place)
 
 
-def resample_positions(positions: Tensor, side: int) -> Tensor:
-    """Resample position embeddings (1 (1 n^2) d, class token first) to a grid of side x side: 1 (1 side^2) d.
+def resample_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Resample position embeddings (1 (1 n^2) d, class token first) to another grid: 1 (1 rows*columns) d.
 
-    Bicubic without antialiasing at the scale (side + 0.1) / n, as dinov2's `interpolate_pos_encoding` does.
+    Bicubic without antialiasing at the scales (rows + 0.1) / n and (columns + 0.1) / n, as `interpolate_pos_encoding`
+    of facebookresearch/dino and dinov2.
     """
     grid = round((positions.shape[1] - 1) ** 0.5)
-    if grid == side:
+    if grid == rows == columns:
         return positions
     patches = rearrange(positions[:, 1:], "1 (h w) d -> 1 d h w", h=grid)
-    scale = (side + 0.1) / grid
-    patches = F.interpolate(patches, scale_factor=(scale, scale), mode="bicubic")
-    assert patches.shape[-1] == side
+    scales = ((rows + 0.1) / grid, (columns + 0.1) / grid)
+    patches = F.interpolate(patches, scale_factor=scales, mode="bicubic")
+    assert tuple(patches.shape[-2:]) == (rows, columns)
     return torch.cat((positions[:, :1], rearrange(patches, "1 d h w -> 1 (h w) d")), dim=1)
 
 
@@ -212,9 +236,21 @@ def load_clip(weights: Weights, device: Device = "cpu", *, name: str = "clip") -
     file = find_file(name, path, _CLIP_FILES)
     state = _clip_state(file)
     model_name = model_name or _openai_name(state, f"weights {name} = {file}")
-    model = open_clip.create_model(model_name, load_weights=False)
+    with _quiet():  # open_clip warns of random weights
+        model = open_clip.create_model(model_name, load_weights=False)
     load_strictly(model, state, f"weights {name} = {file}")
     return _clip(model, open_clip.get_tokenizer(model_name), _clip_squash(path), device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop log records up to WARNING."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _clip_state(file: Path) -> dict[str, Tensor]:
@@ -268,10 +304,6 @@ def _clip(model: Any, tokenizer: Callable[[list[str]], Tensor], squash: bool, de
         return features
 
     return Clip(FeatureNetwork(model.encode_image, prepare, place), text)
-
-
-def _network(model: nn.Module, prepare: Preprocessing, device: Device) -> FeatureNetwork:
-    return FeatureNetwork(model, prepare, _place(model, device))
 
 
 def _place(model: nn.Module, device: Device) -> torch.device:

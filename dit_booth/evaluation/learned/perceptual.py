@@ -6,6 +6,7 @@ Both networks come from their authors' packages (`lpips`, `dreamsim`), which are
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
@@ -31,6 +32,8 @@ _DREAMSIM_FILES = (
     "open_clip_vitb16_pretrain.pth.tar",
     "clip_vitb16_pretrain.pth.tar",
     "ensemble_lora",
+    "facebookresearch_dino_main",  # these two are torch.hub's copies, made where the package first ran
+    "checkpoints/dino_vitbase16_pretrain.pth",
 )
 
 
@@ -46,7 +49,9 @@ def load_lpips(weights: Weights, device: Device = "cpu") -> Distance:
     """
     package = _import("lpips", "pip install 'dit-booth[metrics]'")
     file = find_weights("lpips", weights.get("lpips"), example="alexnet-owt-7be5be79.pth", files=())
-    model = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():  # the package calls torchvision as it was
+        warnings.simplefilter("ignore", UserWarning)
+        model = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
     own = {name.split(".", 1)[1]: name for name in model.net.state_dict()}  # 0.weight -> slice1.0.weight
     state = {k: v for k, v in read_weights(file).items() if not k.startswith("classifier.")}
     named = {own.get(k.removeprefix("features."), k): v for k, v in state.items()}
@@ -54,7 +59,8 @@ def load_lpips(weights: Weights, device: Device = "cpu") -> Distance:
     model.eval().requires_grad_(False).to(device)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return rearrange(model(*(_enlarge(x.to(device)) for x in (a, b))), "n 1 1 1 -> n")
+        values: Tensor = model(*(_enlarge(x.to(device)) for x in (a, b)))
+        return rearrange(values, "n 1 1 1 -> n")
 
     return distance
 
@@ -62,19 +68,20 @@ def load_lpips(weights: Weights, device: Device = "cpu") -> Distance:
 def load_dreamsim(weights: Weights, device: Device = "cpu") -> Distance:
     """Load DreamSim's ensemble (Fu et al. 2023): 1 - cosine of the embeddings, after a bicubic resize to 224 x 224.
 
-    `weights["dreamsim"]` is the folder of its unpacked checkpoint (dreamsim_ensemble_checkpoint.zip).
+    `weights["dreamsim"]` is the folder that `dreamsim.dreamsim(cache_dir=FOLDER)` fills where it may download.
 
     Raises:
-        ValueError: the package or a file of the checkpoint is absent.
+        ValueError: the package or a file of that folder is absent.
     """
-    package = _import("dreamsim", "pip install dreamsim")
+    package = _import("dreamsim", "pip install 'dit-booth[metrics]'")
     folder = find_weights(
         "dreamsim", weights.get("dreamsim"), example="dreamsim_ensemble_checkpoint", files=()
     )
     absent = [name for name in _DREAMSIM_FILES if not (folder / name).exists()]
-    if absent:  # the package would download the whole checkpoint
+    if absent:  # the package would download them
         raise ValueError(
-            f"weights dreamsim = {folder}: {', '.join(absent)} missing; unpack the checkpoint there"
+            f"weights dreamsim = {folder}: it has no {', '.join(absent)}; fill it where downloads are possible:"
+            f" python -c \"import dreamsim; dreamsim.dreamsim(device='cpu', cache_dir='{folder}')\""
         )
     model, _ = package.dreamsim(pretrained=True, device=str(device), cache_dir=str(folder))
     return dreamsim_distance(model.embed, device)

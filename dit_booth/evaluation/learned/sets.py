@@ -32,7 +32,7 @@ def frechet_distance(a: Array, b: Array) -> float:
     """Compute |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S the covariances (n - 1 in the denominator).
 
     Without a matrix square root: with centered samples A and B, the trace of (S_a S_b)^(1/2) is the sum of the
-    singular values of A B^T / sqrt((n - 1)(m - 1)). So singular covariances, of fewer samples than channels, do no harm.
+    singular values of A B^T / sqrt((n - 1)(m - 1)). So singular covariances (few samples) do no harm.
 
     Args:
         a, b: features, `n d` and `m d`.

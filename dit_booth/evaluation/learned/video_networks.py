@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_booth.evaluation.learned.networks import Device, Weights
 from dit_booth.evaluation.learned.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from dit_booth.evaluation.learned.weights import (
     find_file,
     find_weights,
-    load_strictly,
     read_torchscript,
     read_weights,
 )
@@ -39,7 +39,8 @@ def load_i3d(weights: Weights, device: Device = "cpu") -> VideoFeatures:
     """
     file = find_weights("i3d", weights.get("i3d"), example="i3d_torchscript.pt", files=())
     module = read_torchscript(file).to(device)
-    takes = {argument.name for argument in module.forward.schema.arguments}
+    schema = module._c._get_method("forward").schema
+    takes = {argument.name for argument in schema.arguments}
     options = {"rescale": False, "resize": False, "return_features": True}
 
     def features(videos: Tensor) -> Tensor:
@@ -56,8 +57,9 @@ def load_i3d(weights: Weights, device: Device = "cpu") -> VideoFeatures:
 
 
 def load_vjepa(weights: Weights, device: Device = "cpu") -> VideoFeatures:
-    """Load V-JEPA from a TorchScript file, the network of JEDi (Luo et al. 2024): ViT-H/16 with its SSv2 probe's pooler.
+    """Load V-JEPA from a TorchScript file, the network of JEDi (Luo et al. 2024).
 
+    The released metric takes ViT-H/16 and the pooler of its SSv2 probe.
     The module maps `n 3 f 224 224`, normalized with ImageNet's statistics, to `n d`.
 
     Raises:
@@ -84,9 +86,10 @@ def load_videomae(weights: Weights, device: Device = "cpu") -> VideoFeatures:
         ValueError: transformers or the folder is absent, the weights do not fit; when called, a video is too short.
     """
     path = find_weights("videomae", weights.get("videomae"), example="videomae-base-finetuned-ssv2", files=())
-    model = _build_videomae(path)
-    model.eval().requires_grad_(False).to(device)
-    wanted, side = int(model.config.num_frames), int(model.config.image_size)
+    encoder, norm = _read_videomae(path)
+    encoder.requires_grad_(False).to(device)
+    norm.requires_grad_(False).to(device)
+    wanted, side = int(encoder.config.num_frames), int(encoder.config.image_size)
 
     def features(videos: Tensor) -> Tensor:
         frames = videos.shape[1]
@@ -96,31 +99,39 @@ def load_videomae(weights: Weights, device: Device = "cpu") -> VideoFeatures:
             )
         chosen = torch.linspace(0, frames - 1, wanted).round().long()
         prepared = _normalize(_resize_and_crop(videos[:, chosen].to(device), side))
-        tokens = model.videomae(prepared).last_hidden_state.mean(dim=1)
-        norm = getattr(model, "fc_norm", None)
-        return _check(tokens if norm is None else norm(tokens), len(videos), "videomae")
+        return _check(norm(encoder(prepared).last_hidden_state.mean(dim=1)), len(videos), "videomae")
 
     return features
 
 
-def _build_videomae(path: Any) -> Any:
+def _read_videomae(path: Path) -> tuple[Any, nn.Module]:
+    """Return the encoder of a transformers folder and the norm of its classifier (the identity if it has none)."""
     try:
-        from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+        from transformers import VideoMAEForVideoClassification, VideoMAEModel
     except ImportError as error:
         raise ValueError(
             f"fvd_videomae needs transformers ({error}); install it: pip install transformers"
         ) from error
+    source = f"weights videomae = {path}"
     if not (path / "config.json").is_file():
-        raise ValueError(f"weights videomae = {path}: no config.json; give a transformers folder of VideoMAE")
-    config = VideoMAEConfig.from_pretrained(path)
-    state = read_weights(find_file("videomae", path, _FILES))
-    with_head = any(name.startswith("fc_norm.") for name in state)
-    config.use_mean_pooling = with_head  # without a head the encoder keeps its last norm
-    model = VideoMAEForVideoClassification(config)
-    model.classifier = torch.nn.Identity()
-    kept = {k: v for k, v in state.items() if k.startswith(("videomae.", "fc_norm."))}
-    load_strictly(model, kept or {f"videomae.{k}": v for k, v in state.items()}, f"weights videomae = {path}")
-    return model
+        raise ValueError(f"{source}: no config.json; give a transformers folder of VideoMAE")
+    classifies = "fc_norm.weight" in read_weights(find_file("videomae", path, _FILES))
+    kind = VideoMAEForVideoClassification if classifies else VideoMAEModel
+    try:
+        loaded: Any = kind.from_pretrained(
+            path, local_files_only=True, weights_only=True, output_loading_info=True
+        )
+        model, info = loaded
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{source} holds the weights of another network: {error}; give VideoMAE's folder"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{source} holds the weights of another network: {len(missing)} missing ({', '.join(missing[:3])});"
+            " give VideoMAE's folder"
+        )
+    return (model.videomae, model.fc_norm) if classifies else (model, nn.Identity())
 
 
 def _resize_and_crop(videos: Tensor, side: int = _SIDE) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def _read(file: Path, torchscript: bool) -> object:
         except SafetensorError as error:
             raise ValueError(str(error)) from error
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # it announces what it finds in the file
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except RuntimeError as error:
         if torchscript and "TorchScript" in str(error):
             return dict(read_torchscript(file).state_dict())
@@ -125,7 +128,9 @@ def read_torchscript(file: Path) -> torch.jit.ScriptModule:
     No Python is run, but the archive's own program is when it is called: take it from a source you trust.
     """
     try:
-        module: torch.jit.ScriptModule = torch.jit.load(str(file), map_location="cpu")
+        with warnings.catch_warnings():  # PyTorch deprecates the format, in which FVD's network is published
+            warnings.simplefilter("ignore", FutureWarning)
+            module: torch.jit.ScriptModule = torch.jit.load(str(file), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{file} is no TorchScript file: {reason}; save it with torch.jit.save") from error

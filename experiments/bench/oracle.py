@@ -1,0 +1,254 @@
+"""Do the oracle metrics find failures that are planted, and nothing else? A Markdown table of means over frames.
+
+    python -m experiments.bench.oracle
+    python -m experiments.bench.oracle --runs runs/demo/samples runs/samples-toyworld --speed
+
+Each failure is rendered into the same held-out examples, or applied to their real videos; its row says how many of
+them it applies to (a plain subject has no texture to rotate). `mirrored` is none: an image prompt may be mirrored.
+`--runs` adds folders of sampled toy-world videos (`000.mp4`, ..., and a `metrics.jsonl` with the examples' keys).
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from einops import rearrange, repeat
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from dit_booth.data.example import Example
+from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
+from dit_booth.data.toyworld.world import (
+    COLOUR_CONTRAST,
+    COLOURS,
+    Identity,
+    Rgb,
+    Toyworld,
+    ToyworldConfig,
+    render_video,
+)
+from dit_booth.data.video import read_video
+from dit_booth.evaluation.case import Case
+from dit_booth.evaluation.catalogue import describe
+from dit_booth.evaluation.oracle import oracle_scores
+from dit_booth.evaluation.palette import palette_scores
+from dit_booth.evaluation.pixels import psnr
+
+METRICS = (
+    *("appearance", "right_shape", "shape", "right_texture", "palette", "subject_found", "psnr"),
+    *("speed", "growth", "rotation"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleArguments:
+    examples: int = 48
+    """Held-out examples that the failures are planted in."""
+    frames: int = 8
+    """Frames of each video."""
+    size: int = 32
+    """Side of the videos in pixels."""
+    runs: tuple[str, ...] = ()
+    """Folders of sampled videos, such as runs/demo/samples."""
+    speed: bool = False
+    """Measure frames per second on 12 videos as well."""
+
+
+def main(settings: OracleArguments) -> None:
+    torch.set_num_threads(1)
+    config = ToyworldConfig(frames=settings.frames, size=settings.size, split="heldout")
+    world = Toyworld(config)
+    examples = [world[i] for i in range(settings.examples)]
+    print("| video | n | " + " | ".join(_heading(name) for name in METRICS) + " |")
+    print("|---|---:|" + "---:|" * len(METRICS))
+    for name, plant in FAILURES.items():
+        planted = [(plant(example), example) for example in examples]
+        print(_row(name, [_case(video, example) for video, example in planted if video is not None]))
+    others = [*examples[1:], examples[0]]
+    print(_row("another example's", [_case(b.video, a) for a, b in zip(examples, others, strict=True)]))
+    for folder in settings.runs:
+        print(_row(f"`{Path(folder).name}`", list(read_run(Path(folder)))))
+    if settings.speed:
+        _measure_speed([_case(example.video, example) for example in examples[:12]])
+
+
+def score(case: Case) -> dict[str, float]:
+    """Return a video's mean of every metric over the frames that have one."""
+    frames = {**oracle_scores(case), **palette_scores(case)}
+    assert case.truth is not None
+    means = {name: float(np.nanmean(each)) for name, each in frames.items() if not np.isnan(each).all()}
+    return means | {"psnr": psnr(case.video, case.truth)}
+
+
+def read_run(folder: Path) -> Iterator[Case]:
+    """Read a run's sampled videos of toy-world examples, named by the keys in its metrics.jsonl.
+
+    Raises:
+        ValueError: there is no metrics.jsonl, or its keys are not the toy world's.
+    """
+    if not (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"{folder} has no metrics.jsonl; give the folder of a run's sampled videos")
+    for number, line in enumerate((folder / "metrics.jsonl").read_text().splitlines()):
+        pixels = read_video(folder / f"{number:03d}.mp4")
+        video = torch.from_numpy(rearrange(pixels, "f h w c -> f c h w").copy()) / 127.5 - 1
+        world, seed, split, index = json.loads(line)["key"].split("/")
+        if world != "toyworld":
+            raise ValueError(f"{folder}: {world} has no known identities; give samples of the toy world")
+        config = ToyworldConfig(frames=len(video), size=video.shape[-1], seed=int(seed), split=split)
+        yield _case(video, Toyworld(config)[int(index)])
+
+
+def _heading(name: str) -> str:
+    metric = describe(name)
+    return f"{metric.label} ({metric.unit})" if metric.unit not in ("", "share") else metric.label
+
+
+def _case(video: Tensor, example: Example) -> Case:
+    return Case(
+        video=video,
+        image=example.image,
+        caption=example.caption,
+        truth=example.video,
+        identity=example.identity,
+    )
+
+
+def _row(name: str, cases: Sequence[Case]) -> str:
+    rows = [score(case) for case in cases]
+    cells = [name, str(len(rows))]
+    for metric in METRICS:
+        known = [row[metric] for row in rows if metric in row]
+        value = sum(known) / len(known) if known else math.nan
+        cells.append("-" if math.isnan(value) else f"{value:.{describe(metric).digits}f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _measure_speed(cases: Sequence[Case]) -> None:
+    frames = sum(len(case.video) for case in cases)
+    for when in ("first time, with the shapes' floors and ceilings", "again"):
+        start = time.perf_counter()
+        for case in cases:
+            fresh = replace(case)  # not segmented yet
+            oracle_scores(fresh)
+            palette_scores(fresh)
+        seconds = time.perf_counter() - start
+        print(f"\n{len(cases)} videos of {frames // len(cases)} frames, {when}: {seconds:.2f} s,", end=" ")
+        print(f"{frames / seconds:.0f} frames/s on one thread")
+
+
+def _changed(example: Example, **changes: object) -> Tensor:
+    """Render an example with other parameters."""
+    assert example.identity is not None
+    identity = replace(Identity(**example.identity), **changes)  # type: ignore[arg-type]
+    return render_video(identity, frames=len(example.video), size=example.video.shape[-1])[0]
+
+
+def _identity(example: Example) -> Identity:
+    assert example.identity is not None
+    return Identity(**example.identity)
+
+
+def _contrasting(rgb: Rgb) -> Rgb:
+    return next(other for other in COLOURS.values() if math.dist(rgb, other) > 1.5 * COLOUR_CONTRAST)
+
+
+def wrong_shape(example: Example) -> Tensor:
+    """Draw the next shape of the list, in the same looks."""
+    names = list(SHAPES)
+    return _changed(example, shape=names[(names.index(example.subject) + 1) % len(names)])
+
+
+def circle_for_square(example: Example) -> Tensor | None:
+    """Draw a circle for a square and a square for a circle: the pair that overlaps most."""
+    other = {"circle": "square", "square": "circle"}.get(example.subject)
+    return _changed(example, shape=other) if other else None
+
+
+def wrong_texture(example: Example) -> Tensor:
+    """Draw the next texture of the list; a plain subject gets a second colour."""
+    identity, names = _identity(example), list(TEXTURES)
+    other = names[(names.index(identity.texture) + 1) % len(names)]
+    first = identity.rgb[0]
+    rgb = (first, _contrasting(first)) if identity.texture == "plain" else identity.rgb
+    return _changed(example, texture=other, rgb=rgb)
+
+
+def rotated_texture(example: Example) -> Tensor | None:
+    """Turn the texture on the subject by 45 degrees."""
+    identity = _identity(example)
+    turned = identity.direction + math.radians(45)
+    return None if identity.texture == "plain" else _changed(example, direction=turned)
+
+
+def scaled_texture(example: Example) -> Tensor | None:
+    """Draw stripes, dots or checks larger by 40%."""
+    identity = _identity(example)
+    patterns = ("striped", "dotted", "checkered")
+    return _changed(example, scale=1.4 * identity.scale) if identity.texture in patterns else None
+
+
+def swapped_colours(example: Example) -> Tensor | None:
+    """Swap the two colours."""
+    identity = _identity(example)
+    return None if identity.texture == "plain" else _changed(example, rgb=identity.rgb[::-1])
+
+
+def shifted_hue(example: Example) -> Tensor:
+    """Turn the hue of both colours by 40 degrees."""
+    shifted = []
+    for rgb in _identity(example).rgb:
+        hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
+        shifted.append(colorsys.hsv_to_rgb((hue + 40 / 360) % 1, saturation, value))
+    return _changed(example, rgb=tuple(shifted))
+
+
+def missing_subject(example: Example) -> Tensor:
+    """Draw the background alone."""
+    return _changed(example, start=(9.0, 9.0), end=(9.0, 9.0))
+
+
+def noisy(example: Example) -> Tensor:
+    """Add Gaussian noise of a standard deviation of 0.1 of the range."""
+    generator = torch.Generator().manual_seed(0)
+    return (example.video + 0.2 * torch.randn(example.video.shape, generator=generator)).clamp(-1, 1)
+
+
+def blurred(example: Example) -> Tensor:
+    """Blur every frame: a Gaussian of 1.2 pixels at a side of 32."""
+    sigma = 1.2 * example.video.shape[-1] / 32
+    return gaussian_blur(example.video, 2 * math.ceil(2 * sigma) + 1, sigma)
+
+
+def still(example: Example) -> Tensor:
+    """Repeat the first frame."""
+    return repeat(example.video[0], "c h w -> f c h w", f=len(example.video))
+
+
+FAILURES: dict[str, Callable[[Example], Tensor | None]] = {
+    "ground truth": lambda example: example.video,
+    "mirrored (no failure)": lambda example: example.video.flip(-1),
+    "wrong texture": wrong_texture,
+    "texture turned by 45°": rotated_texture,
+    "texture 40% larger": scaled_texture,
+    "colours swapped": swapped_colours,
+    "hue turned by 40°": shifted_hue,
+    "wrong shape": wrong_shape,
+    "circle for square or the reverse": circle_for_square,
+    "missing subject": missing_subject,
+    "noise": noisy,
+    "blurred": blurred,
+    "still": still,
+}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(OracleArguments, description=__doc__))
