@@ -86,11 +86,12 @@ def _tests(table: Table) -> Iterator[str]:
         yield f"No primary contrast was declared: all {count} differences are descriptive, and none is marked."
         return
     tested = len(table.contrasts.results)
-    yield (
-        f"Declared and tested together (Holm): {tested} contrast{'' if tested == 1 else 's'} of"
-        f" {table.contrasts.metric.label}. All other differences are descriptive: among many, some intervals exclude 0"
-        " by chance."
-    )
+    contrasts = f"{tested} contrast{'' if tested == 1 else 's'} of {table.contrasts.metric.label}"
+    chance = "descriptive: among many, some intervals exclude 0 by chance."
+    if table.contrasts.exploratory:
+        yield f"Declared, but not tested with so few training seeds: {contrasts}. All differences are {chance}"
+    else:
+        yield f"Declared and tested together (Holm): {contrasts}. All other differences are {chance}"
 
 
 def _still(table: Table) -> Iterator[str]:

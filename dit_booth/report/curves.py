@@ -73,7 +73,7 @@ def _drifts(row: ResultRow, metric: str) -> dict[str, CrossedEstimate]:
 
 def drift_plots(table: Table, styles: Mapping[str, int]) -> list[Plot]:
     """Return a plot over the frames for the metrics that have values per frame, the primary one first."""
-    plots = []
+    plots: list[Plot] = []
     for metric in table.metrics:
         found = [_curve(row, metric.name) for row in (*table.rows, *table.controls)]
         curves = [curve for curve in found if curve is not None]
@@ -191,23 +191,21 @@ def _scatter(
     if not prompts:
         return None
     captions = {video.prompt: video.caption for point in (*left, *right) for video in point.videos}
-    dots = [
-        (p, *(_mean([values[seed][p] for seed in both if p in both[seed]]) for values in (b, a)))
-        for p in prompts
-    ]
-    low, high = padded([value for _, *pair in dots for value in pair])
+    across = [_mean([b[seed][p] for seed in both if p in both[seed]]) for p in prompts]
+    up = [_mean([a[seed][p] for seed in both if p in both[seed]]) for p in prompts]
+    low, high = padded([*across, *up])
     x, y = Axis(low=low, high=high, start=62, end=382), Axis(low=low, high=high, start=354, end=34)
     parts = [frame(x, y, theirs, f"{ours}: {axis_label(metric)}")]
     parts.append(element("line", x1=x.start, y1=y.start, x2=x.end, y2=y.end, class_="truth"))
-    for prompt, across, up in dots:
-        tip = f"{captions.get(prompt) or prompt}: {metric.text(across)} → {metric.text(up)}"
-        dot = element("circle", cx=x(across), cy=y(up), r=4.0, class_="prompt")
+    for prompt, old, new in zip(prompts, across, up, strict=True):
+        tip = f"{captions.get(prompt) or prompt}: {metric.text(old)} → {metric.text(new)}"
+        dot = element("circle", cx=x(old), cy=y(new), r=4.0, class_="prompt")
         parts.append(element("g", dot, data_tip=tip))
-    below = sum(up < across for _, across, up in dots)
-    above = sum(up > across for _, across, up in dots)
+    below = sum(new < old for old, new in zip(across, up, strict=True))
+    above = sum(new > old for old, new in zip(across, up, strict=True))
     title = f"{metric.label} of each prompt, {ours} against {theirs}"
     svg = element("svg", *parts, viewBox="0 0 400 400", role="img", aria_label=title, class_="plot square")
-    counts = f"{below} of {len(dots)} prompts lie below the diagonal, {above} above"
+    counts = f"{below} of {len(prompts)} prompts lie below the diagonal, {above} above"
     better = {1: " (better)", -1: " (worse)", 0: ""}[metric.better]
     return Plot(key=f"{ours} − {theirs}", svg=svg, note=f"{counts}{better}.")  # noqa: RUF001
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dit_booth.report.contrasts import Contrasts, compare
 from dit_booth.report.measures import COST_LABELS, Measure, cost_column, metric_column, metric_columns
@@ -126,10 +126,14 @@ def _row(group: Group, baseline: Group | None, names: Sequence[str]) -> ResultRo
     costs = {
         name: [p.costs[name] for p in points if not math.isnan(p.costs.get(name, math.nan))] for name in COSTS
     }
-    scored = _scored(points, "", None if baseline is group else baseline, names)
-    row = ResultRow(id=group.id, label=group.label, points=points, group=group, **scored)
-    row.costs.update({name: _mean(values) for name, values in costs.items() if values})
-    return row
+    row = ResultRow(
+        id=group.id,
+        label=group.label,
+        points=points,
+        group=group,
+        costs={name: _mean(values) for name, values in costs.items() if values},
+    )
+    return _scored(row, None if baseline is group else baseline, names)
 
 
 def _control_rows(
@@ -148,26 +152,26 @@ def _control_rows(
             found.append((control, label.format(group.label), points))
     for control, label, points in found:
         if points:
-            scored = _scored(points, control, baseline, names)
-            yield ResultRow(id=f"{control}: {label}", label=label, points=points, control=control, **scored)
+            row = ResultRow(id=f"{control}: {label}", label=label, points=points, control=control)
+            yield _scored(row, baseline, names)
 
 
-def _scored(
-    points: Sequence[PointResult], control: str, baseline: Group | None, names: Sequence[str]
-) -> dict[str, dict[str, CrossedEstimate]]:
-    """Return the fields ``quality``, ``seeds`` and ``differences`` of a row."""
-    quality, seeds, differences = {}, {}, {}
+def _scored(row: ResultRow, baseline: Group | None, names: Sequence[str]) -> ResultRow:
+    """Return the row with its estimates, and its differences to the baseline."""
+    quality: dict[str, CrossedEstimate] = {}
+    seeds: dict[str, list[tuple[int, float]]] = {}
+    differences: dict[str, CrossedEstimate] = {}
     for name in names:
-        values = values_of(points, name, control)
+        values = values_of(row.points, name, row.control)
         estimate = estimate_mean(values)
         if estimate is None:
             continue
         quality[name] = estimate
-        seeds[name] = [(seed, _mean(row.values())) for seed, row in values.items()]
+        seeds[name] = [(seed, _mean(prompts.values())) for seed, prompts in values.items()]
         difference = paired_difference(values, values_of(baseline.finished, name)) if baseline else None
         if difference is not None:
             differences[name] = difference
-    return {"quality": quality, "seeds": seeds, "differences": differences}
+    return replace(row, quality=quality, seeds=seeds, differences=differences)
 
 
 def _mean(values: Iterable[float]) -> float:

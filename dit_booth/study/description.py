@@ -184,10 +184,11 @@ def _seeds(settings: Mapping[str, object], key: str, file: Path) -> tuple[int, .
 
 def _controls(settings: Mapping[str, object], file: Path) -> tuple[str, ...]:
     controls = settings.get("controls", CONTROLS)
-    known = isinstance(controls, (list, tuple)) and all(control in CONTROLS for control in controls)
-    if not known or len(set(controls)) < len(controls):
+    listed = list(controls) if isinstance(controls, (list, tuple)) else [controls]
+    wrong = not isinstance(controls, (list, tuple)) or any(control not in CONTROLS for control in listed)
+    if wrong or len(set(listed)) < len(listed):
         raise ValueError(f"{file}: controls is {controls!r}; write a list of {' and '.join(CONTROLS)}, or []")
-    return tuple(controls)
+    return tuple(map(str, listed))
 
 
 def _check_options(description: Description, file: Path) -> None:

@@ -180,6 +180,7 @@ def test_a_primary_contrast_is_tested_and_marked(tmp_path: Path):
     assert "better" in page.split('class="sortable differences"')[1].split("</tr>")[1]
     assert "xploratory" not in page.split("Primary contrasts")[1].split("<p")[0]
     assert "Exploratory" not in page
+    assert "Declared and tested together (Holm): 1 contrast of Palette. All other differences" in page
     line = list(csv.DictReader((sweep / "report.csv").open()))[1]
     assert float(line["palette_difference"]) == pytest.approx(found.mean)
     assert float(line["palette_difference_high"]) == pytest.approx(found.main.high)
@@ -421,7 +422,7 @@ def test_caveats_come_from_the_data(sweep: Path, tmp_path: Path):
     assert "With 2 seeds a 95 % interval may reach 12.7 standard errors" in page
     assert "Few prompts: 2 per point" in page
     assert "All data are the toy world&#39;s (drawn shapes, 12 pixels, 3 frames)" in page
-    assert "Declared and tested together (Holm): 1 contrast of Palette." in page
+    assert "Declared, but not tested with so few training seeds: 1 contrast of Palette." in page
     one = report(write_sweep(tmp_path / "one", {k: v for k, v in TWO.items() if k[1] == 0}))
     assert (
         "Exploratory: 1 training seed per variant; no difference is marked below 5. Intervals are over prompts"
