@@ -17,7 +17,8 @@ def caveats(study: Study, table: Table) -> list[str]:
     """Return sentences, the most serious first; empty if nothing limits the conclusions."""
     said = [*_absent(study, table)]
     if table.rows:
-        said += [*_seeds(table), *_prompts(table), *_tests(table), *_still(table), *_setting(study, table)]
+        said += [*_left_out(table), *_seeds(table), *_prompts(table), *_tests(table), *_still(table)]
+        said += _setting(study, table)
     return said
 
 
@@ -40,6 +41,14 @@ def _absent(study: Study, table: Table) -> Iterator[str]:
             if flagged
             else "No variant is the baseline, so there are no paired differences (--baseline LABEL names one)."
         )
+
+
+def _left_out(table: Table) -> Iterator[str]:
+    for row in table.rows:
+        reasons = [reason for point in row.points for reason in point.left_out]
+        if reasons:
+            what = "1 video, which" if len(reasons) == 1 else f"{len(reasons)} videos, which"
+            yield f"{row.label} lacks {what} could not be scored; the first: {reasons[0]}."
 
 
 def _seeds(table: Table) -> Iterator[str]:

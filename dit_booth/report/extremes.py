@@ -84,7 +84,7 @@ def _row(group: Group, point: PointResult, metric: Measure, style: int) -> Extre
     def show(pairs: Sequence[tuple[SampledVideo, float]]) -> tuple[RankedVideo, ...]:
         return tuple(
             RankedVideo(
-                cell=video_cell([point.folder / "samples" / video.file], style),
+                cell=video_cell([point.samples / video.file], style),
                 value=metric.text(value),
                 caption=video.caption or video.prompt,
             )

@@ -44,9 +44,10 @@ def read_study(folders: Sequence[Path]) -> Study:
             raise ValueError(f"{folders[0]} is a sweep's folder; give it alone, or run folders only")
         return read_sweep(folders[0])
     for folder in folders:
-        if not (folder / "run.yaml").is_file():
+        if not ((folder / "run.yaml").is_file() or (folder / SCORES).is_file()):
             raise ValueError(
-                f"{folder} has no sweep.jsonl and no run.yaml; give a sweep's folder, or run folders"
+                f"{folder} has no sweep.jsonl, no run.yaml and no {SCORES}; give a sweep's folder, run folders, or"
+                " folders of videos that `dit-booth evaluate` has scored"
             )
     return read_runs(folders)
 
@@ -75,13 +76,17 @@ def read_sweep(folder: Path) -> Study:
 
 
 def read_runs(folders: Sequence[Path]) -> Study:
-    """Read run folders as points, one row each; the first one is the baseline."""
-    settings = [flatten(read_yaml(folder / "run.yaml")) for folder in folders]
+    """Read run folders and scored folders of videos as points, one row each; the first one is the baseline."""
+    settings = [
+        flatten(read_yaml(file)) if (file := folder / "run.yaml").is_file() else {} for folder in folders
+    ]
     names = dict.fromkeys(name for setting in settings for name in setting if name not in PLACES)
     differing = [n for n in names if len({repr(setting.get(n)) for setting in settings}) > 1]
     points = []
     for number, (folder, setting) in enumerate(zip(folders, settings, strict=True)):
-        finished, log = (folder / "finished").is_file(), folder / "metrics.jsonl"
+        own, log = folder / "samples", folder / "metrics.jsonl"
+        samples = own if own.is_dir() else folder
+        finished = (folder / "finished").is_file() or (folder / SCORES).is_file()
         stages = _run_log(log) if finished or log.is_file() else ()
         costs = {"step_seconds": stages[-1].step_seconds} if stages else {}
         file = folder / "cost.json"
@@ -100,8 +105,9 @@ def read_runs(folders: Sequence[Path]) -> Study:
                 options={name: setting[name] for name in differing if name in setting},
                 costs=costs,
                 stages=stages,
-                measured=_measured(folder / "samples") if finished else {},
-                videos=tuple(_videos(folder / "samples")) if finished else (),
+                measured=_measured(samples) if finished else {},
+                videos=tuple(_videos(samples)) if finished else (),
+                left_out=_left_out(samples),
                 settings=setting,
             )
         )
@@ -110,7 +116,12 @@ def read_runs(folders: Sequence[Path]) -> Study:
         sweep=False,
         folder=folders[0],
         groups=tuple(_groups(points)),
-        commands=tuple(f"dit-booth run --config {folder / 'run.yaml'}" for folder in folders),
+        commands=tuple(
+            f"dit-booth run --config {folder / 'run.yaml'}"
+            if (folder / "run.yaml").is_file()
+            else f"dit-booth evaluate {folder}"
+            for folder in folders
+        ),
     )
 
 
@@ -237,6 +248,12 @@ def _measured(samples: Path) -> Measured:
     for score in read_scores(samples / SCORES):
         found.setdefault((score.control, score.metric), {}).setdefault(score.prompt, []).append(score)
     return {key: {p: tuple(same) for p, same in prompts.items()} for key, prompts in found.items()}
+
+
+def _left_out(samples: Path) -> tuple[str, ...]:
+    """Return the reasons for videos that could not be scored."""
+    file = samples / "left_out.json"
+    return tuple(map(str, read_json(file).values())) if file.is_file() else ()
 
 
 def _videos(samples: Path) -> Iterator[SampledVideo]:

@@ -94,9 +94,9 @@ def _row(
     videos: Sequence[SampledVideo | None], points: Sequence[PointResult], styles: Sequence[int]
 ) -> SampleRow:
     """Return a prompt's row; image prompt and ground truth are the same in all points, so any point's are taken."""
-    found = [(p.folder / "samples", v) for p, v in zip(points, videos, strict=True) if v is not None]
+    found = [(p.samples, v) for p, v in zip(points, videos, strict=True) if v is not None]
     cells = [
-        video_cell([point.folder / "samples" / video.file] if video else [], style)
+        video_cell([point.samples / video.file] if video else [], style)
         for point, video, style in zip(points, videos, styles, strict=True)
     ]
     image = _picture([folder / video.image for folder, video in found if video.image])

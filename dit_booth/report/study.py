@@ -67,12 +67,20 @@ class PointResult:
     launch_seconds: float = math.nan
     measured: Measured = field(default_factory=dict)
     videos: tuple[SampledVideo, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Reasons for videos that could not be scored."""
     settings: dict[str, object] = field(default_factory=dict)
     """`run.yaml`, flat: ``{"stages.fine.steps": 150}``."""
 
     @property
     def finished(self) -> bool:
         return self.status == "finished"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of its videos: a run's ``samples``, or the folder itself if it holds another tool's."""
+        own = self.folder / "samples"
+        return own if own.is_dir() else self.folder
 
     @property
     def prompts(self) -> tuple[str, ...]:

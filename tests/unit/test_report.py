@@ -583,7 +583,7 @@ def test_a_malformed_file_is_one_line(copy: Path, caplog: pytest.LogCaptureFixtu
 
 def test_what_is_missing_is_one_line(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert "is not a folder" in errors(tmp_path / "nowhere", caplog)
-    assert "no sweep.jsonl and no run.yaml" in errors(tmp_path, caplog)
+    assert "no sweep.jsonl, no run.yaml and no scores.jsonl" in errors(tmp_path, caplog)
     assert "suffix .html" in errors(copy, caplog, "--out", "x.pdf")
     assert "give it alone" in errors(copy, caplog, str(copy / "points" / "p0s0"))
     assert "max_mb is 0" in errors(copy, caplog, "--max-mb", "0")
