@@ -86,8 +86,9 @@ def read_runs(folders: Sequence[Path]) -> Study:
     for number, (folder, setting) in enumerate(zip(folders, settings, strict=True)):
         own, log = folder / "samples", folder / "metrics.jsonl"
         samples = own if own.is_dir() else folder
-        finished = (folder / "finished").is_file() or (folder / SCORES).is_file()
-        stages = _run_log(log) if finished or log.is_file() else ()
+        run, scored = (folder / "finished").is_file(), (folder / SCORES).is_file()
+        finished = run or scored
+        stages = _run_log(log) if run or log.is_file() else ()
         costs = {"step_seconds": stages[-1].step_seconds} if stages else {}
         file = folder / "cost.json"
         if file.is_file():

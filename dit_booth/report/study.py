@@ -12,7 +12,9 @@ from dit_booth.evaluation.scores import Score
 from dit_booth.study.description import REFERENCES
 from dit_booth.study.primary import Primary
 
-PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every", REFERENCES)
+PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every", "train.validate_every",
+    "train.validate_examples", "train.validate_prompts", REFERENCES,
+)  # fmt: skip
 """Settings that do not change a method's results."""
 COSTS = (
     "trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "train_flops", "train_seconds",
