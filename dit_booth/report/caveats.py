@@ -64,16 +64,19 @@ def _seeds(table: Table) -> Iterator[str]:
 
 def _prompts(table: Table) -> Iterator[str]:
     points = [point for row in table.rows for point in row.points]
-    counts = sorted({len(point.prompts) for point in points if point.measured})
+    counts = sorted({len(point.samples.prompts) for point in points if point.samples.measured})
     if not counts:
         yield "No video was scored: no point has a file samples/scores.jsonl."
         return
-    unscored = sum(not point.measured for point in points)
+    unscored = sum(not point.samples.measured for point in points)
     if unscored:
         yield f"{unscored} of {len(points)} finished points have no scores (samples/scores.jsonl)."
+    left_out = sum(len(point.samples.left_out) for point in points)
+    if left_out:
+        yield f"{left_out} video{'s' if left_out > 1 else ''} could not be scored: see the list below the samples."
     if counts[0] < _FEW_PROMPTS:
         yield f"Few prompts: {_range(counts)} per point. Other prompts may rank the variants differently."
-    if len({frozenset(point.prompts) for point in points if point.measured}) > 1:
+    if len({frozenset(point.samples.prompts) for point in points if point.samples.measured}) > 1:
         yield "Points have different prompts; paired differences use the prompts in common."
 
 

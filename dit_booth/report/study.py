@@ -38,6 +38,29 @@ class SampledVideo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleFolder:
+    """The scores and videos of a run's folder ``samples``, or of any folder that ``dit-booth evaluate`` has scored."""
+
+    folder: Path = Path()
+    measured: Measured = field(default_factory=dict)
+    videos: tuple[SampledVideo, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Videos that could not be scored, with the reason."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return the prompts of the method's own videos that have a score, in order."""
+        own = (prompts for (control, _), prompts in self.measured.items() if not control)
+        return tuple(dict.fromkeys(prompt for prompts in own for prompt in prompts if prompt))
+
+    @property
+    def own_videos(self) -> tuple[SampledVideo, ...]:
+        """Return the method's own videos of one noise seed, the first: one for each prompt."""
+        own = [video for video in self.videos if not video.control]
+        return tuple(video for video in own if video.noise_seed == own[0].noise_seed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageResult:
     """A stage of a point; equal addresses are one training."""
 
@@ -65,26 +88,13 @@ class PointResult:
     costs: dict[str, float] = field(default_factory=dict)
     stages: tuple[StageResult, ...] = ()
     launch_seconds: float = math.nan
-    measured: Measured = field(default_factory=dict)
-    videos: tuple[SampledVideo, ...] = ()
+    samples: SampleFolder = SampleFolder()
     settings: dict[str, object] = field(default_factory=dict)
     """`run.yaml`, flat: ``{"stages.fine.steps": 150}``."""
 
     @property
     def finished(self) -> bool:
         return self.status == "finished"
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """Return the prompts of the point's own videos that have a score, in order."""
-        own = (prompts for (control, _), prompts in self.measured.items() if not control)
-        return tuple(dict.fromkeys(prompt for prompts in own for prompt in prompts if prompt))
-
-    @property
-    def own_videos(self) -> tuple[SampledVideo, ...]:
-        """Return the point's own videos of one noise seed, the first: one for each prompt."""
-        own = [video for video in self.videos if not video.control]
-        return tuple(video for video in own if video.noise_seed == own[0].noise_seed)
 
 
 @dataclass(frozen=True, kw_only=True)

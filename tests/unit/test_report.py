@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from sweep_folder import CAPTIONS, COMMAND, TWO, fail, read_rows, write_lines, write_rows, write_sweep
 
 from dit_booth.commands.report import main
@@ -538,6 +540,40 @@ def test_runs_are_compared_too(sweep: Path, tmp_path: Path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["runs.csv", "runs.html"]
 
 
+def test_scored_videos_of_another_tool_are_compared_with_a_run(sweep: Path, tmp_path: Path):
+    mine = shutil.copytree(sweep / "points/p1s0/samples", tmp_path / "mine")
+    (mine / "left_out.json").write_text(json.dumps({"009.mp4": "<b>broken</b>"}))
+    out = tmp_path / "page.html"
+    assert main([str(sweep / "points/p0s0"), str(mine), "--out", str(out)]) == 0
+    tables = Tables(out.read_text()).tables
+    assert [(row[0], row[2]) for row in tables["results"][2:4]] == [("p0s0", "15.00"), ("mine", "11.50")]
+    assert f"dit-booth evaluate {mine}" in out.read_text()
+    assert "1 video could not be scored: see the list below the samples." in out.read_text()
+    assert tables["left-out"][1:] == [["mine", "009.mp4", "<b>broken</b>"]]
+    assert main([str(sweep / "points/p0s0/samples"), "--out", str(out)]) == 0, (
+        "as `dit-booth evaluate RUN` calls it"
+    )
+    assert Tables(out.read_text()).tables["results"][2][0] == "p0s0"
+
+
+def test_image_prompts_of_any_format_are_shown(copy: Path):
+    file = copy / "points/p0s0/samples/image/000.png"
+    with Image.open(file) as picture:
+        picture.resize((1000, 500)).save(file, format="JPEG")
+    page = report(copy)
+    shown = [base64.b64decode(data) for data in re.findall(r'<img src="data:image/png;base64,([^"]*)"', page)]
+    with Image.open(io.BytesIO(shown[0])) as picture:
+        assert (picture.format, picture.size) == ("PNG", (512, 256))
+    file.write_text("no picture")
+    assert "unreadable</div>" in report(copy)
+
+
+def test_a_page_has_no_copy_of_a_file_outside_the_folder(copy: Path, caplog: pytest.LogCaptureFixture):
+    file = copy / "points/p0s0/samples/videos.csv"
+    file.write_text(file.read_text().replace("image/000.png", "../../p1s0/samples/image/000.png"))
+    assert "leads out of" in errors(copy, caplog)
+
+
 def test_a_run_that_is_not_finished_has_no_row(sweep: Path, tmp_path: Path):
     run = shutil.copytree(sweep / "points" / "p0s0", tmp_path / "run")
     (run / "finished").unlink()
@@ -565,8 +601,8 @@ def test_a_line_being_written_is_left_out(copy: Path):
         ("points/p1s0/samples/scores.jsonl", '{"value": "far"}\n', "scores.jsonl:1: no score (value 'far'"),
         (
             "points/p1s0/samples/videos.csv",
-            "video,noise_seed\na.mp4,x\n",
-            "videos.csv:2: needs a video, and a",
+            "video,noise_seed\na.mp4,0\n",
+            "has no column image, caption, subject",
         ),
         (
             "sweep.yaml",
@@ -583,7 +619,7 @@ def test_a_malformed_file_is_one_line(copy: Path, caplog: pytest.LogCaptureFixtu
 
 def test_what_is_missing_is_one_line(copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert "is not a folder" in errors(tmp_path / "nowhere", caplog)
-    assert "no sweep.jsonl and no run.yaml" in errors(tmp_path, caplog)
+    assert "no sweep.jsonl, no run.yaml and no scores.jsonl" in errors(tmp_path, caplog)
     assert "suffix .html" in errors(copy, caplog, "--out", "x.pdf")
     assert "give it alone" in errors(copy, caplog, str(copy / "points" / "p0s0"))
     assert "max_mb is 0" in errors(copy, caplog, "--max-mb", "0")
