@@ -17,7 +17,8 @@ def caveats(study: Study, table: Table) -> list[str]:
     """Return sentences, the most serious first; empty if nothing limits the conclusions."""
     said = [*_absent(study, table)]
     if table.rows:
-        said += [*_seeds(table), *_prompts(table), *_tests(table), *_still(table), *_setting(study, table)]
+        said += [*_left_out(table), *_seeds(table), *_prompts(table), *_tests(table), *_still(table)]
+        said += _setting(study, table)
     return said
 
 
@@ -40,6 +41,14 @@ def _absent(study: Study, table: Table) -> Iterator[str]:
             if flagged
             else "No variant is the baseline, so there are no paired differences (--baseline LABEL names one)."
         )
+
+
+def _left_out(table: Table) -> Iterator[str]:
+    for row in table.rows:
+        reasons = [reason for point in row.points for reason in point.samples.left_out.values()]
+        if reasons:
+            what = "1 video, which" if len(reasons) == 1 else f"{len(reasons)} videos, which"
+            yield f"{row.label} lacks {what} could not be scored; the first: {reasons[0]}."
 
 
 def _seeds(table: Table) -> Iterator[str]:
@@ -71,9 +80,6 @@ def _prompts(table: Table) -> Iterator[str]:
     unscored = sum(not point.samples.measured for point in points)
     if unscored:
         yield f"{unscored} of {len(points)} finished points have no scores (samples/scores.jsonl)."
-    left_out = sum(len(point.samples.left_out) for point in points)
-    if left_out:
-        yield f"{left_out} video{'s' if left_out > 1 else ''} could not be scored: see the list below the samples."
     if counts[0] < _FEW_PROMPTS:
         yield f"Few prompts: {_range(counts)} per point. Other prompts may rank the variants differently."
     if len({frozenset(point.samples.prompts) for point in points if point.samples.measured}) > 1:

@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from dit_booth.components import Components
-from dit_booth.data.example import Example
+from dit_booth.data.example import Example, VideoDataset
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.evaluation.palette import video_palette_distance
 from dit_booth.sampling.generate import generate
@@ -22,8 +22,8 @@ FEW_STEPS = 10
 _SEED = 9_173_000_021  # of the noise: the same in every validation, so that a curve shows the network alone
 
 
-def identity_curve(components: Components, ranks: Ranks) -> dict[str, float]:
-    """Return means over the first ``train.validate_prompts`` dev prompts, the same on every rank.
+def identity_curve(components: Components, dataset: VideoDataset, ranks: Ranks) -> dict[str, float]:
+    """Return means over the data set's first ``train.validate_prompts`` prompts, the same on every rank.
 
     `palette` (dE2000, of the toy world only) and `own_i`: the mean over frames of the cosine of frame and image
     prompt, whole pictures, by the run's own image encoder, which may also be what conditions the network. Empty where
@@ -31,8 +31,7 @@ def identity_curve(components: Components, ranks: Ranks) -> dict[str, float]:
     not those of the finished run's samples. Prompts are sampled one by one: a video depends on its own seed alone,
     whatever the number of ranks.
     """
-    config, dataset = components.config, components.dataset("dev")
-    count = min(config.train.validate_prompts, len(dataset))
+    count = min(components.config.train.validate_prompts, len(dataset))
     if not (count and components.model.active):
         return {}
     sums: dict[str, float] = {}
@@ -51,7 +50,7 @@ def sample_example(components: Components, example: Example, index: int, device:
     config = components.config
     partitioned = any(hasattr(p, "ds_id") for p in components.model.parameters())
     torch.manual_seed(_SEED + index)  # an autoencoder's posterior draws from the global generator
-    (video,) = generate(
+    videos = generate(
         components,
         rearrange(example.image, "c h w -> 1 c h w").to(device),
         [example.caption],
@@ -62,7 +61,7 @@ def sample_example(components: Components, example: Example, index: int, device:
         sampler=in_few_steps(config.sampler),
         reuse=not partitioned,  # ZeRO-3 gathers parameters within the whole network's forward pass
     )
-    return video
+    return videos[0]
 
 
 def in_few_steps(sampler: SamplerConfig) -> SamplerConfig:

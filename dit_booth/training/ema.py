@@ -22,7 +22,7 @@ def set_local(parameter: nn.Parameter, value: Tensor) -> None:
     """
     local(parameter).copy_(value)
     if hasattr(parameter, "ds_tensor"):
-        parameter.partition()  # type: ignore[operator]
+        parameter.partition()  # type: ignore[attr-defined]  # a method of DeepSpeed's
 
 
 def power_of(width: float) -> float:

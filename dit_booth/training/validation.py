@@ -25,8 +25,8 @@ BINS = 5
 """Equal parts of the range of t, each with a loss of its own."""
 _SEED = 20_312_000_777  # of the noise: the same for every run, so that runs can be compared
 
-Probe = Callable[[Components, Ranks], Mapping[str, float]]
-"""Measures the network as it is now. Every rank calls it and gets the values of all ranks together."""
+Probe = Callable[[Components, VideoDataset, Ranks], Mapping[str, float]]
+"""Measures the network as it is now on held-out examples. Every rank calls it and gets the values of all together."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ class Validation:
         """Return the losses and the probe's values, the same on every rank; all ranks take part."""
         average = nullcontext() if ema is None else ema.in_place()
         with average, untouched(self.components.model, self.ranks.device), torch.no_grad():
-            return {**self.losses(), **(self.probe(self.components, self.ranks) if self.probe else {})}
+            values = self.losses()
+            if self.probe:
+                values |= self.probe(self.components, self.dataset, self.ranks)
+            return values
 
     def losses(self) -> dict[str, float]:
         """Compute the mean loss of each part of the range of t, and of all parts together (t uniform).

@@ -58,7 +58,7 @@ def test_a_validated_run_ends_with_the_same_weights(
         ("coarse", 2), ("coarse", 4), ("coarse", 6), ("fine", 2)
     ]  # fmt: skip
     assert len({line["validation"]["loss"] for line in lines}) == len(lines), "the network moves"
-    assert all({"loss_0.0-0.2", "palette", "clip_i"} < set(line["validation"]) for line in lines)
+    assert all({"loss_0.0-0.2", "palette", "own_i"} < set(line["validation"]) for line in lines)
     cost = json.loads((validated / "cost.json").read_text())
     assert cost["validation_seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
     assert [stage["steps"] for stage in cost["stages"]] == [6, 2]

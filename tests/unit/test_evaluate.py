@@ -1,6 +1,7 @@
 """`dit-booth evaluate`: scores, a table and a page of any folder of videos."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from dit_booth.data.video import write_video
 from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.folder import write_videos
 from dit_booth.evaluation.scores import Score, read_scores
+from dit_booth.report.read import read_study
+from dit_booth.report.table import make_table
 
 torch.set_num_threads(1)
 
@@ -122,3 +125,18 @@ def test_a_wrong_argument_is_one_error(
     error = capsys.readouterr().err.strip()
     assert re.search(message, error) and "Traceback" not in error
     assert not (toyworld / "scores.jsonl").exists()
+
+
+def test_the_page_compares_folders_of_any_tool(toyworld: Path, tmp_path_factory: pytest.TempPathFactory):
+    (toyworld / "1-none.mp4").write_bytes(b"no video")
+    assert main([str(toyworld), "--metrics", "oracle", "palette"]) == 0
+    page = (toyworld / "report.html").read_text()
+    assert "lacks 1 video, which could not be scored; the first: 1-none.mp4" in page
+    for text in ("Appearance", "ground truth", "no image", "data:video/mp4"):
+        assert text in page
+    assert "appearance" in (toyworld / "report.csv").read_text()
+    other = tmp_path_factory.mktemp("other") / "mine"
+    shutil.copytree(toyworld, other)
+    table = make_table(read_study([toyworld, other]))
+    assert [row.label for row in table.rows] == [toyworld.name, "mine"]
+    assert table.others[0].differences["appearance"].mean == 0

@@ -1,64 +1,18 @@
-"""CLIP scores, pixel metrics, and the table of all of them."""
+"""A case, its scores, their summary and file; PSNR."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from einops import reduce, repeat
-from torch import Tensor
 
 from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
 from dit_booth.evaluation import score, summary
 from dit_booth.evaluation.case import Case, Values
-from dit_booth.evaluation.learned.clip_score import clip_scores
 from dit_booth.evaluation.pixels import psnr, psnr_scores
 from dit_booth.evaluation.scores import Score, read_scores, write_scores
 
 torch.set_num_threads(1)
-
-
-def mean_colour(pictures: Tensor) -> Tensor:
-    return reduce(pictures, "n c h w -> n c", "mean")
-
-
-def words(sentences) -> Tensor:
-    return torch.tensor([[1.0, 0.0, 0.0] if "red" in sentence else [0.0, 1.0, 0.0] for sentence in sentences])
-
-
-def solid(*colours: tuple[float, float, float], size: int = 8) -> Tensor:
-    return repeat(torch.tensor(colours), "f c -> f c h w", h=size, w=size)
-
-
-RED, GREEN = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
-
-
-def test_clip_scores_average_over_all_frames():
-    video = solid(RED, RED, GREEN, GREEN)
-    scores = clip_scores(
-        [video, solid(RED, RED)], [solid(RED)[0]] * 2, ["a red ball", "a ball"], mean_colour, words
-    )
-    assert scores["clip_i"] == pytest.approx([0.5, 1])
-    assert scores["clip_t"] == pytest.approx([0.5, 0])
-    assert scores["clip_consistency"] == pytest.approx([2 / 3, 1])
-
-
-def test_identical_images_score_one():
-    image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
-    video = repeat(image, "c h w -> f c h w", f=3)
-    scores = clip_scores([video], [image], ["red"], lambda x: 5 * x.flatten(1), lambda _: torch.ones(1, 192))
-    assert scores["clip_i"] == pytest.approx([1])
-    assert scores["clip_consistency"] == pytest.approx([1])
-
-
-def test_clip_scores_refuse_what_does_not_fit():
-    video, image = solid(RED, GREEN), solid(RED)[0]
-    with pytest.raises(ValueError, match="1 videos, 2 images and 1 captions"):
-        clip_scores([video], [image, image], ["red"], mean_colour, words)
-    with pytest.raises(ValueError, match=r"clip_t have 3 and 4 channels.*one model"):
-        clip_scores([video], [image], ["red"], mean_colour, lambda _: torch.ones(1, 4))
-    with pytest.raises(ValueError, match=r"image_features returned shape \(2, 3, 8, 8\)"):
-        clip_scores([video], [image], ["red"], lambda x: x, words)
 
 
 def test_psnr_in_decibels():
@@ -76,7 +30,8 @@ def case(index: int = 0, frames: int = 3, **fields) -> Case:
 
 
 def test_psnr_is_to_the_real_video():
-    one = case(video=case().video + 0.2 * torch.tensor([1.0, 0.1, 0.0]).view(3, 1, 1, 1))
+    truth = 0.7 * case().video
+    one = case(video=truth + 0.2 * torch.tensor([1.0, 0.1, 0.0]).view(3, 1, 1, 1), truth=truth)
     assert psnr_scores(one)["psnr"] == pytest.approx([20, 40, math.inf], abs=0.1)
     assert psnr_scores(case(truth=None)) == psnr_scores(case().as_truth()) == {}
 

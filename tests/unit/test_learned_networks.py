@@ -2,9 +2,11 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import open_clip
 import pytest
 import skimage.data
@@ -12,7 +14,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from dit_booth.evaluation.learned import networks
+from dit_booth.evaluation.case import Case
+from dit_booth.evaluation.learned import SCORERS, build, networks
 from dit_booth.evaluation.learned.networks import (
     build_lite0,
     load_clip,
@@ -21,10 +24,12 @@ from dit_booth.evaluation.learned.networks import (
     load_lite0,
     resample_positions,
 )
-from dit_booth.evaluation.learned.preprocessing import DINO, LITE0, clip_preprocessing
+from dit_booth.evaluation.learned.preprocessing import DINO, LITE0, VBENCH_CLIP, clip_preprocessing
+from dit_booth.evaluation.learned.vbench import background_scorer, consistency, with_vbench_clip
 from dit_booth.evaluation.learned.weights import read_weights
 
 torch.set_num_threads(1)
+VBENCH_CLIP_32 = replace(VBENCH_CLIP, resize=32, crop=32)
 TINY = {
     "embed_dim": 16,
     "quick_gelu": True,
@@ -100,8 +105,11 @@ def test_safetensors_and_folders_are_read_like_pth(dino, tmp_path, pictures, fea
 
 def test_another_networks_weights_are_refused(dino, tmp_path):
     file = str(dino[1])
-    with pytest.raises(ValueError, match=r"dino_b = .*another network: .* of another shape \(.*384"):
-        load_dino({"dino_b": file}, name="dino_b")
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "tiny.pth")
+    with pytest.raises(
+        ValueError, match=r"dino = .*another network: \d+ of another shape \(.*192\) for \(.*384"
+    ):
+        load_dino({"dino": str(tmp_path / "tiny.pth")})
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "lite0.pth")
     with pytest.raises(ValueError, match=r"another network: 150 missing .*296 unexpected .*conv_stem"):
         load_dino({"dino": str(tmp_path / "lite0.pth")})
@@ -216,6 +224,25 @@ def test_clip_is_read_from_a_file_by_its_open_clip_name(clip, tmp_path, pictures
         load_clip({"clip": str(tmp_path)})
 
 
+def test_families_of_both_networks_score_a_video(dino, clip):
+    video = torch.rand(3, 3, 24, 40, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    case = Case(video=video, image=torch.ones(3, 16, 16), caption="a cat")
+    weights = {"dino": str(dino[1]), "clip": str(clip[1]), "clip_b32": str(clip[1])}
+    for name in ("dino", "clip"):
+        scores = build(name, weights)(case)
+        assert set(scores) == set(SCORERS[name].metrics)
+        assert all(value.shape == (3,) for value in scores.values())
+        assert all(np.isfinite(value[1:]).all() for value in scores.values())
+    frames = torch.nn.functional.normalize(
+        clip[0].encode_image(VBENCH_CLIP_32(video)).detach().double(), dim=1
+    )
+    network = with_vbench_clip(load_clip(weights, name="clip_b32").image)
+    assert network.prepare == VBENCH_CLIP
+    score = background_scorer(replace(network, prepare=VBENCH_CLIP_32))  # the tiny CLIP takes 32 pixels
+    assert score(case)["vbench_background"] == pytest.approx(consistency(frames), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_openais_torchscript_archives_are_read(tmp_path):
     class Archive(torch.nn.Module):
         def __init__(self) -> None:

@@ -72,7 +72,7 @@ def test_a_bin_has_the_loss_in_its_part_of_the_range_of_t_and_the_others_noise(k
     assert list(losses) == ["loss", *PARTS]
     assert losses["loss"] == pytest.approx(sum(losses[name] for name in PARTS) / BINS)
     assert len(seen) == BINS
-    dataset = run.components.dataset(heldout=True)
+    dataset = run.components.dataset("dev")
     x0 = run.components.autoencoder.encode(collate([dataset[i] for i in range(4)]).video)
     objective, noises = run.components.objective, list[Tensor]()
     for part, (x_t, timestep, output) in enumerate(seen):
@@ -134,37 +134,38 @@ def test_shares_of_the_range_of_t_run_from_data_to_noise(kind: Any) -> None:
 def test_identity_is_measured_on_samples_of_the_prompts_and_repeats() -> None:
     run = trial("kv_concat").perturb()
     run.components.config = replace(run.components.config, train=TrainConfig(validate_prompts=2))
-    first = identity_curve(run.components, ALONE)
+    dataset = run.components.dataset("dev")
+    first = identity_curve(run.components, dataset, ALONE)
     torch.rand(3)  # other draws before it change nothing
-    assert identity_curve(run.components, ALONE) == first
-    assert list(first) == ["palette", "clip_i"]
+    assert identity_curve(run.components, dataset, ALONE) == first
+    assert list(first) == ["palette", "own_i"]
     assert first["palette"] > 0
-    assert -1 <= first["clip_i"] <= 1
+    assert -1 <= first["own_i"] <= 1
     run.components.config = replace(run.components.config, train=TrainConfig(validate_prompts=0))
-    assert identity_curve(run.components, ALONE) == {}
+    assert identity_curve(run.components, dataset, ALONE) == {}
 
 
 def test_the_right_subject_scores_better() -> None:
     run = trial("kv_concat")
-    dataset = run.components.dataset(heldout=True)
+    dataset = run.components.dataset("dev")
     right, wrong = dataset[0], dataset[1]
     ours, theirs = (identity_scores(run.components, right, video) for video in (right.video, wrong.video))
     assert ours["palette"] < theirs["palette"]
     still = identity_scores(run.components, right, right.image.expand(2, -1, -1, -1))
-    assert still["clip_i"] == pytest.approx(1)
+    assert still["own_i"] == pytest.approx(1)
 
 
 def test_a_diverged_network_scores_nan() -> None:
     run = trial("kv_concat")
-    example = run.components.dataset(heldout=True)[0]
+    example = run.components.dataset("dev")[0]
     scores = identity_scores(run.components, example, torch.full_like(example.video, torch.nan))
     assert all(value != value for value in scores.values())
 
 
 def test_other_data_than_the_toy_worlds_has_no_palette() -> None:
     run = trial("kv_concat")
-    example = replace(run.components.dataset(heldout=True)[0], identity=None)
-    assert list(identity_scores(run.components, example, example.video)) == ["clip_i"]
+    example = replace(run.components.dataset("dev")[0], identity=None)
+    assert list(identity_scores(run.components, example, example.video)) == ["own_i"]
 
 
 def test_sampling_takes_few_steps() -> None:

@@ -15,8 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit_booth.evaluation.case import Case, Scorer, Values
-from dit_booth.evaluation.learned.clip_score import ImageFeatures, TextFeatures
-from dit_booth.evaluation.learned.similarity import cosines, features_of, unit_features
+from dit_booth.evaluation.learned.similarity import (
+    ImageFeatures,
+    TextFeatures,
+    cosines,
+    features_of,
+    unit_features,
+)
 
 Array = NDArray[np.float64]
 Detector = Callable[[Tensor, Tensor], Sequence[Tensor]]

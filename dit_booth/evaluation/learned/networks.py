@@ -221,8 +221,9 @@ def load_clip(weights: Weights, device: Device = "cpu", *, name: str = "clip") -
     import open_clip
 
     given, model_name = weights.get(name), ""
-    if given and ":" in given and not given.startswith(HUB) and not Path(given).exists():
-        model_name, given = given.split(":", 1)
+    before, colon, after = (given or "").partition(":")
+    if colon and "/" not in before and not (given or "").startswith(HUB):
+        model_name, given = before, after
         if model_name not in open_clip.list_models():
             near = suggest(model_name, open_clip.list_models())
             raise ValueError(f"weights {name}: open_clip has no model {model_name!r}{near}")

@@ -48,7 +48,7 @@ def load_lpips(weights: Weights, device: Device = "cpu") -> Distance:
         ValueError: the package or the weights are absent, or the weights are another network's.
     """
     package = _import("lpips", "pip install 'dit-booth[metrics]'")
-    file = find_weights("lpips", weights.get("lpips"), example="alexnet-owt-7be5be79.pth", files=())
+    file = find_weights("lpips", weights.get("lpips"), example="alexnet-owt-7be5be79.pth")
     with warnings.catch_warnings():  # the package calls torchvision as it was
         warnings.simplefilter("ignore", UserWarning)
         model = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
@@ -74,9 +74,7 @@ def load_dreamsim(weights: Weights, device: Device = "cpu") -> Distance:
         ValueError: the package or a file of that folder is absent.
     """
     package = _import("dreamsim", "pip install 'dit-booth[metrics]'")
-    folder = find_weights(
-        "dreamsim", weights.get("dreamsim"), example="dreamsim_ensemble_checkpoint", files=()
-    )
+    folder = find_weights("dreamsim", weights.get("dreamsim"), example="dreamsim_ensemble_checkpoint")
     absent = [name for name in _DREAMSIM_FILES if not (folder / name).exists()]
     if absent:  # the package would download them
         raise ValueError(

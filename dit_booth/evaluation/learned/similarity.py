@@ -6,7 +6,7 @@ VideoBooth averages over all frames (section 5.2). The papers' tables show them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit_booth.evaluation.case import Case, Scorer, Values
-from dit_booth.evaluation.learned.clip_score import ImageFeatures, TextFeatures
 from dit_booth.evaluation.learned.crops import FindSubject, crop_subjects, find_on_smooth, find_on_white
 
 Array = NDArray[np.float64]
+ImageFeatures = Callable[[Tensor], Tensor]
+"""`n 3 h w` in [-1, 1], of any size, to `n d`; resizes and normalizes for its model."""
+TextFeatures = Callable[[Sequence[str]], Tensor]
+"""`n` sentences to `n d`, the same `d`."""
 
 
 def unit_features(name: str, features: Tensor, *, rows: int) -> Tensor:

@@ -14,10 +14,9 @@ from einops import reduce
 from torch import Tensor
 
 from dit_booth.evaluation.case import Case, Scorer, Values
-from dit_booth.evaluation.learned.clip_score import ImageFeatures
 from dit_booth.evaluation.learned.networks import FeatureNetwork
 from dit_booth.evaluation.learned.preprocessing import VBENCH_CLIP, VBENCH_DINO
-from dit_booth.evaluation.learned.similarity import unit_features
+from dit_booth.evaluation.learned.similarity import ImageFeatures, unit_features
 
 _I2V = {"max": 0.4, "mean": 0.3, "min": 0.3}
 

@@ -37,7 +37,7 @@ def load_i3d(weights: Weights, device: Device = "cpu") -> VideoFeatures:
     Raises:
         ValueError: the file is absent or no TorchScript; when called, a video is too short.
     """
-    file = find_weights("i3d", weights.get("i3d"), example="i3d_torchscript.pt", files=())
+    file = find_weights("i3d", weights.get("i3d"), example="i3d_torchscript.pt")
     module = read_torchscript(file).to(device)
     schema = module._c._get_method("forward").schema
     takes = {argument.name for argument in schema.arguments}
@@ -65,7 +65,7 @@ def load_vjepa(weights: Weights, device: Device = "cpu") -> VideoFeatures:
     Raises:
         ValueError: the file is absent or no TorchScript.
     """
-    file = find_weights("vjepa", weights.get("vjepa"), example="vjepa_torchscript.pt", files=())
+    file = find_weights("vjepa", weights.get("vjepa"), example="vjepa_torchscript.pt")
     module = read_torchscript(file).to(device)
 
     def features(videos: Tensor) -> Tensor:
@@ -85,7 +85,12 @@ def load_videomae(weights: Weights, device: Device = "cpu") -> VideoFeatures:
     Raises:
         ValueError: transformers or the folder is absent, the weights do not fit; when called, a video is too short.
     """
-    path = find_weights("videomae", weights.get("videomae"), example="videomae-base-finetuned-ssv2", files=())
+    path = find_weights(
+        "videomae",
+        weights.get("videomae"),
+        example="videomae-base-finetuned-ssv2",
+        files=(*_FILES, "config.json"),
+    )
     encoder, norm = _read_videomae(path)
     encoder.requires_grad_(False).to(device)
     norm.requires_grad_(False).to(device)

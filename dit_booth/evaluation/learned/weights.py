@@ -16,24 +16,27 @@ _LISTED = 3
 _UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError)
 
 
-def find_weights(option: str, given: str | None, *, example: str, files: Sequence[str]) -> Path:
+def find_weights(option: str, given: str | None, *, example: str, files: Sequence[str] = ()) -> Path:
     """Return the file or folder of a network's weights.
 
     Args:
         option: name of the network in ``--weights``.
         given: a file, a folder, or ``hf-hub:owner/name``, whose `files` are downloaded (or taken from the cache).
         example: name of the original file, for the message.
-        files: names of the weights, most wanted first, and of what belongs to them.
+        files: names of the weights on the hub, most wanted first, and of what belongs to them; empty: not on the hub.
 
     Raises:
         ValueError: no weights were given, or they do not exist.
     """
     if not given:
+        hub = f" or --weights {option}={HUB}OWNER/NAME" if files else ""
         raise ValueError(
             f"{option} needs weights, and none were given; pass --weights {option}=FILE (the original is {example})"
-            f" or --weights {option}={HUB}OWNER/NAME"
+            f"{hub}"
         )
     if given.startswith(HUB):
+        if not files:
+            raise ValueError(f"weights {option} = {given!r}: only a local file or folder; pass {example}")
         return _download(option, given.removeprefix(HUB), files)
     path = Path(given).expanduser()
     if not path.exists():
