@@ -28,7 +28,7 @@ TINY = {
     "data": {"size": 12, "frames": 3},
     "stages": {"coarse": {"steps": 6, "train": ["backbone.*", "strategy.*"]}, "fine": {"steps": 4}},
     "train": {"batch_size": 2, "checkpoint_every": 2},
-    "sample": {"videos": 1},
+    "sample": {"videos": 2},
     "sampler": {"steps": 2},
 }
 STUDY = {

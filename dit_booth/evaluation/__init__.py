@@ -15,11 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dit_booth.evaluation.case import Case, Scorer
 from dit_booth.evaluation.scores import Score
+
+if TYPE_CHECKING:  # the catalogue and the scores need no PyTorch
+    from dit_booth.evaluation.case import Case, Scorer
 
 __all__ = ["Statistic", "score", "summary"]
 

@@ -45,7 +45,7 @@ def _absent(study: Study, table: Table) -> Iterator[str]:
 
 def _left_out(table: Table) -> Iterator[str]:
     for row in table.rows:
-        reasons = [reason for point in row.points for reason in point.left_out]
+        reasons = [reason for point in row.points for reason in point.samples.left_out.values()]
         if reasons:
             what = "1 video, which" if len(reasons) == 1 else f"{len(reasons)} videos, which"
             yield f"{row.label} lacks {what} could not be scored; the first: {reasons[0]}."
@@ -73,16 +73,16 @@ def _seeds(table: Table) -> Iterator[str]:
 
 def _prompts(table: Table) -> Iterator[str]:
     points = [point for row in table.rows for point in row.points]
-    counts = sorted({len(point.prompts) for point in points if point.measured})
+    counts = sorted({len(point.samples.prompts) for point in points if point.samples.measured})
     if not counts:
         yield "No video was scored: no point has a file samples/scores.jsonl."
         return
-    unscored = sum(not point.measured for point in points)
+    unscored = sum(not point.samples.measured for point in points)
     if unscored:
         yield f"{unscored} of {len(points)} finished points have no scores (samples/scores.jsonl)."
     if counts[0] < _FEW_PROMPTS:
         yield f"Few prompts: {_range(counts)} per point. Other prompts may rank the variants differently."
-    if len({frozenset(point.prompts) for point in points if point.measured}) > 1:
+    if len({frozenset(point.samples.prompts) for point in points if point.samples.measured}) > 1:
         yield "Points have different prompts; paired differences use the prompts in common."
 
 

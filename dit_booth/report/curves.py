@@ -190,7 +190,7 @@ def _scatter(
     prompts = dict.fromkeys(p for row in both.values() for p in row)
     if not prompts:
         return None
-    captions = {video.prompt: video.caption for point in (*left, *right) for video in point.videos}
+    captions = {video.prompt: video.caption for point in (*left, *right) for video in point.samples.videos}
     across = [_mean([b[seed][p] for seed in both if p in both[seed]]) for p in prompts]
     up = [_mean([a[seed][p] for seed in both if p in both[seed]]) for p in prompts]
     low, high = padded([*across, *up])

@@ -84,7 +84,7 @@ def _row(group: Group, point: PointResult, metric: Measure, style: int) -> Extre
     def show(pairs: Sequence[tuple[SampledVideo, float]]) -> tuple[RankedVideo, ...]:
         return tuple(
             RankedVideo(
-                cell=video_cell([point.samples / video.file], style),
+                cell=video_cell([point.samples.folder / video.file], style),
                 value=metric.text(value),
                 caption=video.caption or video.prompt,
             )
@@ -96,8 +96,8 @@ def _row(group: Group, point: PointResult, metric: Measure, style: int) -> Extre
 
 def _values(point: PointResult, metric: str) -> Iterator[tuple[SampledVideo, float]]:
     """Iterate over the point's videos that have a value."""
-    scores = point.measured.get(("", metric), {})
-    for video in point.own_videos:
+    scores = point.samples.measured.get(("", metric), {})
+    for video in point.samples.own_videos:
         for score in scores.get(video.prompt, ()):
             if score.noise_seed == video.noise_seed and not math.isnan(score.mean):
                 yield video, score.mean

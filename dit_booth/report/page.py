@@ -81,6 +81,11 @@ def _context(study: Study, table: Table, styles: dict[str, int]) -> dict[str, ob
         "labels": {metric.name: metric.label for metric in table.metrics},
         "compared": any(metric.name in row.differences for row in table.others for metric in table.metrics),
         "commands": _commands(study),
+        "left_out": [
+            (point, video, reason)
+            for point in study.points
+            for video, reason in point.samples.left_out.items()
+        ],
         "point_means": _point_means(study),
     }
 
@@ -136,8 +141,8 @@ def _facts(study: Study) -> list[tuple[str, str]]:
     """Return (value, label) of the figures under the title."""
     points = study.points
     seeds = sorted({point.seed for point in points})
-    prompts = max((len(point.prompts) for point in points), default=0)
-    noise = {video.noise_seed for point in points for video in point.videos if not video.control}
+    prompts = max((len(point.samples.prompts) for point in points), default=0)
+    noise = {video.noise_seed for point in points for video in point.samples.videos if not video.control}
     finished = sum(point.finished for point in points)
     facts = [("variant", len(study.groups)), ("training seed", len(seeds)), ("prompt", prompts)]
     facts += [("noise seed", len(noise))] if len(noise) > 1 else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shlex
@@ -13,14 +12,14 @@ from typing import Any
 import yaml
 
 from dit_booth.cost.totals import training_costs
-from dit_booth.evaluation.scores import SCORES, Score, read_scores
+from dit_booth.evaluation.scores import SCORES
+from dit_booth.report.read_samples import read_sample_folder
 from dit_booth.report.study import (
     COSTS,
     PLACES,
     Group,
-    Measured,
     PointResult,
-    SampledVideo,
+    SampleFolder,
     StageResult,
     Study,
 )
@@ -31,7 +30,7 @@ JsonObject = dict[str, Any]
 
 
 def read_study(folders: Sequence[Path]) -> Study:
-    """Read a sweep's folder, or one or more run folders.
+    """Read a sweep's folder, or one or more folders of runs or of scored videos (``dit-booth evaluate``).
 
     Raises:
         ValueError: a folder is neither, or a file in it is missing or malformed; the message names it.
@@ -44,10 +43,10 @@ def read_study(folders: Sequence[Path]) -> Study:
             raise ValueError(f"{folders[0]} is a sweep's folder; give it alone, or run folders only")
         return read_sweep(folders[0])
     for folder in folders:
-        if not ((folder / "run.yaml").is_file() or (folder / SCORES).is_file()):
+        if not any((folder / name).is_file() for name in ("run.yaml", SCORES)):
             raise ValueError(
                 f"{folder} has no sweep.jsonl, no run.yaml and no {SCORES}; give a sweep's folder, run folders, or"
-                " folders of videos that `dit-booth evaluate` has scored"
+                " folders of videos that dit-booth evaluate has scored"
             )
     return read_runs(folders)
 
@@ -76,53 +75,53 @@ def read_sweep(folder: Path) -> Study:
 
 
 def read_runs(folders: Sequence[Path]) -> Study:
-    """Read run folders and scored folders of videos as points, one row each; the first one is the baseline."""
-    settings = [
-        flatten(read_yaml(file)) if (file := folder / "run.yaml").is_file() else {} for folder in folders
-    ]
+    """Read folders of runs or of scored videos as points, one row each; the first one is the baseline."""
+    files = [folder / "run.yaml" for folder in folders]
+    settings = [flatten(read_yaml(file)) if file.is_file() else {} for file in files]
     names = dict.fromkeys(name for setting in settings for name in setting if name not in PLACES)
-    differing = [n for n in names if len({repr(setting.get(n)) for setting in settings}) > 1]
-    points = []
-    for number, (folder, setting) in enumerate(zip(folders, settings, strict=True)):
-        own, log = folder / "samples", folder / "metrics.jsonl"
-        samples = own if own.is_dir() else folder
-        run, scored = (folder / "finished").is_file(), (folder / SCORES).is_file()
-        finished = run or scored
-        stages = _run_log(log) if run or log.is_file() else ()
-        costs = {"step_seconds": stages[-1].step_seconds} if stages else {}
-        file = folder / "cost.json"
-        if file.is_file():
-            cost = read_json(file)
-            costs = _costs({**cost, **training_costs(cost.get("stages") or [])}, str(file))
-            stages = tuple(_stage(stage, str(file)) for stage in cost.get("stages") or ()) or stages
-        points.append(
-            PointResult(
-                id=str(folder),
-                label=folder.resolve().name,
-                group=str(folder),
-                folder=folder,
-                status="finished" if finished else "unfinished",
-                baseline=number == 0 and len(folders) > 1,
-                options={name: setting[name] for name in differing if name in setting},
-                costs=costs,
-                stages=stages,
-                measured=_measured(samples) if finished else {},
-                videos=tuple(_videos(samples)) if finished else (),
-                left_out=_left_out(samples),
-                settings=setting,
-            )
-        )
+    differing = [n for n in names if len({repr(setting.get(n)) for setting in settings if setting}) > 1]
+    points = [
+        _run(folder, setting, differing, baseline=number == 0 and len(folders) > 1)
+        for number, (folder, setting) in enumerate(zip(folders, settings, strict=True))
+    ]
     return Study(
         title=points[0].label if len(points) == 1 else f"{len(points)} runs",
         sweep=False,
         folder=folders[0],
         groups=tuple(_groups(points)),
         commands=tuple(
-            f"dit-booth run --config {folder / 'run.yaml'}"
-            if (folder / "run.yaml").is_file()
-            else f"dit-booth evaluate {folder}"
-            for folder in folders
+            f"dit-booth run --config {file}" if file.is_file() else f"dit-booth evaluate {file.parent}"
+            for file in files
         ),
+    )
+
+
+def _run(
+    folder: Path, settings: dict[str, object], differing: Sequence[str], *, baseline: bool
+) -> PointResult:
+    """Read a run's folder, or a folder of scored videos, which has no settings."""
+    scored = not settings
+    finished, log = scored or (folder / "finished").is_file(), folder / "metrics.jsonl"
+    stages = _run_log(log) if log.is_file() else ()
+    costs = {"step_seconds": stages[-1].step_seconds} if stages else {}
+    file = folder / "cost.json"
+    if file.is_file():
+        cost = read_json(file)
+        costs = _costs({**cost, **training_costs(cost.get("stages") or [])}, str(file))
+        stages = tuple(_stage(stage, str(file)) for stage in cost.get("stages") or ()) or stages
+    place = folder.resolve()
+    return PointResult(
+        id=str(folder),
+        label=place.parent.name if scored and place.name == "samples" else place.name,
+        group=str(folder),
+        folder=folder,
+        status="finished" if finished else "unfinished",
+        baseline=baseline,
+        options={name: settings[name] for name in differing if name in settings},
+        costs=costs,
+        stages=stages,
+        samples=read_sample_folder(folder if scored else folder / "samples") if finished else SampleFolder(),
+        settings=settings,
     )
 
 
@@ -209,8 +208,7 @@ def _sweep_point(sweep: Path, row: JsonObject, where: str) -> PointResult:
         costs=_costs(row, where),
         stages=tuple(_stage(stage, where) for stage in row.get("stages") or ()),
         launch_seconds=_number(row, "launch_seconds", where),
-        measured=_measured(folder / "samples") if finished else {},
-        videos=tuple(_videos(folder / "samples")) if finished else (),
+        samples=read_sample_folder(folder / "samples") if finished else SampleFolder(),
         settings=flatten(read_yaml(settings)) if settings.is_file() else {},
     )
 
@@ -239,45 +237,6 @@ def _number(row: Mapping[str, object], name: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}: {name} is {value!r}; it must be a number")
     return float(value)
-
-
-def _measured(samples: Path) -> Measured:
-    """Read ``scores.jsonl`` of a sample folder; empty if nothing was scored."""
-    if not (samples / SCORES).is_file():
-        return {}
-    found: dict[tuple[str, str], dict[str, list[Score]]] = {}
-    for score in read_scores(samples / SCORES):
-        found.setdefault((score.control, score.metric), {}).setdefault(score.prompt, []).append(score)
-    return {key: {p: tuple(same) for p, same in prompts.items()} for key, prompts in found.items()}
-
-
-def _left_out(samples: Path) -> tuple[str, ...]:
-    """Return the reasons for videos that could not be scored."""
-    file = samples / "left_out.json"
-    return tuple(map(str, read_json(file).values())) if file.is_file() else ()
-
-
-def _videos(samples: Path) -> Iterator[SampledVideo]:
-    """Iterate over the lines of a sample folder's ``videos.csv``; none if nothing was sampled."""
-    file = samples / "videos.csv"
-    if not file.is_file():
-        return
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        for number, line in enumerate(csv.DictReader(stream), 2):
-            seed = line.get("noise_seed") or "0"
-            if not line.get("video") or not seed.isdigit():
-                raise ValueError(
-                    f"{file}:{number}: needs a video, and a whole number as noise_seed; repair the line"
-                )
-            yield SampledVideo(
-                file=line["video"],
-                prompt=line.get("prompt") or line["video"],
-                caption=line.get("caption") or "",
-                image=line.get("image") or "",
-                truth=line.get("truth") or "",
-                noise_seed=int(seed),
-                control=line.get("control") or "",
-            )
 
 
 def _run_log(file: Path) -> tuple[StageResult, ...]:

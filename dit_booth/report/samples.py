@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from PIL import Image
+
 from dit_booth.data.video import probe
 from dit_booth.report.study import Group, PointResult, SampledVideo
 
 PROMPTS = 8
+_PICTURE = 512  # largest side of an image prompt; larger ones are scaled down
 _TINY = 128  # videos of fewer pixels are enlarged with square pixels
 
 
@@ -56,11 +60,11 @@ class Samples:
 
 def read_samples(groups: Sequence[Group], styles: dict[str, int], budget: int) -> Samples:
     """Read the grid of the groups' first prompts, at most `budget` characters."""
-    shown = [group for group in groups if any(point.own_videos for point in group.finished)]
+    shown = [group for group in groups if any(point.samples.own_videos for point in group.finished)]
     if not shown:
         return Samples()
     points = [_point(group, _common_seed(shown)) for group in shown]
-    videos = [{video.prompt: video for video in point.own_videos} for point in points]
+    videos = [{video.prompt: video for video in point.samples.own_videos} for point in points]
     having = Counter(prompt for own in videos for prompt in own)
     rows: list[SampleRow] = []
     wanted = sorted(having, key=lambda prompt: -having[prompt])[:PROMPTS]  # those of most groups first
@@ -86,7 +90,7 @@ def _common_seed(groups: Sequence[Group]) -> int | None:
 
 
 def _point(group: Group, seed: int | None) -> PointResult:
-    sampled = [point for point in group.finished if point.own_videos]
+    sampled = [point for point in group.finished if point.samples.own_videos]
     return next((point for point in sampled if point.seed == seed), sampled[0])
 
 
@@ -94,9 +98,9 @@ def _row(
     videos: Sequence[SampledVideo | None], points: Sequence[PointResult], styles: Sequence[int]
 ) -> SampleRow:
     """Return a prompt's row; image prompt and ground truth are the same in all points, so any point's are taken."""
-    found = [(p.samples, v) for p, v in zip(points, videos, strict=True) if v is not None]
+    found = [(p.samples.folder, v) for p, v in zip(points, videos, strict=True) if v is not None]
     cells = [
-        video_cell([point.samples / video.file] if video else [], style)
+        video_cell([point.samples.folder / video.file] if video else [], style)
         for point, video, style in zip(points, videos, styles, strict=True)
     ]
     image = _picture([folder / video.image for folder, video in found if video.image])
@@ -108,10 +112,16 @@ def _picture(files: Sequence[Path]) -> Cell:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return Cell(missing="not saved")
-    data = file.read_bytes()
-    width = int.from_bytes(data[16:20], "big") if data[:8] == b"\x89PNG\r\n\x1a\n" else 0
-    if not width:
-        return Cell(missing=f"{file}: not a PNG")
+    try:
+        with Image.open(file) as picture:
+            data, width = file.read_bytes(), picture.width
+            if picture.format != "PNG" or max(picture.size) > _PICTURE:
+                picture.thumbnail((_PICTURE, _PICTURE))
+                out = io.BytesIO()
+                picture.convert("RGB").save(out, format="PNG")
+                data = out.getvalue()
+    except OSError as error:  # one unreadable picture must not prevent the page
+        return Cell(missing=f"{file}: {error}")
     return Cell(uri=_uri(data, "image/png"), tiny=width < _TINY)
 
 

@@ -12,9 +12,7 @@ from dit_booth.evaluation.scores import Score
 from dit_booth.study.description import REFERENCES
 from dit_booth.study.primary import Primary
 
-PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every", "train.validate_every",
-    "train.validate_examples", "train.validate_prompts", REFERENCES,
-)  # fmt: skip
+PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every", REFERENCES)
 """Settings that do not change a method's results."""
 COSTS = (
     "trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "train_flops", "train_seconds",
@@ -37,6 +35,29 @@ class SampledVideo:
     truth: str = ""
     noise_seed: int = 0
     control: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFolder:
+    """The scores and videos of a run's folder ``samples``, or of any folder that ``dit-booth evaluate`` has scored."""
+
+    folder: Path = Path()
+    measured: Measured = field(default_factory=dict)
+    videos: tuple[SampledVideo, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Videos that could not be scored, with the reason."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return the prompts of the method's own videos that have a score, in order."""
+        own = (prompts for (control, _), prompts in self.measured.items() if not control)
+        return tuple(dict.fromkeys(prompt for prompts in own for prompt in prompts if prompt))
+
+    @property
+    def own_videos(self) -> tuple[SampledVideo, ...]:
+        """Return the method's own videos of one noise seed, the first: one for each prompt."""
+        own = [video for video in self.videos if not video.control]
+        return tuple(video for video in own if video.noise_seed == own[0].noise_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,34 +88,13 @@ class PointResult:
     costs: dict[str, float] = field(default_factory=dict)
     stages: tuple[StageResult, ...] = ()
     launch_seconds: float = math.nan
-    measured: Measured = field(default_factory=dict)
-    videos: tuple[SampledVideo, ...] = ()
-    left_out: tuple[str, ...] = ()
-    """Reasons for videos that could not be scored."""
+    samples: SampleFolder = SampleFolder()
     settings: dict[str, object] = field(default_factory=dict)
     """`run.yaml`, flat: ``{"stages.fine.steps": 150}``."""
 
     @property
     def finished(self) -> bool:
         return self.status == "finished"
-
-    @property
-    def samples(self) -> Path:
-        """The folder of its videos: a run's ``samples``, or the folder itself if it holds another tool's."""
-        own = self.folder / "samples"
-        return own if own.is_dir() else self.folder
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """Return the prompts of the point's own videos that have a score, in order."""
-        own = (prompts for (control, _), prompts in self.measured.items() if not control)
-        return tuple(dict.fromkeys(prompt for prompts in own for prompt in prompts if prompt))
-
-    @property
-    def own_videos(self) -> tuple[SampledVideo, ...]:
-        """Return the point's own videos of one noise seed, the first: one for each prompt."""
-        own = [video for video in self.videos if not video.control]
-        return tuple(video for video in own if video.noise_seed == own[0].noise_seed)
 
 
 @dataclass(frozen=True, kw_only=True)

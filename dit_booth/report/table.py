@@ -34,7 +34,7 @@ class ResultRow:
     @property
     def prompts(self) -> str:
         """Return the number of prompts per seed, or its smallest and largest value."""
-        counts = sorted({len(point.prompts) for point in self.points})
+        counts = sorted({len(point.samples.prompts) for point in self.points})
         return DASH.join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "0"
 
 
@@ -143,12 +143,12 @@ def _control_rows(
     truth: dict[int, PointResult] = {}
     for group in (*([baseline] if baseline else []), *groups):
         for point in group.finished:
-            if any(control == "truth" for control, _ in point.measured):
+            if any(control == "truth" for control, _ in point.samples.measured):
                 truth.setdefault(point.seed, point)
     found = [("truth", "ground truth", tuple(truth.values()))]
     for control, label in _CONTROLS.items():
         for group in groups:
-            points = tuple(p for p in group.finished if any(own == control for own, _ in p.measured))
+            points = tuple(p for p in group.finished if any(own == control for own, _ in p.samples.measured))
             found.append((control, label.format(group.label), points))
     for control, label, points in found:
         if points:

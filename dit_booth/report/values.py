@@ -28,7 +28,7 @@ def values_of(
     """
     out: dict[int, dict[str, float]] = {}
     for point in points:
-        for prompt, scores in point.measured.get((control, metric), {}).items():
+        for prompt, scores in point.samples.measured.get((control, metric), {}).items():
             known = [value for value in map(of, scores) if not math.isnan(value)]
             if known:
                 out.setdefault(point.seed, {})[prompt] = math.fsum(known) / len(known)
@@ -42,7 +42,7 @@ def frames_of(points: Sequence[PointResult], metric: str, control: str = "") -> 
     """
     by_prompt: dict[str, list[tuple[float, ...]]] = {}
     for point in points:
-        for prompt, scores in point.measured.get((control, metric), {}).items():
+        for prompt, scores in point.samples.measured.get((control, metric), {}).items():
             by_prompt.setdefault(prompt, []).extend(s.value for s in scores if isinstance(s.value, tuple))
     by_prompt = {prompt: rows for prompt, rows in by_prompt.items() if rows}
     length = max((len(row) for rows in by_prompt.values() for row in rows), default=0)
@@ -58,12 +58,14 @@ def frames_of(points: Sequence[PointResult], metric: str, control: str = "") -> 
 
 def metrics_of(points: Sequence[PointResult]) -> list[str]:
     """Return the metrics of the points' own videos, in the order of their files."""
-    return list(dict.fromkeys(metric for p in points for control, metric in p.measured if not control))
+    return list(
+        dict.fromkeys(metric for p in points for control, metric in p.samples.measured if not control)
+    )
 
 
 def scores_of(study: Study) -> Iterator[Score]:
     """Iterate over the scores of all points, each with its point and training seed."""
     for point in study.points:
-        for prompts in point.measured.values():
+        for prompts in point.samples.measured.values():
             for scores in prompts.values():
                 yield from (replace(score, point=point.id, seed=point.seed) for score in scores)

@@ -152,6 +152,11 @@ def _point(description: Description, variant: Variant, controls: tuple[str, ...]
 
     where = f"{description.name}, point {variant.label!r}"
     config = _configure(description, variant, controls, where)
+    if "shuffled" in controls and config.sample.videos == 1:
+        raise ValueError(
+            f"{where}: controls has shuffled, another prompt's image, and sample.videos is 1; raise it to 2, or set"
+            " controls: [none]"
+        )
     try:
         stages = stages_of(config)
     except ValueError as error:

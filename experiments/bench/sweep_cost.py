@@ -76,6 +76,7 @@ def description(options: SweepCostArguments, only: int | None = None) -> dict[st
             "sample.videos": options.videos,
         },
         "list": variants if only is None else [variants[only]],
+        "controls": [],
         "launcher": options.launcher,
     }
 

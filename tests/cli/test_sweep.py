@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dit_booth.files import read_lines
 from dit_booth.report.read import read_study
+from dit_booth.report.table import make_table
 from dit_booth.study.description import read_description
 from dit_booth.study.plan import plan_sweep
 from dit_booth.study.rows import ALL_COSTS
@@ -84,7 +85,7 @@ def test_a_row_has_options_scores_and_costs(swept: Sweep):
     first, second = swept.rows()
     assert first["options"] == {"kv_concat.update": "first_frame_value"}
     assert (first["baseline"], second["baseline"], first["seed"]) == (True, False, 0)
-    assert first["metrics"]["psnr"]["n"] == 1
+    assert first["metrics"]["psnr"]["n"] == 2
     stages = load_file(swept.out / "stages" / stage_name(first, 0) / "weights.safetensors")
     fine = load_file(swept.out / "stages" / stage_name(first, 1) / "weights.safetensors")
     assert first["trained_parameters"] == sum(value.numel() for value in {**stages, **fine}.values())
@@ -166,7 +167,11 @@ def test_hparams_hold_every_option_score_and_cost_of_a_row(swept: Sweep):
 def test_the_report_reads_it(swept: Sweep):
     study = read_study([swept.out])
     assert [group.baseline for group in study.groups] == [True, False]
-    assert study.points[0].scores["psnr"].n == 1
+    table = make_table(study)
+    baseline, other = table.rows
+    assert (baseline.prompts, other.prompts, set(other.differences)) == ("2", "2", set(baseline.quality))
+    assert [row.control for row in table.controls] == ["truth", "shuffled", "none"]
+    assert {control for control, _ in study.points[1].samples.measured} == {"", "truth"}
 
 
 def test_two_kills_end_in_the_same_table(swept: Sweep, tmp_path: Path):

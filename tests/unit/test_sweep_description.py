@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,14 @@ def test_a_primary_question_against_the_baseline_is_every_other_row(tmp_path: Pa
     assert primary.pairs(LABELS, "two") == [("one", "two"), ("three", "two")]
     assert primary.pairs(LABELS, None) == []
     assert described(tmp_path, {}).primary is None
+
+
+def test_reading_a_primary_question_needs_no_pytorch(tmp_path: Path) -> None:
+    """A finished sweep answers at once."""
+    described(tmp_path, {"list": LIST, "baseline": "one", "primary": {"metric": "appearance"}})
+    code = "import sys; from pathlib import Path; from dit_booth.study.description import read_description;"
+    code += f" assert read_description(Path({str(tmp_path / 'study.yaml')!r})).primary; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def test_options_of_strategies_that_a_point_lacks_are_left_out(tmp_path: Path) -
         ({"grid": {"schedule": [["coarse"]]}, "options": {"strategy": "none"},
           "baseline": None}, r"stage 'coarse' trains nothing"),
         ({"baseline": {"kv_concat.update": "direct"}}, r"is more than one of the points"),
+        ({"options": {"sample.videos": 1}}, r"controls has shuffled, .* and sample\.videos is 1; raise it to 2"),
         ({"baseline": "nobody"}, r"baseline 'nobody' is none of the points \('update="),
         ({"grid": {"data.workers": [0, 1]}, "baseline": None}, r"'workers=0' and 'workers=1' are the same run"),
         ({"options": {"ds_config": "no.json"}}, r"ds_config is 'no\.json'"),
