@@ -38,7 +38,7 @@ class Track:
 
     Attributes:
         poses: `f 4`: centre x (right) and y (down) and radius in shares of the side, angle in radians, NaN where no
-            subject is found. Angles are unwrapped over the frames.
+            subject is found.
         mirrored: the subject is drawn mirrored, as an image prompt may show it.
         turns: equal rotations that leave the outline as it is (for a circle or a ring: outline and texture); angles
             count modulo these. 1 if none does, 0 if all do (a plain circle).
@@ -48,10 +48,20 @@ class Track:
     mirrored: bool
     turns: int
 
+    @property
+    def angles(self) -> Array:
+        """Return the angles unwrapped over the frames modulo the symmetry, starting in half a period around 0."""
+        known, angles = ~np.isnan(self.poses[:, 3]), self.poses[:, 3].copy()
+        period = 2 * math.pi / max(self.turns, 1)
+        start = angles[known][:1] - period * np.round(angles[known][:1] / period)
+        angles[known] = np.unwrap(np.concatenate([start, angles[known][1:]]), period=period)
+        return angles
+
     def motion(self) -> dict[str, Array]:
         """Return `speed`, `growth` and `rotation` (degrees) to the frame before, `f` each; NaN where unknown."""
         step = np.full_like(self.poses, np.nan)
         step[1:] = self.poses[1:] - self.poses[:-1]
+        step[1:, 3] = np.diff(self.angles)
         growth = np.full(len(step), np.nan)
         growth[1:] = np.abs(self.poses[1:, 2] / self.poses[:-1, 2] - 1)
         rotation = np.degrees(np.abs(step[:, 3])) if self.turns else np.full(len(step), np.nan)
@@ -143,7 +153,7 @@ def _smoothest(frame: NDArray[np.int64], poses: Poses, loss: Array, turns: int) 
     """Choose one candidate of every frame: least excess loss and least rotation, by the Viterbi algorithm.
 
     Returns:
-        The poses, `f 4`, their angles unwrapped, and the sum of their losses.
+        The poses, `f 4`, and the sum of their losses.
     """
     period = 2 * math.pi / max(turns, 1)
     excess = loss / np.maximum(np.repeat(loss[first_of_each(frame, loss)], np.bincount(frame)), 1e-9) - 1
@@ -159,9 +169,7 @@ def _smoothest(frame: NDArray[np.int64], poses: Poses, loss: Array, turns: int) 
     for each in reversed(before):
         path.append(int(each[path[-1]]))
     chosen = np.array([group[at] for group, at in zip(groups, reversed(path), strict=True)])
-    best = poses[chosen]
-    best[:, 3] = _unwrap(best[:, 3], period)
-    return best, float(loss[chosen].sum())
+    return poses[chosen], float(loss[chosen].sum())
 
 
 def _turns(bank: Plane) -> int:
@@ -223,9 +231,3 @@ def _resample(image: Plane, pose: Array) -> Plane:
     at = np.meshgrid(y - radius * _GRID - 0.5, x + radius * _GRID - 0.5, indexing="ij")
     sampled = [ndimage.map_coordinates(each, at, order=1, mode="nearest") for each in image]
     return rearrange(np.stack(sampled), "c h w -> c (h w)")
-
-
-def _unwrap(angles: Array, period: float) -> Array:
-    """Unwrap angles over a period, starting in half a period around 0."""
-    first = angles[:1] - period * np.round(angles[:1] / period)
-    return np.unwrap(np.concatenate([first, angles[1:]]), period=period)
