@@ -5,6 +5,8 @@
 
 Each failure is rendered into the same held-out examples, or applied to their real videos; its row says how many of
 them it applies to (a plain subject has no texture to rotate). `mirrored` is none: an image prompt may be mirrored.
+`--eye` compares `right_shape` with what a person saw in the frames of the first run: a line of JSON for each video,
+with `video` (its name) and `right` (1 or 0 for each frame).
 `--runs` adds folders of sampled toy-world videos (`000.mp4`, ..., and a `metrics.jsonl` with the examples' keys).
 """
 
@@ -39,7 +41,7 @@ from dit_booth.data.toyworld.world import (
 from dit_booth.data.video import read_video
 from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.catalogue import describe
-from dit_booth.evaluation.oracle import oracle_scores
+from dit_booth.evaluation.oracle import best_shapes, oracle_scores
 from dit_booth.evaluation.palette import palette_scores
 from dit_booth.evaluation.pixels import psnr
 
@@ -59,6 +61,8 @@ class OracleArguments:
     """Side of the videos in pixels."""
     runs: tuple[str, ...] = ()
     """Folders of sampled videos, such as runs/demo/samples."""
+    eye: str = ""
+    """A .jsonl file of a person's judgement of the first run's frames."""
     speed: bool = False
     """Measure frames per second on 12 videos as well."""
 
@@ -77,6 +81,8 @@ def main(settings: OracleArguments) -> None:
     print(_row("another example's", [_case(b.video, a) for a, b in zip(examples, others, strict=True)]))
     for folder in settings.runs:
         print(_row(f"`{Path(folder).name}`", list(read_run(Path(folder)))))
+    if settings.eye:
+        _compare(Path(settings.eye), Path(settings.runs[0]))
     if settings.speed:
         _measure_speed([_case(example.video, example) for example in examples[:12]])
 
@@ -130,6 +136,23 @@ def _row(name: str, cases: Sequence[Case]) -> str:
         value = sum(known) / len(known) if known else math.nan
         cells.append("-" if math.isnan(value) else f"{value:.{describe(metric).digits}f}")
     return "| " + " | ".join(cells) + " |"
+
+
+def _compare(eye: Path, folder: Path) -> None:
+    """Print how many frames a person and `right_shape` judge alike, and list the others."""
+    seen = [json.loads(line) for line in eye.read_text().splitlines()]
+    alike, frames, apart = 0, 0, list[str]()
+    for row, case in zip(seen, read_run(folder), strict=True):
+        right, best = np.asarray(oracle_scores(case)["right_shape"]), best_shapes(case.video)
+        for frame, (said, found, name) in enumerate(zip(row["right"], right, best, strict=True)):
+            alike, frames = alike + (said == found), frames + 1
+            if said != found:
+                word = "right" if said else "wrong"
+                apart.append(
+                    f"- {row['video']}, frame {frame}: a {row['subject']}, {word} by eye; best fit: {name}"
+                )
+    print(f"\n{alike} of {frames} frames judged by eye as by right_shape\n")
+    print("\n".join(apart))
 
 
 def _measure_speed(cases: Sequence[Case]) -> None:
@@ -216,10 +239,10 @@ def missing_subject(example: Example) -> Tensor:
     return _changed(example, start=(9.0, 9.0), end=(9.0, 9.0))
 
 
-def noisy(example: Example) -> Tensor:
-    """Add Gaussian noise of a standard deviation of 0.1 of the range."""
+def noisy(example: Example, share: float) -> Tensor:
+    """Add Gaussian noise; its standard deviation is a `share` of the range."""
     generator = torch.Generator().manual_seed(0)
-    return (example.video + 0.2 * torch.randn(example.video.shape, generator=generator)).clamp(-1, 1)
+    return (example.video + 2 * share * torch.randn(example.video.shape, generator=generator)).clamp(-1, 1)
 
 
 def blurred(example: Example) -> Tensor:
@@ -244,7 +267,8 @@ FAILURES: dict[str, Callable[[Example], Tensor | None]] = {
     "wrong shape": wrong_shape,
     "circle for square or the reverse": circle_for_square,
     "missing subject": missing_subject,
-    "noise": noisy,
+    "noise, 5% of the range": lambda example: noisy(example, 0.05),
+    "noise, 10% of the range": lambda example: noisy(example, 0.1),
     "blurred": blurred,
     "still": still,
 }

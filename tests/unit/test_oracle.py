@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -52,7 +53,7 @@ def scores_of(case: Case) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
     world = Toyworld(ToyworldConfig(frames=2, split="heldout", seed=4))
-    return [world[i] for i in range(12)]
+    return [world[i] for i in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,10 @@ def means(examples: list[Example]) -> Callable[[str], dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def every_subject() -> list[tuple[Identity, Mapping[str, np.ndarray], Track]]:
-    """Every shape in every texture, 72 scenes of 3 frames in all motions, scored and tracked."""
+    """Every shape in three textures, 36 scenes of 3 frames in all motions, scored and tracked."""
     found = []
-    for number, (shape, texture) in enumerate((s, t) for s in SHAPES for t in TEXTURES):
+    pairs = [(shape, texture) for i, shape in enumerate(SHAPES) for texture in list(TEXTURES)[i % 2 :: 2]]
+    for number, (shape, texture) in enumerate(pairs):
         drawn = scene(number)
         while len(set(drawn.colours)) < 2:  # of two colours
             drawn = scene(number := number + 1000)
@@ -184,12 +186,14 @@ def test_a_mirrored_subject_is_no_failure(means):
 
 def test_blur_costs_shape_and_appearance_but_not_the_names(means):
     row = means("blurred")
-    assert row["right_shape"] > 0.9 and row["right_texture"] > 0.8
+    assert row["right_shape"] > 0.8 and row["right_texture"] > 0.8
     assert row["appearance"] > 4 and row["shape"] < 0.9
 
 
 def test_noise_counts_in_appearance(means):
-    assert means("noise")["appearance"] > 10
+    some, more = means("noise, 5% of the range"), means("noise, 10% of the range")
+    assert 4 < some["appearance"] < more["appearance"]
+    assert some["right_shape"] > 0.7
 
 
 def test_a_still_video_has_no_motion_and_the_right_looks(examples):
@@ -307,6 +311,14 @@ def test_the_bench_reads_sampled_videos(tmp_path, examples, capsys):
         list(bench.read_run(tmp_path))
     with pytest.raises(ValueError, match="has no metrics"):
         list(bench.read_run(tmp_path / "none"))
-    bench.main(bench.OracleArguments(examples=2, frames=1))
+    capsys.readouterr()
+    (tmp_path / "metrics.jsonl").write_text(keys)
+    seen = [{"video": f"{n:03d}", "subject": examples[n].subject, "right": [1, n]} for n in range(2)]
+    (tmp_path / "eye.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seen))
+    bench.main(
+        bench.OracleArguments(examples=2, frames=1, runs=(str(tmp_path),), eye=str(tmp_path / "eye.jsonl"))
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + len(bench.FAILURES) and lines[2].startswith("| ground truth | 2 | ")
+    assert lines[2].startswith("| ground truth | 2 | ") and "| missing subject | 2 | " in "".join(lines)
+    assert "3 of 4 frames judged by eye as by right_shape" in lines
+    assert f"- 000, frame 1: a {examples[0].subject}, wrong by eye; best fit: {examples[0].subject}" in lines
