@@ -221,7 +221,7 @@ def _bank_losses(images: Plane, ground: Plane, middle: Poses, bank: Plane) -> Ar
     )
     for frames, renders in ((apart, flat), (under, both)):
         loss -= 2 * rearrange(frames, "f c m -> f (c m)") @ renders.T
-    return loss.astype(np.float64)
+    return np.asarray(loss, np.float64)
 
 
 def _resample(image: Plane, pose: Array) -> Plane:
