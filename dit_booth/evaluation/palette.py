@@ -17,7 +17,6 @@ import torch
 from einops import rearrange, reduce, repeat
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.cluster.vq import vq
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -68,8 +67,7 @@ def palette(pixels: Tensor, k: int = 3) -> Palette:
         raise ValueError(f"k is {k}; a palette needs at least 1 colour")
     points, counts = np.unique(to_lab(pixels * 2 - 1), axis=0, return_counts=True)
     rng = np.random.default_rng(_SEED)
-    runs = [_k_means(points, counts, min(k, len(points)), rng) for _ in range(_RESTARTS)]
-    centres, nearest, _ = min(runs, key=lambda run: run[2])
+    centres, nearest = _k_means(points, counts, min(k, len(points)), rng)
     mass = np.bincount(nearest, weights=counts, minlength=len(centres))
     order = [i for i in np.argsort(-mass, kind="stable") if mass[i] > 0]
     return Palette(centres[order], mass[order] / mass.sum())
@@ -190,19 +188,35 @@ def _bases(rows: int, columns: int) -> Array:
 
 def _k_means(
     points: Array, counts: NDArray[np.int64], k: int, rng: np.random.Generator
-) -> tuple[Array, NDArray[np.int64], float]:
-    """Return centres, nearest centre of every point, and the weighted inertia; starts as k-means++ does."""
-    centres = points[[rng.choice(len(points), p=counts / counts.sum())]]
-    while len(centres) < k:
-        mass = counts * vq(points, centres, check_finite=False)[1] ** 2
-        centres = np.concatenate([centres, points[[rng.choice(len(points), p=mass / mass.sum())]]])
+) -> tuple[Array, NDArray[np.int64]]:
+    """Return the centres of the start with the least inertia, and the nearest centre of every point.
+
+    All `_RESTARTS` starts, each as k-means++ does, run side by side.
+    """
+    centres = np.stack([_spread_centres(points, counts, k, rng) for _ in range(_RESTARTS)])
     for _ in range(_ITERATIONS):
-        nearest, _ = vq(points, centres, check_finite=False)
-        member = counts * (nearest == np.arange(k)[:, None])
-        mass = reduce(member, "k n -> k 1", "sum")
+        nearest = _squares(points, centres).argmin(axis=1)
+        member = counts * (rearrange(nearest, "r n -> r 1 n") == rearrange(np.arange(k), "k -> k 1"))
+        mass = reduce(member, "r k n -> r k 1", "sum")
         moved = np.where(mass > 0, member @ points / np.maximum(mass, 1), centres)
         if np.array_equal(moved, centres):
             break
         centres = moved
-    nearest, distance = vq(points, centres, check_finite=False)
-    return centres, nearest, float(counts @ distance**2)
+    squares = _squares(points, centres)
+    best = int((squares.min(axis=1) @ counts).argmin())
+    return centres[best], squares[best].argmin(axis=0)
+
+
+def _spread_centres(points: Array, counts: NDArray[np.int64], k: int, rng: np.random.Generator) -> Array:
+    """Draw the first centre by the counts, and each next one by its squared distance from those before."""
+    centres = points[[rng.choice(len(points), p=counts / counts.sum())]]
+    while len(centres) < k:
+        mass = counts * _squares(points, rearrange(centres, "k c -> 1 k c"))[0].min(axis=0)
+        centres = np.concatenate([centres, points[[rng.choice(len(points), p=mass / mass.sum())]]])
+    return centres
+
+
+def _squares(points: Array, centres: Array) -> Array:
+    """Compute the squared distances of points `n c` from centres `r k c`: `r k n`."""
+    apart = rearrange(points, "n c -> c n") - rearrange(centres, "r k c -> r k c 1")
+    return np.asarray(np.square(apart).sum(axis=2))

@@ -71,7 +71,7 @@ def subject_masks(video: Tensor) -> Tensor:
     return torch.stack([subject_mask(frame) for frame in video])
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def case_masks(case: Case) -> Tensor:
     """Return `subject_masks` of a case's video; the metrics of one case share them."""
     return subject_masks(case.video)

@@ -24,7 +24,7 @@ from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
 
-SCHEMA = 3
+SCHEMA = 4
 """Raise it with a change of the code after which a stage of equal settings results in something else."""
 
 ELSEWHERE = ("strategy", "schedule", "stages", "dit", "unet", "ds_config", "strategy_weights", "plugin")

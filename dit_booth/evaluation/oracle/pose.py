@@ -42,10 +42,10 @@ def fold(bank: Plane, tolerance: float) -> int:
         bank: renders of the subject at equally spaced angles of the full circle, `angles ...`.
         tolerance: difference that counts as none, as a share of the mean magnitude.
     """
-    count, size = len(bank), float(np.abs(bank).mean())
+    count, size = len(bank), float(np.abs(bank[0]).mean())
+    apart = np.array([float(np.abs(bank[0] - each).mean()) for each in bank])
     orders = [order for order in range(count, 0, -1) if count % order == 0]
-    apart = (float(np.abs(bank[0] - bank[count // order % count]).mean()) for order in orders)
-    return next(order for order, each in zip(orders, apart, strict=True) if each <= tolerance * size)
+    return next(order for order in orders if (apart[:: count // order] <= tolerance * size).all())
 
 
 def first_of_each(group: NDArray[np.int64], loss: Array) -> NDArray[np.int64]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from einops import rearrange
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from dit_booth.data.toyworld.shapes import Plane
@@ -26,6 +28,7 @@ _KEPT = 3  # angles that are refined, if the next one's render fits nearly as we
 _NEARLY = 1.5
 _EQUAL = 0.005  # difference of renders that are equal
 _SAME = 0.04  # difference that a viewer hardly sees, as that of a nearly regular triangle turned by a third
+_JUMP = math.radians(60)  # rotation between frames that weighs as much as doubling the loss
 _COVER = 0.7  # weight of a pixel's coverage in the loss, as the distance of colours in RGB that it equals
 
 
@@ -35,19 +38,30 @@ class Track:
 
     Attributes:
         poses: `f 4`: centre x (right) and y (down) and radius in shares of the side, angle in radians, NaN where no
-            subject is found. Angles are unwrapped over the frames, modulo the subject's symmetry.
+            subject is found.
         mirrored: the subject is drawn mirrored, as an image prompt may show it.
-        turns: equal rotations that leave the subject as it is: 1 if none does, 0 if all do (a plain circle).
+        turns: equal rotations that leave the outline as it is (for a circle or a ring: outline and texture); angles
+            count modulo these. 1 if none does, 0 if all do (a plain circle).
     """
 
     poses: Poses
     mirrored: bool
     turns: int
 
+    @property
+    def angles(self) -> Array:
+        """Return the angles unwrapped over the frames modulo the symmetry, starting in half a period around 0."""
+        known, angles = ~np.isnan(self.poses[:, 3]), self.poses[:, 3].copy()
+        period = 2 * math.pi / max(self.turns, 1)
+        start = angles[known][:1] - period * np.round(angles[known][:1] / period)
+        angles[known] = np.unwrap(np.concatenate([start, angles[known][1:]]), period=period)
+        return angles
+
     def motion(self) -> dict[str, Array]:
         """Return `speed`, `growth` and `rotation` (degrees) to the frame before, `f` each; NaN where unknown."""
         step = np.full_like(self.poses, np.nan)
         step[1:] = self.poses[1:] - self.poses[:-1]
+        step[1:, 3] = np.diff(self.angles)
         growth = np.full(len(step), np.nan)
         growth[1:] = np.abs(self.poses[1:, 2] / self.poses[:-1, 2] - 1)
         rotation = np.degrees(np.abs(step[:, 3])) if self.turns else np.full(len(step), np.nan)
@@ -57,27 +71,22 @@ class Track:
 def fit_subject(seen: Seen, identity: Identity, start: Poses) -> Track:
     """Fit the pose of a subject in every frame in which one is found; `start`, `f 4`, are its shape's poses there.
 
-    Whether it is mirrored is decided for the whole video.
+    It is mirrored in all frames or in none. Where several poses fit a frame about as well, as with the wrong texture on
+    a square, the one that continues the motion is taken.
     """
     found, (bank, mirror_bank) = seen.found, _banks(identity)
-    turns = fold(bank, _SAME)
     images, ground = _channels(seen.only(found))
     middle = _centroids(start, identity.shape)
     period = slice(len(ANGLES) // fold(bank, _EQUAL))
-    poses, losses, mirrored = list[Poses](), list[Array](), False
-    for flip, renders in enumerate((bank, mirror_bank)):
-        if flip and _same_turned(bank, mirror_bank):
-            break
-        fits = _bank_losses(images, ground, middle, renders[period])
-        each = _refine(images, ground, identity, middle, fits, bool(flip))
-        poses.append(each[0])
-        losses.append(each[1])
-    mirrored = len(losses) > 1 and bool(losses[1].sum() < losses[0].sum())
-    turns = 0 if turns == len(ANGLES) else turns
-    track = np.full((len(found), 4), np.nan)
-    track[found] = poses[int(mirrored)]
-    track[found, 3] = _unwrap(track[found, 3], turns)
-    return Track(track, mirrored, turns)
+    flips = [False] if _same_turned(bank, mirror_bank) else [False, True]
+    fits = []
+    for flip in flips:
+        losses = _bank_losses(images, ground, middle, (mirror_bank if flip else bank)[period])
+        fits.append(_smoothest(*_refine(images, ground, identity, middle, losses, flip), _turns(bank)))
+    mirrored = flips[int(np.argmin([loss for _, loss in fits]))]
+    poses = np.full((len(found), 4), np.nan)
+    poses[found] = fits[int(mirrored)][0]
+    return Track(poses, mirrored, _turns(bank))
 
 
 def render_subject(identity: Identity, track: Track, ground: Plane) -> tuple[Plane, Plane]:
@@ -124,8 +133,8 @@ def _moved(poses: Poses, right: float, up: float, *, mirrored: bool) -> Poses:
 
 def _refine(
     images: Plane, ground: Plane, identity: Identity, middle: Poses, losses: Array, flip: bool
-) -> tuple[Poses, Array]:
-    """Refine the best angles around the centroids; return each frame's best pose, `f 4`, and its loss, `f`."""
+) -> tuple[NDArray[np.int64], Poses, Array]:
+    """Refine the best angles around the centroids; return each candidate's frame, `n`, pose, `n 4`, and loss, `n`."""
     frame, which = nearly_best(losses, _KEPT, _NEARLY)
     start = middle[frame]
     start[:, 3] = ANGLES[which]
@@ -137,9 +146,37 @@ def _refine(
         alpha, colour = _paint(identity, x, y, pixels)
         return under + (colour - under) * alpha
 
-    refined, loss = refine(draw, target, start, np.full(len(start), flip))
-    best = first_of_each(frame, loss)
-    return refined[best], loss[best]
+    return frame, *refine(draw, target, start, np.full(len(start), flip))
+
+
+def _smoothest(frame: NDArray[np.int64], poses: Poses, loss: Array, turns: int) -> tuple[Poses, float]:
+    """Choose one candidate of every frame: least excess loss and least rotation, by the Viterbi algorithm.
+
+    Returns:
+        The poses, `f 4`, and the sum of their losses.
+    """
+    period = 2 * math.pi / max(turns, 1)
+    excess = loss / np.maximum(np.repeat(loss[first_of_each(frame, loss)], np.bincount(frame)), 1e-9) - 1
+    groups = [np.flatnonzero(frame == number) for number in range(int(frame[-1]) + 1)]
+    cost, before = excess[groups[0]], list[NDArray[np.int64]]()
+    for previous, group in pairwise(groups):
+        turn = np.subtract.outer(poses[group, 3], poses[previous, 3])
+        turn = np.abs(turn - period * np.round(turn / period))
+        steps = cost + np.square(turn / _JUMP)
+        before.append(steps.argmin(axis=1))
+        cost = excess[group] + steps.min(axis=1)
+    path = [int(cost.argmin())]
+    for each in reversed(before):
+        path.append(int(each[path[-1]]))
+    chosen = np.array([group[at] for group, at in zip(groups, reversed(path), strict=True)])
+    return poses[chosen], float(loss[chosen].sum())
+
+
+def _turns(bank: Plane) -> int:
+    """Return `Track.turns` of a subject from its renders, `angles 5 m`."""
+    turns = fold(bank[:, :1], _SAME)
+    turns = fold(bank, _SAME) if turns == len(ANGLES) else turns
+    return 0 if turns == len(ANGLES) else turns
 
 
 def _banks(identity: Identity) -> tuple[Plane, Plane]:
@@ -184,7 +221,7 @@ def _bank_losses(images: Plane, ground: Plane, middle: Poses, bank: Plane) -> Ar
     )
     for frames, renders in ((apart, flat), (under, both)):
         loss -= 2 * rearrange(frames, "f c m -> f (c m)") @ renders.T
-    return loss.astype(np.float64)
+    return np.asarray(loss, np.float64)
 
 
 def _resample(image: Plane, pose: Array) -> Plane:
@@ -194,12 +231,3 @@ def _resample(image: Plane, pose: Array) -> Plane:
     at = np.meshgrid(y - radius * _GRID - 0.5, x + radius * _GRID - 0.5, indexing="ij")
     sampled = [ndimage.map_coordinates(each, at, order=1, mode="nearest") for each in image]
     return rearrange(np.stack(sampled), "c h w -> c (h w)")
-
-
-def _unwrap(angles: Array, turns: int) -> Array:
-    """Unwrap angles modulo the subject's symmetry, starting in half a period around 0."""
-    if not turns:
-        return angles
-    period = 2 * math.pi / turns
-    first = angles[:1] - period * np.round(angles[:1] / period)
-    return np.unwrap(np.concatenate([first, angles[1:]]), period=period)

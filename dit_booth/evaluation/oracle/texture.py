@@ -65,7 +65,7 @@ def name_textures(seen: Seen, poses: Poses) -> list[str]:
     best = explained.argmax(axis=0)
     fits = explained.max(axis=0) > _EXPLAINED * spread
     plain = np.where(spread <= _EVEN**2, "plain", "")
-    return np.where(fits, np.array(_PATTERNS)[best], plain).tolist()
+    return [str(name) for name in np.where(fits, np.array(_PATTERNS)[best], plain)]
 
 
 def _interior(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -108,8 +108,10 @@ def _starts(seen: Seen, inside: NDArray[np.bool_], poses: Poses) -> list[_Start]
         start = poses.copy()
         start[:, 2] *= scale[best]
         start[:, 3] = direction[best]
-        pair = (rearrange(each[every, best], "f c -> f c 1 1").astype(np.float32) for each in (first, second))
-        starts.append(_Start(start, *pair, explained[every, best]))
+        one, two = (
+            rearrange(each[every, best], "f c -> f c 1 1").astype(np.float32) for each in (first, second)
+        )
+        starts.append(_Start(start, one, two, explained[every, best]))
     return starts
 
 
