@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dit_booth.data.toyworld.shapes import TEXTURES, Plane
-from dit_booth.evaluation.oracle.pose import Array, Poses, local, refine
+from dit_booth.evaluation.oracle.pose import Array, Poses, local, refine, sample_around
 from dit_booth.evaluation.oracle.seen import Seen
 
 _PATTERNS = tuple(name for name in TEXTURES if name != "plain")
@@ -97,8 +97,9 @@ def _fit_texture(frames: Plane, weight: Plane, name: str, start: _Start) -> Arra
 
 def _starts(seen: Seen, inside: NDArray[np.bool_], poses: Poses) -> list[_Start]:
     """Return the best start of each of `_PATTERNS`."""
-    sampled = np.stack([_resample(*each) for each in zip(seen.frames, inside, poses, strict=True)])
-    colour, weight = sampled[:, :3], sampled[:, 3]
+    images = np.concatenate([seen.frames, inside[:, None].astype(np.float32)], axis=1)
+    sampled = rearrange(sample_around(images, poses, _GRID), "f c h w -> f c (h w)")
+    colour, weight = sampled[:, :3], (sampled[:, 3] > 0.99).astype(np.float32)  # colours from inside alone
     weight = weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-6)
     starts, every = [], np.arange(len(poses))
     for name in _PATTERNS:
@@ -137,17 +138,6 @@ def _fit_colours(weight: Plane, colour: Plane, share: Plane) -> tuple[Array, Arr
     length = np.square(step).sum(axis=-1)
     valid = (length >= _CONTRAST**2) & (variance[..., 0] >= _SEEN)
     return first, first + step, np.where(valid, variance[..., 0] * length, 0)
-
-
-def _resample(frame: Plane, inside: NDArray[np.bool_], pose: Array) -> Plane:
-    """Sample RGB and the inside of a frame around a pose without turning it: `4 (y x)`."""
-    side = frame.shape[-1]
-    x, y, radius, _ = pose * side
-    at = np.meshgrid(y - radius * _GRID - 0.5, x + radius * _GRID - 0.5, indexing="ij")
-    channels = [*frame, inside.astype(np.float32)]
-    sampled = np.stack([ndimage.map_coordinates(each, at, order=1, mode="constant") for each in channels])
-    sampled[3] = sampled[3] > 0.99  # colours from inside alone
-    return rearrange(sampled, "c h w -> c (h w)")
 
 
 @cache
