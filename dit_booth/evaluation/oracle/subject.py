@@ -125,7 +125,7 @@ def _paint(identity: Identity, x: Plane, y: Plane, pixels: Plane) -> tuple[Plane
 
 
 def _centroids(poses: Poses, shape: str) -> Poses:
-    """Return poses whose first two columns are the centroid of the shape in place of its centre, and the reverse."""
+    """Return poses with the shape's centroid in place of its centre."""
     return _moved(poses, *centroid(shape), mirrored=False)
 
 

@@ -27,9 +27,7 @@ _GRID = np.linspace(-1.05, 1.05, 32, dtype=np.float32)  # of the bank, in units 
 _EXPLAINED = 0.5  # share of the variance that a texture must explain
 _CONTRAST = 0.2  # least distance of its two colours in RGB; the toy world's differ by 0.45 or more
 _SEEN = 0.02  # least variance of the second colour's share: one of the colours covers 2% of the subject
-_NEARLY = (
-    0.2  # share of the variance within which a texture of the bank may become the best one when it is refined
-)
+_NEARLY = 0.2  # share of the variance by which a texture that is refined may be behind the best of the bank
 _EVEN = 0.12  # largest standard deviation (RGB) of a plain subject's colours
 
 
