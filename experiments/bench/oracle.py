@@ -253,7 +253,8 @@ def noisy(example: Example, share: float) -> Tensor:
 def blurred(example: Example) -> Tensor:
     """Blur every frame: a Gaussian of 1.2 pixels at a side of 32."""
     sigma = 1.2 * example.video.shape[-1] / 32
-    return gaussian_blur(example.video, 2 * math.ceil(2 * sigma) + 1, sigma)
+    video: Tensor = gaussian_blur(example.video, 2 * math.ceil(2 * sigma) + 1, sigma)
+    return video
 
 
 def still(example: Example) -> Tensor:

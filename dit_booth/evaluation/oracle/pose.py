@@ -42,7 +42,8 @@ def sample(images: Plane, x: Array, y: Array) -> Plane:
     """
     size = images.shape[-1]
     across, down = (_hats(each, size) for each in (x, y))
-    return rearrange(down, "f g s -> f 1 g s") @ images @ rearrange(across, "f g s -> f 1 s g")
+    sampled: Plane = rearrange(down, "f g s -> f 1 g s") @ images @ rearrange(across, "f g s -> f 1 s g")
+    return sampled
 
 
 def sample_around(images: Plane, poses: Poses, grid: Plane) -> Plane:
