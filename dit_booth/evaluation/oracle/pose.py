@@ -55,7 +55,7 @@ def sample_around(images: Plane, poses: Poses, grid: Plane) -> Plane:
 def _hats(at: Array, size: int) -> Plane:
     """Return the weights of linear interpolation between `size` pixels, `f g s`."""
     inside = rearrange(np.clip(at, 0, size - 1), "f g -> f g 1")
-    return np.maximum(0, 1 - np.abs(inside - np.arange(size))).astype(np.float32)
+    return np.asarray(np.maximum(0, 1 - np.abs(inside - np.arange(size))), np.float32)
 
 
 def fold(bank: Plane, tolerance: float) -> int:
