@@ -159,11 +159,9 @@ def _compare(eye: Path, folder: Path) -> None:
 
 def _measure_speed(cases: Sequence[Case]) -> None:
     """Print wall and processor time; other work on the machine lengthens the first."""
-    frames, runs = sum(len(case.video) for case in cases), (("first time", 1), ("again", 1), ("again", 2))
+    count, runs = sum(len(case.video) for case in cases), (("first time", 1), ("again", 1), ("again", 2))
     overlap_bounds.cache_clear()
-    print(
-        f"\n| {len(cases)} videos, {frames} frames | threads | s | frames/s | processor s | frames per processor second |"
-    )
+    print(f"\n| {len(cases)} videos, {count} frames | threads | s | frames/s | CPU s | frames/CPU s |")
     print("|---|---:|---:|---:|---:|---:|")
     for when, threads in runs:
         fresh = [replace(case) for case in cases]  # not segmented yet
@@ -171,7 +169,7 @@ def _measure_speed(cases: Sequence[Case]) -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda case: (oracle_scores(case), palette_scores(case)), fresh))
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        cells = (f"{wall:.2f}", f"{frames / wall:.0f}", f"{processor:.2f}", f"{frames / processor:.0f}")
+        cells = (f"{wall:.2f}", f"{count / wall:.0f}", f"{processor:.2f}", f"{count / processor:.0f}")
         print(f"| {when} | {threads} | " + " | ".join(cells) + " |")
 
 
@@ -255,7 +253,8 @@ def noisy(example: Example, share: float) -> Tensor:
 def blurred(example: Example) -> Tensor:
     """Blur every frame: a Gaussian of 1.2 pixels at a side of 32."""
     sigma = 1.2 * example.video.shape[-1] / 32
-    return gaussian_blur(example.video, 2 * math.ceil(2 * sigma) + 1, sigma)
+    video: Tensor = gaussian_blur(example.video, 2 * math.ceil(2 * sigma) + 1, sigma)
+    return video
 
 
 def still(example: Example) -> Tensor:
