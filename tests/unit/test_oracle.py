@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 
 from dit_booth.data.example import Example
+from dit_booth.data.toyworld.looks import draw_looks
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
 from dit_booth.data.toyworld.world import (
     Identity,
@@ -25,6 +26,7 @@ from dit_booth.data.toyworld.world import (
 )
 from dit_booth.data.video import write_video
 from dit_booth.evaluation.case import Case
+from dit_booth.evaluation.folder import write_videos
 from dit_booth.evaluation.oracle import best_shapes, oracle_scores, shape_overlaps, track_subject
 from dit_booth.evaluation.oracle.pose import first_of_each, fold, local, nearly_best, refine
 from dit_booth.evaluation.oracle.shape import overlap, overlap_bounds
@@ -37,7 +39,7 @@ MOTIONS = ("left", "spinning", "growing", "bouncing", "shrinking", "down")
 
 
 def scene(seed: int, **changes: object) -> Identity:
-    identity = sample_identity(np.random.default_rng(seed), "train")
+    identity = sample_identity(rng := np.random.default_rng(seed), draw_looks(rng, "train", 0))
     return replace(identity, **changes)  # type: ignore[arg-type]
 
 
@@ -52,7 +54,7 @@ def scores_of(case: Case) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    world = Toyworld(ToyworldConfig(frames=2, split="heldout", seed=4))
+    world = Toyworld(ToyworldConfig(frames=2, split="dev", seed=4))
     return [world[i] for i in range(10)]
 
 
@@ -299,20 +301,27 @@ def test_refinement_finds_a_disc_and_never_makes_worse():
 
 
 def test_the_bench_reads_sampled_videos(tmp_path, examples, capsys):
+    cases = {}
     for number, example in enumerate(examples[:2]):
-        write_video(tmp_path / f"{number:03d}.mp4", example.video, fps=8)
-    keys = "".join(f'{{"key": "{example.key}"}}\n' for example in examples[:2])
-    (tmp_path / "metrics.jsonl").write_text(keys)
-    cases = list(bench.read_run(tmp_path))
-    assert [case.identity for case in cases] == [example.identity for example in examples[:2]]
-    assert all(bench.score(case)["right_shape"] == 1 for case in cases)
-    (tmp_path / "metrics.jsonl").write_text('{"key": "webvid/0/heldout/0"}\n')
-    with pytest.raises(ValueError, match="webvid has no known identities"):
-        list(bench.read_run(tmp_path))
-    with pytest.raises(ValueError, match="has no metrics"):
+        e, name = example, f"{number:03d}.mp4"
+        common = {
+            "image": e.image,
+            "caption": e.caption,
+            "prompt": e.key,
+            "truth": e.video,
+            "identity": e.identity,
+        }
+        cases[name] = Case(video=e.video, **common)
+        cases[f"{number}-none.mp4"] = Case(video=-e.video, **common, control="none")
+    for name, case in cases.items():
+        write_video(tmp_path / name, case.video, fps=8)
+    write_videos(tmp_path, cases, fps=8)
+    read = list(bench.read_run(tmp_path))
+    assert [case.identity["shape"] for case in read] == [e.identity["shape"] for e in examples[:2]]
+    assert all(bench.score(case)["right_shape"] == 1 for case in read)
+    with pytest.raises(ValueError, match="cannot be read"):
         list(bench.read_run(tmp_path / "none"))
     capsys.readouterr()
-    (tmp_path / "metrics.jsonl").write_text(keys)
     seen = [{"video": f"{n:03d}", "subject": examples[n].subject, "right": [1, n]} for n in range(2)]
     (tmp_path / "eye.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seen))
     bench.main(
