@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dit_booth.data.example import Example
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
@@ -243,6 +245,17 @@ def test_other_sizes(size):
     scores = scores_of(case_of(identity, video))
     assert scores["right_shape"].all() and scores["right_texture"].all()
     assert scores["appearance"].max() < 3
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(list(SHAPES)), st.floats(0.25, 0.4), st.floats(-math.pi, math.pi), st.floats(0.42, 0.58)
+)
+def test_any_pose_of_a_shape_is_named(shape, radius, angle, centre):
+    identity = scene(5, shape=shape, radius=radius, angle=angle, start=(centre, 1 - centre), motion="still")
+    video, _ = render_video(identity, frames=1, size=32)
+    assert best_shapes(video) == [shape]
+    assert shape_overlaps(video, shape)[0] > 0.9
 
 
 def test_what_has_no_oracle_scores():
