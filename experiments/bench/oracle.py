@@ -3,11 +3,11 @@
     python -m experiments.bench.oracle
     python -m experiments.bench.oracle --runs runs/demo/samples runs/samples-toyworld --speed
 
-Each failure is rendered into the same held-out examples, or applied to their real videos; its row says how many of
+Each failure is rendered into the same dev examples, or applied to their real videos; its row says how many of
 them it applies to (a plain subject has no texture to rotate). `mirrored` is none: an image prompt may be mirrored.
 `--eye` compares `right_shape` with what a person saw in the frames of the first run: a line of JSON for each video,
 with `video` (its name) and `right` (1 or 0 for each frame).
-`--runs` adds folders of sampled toy-world videos (`000.mp4`, ..., and a `metrics.jsonl` with the examples' keys).
+`--runs` adds folders of sampled toy-world videos (a run's `samples`, with its `videos.csv`).
 """
 
 from __future__ import annotations
@@ -24,24 +24,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from dit_booth.data.example import Example
+from dit_booth.data.toyworld.looks import COLOUR_CONTRAST, COLOURS, Rgb
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
 from dit_booth.data.toyworld.world import (
-    COLOUR_CONTRAST,
-    COLOURS,
     Identity,
-    Rgb,
     Toyworld,
     ToyworldConfig,
     render_video,
 )
-from dit_booth.data.video import read_video
 from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.catalogue import describe
+from dit_booth.evaluation.folder import VideoFolder
 from dit_booth.evaluation.oracle import best_shapes, oracle_scores
 from dit_booth.evaluation.oracle.shape import overlap_bounds
 from dit_booth.evaluation.palette import palette_scores
@@ -56,7 +54,7 @@ METRICS = (
 @dataclass(frozen=True, kw_only=True)
 class OracleArguments:
     examples: int = 48
-    """Held-out examples that the failures are planted in."""
+    """Dev examples that the failures are planted in."""
     frames: int = 8
     """Frames of each video."""
     size: int = 32
@@ -71,7 +69,7 @@ class OracleArguments:
 
 def main(settings: OracleArguments) -> None:
     torch.set_num_threads(1)
-    config = ToyworldConfig(frames=settings.frames, size=settings.size, split="heldout")
+    config = ToyworldConfig(frames=settings.frames, size=settings.size, split="dev")
     world = Toyworld(config)
     examples = [world[i] for i in range(settings.examples)]
     print("| video | n | " + " | ".join(_heading(name) for name in METRICS) + " |")
@@ -98,21 +96,13 @@ def score(case: Case) -> dict[str, float]:
 
 
 def read_run(folder: Path) -> Iterator[Case]:
-    """Read a run's sampled videos of toy-world examples, named by the keys in its metrics.jsonl.
-
-    Raises:
-        ValueError: there is no metrics.jsonl, or its keys are not the toy world's.
-    """
-    if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{folder} has no metrics.jsonl; give the folder of a run's sampled videos")
-    for number, line in enumerate((folder / "metrics.jsonl").read_text().splitlines()):
-        pixels = read_video(folder / f"{number:03d}.mp4")
-        video = torch.from_numpy(rearrange(pixels, "f h w c -> f c h w").copy()) / 127.5 - 1
-        world, seed, split, index = json.loads(line)["key"].split("/")
-        if world != "toyworld":
-            raise ValueError(f"{folder}: {world} has no known identities; give samples of the toy world")
-        config = ToyworldConfig(frames=len(video), size=video.shape[-1], seed=int(seed), split=split)
-        yield _case(video, Toyworld(config)[int(index)])
+    """Read a run's own sampled videos, of the toy world. ValueError: there is no videos.csv, or no identity in it."""
+    videos = VideoFolder(folder / "videos.csv")
+    for index, row in enumerate(videos.rows):
+        if not row.identity:
+            raise ValueError(f"{folder}: {row.video} has no known identity; give samples of the toy world")
+        if not row.control:
+            yield videos[index]
 
 
 def _heading(name: str) -> str:
@@ -159,11 +149,9 @@ def _compare(eye: Path, folder: Path) -> None:
 
 def _measure_speed(cases: Sequence[Case]) -> None:
     """Print wall and processor time; other work on the machine lengthens the first."""
-    frames, runs = sum(len(case.video) for case in cases), (("first time", 1), ("again", 1), ("again", 2))
+    count, runs = sum(len(case.video) for case in cases), (("first time", 1), ("again", 1), ("again", 2))
     overlap_bounds.cache_clear()
-    print(
-        f"\n| {len(cases)} videos, {frames} frames | threads | s | frames/s | processor s | frames per processor second |"
-    )
+    print(f"\n| {len(cases)} videos, {count} frames | threads | s | frames/s | CPU s | frames/CPU s |")
     print("|---|---:|---:|---:|---:|---:|")
     for when, threads in runs:
         fresh = [replace(case) for case in cases]  # not segmented yet
@@ -171,7 +159,7 @@ def _measure_speed(cases: Sequence[Case]) -> None:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda case: (oracle_scores(case), palette_scores(case)), fresh))
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        cells = (f"{wall:.2f}", f"{frames / wall:.0f}", f"{processor:.2f}", f"{frames / processor:.0f}")
+        cells = (f"{wall:.2f}", f"{count / wall:.0f}", f"{processor:.2f}", f"{count / processor:.0f}")
         print(f"| {when} | {threads} | " + " | ".join(cells) + " |")
 
 
@@ -255,7 +243,8 @@ def noisy(example: Example, share: float) -> Tensor:
 def blurred(example: Example) -> Tensor:
     """Blur every frame: a Gaussian of 1.2 pixels at a side of 32."""
     sigma = 1.2 * example.video.shape[-1] / 32
-    return gaussian_blur(example.video, 2 * math.ceil(2 * sigma) + 1, sigma)
+    video: Tensor = gaussian_blur(example.video, 2 * math.ceil(2 * sigma) + 1, sigma)
+    return video
 
 
 def still(example: Example) -> Tensor:

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dit_booth.data.example import Example
+from dit_booth.data.toyworld.looks import draw_looks
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
 from dit_booth.data.toyworld.world import (
     Identity,
@@ -25,6 +28,7 @@ from dit_booth.data.toyworld.world import (
 )
 from dit_booth.data.video import write_video
 from dit_booth.evaluation.case import Case
+from dit_booth.evaluation.folder import write_videos
 from dit_booth.evaluation.oracle import best_shapes, oracle_scores, shape_overlaps, track_subject
 from dit_booth.evaluation.oracle.pose import first_of_each, fold, local, nearly_best, refine
 from dit_booth.evaluation.oracle.shape import overlap, overlap_bounds
@@ -37,7 +41,7 @@ MOTIONS = ("left", "spinning", "growing", "bouncing", "shrinking", "down")
 
 
 def scene(seed: int, **changes: object) -> Identity:
-    identity = sample_identity(np.random.default_rng(seed), "train")
+    identity = sample_identity(rng := np.random.default_rng(seed), draw_looks(rng, "train", 0))
     return replace(identity, **changes)  # type: ignore[arg-type]
 
 
@@ -52,7 +56,7 @@ def scores_of(case: Case) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    world = Toyworld(ToyworldConfig(frames=2, split="heldout", seed=4))
+    world = Toyworld(ToyworldConfig(frames=2, split="dev", seed=4))
     return [world[i] for i in range(10)]
 
 
@@ -73,9 +77,9 @@ def means(examples: list[Example]) -> Callable[[str], dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def every_subject() -> list[tuple[Identity, Mapping[str, np.ndarray], Track]]:
-    """Every shape in three textures, 36 scenes of 3 frames in all motions, scored and tracked."""
+    """Every shape in two textures, 24 scenes of 3 frames in all motions, scored and tracked."""
     found = []
-    pairs = [(shape, texture) for i, shape in enumerate(SHAPES) for texture in list(TEXTURES)[i % 2 :: 2]]
+    pairs = [(shape, texture) for i, shape in enumerate(SHAPES) for texture in list(TEXTURES)[i % 3 :: 3]]
     for number, (shape, texture) in enumerate(pairs):
         drawn = scene(number)
         while len(set(drawn.colours)) < 2:  # of two colours
@@ -114,7 +118,7 @@ def test_true_renders_score_as_true(every_subject):
                ("appearance", "right_shape", "shape", "right_texture")}  # fmt: skip
     assert columns["right_shape"].mean() > 0.99
     assert columns["right_texture"].mean() > 0.99
-    assert columns["appearance"].mean() < 0.7 and np.quantile(columns["appearance"], 0.98) < 4
+    assert columns["appearance"].mean() < 0.7 and np.quantile(columns["appearance"], 0.95) < 5
     assert columns["shape"].mean() == pytest.approx(1, abs=0.05)
 
 
@@ -160,7 +164,7 @@ def test_appearance_counts_every_failure(failure, means):
 def test_a_wrong_texture_leaves_the_shape(failure, means):
     row = means(failure)
     assert row["right_shape"] > 0.95 and row["shape"] > 0.85
-    assert (row["right_texture"] == 0) if failure == "wrong texture" else (row["right_texture"] > 0.9)
+    assert (row["right_texture"] == 0) if failure == "wrong texture" else (row["right_texture"] > 0.8)
 
 
 def test_a_wrong_shape_leaves_the_texture_and_the_colours(means):
@@ -245,6 +249,17 @@ def test_other_sizes(size):
     assert scores["appearance"].max() < 3
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(list(SHAPES)), st.floats(0.25, 0.4), st.floats(-math.pi, math.pi), st.floats(0.42, 0.58)
+)
+def test_any_pose_of_a_shape_is_named(shape, radius, angle, centre):
+    identity = scene(5, shape=shape, radius=radius, angle=angle, start=(centre, 1 - centre), motion="still")
+    video, _ = render_video(identity, frames=1, size=32)
+    assert best_shapes(video) == [shape]
+    assert shape_overlaps(video, shape)[0] > 0.9
+
+
 def test_what_has_no_oracle_scores():
     video = torch.zeros(2, 3, 32, 48)
     image = torch.ones(3, 32, 32)
@@ -299,20 +314,27 @@ def test_refinement_finds_a_disc_and_never_makes_worse():
 
 
 def test_the_bench_reads_sampled_videos(tmp_path, examples, capsys):
+    cases = {}
     for number, example in enumerate(examples[:2]):
-        write_video(tmp_path / f"{number:03d}.mp4", example.video, fps=8)
-    keys = "".join(f'{{"key": "{example.key}"}}\n' for example in examples[:2])
-    (tmp_path / "metrics.jsonl").write_text(keys)
-    cases = list(bench.read_run(tmp_path))
-    assert [case.identity for case in cases] == [example.identity for example in examples[:2]]
-    assert all(bench.score(case)["right_shape"] == 1 for case in cases)
-    (tmp_path / "metrics.jsonl").write_text('{"key": "webvid/0/heldout/0"}\n')
-    with pytest.raises(ValueError, match="webvid has no known identities"):
-        list(bench.read_run(tmp_path))
-    with pytest.raises(ValueError, match="has no metrics"):
+        e, name = example, f"{number:03d}.mp4"
+        common = {
+            "image": e.image,
+            "caption": e.caption,
+            "prompt": e.key,
+            "truth": e.video,
+            "identity": e.identity,
+        }
+        cases[name] = Case(video=e.video, **common)
+        cases[f"{number}-none.mp4"] = Case(video=-e.video, **common, control="none")
+    for name, case in cases.items():
+        write_video(tmp_path / name, case.video, fps=8)
+    write_videos(tmp_path, cases, fps=8)
+    read = list(bench.read_run(tmp_path))
+    assert [case.identity["shape"] for case in read] == [e.identity["shape"] for e in examples[:2]]
+    assert all(bench.score(case)["right_shape"] == 1 for case in read)
+    with pytest.raises(ValueError, match="cannot be read"):
         list(bench.read_run(tmp_path / "none"))
     capsys.readouterr()
-    (tmp_path / "metrics.jsonl").write_text(keys)
     seen = [{"video": f"{n:03d}", "subject": examples[n].subject, "right": [1, n]} for n in range(2)]
     (tmp_path / "eye.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seen))
     bench.main(

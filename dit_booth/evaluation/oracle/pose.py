@@ -35,6 +35,29 @@ def local(poses: Poses, mirrored: NDArray[np.bool_], side: int) -> tuple[Plane, 
     return x, y, rearrange(radius * side, "n 1 -> n 1 1").astype(np.float32)
 
 
+def sample(images: Plane, x: Array, y: Array) -> Plane:
+    """Sample images `f c s s` bilinearly on grids of columns `x` and rows `y`, `f g` each in pixels: `f c g g`.
+
+    Pixel centres are at whole numbers; beyond the frame its nearest pixels continue.
+    """
+    size = images.shape[-1]
+    across, down = (_hats(each, size) for each in (x, y))
+    sampled: Plane = rearrange(down, "f g s -> f 1 g s") @ images @ rearrange(across, "f g s -> f 1 s g")
+    return sampled
+
+
+def sample_around(images: Plane, poses: Poses, grid: Plane) -> Plane:
+    """Sample images `f c s s` on a square grid around poses, `g` steps in radii, not turned: `f c g g`."""
+    x, y, radius = (rearrange(images.shape[-1] * column, "f -> f 1") for column in poses.T[:3])
+    return sample(images, x + radius * grid - 0.5, y - radius * grid - 0.5)
+
+
+def _hats(at: Array, size: int) -> Plane:
+    """Return the weights of linear interpolation between `size` pixels, `f g s`."""
+    inside = rearrange(np.clip(at, 0, size - 1), "f g -> f g 1")
+    return np.asarray(np.maximum(0, 1 - np.abs(inside - np.arange(size))), np.float32)
+
+
 def fold(bank: Plane, tolerance: float) -> int:
     """Return the largest number of equal rotations that leave a subject as it is; the number of angles if all do.
 

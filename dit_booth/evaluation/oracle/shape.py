@@ -13,13 +13,21 @@ from functools import cache
 
 import numpy as np
 from einops import rearrange
-from scipy import ndimage
 from torch import Tensor
 
 from dit_booth.data.toyworld.looks import draw_looks
 from dit_booth.data.toyworld.shapes import SHAPES, coverage
 from dit_booth.data.toyworld.world import render_video, sample_identity
-from dit_booth.evaluation.oracle.pose import Array, Poses, first_of_each, fold, local, nearly_best, refine
+from dit_booth.evaluation.oracle.pose import (
+    Array,
+    Poses,
+    first_of_each,
+    fold,
+    local,
+    nearly_best,
+    refine,
+    sample,
+)
 from dit_booth.evaluation.oracle.seen import FIT_SIDE, Plane, see
 from dit_booth.evaluation.segment import subject_masks
 
@@ -170,21 +178,17 @@ def _compare_templates(cover: Plane) -> _Compared:
     mass = cover.sum(axis=(1, 2), dtype=np.float64)
     x, y = (cover.sum(axis=1) @ grid / mass, cover.sum(axis=2) @ grid / mass)
     scale = np.sqrt(mass) / side
-    normal = np.stack(
-        [_resample(*each) for each in zip(cover, x * side, y * side, scale * side, strict=True)]
-    )
+    # A margin of zeros around the frame, so that nothing is seen beyond it.
+    padded = np.pad(cover, ((0, 0), (1, 1), (1, 1)))[:, None]
+    steps = side * rearrange(scale, "f -> f 1") * _GRID + 0.5
+    columns, rows = side * rearrange(x, "f -> f 1") + steps, side * rearrange(y, "f -> f 1") - steps + 1
+    normal = rearrange(sample(padded, columns, rows), "f 1 h w -> f (h w)")
     square = np.square(normal).sum(axis=1)[:, None]
     losses = {}
     for shape in SHAPES:
         bank = _templates(shape)[2]
         losses[shape] = (square - 2 * normal @ bank.T + np.square(bank).sum(axis=1)).astype(np.float64)
     return _Compared(cover, np.stack([x, y], axis=1), scale, losses)
-
-
-def _resample(cover: Plane, x: float, y: float, scale: float) -> Plane:
-    rows, columns = y - scale * _GRID - 0.5, x + scale * _GRID - 0.5
-    at = np.meshgrid(rows, columns, indexing="ij")
-    return np.asarray(ndimage.map_coordinates(cover, at, order=1, mode="constant")).ravel()
 
 
 @cache

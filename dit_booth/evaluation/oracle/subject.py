@@ -15,11 +15,19 @@ from itertools import pairwise
 import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from dit_booth.data.toyworld.shapes import Plane
 from dit_booth.data.toyworld.world import Identity, paint
-from dit_booth.evaluation.oracle.pose import Array, Poses, first_of_each, fold, local, nearly_best, refine
+from dit_booth.evaluation.oracle.pose import (
+    Array,
+    Poses,
+    first_of_each,
+    fold,
+    local,
+    nearly_best,
+    refine,
+    sample_around,
+)
 from dit_booth.evaluation.oracle.seen import Seen
 from dit_booth.evaluation.oracle.shape import ANGLES, centroid
 
@@ -117,7 +125,7 @@ def _paint(identity: Identity, x: Plane, y: Plane, pixels: Plane) -> tuple[Plane
 
 
 def _centroids(poses: Poses, shape: str) -> Poses:
-    """Return poses whose first two columns are the centroid of the shape in place of its centre, and the reverse."""
+    """Return poses with the shape's centroid in place of its centre."""
     return _moved(poses, *centroid(shape), mirrored=False)
 
 
@@ -210,7 +218,7 @@ def _bank_losses(images: Plane, ground: Plane, middle: Poses, bank: Plane) -> Ar
     that matrix products compute it: `|I - B|^2 - 2 aC.(I - B) + 2 a B.(I - B) + |aC|^2 - 2 a aC.B + a^2 |B|^2`.
     """
     image, under = (
-        np.stack([_resample(*each) for each in zip(x, middle, strict=True)]) for x in (images, ground)
+        rearrange(sample_around(each, middle, _GRID), "f c h w -> f c (h w)") for each in (images, ground)
     )
     alpha, colour = bank[:, 0], bank[:, 1:]
     flat, apart = rearrange(colour, "a c m -> a (c m)"), image - under
@@ -222,12 +230,3 @@ def _bank_losses(images: Plane, ground: Plane, middle: Poses, bank: Plane) -> Ar
     for frames, renders in ((apart, flat), (under, both)):
         loss -= 2 * rearrange(frames, "f c m -> f (c m)") @ renders.T
     return np.asarray(loss, np.float64)
-
-
-def _resample(image: Plane, pose: Array) -> Plane:
-    """Sample the channels of an image, `c s s`, around a pose without turning it: `c (y x)`; zero beyond the frame."""
-    side = image.shape[-1]
-    x, y, radius, _ = pose * side
-    at = np.meshgrid(y - radius * _GRID - 0.5, x + radius * _GRID - 0.5, indexing="ij")
-    sampled = [ndimage.map_coordinates(each, at, order=1, mode="nearest") for each in image]
-    return rearrange(np.stack(sampled), "c h w -> c (h w)")

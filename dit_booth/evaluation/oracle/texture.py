@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dit_booth.data.toyworld.shapes import TEXTURES, Plane
-from dit_booth.evaluation.oracle.pose import Array, Poses, local, refine
+from dit_booth.evaluation.oracle.pose import Array, Poses, local, refine, sample_around
 from dit_booth.evaluation.oracle.seen import Seen
 
 _PATTERNS = tuple(name for name in TEXTURES if name != "plain")
@@ -27,9 +27,7 @@ _GRID = np.linspace(-1.05, 1.05, 32, dtype=np.float32)  # of the bank, in units 
 _EXPLAINED = 0.5  # share of the variance that a texture must explain
 _CONTRAST = 0.2  # least distance of its two colours in RGB; the toy world's differ by 0.45 or more
 _SEEN = 0.02  # least variance of the second colour's share: one of the colours covers 2% of the subject
-_NEARLY = (
-    0.2  # share of the variance within which a texture of the bank may become the best one when it is refined
-)
+_NEARLY = 0.2  # share of the variance by which a texture that is refined may be behind the best of the bank
 _EVEN = 0.12  # largest standard deviation (RGB) of a plain subject's colours
 
 
@@ -97,8 +95,9 @@ def _fit_texture(frames: Plane, weight: Plane, name: str, start: _Start) -> Arra
 
 def _starts(seen: Seen, inside: NDArray[np.bool_], poses: Poses) -> list[_Start]:
     """Return the best start of each of `_PATTERNS`."""
-    sampled = np.stack([_resample(*each) for each in zip(seen.frames, inside, poses, strict=True)])
-    colour, weight = sampled[:, :3], sampled[:, 3]
+    images = np.concatenate([seen.frames, inside[:, None].astype(np.float32)], axis=1)
+    sampled = rearrange(sample_around(images, poses, _GRID), "f c h w -> f c (h w)")
+    colour, weight = sampled[:, :3], (sampled[:, 3] > 0.99).astype(np.float32)  # colours from inside alone
     weight = weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-6)
     starts, every = [], np.arange(len(poses))
     for name in _PATTERNS:
@@ -137,17 +136,6 @@ def _fit_colours(weight: Plane, colour: Plane, share: Plane) -> tuple[Array, Arr
     length = np.square(step).sum(axis=-1)
     valid = (length >= _CONTRAST**2) & (variance[..., 0] >= _SEEN)
     return first, first + step, np.where(valid, variance[..., 0] * length, 0)
-
-
-def _resample(frame: Plane, inside: NDArray[np.bool_], pose: Array) -> Plane:
-    """Sample RGB and the inside of a frame around a pose without turning it: `4 (y x)`."""
-    side = frame.shape[-1]
-    x, y, radius, _ = pose * side
-    at = np.meshgrid(y - radius * _GRID - 0.5, x + radius * _GRID - 0.5, indexing="ij")
-    channels = [*frame, inside.astype(np.float32)]
-    sampled = np.stack([ndimage.map_coordinates(each, at, order=1, mode="constant") for each in channels])
-    sampled[3] = sampled[3] > 0.99  # colours from inside alone
-    return rearrange(sampled, "c h w -> c (h w)")
 
 
 @cache
