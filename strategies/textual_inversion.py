@@ -33,7 +33,7 @@ class TextualInversion(Strategy):
     trains = {"subject": ("*",)}
     reads_image = False
     excludes = ("token_replacement",)
-    identity_at_init = False  # a word of several tokens becomes their mean
+    identity_at_init = True  # of one embedding for a word of one token; several become their mean
 
     def __init__(self, config: TextualInversionConfig, sites: Sites) -> None:
         super().__init__(config, sites)
