@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.data.subject import SubjectData, as_frame
-from dit_booth.data.video import read_video
+from dit_booth.data.video import probe, read_video
 from dit_booth.errors import check_ranges
 
 WHITE = 0.99  # an image prompt whose every value is above shows nothing
@@ -47,6 +47,11 @@ class SubjectConfig:
                 raise ValueError(
                     f"subject.{name} has {wrong[0]!r}; write {{}} once, where the subject stands"
                 )
+        if self.video and self.prior:
+            raise ValueError(
+                f"subject.prior is {self.prior}, and subject.video is tuned on: class images are single frames;"
+                " set subject.prior to 0, or give an image alone"
+            )
         if not self.captions:
             raise ValueError("subject.captions is empty; give at least one text with {}")
 
@@ -85,9 +90,15 @@ class SubjectConfig:
         """Read the first frames of the video (f 3 s s in [-1, 1]). ValueError: it is shorter, or of another size."""
         path = Path(self.video).expanduser()
         try:
-            pixels = read_video(path, frames=frames)
+            there = probe(path).frames
+            pixels = read_video(path, frames=min(frames, there))
         except ValueError as error:
             raise ValueError(f"subject.video: {error}") from error
+        if there < frames:
+            raise ValueError(
+                f"subject.video {path} has {there} frames and data.frames is {frames}; lower data.frames, or give a"
+                " longer video"
+            )
         video = rearrange(torch.from_numpy(pixels), "f h w c -> f c h w").float() / 127.5 - 1
         if tuple(video.shape[-2:]) != (size, size):
             raise ValueError(

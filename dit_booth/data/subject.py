@@ -6,6 +6,7 @@ What per-subject optimization is trained on (stage `subject`): Textual Inversion
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,8 @@ class SubjectData:
         captions: with ``{}`` where the subject stands; one is drawn for each example.
         word: the subject's word (or words), which replaces ``{}`` behind its article.
         augment: vary the frames: flip, rotate, shrink and shift them, on white.
-        prior: `n f 3 h w`, class images (DreamBooth, arXiv 2208.12242, section 3.2), or None.
+        prior: `n f 3 h w`, class images (DreamBooth, arXiv 2208.12242, section 3.2), or None; number i shows
+            `template_of(captions, i)`.
         prior_share: share of examples that are class images; those have no subject.
         seed: seed of the variation.
     """
@@ -55,20 +57,26 @@ class SubjectData:
     def at(self, index: int, epoch: int) -> Example:
         """Return example `index` of an epoch, a pure function of seed, index and epoch."""
         rng = np.random.default_rng((self.seed, index, epoch))
-        caption = caption_of(self.captions[int(rng.integers(len(self.captions)))], self.word)
         if self.prior is not None and rng.random() < self.prior_share:
-            video, subject = self.prior[int(rng.integers(len(self.prior)))], ""
+            number = int(rng.integers(len(self.prior)))
+            video, subject = self.prior[number], ""
         else:
+            number = int(rng.integers(len(self.captions)))
             video, subject = (vary(self.video, rng) if self.augment else self.video), self.word
         return Example(
             key=f"subject/{self.word}/{epoch}/{index}",
             video=video,
-            caption=caption,
+            caption=caption_of(template_of(self.captions, number), self.word),
             subject=subject,
             image=self.image,
             mask=torch.zeros(len(video), *video.shape[-2:], dtype=torch.bool),
             mask_frames=1,
         )
+
+
+def template_of(captions: Sequence[str], number: int) -> str:
+    """Return the text of class image `number`: the captions in turn."""
+    return captions[number % len(captions)]
 
 
 def caption_of(template: str, word: str) -> str:
@@ -82,7 +90,9 @@ def insert_before(caption: str, subject: str | None, token: str) -> str:
     if not subject:
         return caption
     words = r"\s+".join(re.escape(word) for word in subject.split())
-    return re.sub(rf"(?<!\w)({words})(?!\w)", rf"{token} \1", caption, flags=re.IGNORECASE)
+    return re.sub(
+        rf"(?<!\w)({words})(?!\w)", lambda found: f"{token} {found[1]}", caption, flags=re.IGNORECASE
+    )
 
 
 def as_frame(image: Tensor, height: int, width: int) -> Tensor:

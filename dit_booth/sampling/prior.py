@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,50 +11,57 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_booth.components import Components
-from dit_booth.data.subject import caption_of
+from dit_booth.data.subject import caption_of, template_of
 from dit_booth.models.weights import write
 from dit_booth.sampling.generate import generate
 from dit_booth.training.distributed import Ranks
 
 log = logging.getLogger(__name__)
 
-FILE = "prior.safetensors"
+FOLDER = "prior"
+CHUNK = 8
+"""Class images that are sampled at once, and kept in one file."""
 _SEED = 7_919_000_003  # of the noise: apart from that of the samples
 
 
 def prior_images(components: Components, folder: Path, ranks: Ranks) -> Tensor | None:
-    """Return `subject.prior` class images (n 1 3 h w in [-1, 1]), from the stage's folder once they are there.
+    """Return `subject.prior` class images (n 1 3 h w in [-1, 1]), kept in the stage's folder as they are sampled.
 
-    They are sampled without the strategies and without the rare token. None: the run has no prior preservation.
-    ValueError: the base samples values that are not finite.
+    They are sampled without the strategies and without the rare token. An interrupted run goes on with those that are
+    missing. None: the run has no prior preservation. ValueError: the base samples values that are not finite.
     """
     count = components.config.subject.prior
     if not count:
         return None
-    file = folder / FILE
-    if not ranks.broadcast(file.is_file()):
-        mine = {index: _sample(components, index) for index in range(ranks.rank, count, ranks.world)}
-        images = ranks.gather(mine)
-        if ranks.first:
-            log.info("sampled %d class images of %s", count, components.config.subject.word)
-            pixels = torch.stack([images[index] for index in range(count)])
-            write(file, {"images": ((pixels + 1) * 127.5).round().byte()})
-        ranks.barrier()
-    return load_file(file)["images"].float() / 127.5 - 1
+    chunks = [range(at, min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
+    files = [folder / FOLDER / f"{chunk.start:06d}.safetensors" for chunk in chunks]
+    if ranks.first:
+        log.info("class images of %s: %d", components.config.subject.word, count)
+    problems: dict[int, str] = {}
+    for number in range(ranks.rank, len(chunks), ranks.world):
+        if not files[number].is_file():
+            try:
+                write(files[number], {"images": _sample(components, chunks[number])})
+            except ValueError as error:  # all ranks must stop, not one alone
+                problems[number] = str(error)
+                break
+    if problems := ranks.gather(problems):  # and a barrier: now all files are there
+        raise ValueError(problems[min(problems)])
+    return torch.cat([load_file(file)["images"] for file in files]).float() / 127.5 - 1
 
 
-def _sample(components: Components, index: int) -> Tensor:
-    """Sample class image `index`: 1 3 h w."""
+def _sample(components: Components, numbers: Sequence[int]) -> Tensor:
+    """Sample class images (n 1 3 h w, bytes); each depends on its number alone."""
     config, active = components.config, components.model.active
     captions, size = config.subject.captions, config.data.size
     components.model.active = ()
     try:
-        (image,) = generate(
+        images = generate(
             components,
-            torch.zeros(1, 3, size, size, device=components.device),
-            [caption_of(captions[index % len(captions)], config.subject.word)],
-            [None],
-            [_SEED + index],
+            torch.zeros(len(numbers), 3, size, size, device=components.device),
+            [caption_of(template_of(captions, number), config.subject.word) for number in numbers],
+            [None] * len(numbers),
+            [_SEED + number for number in numbers],
             size=(1, size, size),
             guidance=config.guidance,
             sampler=config.sampler,
@@ -61,9 +69,9 @@ def _sample(components: Components, index: int) -> Tensor:
         )
     finally:
         components.model.active = active
-    if not torch.isfinite(image).all():
+    if not torch.isfinite(images).all():
         raise ValueError(
             f"subject.prior: the base samples values that are not finite for {config.subject.word!r}; check weights,"
             " or set it to 0"
         )
-    return image.float().cpu()
+    return ((images + 1) * 127.5).round().byte().cpu().contiguous()
