@@ -223,8 +223,8 @@ class RunConfig:
     def create(cls, config: str | Path | Mapping[str, object] = "demo", **settings: object) -> RunConfig:
         """Return the run of a configuration with `settings` over it, checked by the command line's parser.
 
-        config: name of a packaged configuration, path of a YAML file, or its content. settings: fields, and mappings
-        for sections, a strategy's options under its name:
+        config: name of a packaged configuration (``demo``, ``dreambooth``), path of a YAML file, or its content.
+        settings: fields, and mappings for sections, a strategy's options under its name:
         ``create(strategy="kv_concat", kv_concat={"update": "direct"}, stages={"fine": {"steps": 500}})``.
         ValueError: an unknown name (with the nearest), or a value that cannot be.
         """
