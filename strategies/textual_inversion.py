@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
-from torch import Tensor, nn
+from torch import nn
 
 from dit_booth.errors import check_ranges
-from dit_booth.inject import Condition, Hidden, PromptTokens, Reference, Sites
+from dit_booth.inject import PromptTokens, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 from .parts.subject import replace_subject, sources
@@ -40,20 +40,18 @@ class TextualInversion(Strategy):
         (words,) = sites.match("*", port="prompt")
         self.attach(words, LearnedWord(words.dim, config.tokens))
 
-    def forward(self, reference: Reference, hidden: Hidden) -> Condition:
-        return Condition(shared=reference.embedding)
-
 
 class LearnedWord(nn.Module):
-    """An offset to the word's embedding: trained from zero, it starts as the class word and decays towards it."""
+    """An offset to the word's embedding: trained from zero, it starts as the class word and decays towards it.
+
+    It needs no image: it stands wherever a prompt names the subject.
+    """
 
     def __init__(self, dim: int, tokens: int) -> None:
         super().__init__()
         self.offset = nn.Parameter(torch.zeros(tokens, dim))
 
-    def forward(self, prompt: PromptTokens, image: Tensor | None) -> PromptTokens:
-        if image is None:
-            return prompt
+    def forward(self, prompt: PromptTokens, image: object) -> PromptTokens:
         inside = rearrange(prompt.spans == 1, "b l -> b l 1").to(prompt.embeddings.dtype)
         count = reduce(inside, "b l 1 -> b 1", "sum").clamp(min=1)
         word = reduce(prompt.embeddings * inside, "b l d -> b d", "sum") / count

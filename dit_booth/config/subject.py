@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -24,7 +25,9 @@ class SubjectConfig:
     mask: str = ""
     """Mask of the image's subject; without one, and without transparency, the whole image is taken."""
     video: str = ""
-    """A video of the subject to tune on instead of the image (Tune-A-Video)."""
+    """A video of the subject, for tune_on=video."""
+    tune_on: Literal["image", "video"] = "image"
+    """What the stage learns: the image prompt, or the first data.frames frames of the video (Tune-A-Video)."""
     word: str = ""
     """The subject's class in words, such as star; what prompts name it by."""
     token: str = ""
@@ -47,10 +50,14 @@ class SubjectConfig:
                 raise ValueError(
                     f"subject.{name} has {wrong[0]!r}; write {{}} once, where the subject stands"
                 )
-        if self.video and self.prior:
+        if self.video and self.tune_on == "image":
             raise ValueError(
-                f"subject.prior is {self.prior}, and subject.video is tuned on: class images are single frames;"
-                " set subject.prior to 0, or give an image alone"
+                f"subject.video is {self.video!r}, and subject.tune_on is image; set it to video, or give no video"
+            )
+        if self.tune_on == "video" and self.prior:
+            raise ValueError(
+                f"subject.prior is {self.prior}, and subject.tune_on is video: class images are single frames; set"
+                " subject.prior to 0"
             )
         if not self.captions:
             raise ValueError("subject.captions is empty; give at least one text with {}")
@@ -62,13 +69,13 @@ class SubjectConfig:
 
         prior: class images (n f 3 h w in [-1, 1]), or None.
         """
-        image = self.read_image(image_size or size)
+        image, moving = self.read_image(image_size or size), self.tune_on == "video"
         return SubjectData(
-            video=self._video(frames, size) if self.video else as_frame(image, size, size),
+            video=self._video(frames, size) if moving else as_frame(image, size, size),
             image=image,
             captions=self.captions,
             word=self.word,
-            augment=self.augment and not self.video,
+            augment=self.augment and not moving,
             prior=prior,
             prior_share=self.prior_weight / (1 + self.prior_weight),
             seed=seed,
@@ -88,6 +95,10 @@ class SubjectConfig:
 
     def _video(self, frames: int, size: int) -> Tensor:
         """Read the first frames of the video (f 3 s s in [-1, 1]). ValueError: it is shorter, or of another size."""
+        if not self.video:
+            raise ValueError(
+                "subject.video is empty, and subject.tune_on is video; give a video of the subject"
+            )
         path = Path(self.video).expanduser()
         try:
             there = probe(path).frames

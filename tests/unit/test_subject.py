@@ -133,7 +133,7 @@ def test_class_images_come_in_their_share_with_their_own_captions(picture):
 def test_a_video_is_read_whole_and_not_varied(picture, tmp_path):
     video = torch.rand(4, 3, SIZE, SIZE) * 2 - 1
     write_video(tmp_path / "v.mp4", video, fps=8, lossless=True)
-    data = build(SubjectConfig(image=picture(), word="star", video=str(tmp_path / "v.mp4")))
+    data = build(SubjectConfig(image=picture(), word="star", video=str(tmp_path / "v.mp4"), tune_on="video"))
     assert data[0].video.shape == (3, 3, SIZE, SIZE)
     assert (data[0].video - video[:3]).abs().max() <= 1 / 127.5
     assert torch.equal(data[0].video, data[9].video)
@@ -161,8 +161,10 @@ def test_bad_settings_are_one_clear_error_each(picture):
         SubjectConfig(prior=-1)
     with pytest.raises(ValueError, match=r"subject\.prior_weight is nan"):
         SubjectConfig(prior_weight=float("nan"))
-    with pytest.raises(ValueError, match=r"subject\.prior is 4, and subject\.video"):
-        SubjectConfig(video="v.mp4", prior=4)
+    with pytest.raises(ValueError, match=r"subject\.prior is 4, and subject\.tune_on is video"):
+        SubjectConfig(video="v.mp4", prior=4, tune_on="video")
+    with pytest.raises(ValueError, match=r"subject\.video is 'v\.mp4', and subject\.tune_on is image"):
+        SubjectConfig(video="v.mp4")
 
 
 def test_bad_images_are_one_clear_error_each(picture, tmp_path):
@@ -179,7 +181,9 @@ def test_bad_images_are_one_clear_error_each(picture, tmp_path):
 def test_bad_videos_are_one_clear_error_each(picture, tmp_path):
     for name, shape in (("short", (2, 3, SIZE, SIZE)), ("large", (3, 3, 16, SIZE))):
         write_video(tmp_path / f"{name}.mp4", torch.zeros(shape), fps=8)
-    given = {"image": picture(), "word": "star"}
+    given = {"image": picture(), "word": "star", "tune_on": "video"}
+    with pytest.raises(ValueError, match=r"subject\.video is empty, and subject\.tune_on is video"):
+        build(SubjectConfig(**given))
     with pytest.raises(ValueError, match=r"subject\.video .*short\.mp4 has 2 frames and data\.frames is 3"):
         build(SubjectConfig(video=str(tmp_path / "short.mp4"), **given))
     with pytest.raises(ValueError, match=r"subject\.video .*large\.mp4 is 12 x 16 pixels and data\.size 12"):
