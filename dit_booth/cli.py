@@ -45,6 +45,12 @@ COMMANDS = {
         "run a study, each shared stage once",
         "dit-booth sweep schedule --dry-run",
     ),
+    "compare": Command(
+        "dit_booth.commands.compare",
+        "CompareArguments",
+        "compare systems at one budget per subject",
+        "dit-booth compare --budget 60s --subjects 12 --out runs/compare",
+    ),
     "evaluate": Command(
         "dit_booth.commands.evaluate",
         "EvaluateArguments",

@@ -1,8 +1,9 @@
 """LoRA: low-rank changes of the backbone's queries and values (Hu et al., arXiv 2106.09685, sections 4.1 and 4.2)."""
 
 from dataclasses import dataclass, replace
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from dit_booth.attention import Segment
 from dit_booth.errors import check_ranges
@@ -40,21 +41,30 @@ class Lora(Strategy):
 
 
 class LowRankQV(nn.Module):
-    """W + scale B A for queries and values, with B zero at the start."""
+    """W + scale B A for queries and values."""
 
     def __init__(self, site: Site, rank: int, scale: float) -> None:
         super().__init__()
-        self.scale = scale
-        for name in "qv":
-            base = site.projections[f"to_{name}"]
-            self.add_module(f"down_{name}", nn.Linear(base.in_features, rank, bias=False))
-            up = nn.Linear(rank, base.out_features, bias=False)
-            nn.init.zeros_(up.weight)
-            self.add_module(f"up_{name}", up)
+        self.q = LowRank(site.projections["to_q"], rank, scale)
+        self.v = LowRank(site.projections["to_v"], rank, scale)
 
     def forward(self, qkv: QKV, image: object) -> QKV:
         assert qkv.layer.raw_q is not None
-        q = qkv.queries(qkv.layer.raw_q + self.scale * self.up_q(self.down_q(qkv.x)))
+        q = qkv.queries(qkv.layer.raw_q + self.q(qkv.x))
         own, *others = qkv.segments
-        v = own.v + self.scale * qkv.heads(self.up_v(self.down_v(qkv.source)))
+        v = own.v + qkv.heads(self.v(qkv.source))
         return replace(qkv, q=q, segments=(Segment(own.k, v, own.frames), *others))
+
+
+class LowRank(nn.Module):
+    """scale B A x, with B zero at the start."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * cast(Tensor, self.up(self.down(x)))

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.video.stream import VideoStream
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
@@ -176,7 +178,7 @@ def _to_pixels(video: Tensor, fps: float) -> NDArray[np.uint8]:
 def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction, lossless: bool) -> None:
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         codec, options = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", _X264)
-        stream = container.add_stream(codec, rate=rate, options=options)
+        stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         for picture in pictures:

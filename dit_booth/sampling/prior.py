@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,14 +42,25 @@ def prior_images(components: Components, folder: Path, ranks: Ranks) -> Tensor |
     problems: dict[int, str] = {}
     for number in range(ranks.rank, len(chunks), ranks.world):
         if not files[number].is_file():
+            start = time.perf_counter()
             try:
-                write(files[number], {"images": _sample(components, chunks[number])})
+                images = _sample(components, chunks[number])
+                write(files[number], {"images": images}, {"seconds": str(time.perf_counter() - start)})
             except ValueError as error:  # all ranks must stop, not one alone
                 problems[number] = str(error)
                 break
     if problems := ranks.gather(problems):  # and a barrier: now all files are there
         raise ValueError(problems[min(problems)])
     return torch.cat([load_file(file)["images"] for file in files]).float() / 127.5 - 1
+
+
+def prior_seconds(folder: Path) -> float:
+    """Return the seconds in which the class images of a stage's folder were sampled; 0 without any."""
+    seconds = 0.0
+    for file in sorted((folder / FOLDER).glob("*.safetensors")):
+        with safe_open(file, "pt") as saved:
+            seconds += float((saved.metadata() or {})["seconds"])
+    return seconds
 
 
 def _sample(components: Components, numbers: Sequence[int]) -> Tensor:

@@ -78,16 +78,24 @@ def requests_of(components: Components, sample: SampleConfig) -> list[Request]:
 
 
 def sample_prompts(
-    components: Components, sample: SampleConfig, requests: Sequence[Request], out: Path, ranks: Ranks
+    components: Components,
+    sample: SampleConfig,
+    requests: Sequence[Request],
+    out: Path,
+    ranks: Ranks,
+    only: Sequence[int] | None = None,
 ) -> dict[str, Case]:
     """Sample videos of `requests` into `out`, shared over the ranks; return all of them by file name.
+
+    only: indices of the requests to sample; names and noise are those that they have among all.
 
     Each request gets a video for every noise seed and every reference: its own image prompt, that of the next request
     (shuffled), or none. ValueError: shuffled, with a single request.
     """
     if "shuffled" in sample.references and len(requests) == 1:
         raise ValueError("sample.references has shuffled, and there is one prompt; raise sample.videos to 2")
-    tasks = [_Task(*task) for task in product(sample.references, sample.seeds, range(len(requests)))]
+    chosen = range(len(requests)) if only is None else only
+    tasks = [_Task(*task) for task in product(sample.references, sample.seeds, chosen)]
     mine: dict[int, Tensor] = {}
     own = list(range(ranks.rank, len(tasks), ranks.world))
     for reference, numbers in groupby(own, lambda number: tasks[number].reference):
