@@ -16,7 +16,7 @@ from dit_booth.evaluation.folder import read_rows
 from dit_booth.evaluation.scores import read_scores
 
 pytestmark = pytest.mark.slow
-METHODS = ("videobooth", "textual_inversion", "tune_a_video", "none")
+METHODS = ("videobooth", "tune_a_video", "none")
 TINY = ["--set", "data.size=12", "data.frames=2", "sampler.steps=2", "train.batch_size=2"]
 BUDGET = 1.4e9
 
@@ -71,12 +71,12 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_a_page(
 def check_points(out: Path) -> None:
     rows = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
     assert [row["label"] for row in rows] == list(METHODS)
-    assert [row["tuning_free"] for row in rows] == [1, 0, 0, 1]
+    assert [row["tuning_free"] for row in rows] == [1, 0, 1]
     assert all(row["status"] == "finished" and 0 < row["subject_flops"] <= BUDGET for row in rows)
-    assert [row["shared_flops"] > 0 for row in rows] == [True, False, False, False]
+    assert [row["shared_flops"] > 0 for row in rows] == [True, False, False]
     stored = dict(zip(METHODS, (row["subject_bytes"] for row in rows), strict=True))
-    assert stored["videobooth"] == stored["none"] == 0 < stored["textual_inversion"] < 1000
-    assert stored["tune_a_video"] > 1e6
+    assert stored["videobooth"] == stored["none"] == 0
+    assert stored["tune_a_video"] == pytest.approx(4 * 413_120, rel=0.02)  # its parameters in float32
     for row in rows:
         samples = out / row["run"] / "samples"
         videos, scores = read_rows(samples / "videos.csv"), read_scores(samples / "scores.jsonl")
