@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,7 +50,7 @@ class PersonaliseArguments:
     seed: int = 0
     """Seed of initialisation, noise and order."""
     out: str = ""
-    """The run's folder; empty: runs/<strategy>-<backbone>-<hash of the settings>."""
+    """The run's folder; empty: runs/<method>-<backbone>-<hash of the settings>."""
     set: tuple[str, ...] = ()
     """Further settings of the run, such as stages.subject.lr=1e-3 sampler.steps=10."""
 
@@ -114,7 +114,8 @@ def settings_of(arguments: PersonaliseArguments) -> RunConfig:
     config.subject.build(
         frames=data.frames, size=data.size, image_size=data.image_size, seed=data.seed, prior=None
     )
-    return config
+    method = Path(arguments.method).stem
+    return replace(config, out=config.out or f"runs/{method}-{config.backbone}-{config.fingerprint()}")
 
 
 def check_method(name: str) -> None:

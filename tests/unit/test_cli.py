@@ -129,7 +129,7 @@ def test_extends_reads_another_file_first_and_merges_section_by_section(tmp_path
     [
         ("a: [", r"is not YAML: [^\n]*line 1, column 5; mend the file$"),
         ("- a\n- b\n", "holds a list"),
-        ("extends: none.yaml", "none.yaml is not a file"),
+        ("extends: absent.yaml", "absent.yaml is not a file"),
         ("extends: a.yaml", "extends itself"),
     ],
 )
