@@ -10,9 +10,9 @@ from pathlib import Path
 
 from dit_booth.comparison.budget import Budget, flops_text, keep, parse_budget, resolve
 from dit_booth.comparison.plan import Plan, make_plan
-from dit_booth.comparison.results import BASELINE, write_results
+from dit_booth.comparison.results import write_results
 from dit_booth.comparison.subjects import Subject, read_subjects
-from dit_booth.comparison.systems import System, SystemCost, base_throughput, cost_of, find_systems
+from dit_booth.comparison.systems import BASELINE, System, SystemCost, base_throughput, cost_of, find_systems
 from dit_booth.comparison.work import Point, work
 from dit_booth.config import RunConfig, SampleReference
 from dit_booth.errors import SEED, check_ranges
@@ -71,7 +71,8 @@ def compare(comparison: Comparison) -> list[Point]:
 
 def _compare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) -> list[Point]:
     folder, base = comparison.folder, RunConfig.create("none", **comparison.settings)
-    subjects = read_subjects(base.data, comparison.subjects, folder / "subjects")
+    files = folder / "subjects" / digest(asdict(base.data), 8)  # of one size and number of frames
+    subjects = read_subjects(base.data, comparison.subjects, files)
     budget = resolve(comparison.budget, folder, lambda: base_throughput(base, subjects[0].request, ranks))
     costs = [_cost(system, subjects[0], folder, ranks) for system in systems]
     plans = [

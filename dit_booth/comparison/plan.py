@@ -46,9 +46,8 @@ def make_plan(system: System, cost: SystemCost, budget: float, *, videos: int, a
             f" {flops_text(least)} ({_purpose(cost, videos)}); raise it, or leave the system out of --methods"
         )
     scale = (budget - fixed) * share / whole if recipe else 0.0
-    steps = {
-        name: math.floor(count * scale * (1 + 1e-12)) for name, count in recipe.items()
-    }  # 1 - 1e-16 is 1
+    scale *= 1 + 1e-12  # a number of steps that should be whole may come out just below
+    steps = {name: math.floor(count * scale) for name, count in recipe.items()}
     trained = _training(cost, steps)
     return Plan(
         system=system,

@@ -11,15 +11,13 @@ from typing import Any
 
 import yaml
 
+from dit_booth.comparison.systems import BASELINE
 from dit_booth.comparison.work import Point, Record
 from dit_booth.evaluation.folder import VideoRow, write_rows
 from dit_booth.evaluation.scores import SCORES, read_scores, write_scores
 from dit_booth.files import write_text
 from dit_booth.study.rows import ROWS
 from dit_booth.training.stage_cost import COST
-
-BASELINE = "videobooth"
-"""The system that all are compared with, where it takes part."""
 
 
 def write_results(

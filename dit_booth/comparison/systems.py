@@ -22,6 +22,8 @@ from dit_booth.training.engine import engine_settings
 from dit_booth.training.stage import schedule_of, set_trainable, stage_config, trainable_globs
 from dit_booth.training.stage_cost import count_flops, dtype_of
 
+BASELINE = "videobooth"
+"""The system that all are compared with, where it takes part."""
 Kind = Literal["subject", "encoder", "fixed"]
 """Optimized for each subject; trained once for all subjects; not trained at all."""
 
@@ -33,10 +35,6 @@ class System:
     name: str
     config: RunConfig
     kind: Kind
-
-    @property
-    def wants_video(self) -> bool:
-        return self.kind == "subject" and self.config.subject.tune_on == "video"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +48,12 @@ class SystemCost:
 
 
 def find_systems(names: Sequence[str], settings: Mapping[str, object]) -> list[System]:
-    """Return the systems of these names (all packaged ones without any), with `settings` over each configuration.
+    """Return the systems of these names, or all packaged ones (`BASELINE` first), with `settings` over each.
 
     ValueError: a name is unknown or repeated, or a system is both trained once and per subject.
     """
-    known = sorted(file.stem for file in packaged("baselines").glob("*.yaml"))
+    every = (file.stem for file in packaged("baselines").glob("*.yaml"))
+    known = sorted(every, key=lambda name: (name != BASELINE, name))
     chosen, out = list(names) or known, list[System]()
     for name in chosen:
         if chosen.count(name) > 1:
