@@ -36,7 +36,7 @@ class SubjectData:
         augment: vary the frames: flip, rotate, shrink and shift them, on white.
         prior: `n f 3 h w`, class images (DreamBooth, arXiv 2208.12242, section 3.2), or None; number i shows
             `template_of(captions, i)`.
-        prior_share: share of examples that are class images; those have no subject.
+        prior_share: share of examples that are class images; those have no subject, and the zero image.
         seed: seed of the variation.
     """
 
@@ -69,7 +69,7 @@ class SubjectData:
             video=video,
             caption=caption_of(template_of(self.captions, number), self.word),
             subject=subject,
-            image=self.image,
+            image=self.image if subject else torch.zeros_like(self.image),
             mask=torch.zeros(len(video), *video.shape[-2:], dtype=torch.bool),
             mask_frames=1,
         )

@@ -142,6 +142,7 @@ def test_class_images_come_in_their_share_with_their_own_captions(picture):
     for example in of_class:
         number = next(i for i in range(4) if torch.equal(example.video, images[i]))
         assert example.caption == ("one a star", "two a star")[number % 2]
+        assert not example.image.any(), "the base has no image"
 
 
 def test_a_video_is_read_whole_and_not_varied(picture, tmp_path):
