@@ -51,7 +51,7 @@ def measure(components: Components, cases: Mapping[str, Case], out: Path) -> dic
     ]
     contact_sheet(rows[:SHEET_ROWS], out / "contact_sheet.png")
     controls = dict.fromkeys(case.control for case in every)
-    means = {
+    means: dict[str, Means] = {
         control: {name: asdict(value) for name, value in summary(scores, control).items()}
         for control in controls
     }
