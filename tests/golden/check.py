@@ -43,6 +43,11 @@ def settings(info: Info) -> Info:
 
 
 FAMILIES = (
+    Family(
+        "ddim_inversion_cases",
+        "ddim_inversion",
+        lambda info, tensors: {"inputs.x0_latent", "weights.Tm"} <= set(tensors),
+    ),
     Family("catvton_cases", "catvton", lambda info, tensors: "inputs.condition_image" in tensors),
     Family(
         "unet_cases",

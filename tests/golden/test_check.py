@@ -17,6 +17,7 @@ import torch
 from check import main
 from files import HERE, read
 from make_files import attention_file, diffusion_file, mapper_file, unet_file, write
+from make_system_files import ddim_inversion_file
 from safetensors.torch import save_file
 
 from dit_booth.models.unet.model import UNetConfig
@@ -116,6 +117,10 @@ def test_a_nan_and_a_wrong_shape_fail(tmp_path: Path, capsys: pytest.CaptureFixt
         pytest.param(lambda: attention_file(heads=4, dim=20, frames=5, batch=1), id="attention"),
         pytest.param(lambda: mapper_file(), id="mapper"),
         pytest.param(lambda: diffusion_file(), id="diffusion"),
+        pytest.param(lambda: ddim_inversion_file(), id="ddim_inversion"),
+        pytest.param(
+            lambda: ddim_inversion_file(channels=4, frames=5, batch=2, seed=1), id="ddim_inversion of two"
+        ),
     ],
 )
 def test_files_of_other_sizes_and_any_name_pass(
