@@ -43,6 +43,7 @@ def settings(info: Info) -> Info:
 
 
 FAMILIES = (
+    Family("elite_cases", "elite", lambda info, tensors: "inputs.pixel_values_seg" in tensors),
     Family(
         "ddim_inversion_cases",
         "ddim_inversion",

@@ -17,7 +17,7 @@ import torch
 from check import main
 from files import HERE, read
 from make_files import attention_file, diffusion_file, mapper_file, unet_file, write
-from make_system_files import ddim_inversion_file
+from make_system_files import ddim_inversion_file, elite_file
 from safetensors.torch import save_file
 
 from dit_booth.models.unet.model import UNetConfig
@@ -58,7 +58,10 @@ def perturb(x: torch.Tensor) -> torch.Tensor:
 # ---- what it fails on ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["diffusion", "tune_a_video", "videobooth_attention", "videobooth_mapper"])
+@pytest.mark.parametrize(
+    "name",
+    ["diffusion", "tune_a_video", "videobooth_attention", "videobooth_mapper", "elite", "ddim_inversion"],
+)
 def test_each_output_that_is_off_by_a_thousandth_fails(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +120,8 @@ def test_a_nan_and_a_wrong_shape_fail(tmp_path: Path, capsys: pytest.CaptureFixt
         pytest.param(lambda: attention_file(heads=4, dim=20, frames=5, batch=1), id="attention"),
         pytest.param(lambda: mapper_file(), id="mapper"),
         pytest.param(lambda: diffusion_file(), id="diffusion"),
+        pytest.param(lambda: elite_file(), id="elite"),
+        pytest.param(lambda: elite_file(heads=2, grid=4, batch=1, queries=9, seed=1), id="elite of one"),
         pytest.param(lambda: ddim_inversion_file(), id="ddim_inversion"),
         pytest.param(
             lambda: ddim_inversion_file(channels=4, frames=5, batch=2, seed=1), id="ddim_inversion of two"
