@@ -53,18 +53,28 @@ class DDIMPath:
         """Move x (b ...) from level i to level i + 1 along eps."""
         return ddim_move(x, eps, self.levels[i].item(), self.levels[i + 1].item())
 
-    def denoise(self, i: int, x: Tensor, eps: Tensor) -> Tensor:
-        """Move x (b ...) from level i + 1 to level i along eps."""
-        return ddim_move(x, eps, self.levels[i + 1].item(), self.levels[i].item())
+    def denoise(
+        self, i: int, x: Tensor, eps: Tensor, eta: float = 0.0, noise: Tensor | None = None
+    ) -> Tensor:
+        """Move x (b ...) from level i + 1 to level i along eps; with `eta`, part of it is fresh `noise`."""
+        level, after = self.levels[i + 1].item(), self.levels[i].item()
+        if noise is None:
+            return ddim_move(x, eps, level, after)
+        return ddim_move(x, eps, level, after, self.sigma(i, eta)) + self.sigma(i, eta) * noise
+
+    def sigma(self, i: int, eta: float) -> float:
+        """Return the standard deviation of the fresh noise of step i (DDIM eq. 16)."""
+        level, after = self.levels[i + 1].item(), self.levels[i].item()
+        return eta * float(((1 - after) / (1 - level) * (1 - level / after)) ** 0.5)
 
 
-def ddim_move(x: Tensor, eps: Tensor, level: float, after: float) -> Tensor:
-    """sqrt(after) x0 + sqrt(1 - after) eps with x0 = (x - sqrt(1 - level) eps) / sqrt(level): DDIM eq. 12, eta 0.
+def ddim_move(x: Tensor, eps: Tensor, level: float, after: float, sigma: float = 0.0) -> Tensor:
+    """sqrt(after) x0 + sqrt(1 - after - sigma^2) eps with x0 = (x - sqrt(1 - level) eps) / sqrt(level): DDIM eq. 12.
 
     level, after: abar of x and of the result, in either direction. x0 is eliminated: at late steps it is large.
     """
     ratio = (after / level) ** 0.5
-    return ratio * x + ((1 - after) ** 0.5 - ratio * (1 - level) ** 0.5) * eps
+    return ratio * x + ((1 - after - sigma**2) ** 0.5 - ratio * (1 - level) ** 0.5) * eps
 
 
 def invert_along(path: DDIMPath, predict: PredictEps, x0: Tensor) -> list[Tensor]:
