@@ -125,7 +125,8 @@ class ClipSampler:
         noised = self.objective.noise(frames, level, randn_like(frames, self.generator))
         x = noised.new_zeros(len(frames), places.shape[1], *frames.shape[2:])
         x[:, places.flatten().bool()] = noised
-        return Given(x, *(y.expand(len(frames), -1, -1, -1, -1) for y in (places, shown)), level)
+        places, shown = (y.expand(len(frames), -1, -1, -1, -1) for y in (places, shown))
+        return Given(x, places, shown, level)
 
     def fresh(self, like: Tensor) -> Tensor:
         """Draw a clip's initial noise."""
