@@ -17,7 +17,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -319,7 +319,9 @@ class Injection:
     def __call__(self, site: Site, payload: Payload) -> Payload:
         taps = self.taps.get(site.leaf if self.local else site.name, ())
         if taps and site.role == "text" and isinstance(payload, QKV):
-            payload = replace(payload, subject=self.subject)
+            qkv: QKV = payload
+            named: Any = replace(qkv, subject=self.subject)
+            payload = named
         for tap, image in taps:
             payload = tap(payload, image)
         if isinstance(payload, PromptTokens) and self.taps:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -53,18 +54,28 @@ class DDIMPath:
         """Move x (b ...) from level i to level i + 1 along eps."""
         return ddim_move(x, eps, self.levels[i].item(), self.levels[i + 1].item())
 
-    def denoise(self, i: int, x: Tensor, eps: Tensor) -> Tensor:
-        """Move x (b ...) from level i + 1 to level i along eps."""
-        return ddim_move(x, eps, self.levels[i + 1].item(), self.levels[i].item())
+    def denoise(
+        self, i: int, x: Tensor, eps: Tensor, eta: float = 0.0, noise: Tensor | None = None
+    ) -> Tensor:
+        """Move x (b ...) from level i + 1 to level i along eps; with `eta`, part of it is fresh `noise`."""
+        level, after = self.levels[i + 1].item(), self.levels[i].item()
+        if noise is None:
+            return ddim_move(x, eps, level, after)
+        return ddim_move(x, eps, level, after, self.sigma(i, eta)) + self.sigma(i, eta) * noise
+
+    def sigma(self, i: int, eta: float) -> float:
+        """Return the standard deviation of the fresh noise of step i (DDIM eq. 16)."""
+        level, after = self.levels[i + 1].item(), self.levels[i].item()
+        return eta * sqrt((1 - after) / (1 - level) * (1 - level / after))
 
 
-def ddim_move(x: Tensor, eps: Tensor, level: float, after: float) -> Tensor:
-    """sqrt(after) x0 + sqrt(1 - after) eps with x0 = (x - sqrt(1 - level) eps) / sqrt(level): DDIM eq. 12, eta 0.
+def ddim_move(x: Tensor, eps: Tensor, level: float, after: float, sigma: float = 0.0) -> Tensor:
+    """sqrt(after) x0 + sqrt(1 - after - sigma^2) eps with x0 = (x - sqrt(1 - level) eps) / sqrt(level): DDIM eq. 12.
 
     level, after: abar of x and of the result, in either direction. x0 is eliminated: at late steps it is large.
     """
-    ratio = (after / level) ** 0.5
-    return ratio * x + ((1 - after) ** 0.5 - ratio * (1 - level) ** 0.5) * eps
+    ratio = sqrt(after / level)
+    return ratio * x + (sqrt(max(1 - after - sigma**2, 0)) - ratio * sqrt(1 - level)) * eps
 
 
 def invert_along(path: DDIMPath, predict: PredictEps, x0: Tensor) -> list[Tensor]:
@@ -92,8 +103,8 @@ def sample_along(path: DDIMPath, predict: PredictEps, noise: Tensor) -> list[Ten
 def invert(model: Model, objective: Objective, config: SamplerConfig, x0: Tensor, refine: int = 0) -> Tensor:
     """Return the noise (b ...) from which `sample` with the same arguments returns about x0 (b ...).
 
-    For eps and v along DDIM, for flow (velocity or x0) along Euler's steps, which stand for heun's. `clip_x0` is not
-    applied: what the sampler clamps is lost. The state is kept in float32 at least.
+    For eps and v along DDIM, for flow along Euler's steps, which stand for heun's. A flow that predicts x0 is inverted
+    up to its error in x0 only, however many the steps. `clip_x0` is not applied. State in float32 at least.
     refine: times that each step is solved again, with the network at its own result (a fixed-point iteration that
     converges to the sampler's exact inverse), for 1 + refine predictions per step.
     Raises ValueError for a sampler that draws noise, or one that does not fit the objective.
@@ -122,7 +133,7 @@ def invert(model: Model, objective: Objective, config: SamplerConfig, x0: Tensor
 def _inverse_steps(predict: PredictEps, objective: Objective, config: SamplerConfig) -> Iterator[Step]:
     """Yield the sampler's steps backwards, from the data."""
     if isinstance(objective, FlowObjective):
-        for s, t in pairwise(reversed(objective.sampling_grid(config.steps).tolist())):
+        for s, t in pairwise(_ascending(objective, config.steps)):
             yield _euler_step(predict, objective, s, t)
     else:
         assert isinstance(objective, DiscreteObjective)
@@ -139,7 +150,7 @@ def _ddim_step(predict: PredictEps, objective: Objective, path: DDIMPath, i: int
     return step
 
 
-def _euler_step(predict: PredictEps, objective: Objective, s: float, t: float) -> Step:
+def _euler_step(predict: PredictEps, objective: FlowObjective, s: float, t: float) -> Step:
     """x_t = x_s + (t - s) v with v = (x - x0) / t, as the sampler's step from t to s has it."""
 
     def step(x: Tensor, seen: Tensor) -> Tensor:
@@ -148,3 +159,14 @@ def _euler_step(predict: PredictEps, objective: Objective, s: float, t: float) -
         return x + (t - s) * (seen - x0) / t
 
     return step
+
+
+def _ascending(objective: FlowObjective, steps: int) -> list[float]:
+    """Return the sampler's t from 0 to 1; of an x0 prediction those below t_min, as in its loss, are one step.
+
+    There v = (x - x0) / t is mostly the network's error in x0 over t: more steps would add up noise that is none.
+    """
+    grid: list[float] = objective.sampling_grid(steps).flip(0).tolist()
+    if objective.config.prediction == "velocity":
+        return grid
+    return [grid[0], *(t for t in grid[1:] if t >= objective.config.t_min - 1e-9)]

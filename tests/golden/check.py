@@ -43,6 +43,7 @@ def settings(info: Info) -> Info:
 
 
 FAMILIES = (
+    Family("lvdm_cases", "lvdm_conditioning", lambda info, tensors: "inputs.train_pred_x0" in tensors),
     Family("elite_cases", "elite", lambda info, tensors: "inputs.pixel_values_seg" in tensors),
     Family(
         "ddim_inversion_cases",

@@ -60,7 +60,15 @@ def perturb(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    ["diffusion", "tune_a_video", "videobooth_attention", "videobooth_mapper", "elite", "ddim_inversion"],
+    [
+        "diffusion",
+        "tune_a_video",
+        "videobooth_attention",
+        "videobooth_mapper",
+        "elite",
+        "ddim_inversion",
+        "lvdm_conditioning",
+    ],
 )
 def test_each_output_that_is_off_by_a_thousandth_fails(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
