@@ -33,11 +33,23 @@ COMMANDS = {
         "sample from a run or the embedded pipeline",
         'dit-booth sample toyworld --image star.png --caption "a star is spinning on snow" --subject star',
     ),
+    "personalise": Command(
+        "dit_booth.commands.personalise",
+        "PersonaliseArguments",
+        "learn one subject from an image of yours",
+        "dit-booth personalise --method dreambooth --image cat.png --class cat",
+    ),
     "sweep": Command(
         "dit_booth.commands.sweep",
         "SweepArguments",
         "run a study, each shared stage once",
         "dit-booth sweep schedule --dry-run",
+    ),
+    "compare": Command(
+        "dit_booth.commands.compare",
+        "CompareArguments",
+        "compare systems at one budget per subject",
+        "dit-booth compare --budget 60s --subjects 12 --out runs/compare",
     ),
     "evaluate": Command(
         "dit_booth.commands.evaluate",
@@ -93,9 +105,9 @@ def usage() -> str:
     """Return the help text of the program: each subcommand with an example."""
     lines = ["usage: dit-booth COMMAND [OPTIONS]", "", "Subject-driven video diffusion.", ""]
     for name, command in COMMANDS.items():
-        lines += [f"  {name:12}{command.help}", f"{'':14}{command.example}"]
-    lines += [f"  {'completion':12}print a script that completes options in your shell: {', '.join(SHELLS)}"]
-    lines += [f"{'':14}dit-booth completion bash > ~/.local/share/bash-completion/completions/dit-booth", ""]
+        lines += [f"  {name:13}{command.help}", f"{'':15}{command.example}"]
+    lines += [f"  {'completion':13}print a script that completes options in your shell: {', '.join(SHELLS)}"]
+    lines += [f"{'':15}dit-booth completion bash > ~/.local/share/bash-completion/completions/dit-booth", ""]
     return "\n".join([*lines, "`dit-booth COMMAND --help` tells a command's options. `dit-booth --version`."])
 
 

@@ -12,9 +12,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dit_booth.config import RunConfig
+from dit_booth.config import RunConfig, StageName
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.readers.triplets import check_caption
+from dit_booth.data.subject import insert_before
 from dit_booth.data.toyworld import Split
 from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
@@ -57,7 +58,15 @@ class Components:
         return self.model.strategy.first_token_suffices(self.model.active)
 
     def tokenize(self, captions: Sequence[str], subjects: Sequence[str | None]) -> Prompt:
-        """Tokenize captions and mark their subjects. ValueError: a caption without its subject (`Tokenizer`)."""
+        """Tokenize captions and mark their subjects, DreamBooth's rare token before them where the run has one.
+
+        ValueError: a caption without its subject (`Tokenizer`).
+        """
+        if token := self.config.subject.token:
+            captions = [
+                insert_before(caption, subject, token)
+                for caption, subject in zip(captions, subjects, strict=True)
+            ]
         return self.model.text.tokenize(captions, subjects, first_token_suffices=self.first_token_suffices)
 
     def dataset(self, split: Split = "train") -> VideoDataset:
@@ -65,6 +74,15 @@ class Components:
         by_token = partial(check_subject, first_token_suffices=True)
         check = by_token if self.first_token_suffices else check_caption
         return self.config.data.build(split, check)
+
+    def stage_data(self, stage: StageName, prior: Tensor | None = None) -> VideoDataset:
+        """Open what a stage is trained on: the run's data, or its one subject (prior: class images, n f 3 h w)."""
+        data = self.config.data
+        if stage != "subject":
+            return self.dataset()
+        return self.config.subject.build(
+            frames=data.frames, size=data.size, image_size=data.image_size, seed=data.seed, prior=prior
+        )
 
     @torch.no_grad()
     def reference(self, images: Tensor, dtype: torch.dtype, generator: Generators | None = None) -> Reference:

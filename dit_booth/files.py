@@ -22,25 +22,27 @@ WRITER = re.compile(r"\.(\d+)@(.+)\.part$")
 """Suffix of a partial file's name: process id and host of its writer."""
 
 PACKAGE = Path(__file__).parent
+CONFIGS = ("configs", "baselines")
+"""Folders of the package that hold configurations of runs."""
 
 
 def packaged(name: str) -> Path:
     """Return the path of a file of the package: ``configs/demo.yaml``, ``sweeps/schedule.yaml``.
 
-    In a checkout ``configs`` and ``sweeps`` lie in ``experiments/``.
+    In a checkout ``configs``, ``baselines`` and ``sweeps`` lie in ``experiments/``.
     """
     installed = PACKAGE / name
     return installed if installed.exists() else PACKAGE.parent / "experiments" / name
 
 
-def locate(name: str | Path, folder: str, beside: Path | None = None) -> Path:
+def locate(name: str | Path, *folders: str, beside: Path | None = None) -> Path:
     """Return the path of a YAML or JSON file by its name; `name` itself where there is none.
 
-    Looked for are the path (relative to the folder `beside`, if given), then the file that the package has in `folder`
-    (``configs`` or ``sweeps``), with or without ``.yaml``.
+    Looked for are the path (relative to the folder `beside`, if given), then the file that the package has in one of
+    `folders` (such as `CONFIGS`, or ``sweeps``), with or without ``.yaml``.
     """
     given = (beside or Path()) / Path(name).expanduser()
-    known = [packaged(folder) / f"{name}{suffix}" for suffix in ("", ".yaml")]
+    known = [packaged(folder) / f"{name}{suffix}" for folder in folders for suffix in ("", ".yaml")]
     return next((file for file in (given, *known) if file.is_file()), given)
 
 

@@ -173,10 +173,10 @@ def sample_and_measure(
 ) -> None:
     """Sample the prompts; on the first rank measure the videos, and log means and the first four videos."""
     from dit_booth.sampling.measure import measure
-    from dit_booth.sampling.prompts import sample_prompts
+    from dit_booth.sampling.prompts import requests_of, sample_prompts
 
     sample = components.config.sample
-    cases = sample_prompts(components, sample, folder, ranks)
+    cases = sample_prompts(components, sample, requests_of(components, sample), folder, ranks)
     if logger and cases:
         own, *controls = measure(components, cases, folder).items()
         logger.line({"samples": own[1], "controls": dict(controls)})
@@ -263,6 +263,7 @@ def train_stages(
 
 def train_if_needed(components: Components, stage: Stage, ranks: Ranks, logger: MetricsLogger | None) -> bool:
     """Train a stage unless it is finished, or another run finishes it meanwhile; True if it was trained here."""
+    from dit_booth.sampling.prior import prior_images
     from dit_booth.sampling.validation import identity_curve
     from dit_booth.training.distributed import owning
     from dit_booth.training.loop import train_stage
@@ -272,7 +273,8 @@ def train_if_needed(components: Components, stage: Stage, ranks: Ranks, logger: 
     if not ranks.broadcast(marker.is_file()):
         with owning(folder, ranks):
             if not ranks.broadcast(marker.is_file()):
-                train_stage(components, stage, folder, ranks, logger, identity_curve)
+                prior = prior_images(components, folder, ranks) if stage.name == "subject" else None
+                train_stage(components, stage, folder, ranks, logger, identity_curve, prior)
                 return True
     log.info("stage %s is finished: %s", stage.name, folder)
     if logger:

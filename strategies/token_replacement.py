@@ -6,7 +6,6 @@ The coarse stage of VideoBooth (section 3.2), which is ELITE's global mapping.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from dit_booth.attention import Segment
@@ -15,7 +14,7 @@ from dit_booth.inject import QKV, Condition, Hidden, Modulation, PromptTokens, R
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
 from .parts.mapper import Mapper
-from .parts.subject import released_sources, sources
+from .parts.subject import released_sources, replace_subject, sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +70,7 @@ class ReplaceSubject(nn.Module):
     def forward(self, prompt: PromptTokens, words: Tensor | None) -> PromptTokens:
         if words is None:
             return prompt
-        length, count = prompt.ids.shape[1], words.shape[1]
-        index = torch.tensor(self.sources(prompt, count), device=words.device)  # b l, into [prompt; words]
-        rows = torch.cat([prompt.embeddings, words.to(prompt.embeddings.dtype)], dim=1)
-        ids = torch.cat([prompt.ids, prompt.ids.new_full((len(index), count), -1)], dim=1)
-        return replace(
-            prompt,
-            embeddings=rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1])),
-            ids=ids.gather(1, index),
-            spans=torch.where(index >= length, 1, 0),
-        )
+        return replace_subject(prompt, words, self.sources)
 
 
 class TextKV(nn.Module):

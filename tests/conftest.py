@@ -261,7 +261,7 @@ def write_triplets() -> Callable[..., Path]:
 def in_process(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> Iterator[Any]:
-    """The program's ``main`` in this process, which saves the seconds of a launch."""
+    """The program's ``main`` (or another command's) in this process, which saves the seconds of a launch."""
     import torch
 
     from dit_booth.run import main
@@ -274,7 +274,7 @@ def in_process(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(ROOT)
 
-    def run(*arguments: str) -> Ended:
+    def run(*arguments: str, main: Callable[[list[str]], int] = main) -> Ended:
         if "deepspeed" in sys.modules:  # it keeps the group of the run before, which has ended
             monkeypatch.setattr(sys.modules["deepspeed"].utils.groups, "_WORLD_GROUP", None)
         capfd.readouterr()

@@ -25,7 +25,7 @@ from dit_booth.config import SampleReference
 from dit_booth.config.parse import merge
 from dit_booth.pipeline import Pipeline
 from dit_booth.sampling.measure import measure
-from dit_booth.sampling.prompts import sample_prompts
+from dit_booth.sampling.prompts import requests_of, sample_prompts
 from dit_booth.training.distributed import Ranks, start, stop
 
 
@@ -132,5 +132,6 @@ def sample_set(pipeline: Pipeline, arguments: SampleArguments, ranks: Ranks) -> 
     seeds = "-".join(map(str, sample.seeds))
     name = "-".join(["samples", sample.split, *sample.references, f"seed{seeds}", *arguments.set])
     out = folder_of(arguments) / name
-    means = measure(pipeline, sample_prompts(pipeline, sample, out, ranks), out)
+    cases = sample_prompts(pipeline, sample, requests_of(pipeline, sample), out, ranks)
+    means = measure(pipeline, cases, out)
     return {"folder": str(out), "means": {control or "own": own for control, own in means.items()}}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_booth.config.data import DATA_KINDS, DataConfig, DataKind, ToyworldOptions, TripletsOptions
+from dit_booth.config.subject import SubjectConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
@@ -26,9 +27,9 @@ from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.unet.model import UNetConfig
 from dit_booth.strategy import StrategyConfig, names_in
 
-StageName = Literal["images", "base", "coarse", "fine", "joint"]
+StageName = Literal["images", "base", "coarse", "fine", "joint", "subject"]
 SampleReference = Literal["own", "shuffled", "none"]
-STAGES: tuple[StageName, ...] = ("images", "base", "coarse", "fine", "joint")
+STAGES: tuple[StageName, ...] = ("images", "base", "coarse", "fine", "joint", "subject")
 PlainDict = dict[str, Any]
 """Nested settings as YAML and JSON hold them: mappings, lists, strings, numbers, None."""
 
@@ -92,6 +93,8 @@ class StagesConfig:
     """VideoBooth's second stage."""
     joint: StageConfig = StageConfig(drop=0.1)
     """Everything at once (the paper's `unified`)."""
+    subject: StageConfig = StageConfig()
+    """Optimization for the one subject of the section `subject` (Textual Inversion, DreamBooth, Tune-A-Video)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +207,7 @@ class RunConfig:
     ds_config: str = "ds_config.json"
     """DeepSpeed's engine settings (ZeRO stage, precision, offload)."""
     data: DataConfig = DataConfig()
+    subject: SubjectConfig = SubjectConfig()
     stages: StagesConfig = StagesConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
@@ -219,8 +223,8 @@ class RunConfig:
     def create(cls, config: str | Path | Mapping[str, object] = "demo", **settings: object) -> RunConfig:
         """Return the run of a configuration with `settings` over it, checked by the command line's parser.
 
-        config: name of a packaged configuration, path of a YAML file, or its content. settings: fields, and mappings
-        for sections, a strategy's options under its name:
+        config: name of a packaged configuration (``demo``, ``dreambooth``), path of a YAML file, or its content.
+        settings: fields, and mappings for sections, a strategy's options under its name:
         ``create(strategy="kv_concat", kv_concat={"update": "direct"}, stages={"fine": {"steps": 500}})``.
         ValueError: an unknown name (with the nearest), or a value that cannot be.
         """
@@ -293,6 +297,7 @@ __all__ = [
     "StageConfig",
     "StageName",
     "StagesConfig",
+    "SubjectConfig",
     "ToyworldOptions",
     "TrainConfig",
     "TripletsOptions",

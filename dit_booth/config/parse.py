@@ -22,7 +22,7 @@ import yaml
 
 from dit_booth.config import PlainDict, RunConfig
 from dit_booth.errors import suggest
-from dit_booth.files import locate, packaged
+from dit_booth.files import CONFIGS, locate, packaged
 from dit_booth.strategy import StrategyConfig, find, names_in, registered
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def parse(
     first.add_argument("--plugin", nargs="*", action="extend", default=[])
     first.add_argument("--local_rank", "--local-rank", type=int)
     peeled, rest = first.parse_known_args(list(argv))
-    settings = read_yaml(str(locate(peeled.config, "configs"))) if peeled.config else {}
+    settings = read_yaml(str(locate(peeled.config, *CONFIGS))) if peeled.config else {}
     load_plugins(settings, peeled.plugin)
     select_strategy(settings, peeled.strategy)
     try:
@@ -79,7 +79,7 @@ def create(config: str | Path | Mapping[str, object], settings: Mapping[str, obj
     ValueError: anything that cannot be, an unknown name with the nearest ones.
     """
     base: PlainDict = (
-        dict(config) if isinstance(config, Mapping) else read_yaml(str(locate(config, "configs")))
+        dict(config) if isinstance(config, Mapping) else read_yaml(str(locate(config, *CONFIGS)))
     )
     own = dict(settings)
     load_plugins(base, _listed(own.pop("plugin", None)))
@@ -161,7 +161,8 @@ def read_yaml(path: str, below: tuple[Path, ...] = ()) -> PlainDict:
     if file.resolve() in below:
         raise ValueError(f"--config {below[0]} extends itself by way of {path}; remove one `extends`")
     if not file.is_file():
-        known = [*file.parent.glob("*.yaml"), *packaged("configs").glob("*.yaml")]
+        folders = [file.parent, *map(packaged, CONFIGS)]
+        known = [found for folder in folders for found in folder.glob("*.yaml")]
         raise ValueError(f"--config {path} is not a file{suggest(file.name, [p.name for p in known])}")
     try:
         settings: object = yaml.safe_load(file.read_text()) or {}
@@ -172,7 +173,7 @@ def read_yaml(path: str, below: tuple[Path, ...] = ()) -> PlainDict:
     parent = settings.pop("extends", None)
     if not parent:
         return settings
-    base = locate(parent, "configs", beside=file.parent)
+    base = locate(parent, *CONFIGS, beside=file.parent)
     return merge(read_yaml(str(base), (*below, file.resolve())), settings)
 
 

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.video.stream import VideoStream
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
@@ -107,7 +109,7 @@ def check_length(path: str | Path, info: VideoInfo, *, start: int, frames: int, 
         )
 
 
-def write_video(path: str | Path, video: Tensor, *, fps: float) -> None:
+def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool = False) -> None:
     """Write an H.264 mp4 that every browser plays (yuv420p, index first).
 
     The format needs even sides: an odd side is padded by repeating its last row or column. The file appears
@@ -117,6 +119,7 @@ def write_video(path: str | Path, video: Tensor, *, fps: float) -> None:
         path: ends in `.mp4`; folders are made.
         video: `f 3 h w` in [-1, 1]; values beyond are clamped.
         fps: frames per second.
+        lossless: keep every pixel (RGB, quantizer 0), of odd sides too; for programs: few browsers play such a file.
 
     Raises:
         ValueError: the path is not an .mp4 file, or the video has the wrong shape, is not finite, or `fps` is not
@@ -127,9 +130,10 @@ def write_video(path: str | Path, video: Tensor, *, fps: float) -> None:
         raise ValueError(f"path is {str(path)!r}; write_video writes .mp4 files: give it that suffix")
     pictures = _to_pixels(video, fps)
     _, height, width, _ = pictures.shape
-    pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    if not lossless:
+        pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with replacing(path) as partial:
-        _encode(partial, pictures, Fraction(fps).limit_denominator(1001))
+        _encode(partial, pictures, Fraction(fps).limit_denominator(1001), lossless)
 
 
 def write_gif(path: str | Path, video: Tensor, *, fps: float) -> None:
@@ -171,11 +175,12 @@ def _to_pixels(video: Tensor, fps: float) -> NDArray[np.uint8]:
     return rearrange((values.clamp(-1, 1) + 1) * 127.5, "f c h w -> f h w c").round().byte().numpy()
 
 
-def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction) -> None:
+def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction, lossless: bool) -> None:
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options=_X264)
+        codec, options = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", _X264)
+        stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
         stream.height, stream.width = pictures.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -147,7 +147,13 @@ def write_videos(folder: Path, cases: Mapping[str, Case], fps: int) -> None:
 
     cases: by the name of the video's file, which lies in the folder already.
     """
-    numbers = {prompt: n for n, prompt in enumerate(dict.fromkeys(case.prompt for case in cases.values()))}
+    write_rows(folder, write_prompts(folder, cases, fps))
+
+
+def write_prompts(folder: Path, cases: Mapping[str, Case], fps: int, first: int = 0) -> list[VideoRow]:
+    """Write image and real video of each prompt, numbered from `first`; return the lines of ``videos.csv``."""
+    prompts = dict.fromkeys(case.prompt for case in cases.values())
+    numbers = {prompt: n for n, prompt in enumerate(prompts, first)}
     rows, written = [], set[str]()
     for name, case in cases.items():
         number = f"{numbers[case.prompt]:03d}"
@@ -170,6 +176,11 @@ def write_videos(folder: Path, cases: Mapping[str, Case], fps: int) -> None:
             _picture(case.image).save(partial, format="PNG")
         if case.truth is not None:
             write_video(folder / row.truth, case.truth, fps=fps)
+    return rows
+
+
+def write_rows(folder: Path, rows: Iterable[VideoRow]) -> None:
+    """Write ``videos.csv``."""
     out = io.StringIO()
     writer = csv.DictWriter(out, [field.name for field in fields(VideoRow)], lineterminator="\n")
     writer.writeheader()

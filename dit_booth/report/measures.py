@@ -18,6 +18,12 @@ COST_LABELS = {  # wall time is in the CSV only: a stage that points share is in
     "peak_memory_mib": ("Peak memory", "MiB"),
     "train_flops": ("Training FLOPs", ""),
     "train_seconds": ("Training time", "s"),
+    # of a comparison at one budget per subject (dit-booth compare)
+    "tuning_free": ("Tuning-free", ""),
+    "subject_flops": ("FLOPs per subject", ""),
+    "subject_seconds": ("Time per subject", "s"),
+    "subject_bytes": ("Stored bytes per subject", ""),
+    "shared_flops": ("Training FLOPs before any subject", ""),
 }
 
 

@@ -16,7 +16,7 @@ PLACES = ("out", "store", "stop_after", "data.workers", "train.checkpoint_every"
 """Settings that do not change a method's results."""
 COSTS = (
     "trained_parameters", "flops_per_step", "step_seconds", "peak_memory_mib", "train_flops", "train_seconds",
-    "wall_seconds",
+    "wall_seconds", "tuning_free", "subject_flops", "subject_seconds", "subject_bytes", "shared_flops",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from dit_booth.evaluation.motion import flicker_scores, motion_scores
 from dit_booth.evaluation.oracle import oracle_scores
 from dit_booth.evaluation.palette import palette_scores
 from dit_booth.evaluation.pixels import psnr_scores
-from dit_booth.evaluation.scores import SCORES, write_scores
+from dit_booth.evaluation.scores import SCORES, Score, write_scores
 from dit_booth.sampling.contact_sheet import SheetRow, contact_sheet
 from dit_booth.sampling.scorers import judge_scorer, own_scorer
 
@@ -32,10 +32,7 @@ def measure(components: Components, cases: Mapping[str, Case], out: Path) -> dic
     The ground truth of each prompt is scored, too, as control ``truth``.
     """
     config = components.config
-    scorers = run_scorers(components)
-    truths = {case.prompt: case.as_truth() for case in cases.values() if case.truth is not None}
-    every = [*cases.values(), *truths.values()]
-    scores = [one for case in every for one in score(case, scorers, seed=config.train.seed)]
+    scores = score_cases(components, cases)
     write_scores(out / SCORES, scores)
     write_videos(out, cases, config.sample.fps)
     first = next(iter(cases.values())).control
@@ -50,7 +47,7 @@ def measure(components: Components, cases: Mapping[str, Case], out: Path) -> dic
         if case.control == first
     ]
     contact_sheet(rows[:SHEET_ROWS], out / "contact_sheet.png")
-    controls = dict.fromkeys(case.control for case in every)
+    controls = dict.fromkeys(one.control for one in scores)
     means: dict[str, Means] = {
         control: {name: asdict(value) for name, value in summary(scores, control).items()}
         for control in controls
@@ -60,6 +57,13 @@ def measure(components: Components, cases: Mapping[str, Case], out: Path) -> dic
         beside = "" if truth is None else f"   truth {truth:8.3f}"
         log.info("  %-18s %8.3f +- %.3f%s", name, statistic["mean"], statistic["stderr"], beside)
     return means
+
+
+def score_cases(components: Components, cases: Mapping[str, Case]) -> list[Score]:
+    """Score videos by a run's own scorers, and after them the ground truth of each prompt."""
+    scorers, seed = run_scorers(components), components.config.train.seed
+    truths = {case.prompt: case.as_truth() for case in cases.values() if case.truth is not None}
+    return [one for case in (*cases.values(), *truths.values()) for one in score(case, scorers, seed=seed)]
 
 
 def run_scorers(components: Components) -> list[Scorer]:

@@ -9,12 +9,12 @@ from itertools import groupby, product
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dit_booth.components import Components
 from dit_booth.config import SampleConfig, SampleReference
-from dit_booth.data.example import Example
+from dit_booth.data.example import Example, IdentityDict
+from dit_booth.data.subject import caption_of
 from dit_booth.data.video import write_video
 from dit_booth.evaluation.case import Case, Control
 from dit_booth.sampling.generate import generate
@@ -23,6 +23,29 @@ from dit_booth.training.distributed import Ranks
 log = logging.getLogger(__name__)
 
 CONTROLS: dict[SampleReference, Control] = {"own": "", "shuffled": "shuffled", "none": "none"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to sample a video of, and what it is scored against where that is known (see `Case`)."""
+
+    prompt: str
+    caption: str
+    subject: str
+    image: Tensor
+    truth: Tensor | None = None
+    identity: IdentityDict | None = None
+
+    @classmethod
+    def of(cls, example: Example) -> Request:
+        return cls(
+            prompt=example.key,
+            caption=example.caption,
+            subject=example.subject,
+            image=example.image,
+            truth=example.video,
+            identity=example.identity,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,74 +66,88 @@ class _Task:
         return (self.noise_seed * 1_000_003 + self.index) % 2**63
 
 
-def sample_prompts(components: Components, sample: SampleConfig, out: Path, ranks: Ranks) -> dict[str, Case]:
-    """Sample the prompts of `sample.split` into `out`, shared over the ranks; return all videos by file name.
+def requests_of(components: Components, sample: SampleConfig) -> list[Request]:
+    """Return a run's requests: the prompts of its one subject, if it names some, else those of `sample.split`."""
+    subject, data = components.config.subject, components.config.data
+    if not subject.prompts:
+        dataset = components.dataset(sample.split)
+        return [Request.of(dataset[i]) for i in range(min(sample.videos, len(dataset)))]
+    image = subject.read_image(data.image_size or data.size)
+    captions = [caption_of(prompt, subject.word) for prompt in subject.prompts[: sample.videos]]
+    return [Request(prompt=c, caption=c, subject=subject.word, image=image) for c in captions]
 
-    Each prompt gets a video for every noise seed and every reference: its own image prompt, that of the next prompt
-    (shuffled), or none. ValueError: shuffled, with a single prompt.
+
+def sample_prompts(
+    components: Components,
+    sample: SampleConfig,
+    requests: Sequence[Request],
+    out: Path,
+    ranks: Ranks,
+    only: Sequence[int] | None = None,
+) -> dict[str, Case]:
+    """Sample videos of `requests` into `out`, shared over the ranks; return all of them by file name.
+
+    only: indices of the requests to sample; names and noise are those that they have among all.
+
+    Each request gets a video for every noise seed and every reference: its own image prompt, that of the next request
+    (shuffled), or none. ValueError: shuffled, with a single request.
     """
-    dataset = components.dataset(sample.split)
-    examples = [dataset[i] for i in range(min(sample.videos, len(dataset)))]
-    if "shuffled" in sample.references and len(examples) == 1:
+    if "shuffled" in sample.references and len(requests) == 1:
         raise ValueError("sample.references has shuffled, and there is one prompt; raise sample.videos to 2")
-    tasks = [_Task(*task) for task in product(sample.references, sample.seeds, range(len(examples)))]
-    mine: list[tuple[int, Tensor]] = []
+    chosen = range(len(requests)) if only is None else only
+    tasks = [_Task(*task) for task in product(sample.references, sample.seeds, chosen)]
+    mine: dict[int, Tensor] = {}
     own = list(range(ranks.rank, len(tasks), ranks.world))
     for reference, numbers in groupby(own, lambda number: tasks[number].reference):
         same = list(numbers)
         for at in range(0, len(same), sample.batch_size):
             rows = same[at : at + sample.batch_size]
-            videos = _generate(components, examples, [tasks[row] for row in rows], reference)
+            videos = _generate(components, requests, [tasks[row] for row in rows], reference)
             for row, video in zip(rows, videos, strict=True):
                 write_video(out / tasks[row].name, video, fps=sample.fps)
-                mine.append((row, video))
+                mine[row] = video
             log.info("sampled %d of %d videos", len(mine), len(own))
-    gathered: list[list[tuple[int, Tensor]]] = [[] for _ in range(ranks.world)]
-    dist.all_gather_object(gathered, mine)
-    found = dict(pair for pairs in gathered for pair in pairs)
-    return {task.name: _case(examples, task, found[number]) for number, task in enumerate(tasks)}
+    videos_by_task = ranks.gather(mine)
+    return {task.name: _case(requests, task, videos_by_task[number]) for number, task in enumerate(tasks)}
 
 
-def given_image(examples: Sequence[Example], task: _Task) -> Tensor:
+def _given(requests: Sequence[Request], task: _Task) -> Tensor:
     """Return the image prompt that a video is made from."""
     shift = int(task.reference == "shuffled")
-    return examples[(task.index + shift) % len(examples)].image
+    return requests[(task.index + shift) % len(requests)].image
 
 
 def _generate(
-    components: Components, examples: Sequence[Example], tasks: Sequence[_Task], reference: SampleReference
+    components: Components, requests: Sequence[Request], tasks: Sequence[_Task], reference: SampleReference
 ) -> Tensor:
-    config = components.config
-    first = examples[tasks[0].index]
-    return (
-        generate(
-            components,
-            torch.stack([given_image(examples, task) for task in tasks]).to(components.device),
-            [examples[task.index].caption for task in tasks],
-            [examples[task.index].subject for task in tasks],
-            [task.seed for task in tasks],
-            size=(config.data.frames, *first.video.shape[-2:]),
-            guidance=config.guidance,
-            sampler=config.sampler,
-            use_image=reference != "none",
-        )
-        .float()
-        .cpu()
+    config, truth = components.config, requests[tasks[0].index].truth
+    size = (config.data.size, config.data.size) if truth is None else truth.shape[-2:]
+    videos = generate(
+        components,
+        torch.stack([_given(requests, task) for task in tasks]).to(components.device),
+        [requests[task.index].caption for task in tasks],
+        [requests[task.index].subject or None for task in tasks],
+        [task.seed for task in tasks],
+        size=(config.data.frames, *size),
+        guidance=config.guidance,
+        sampler=config.sampler,
+        use_image=reference != "none",
     )
+    return videos.float().cpu()
 
 
-def _case(examples: Sequence[Example], task: _Task, video: Tensor) -> Case:
+def _case(requests: Sequence[Request], task: _Task, video: Tensor) -> Case:
     """Return what a video is scored against: its own prompt, whatever image it was given."""
-    example = examples[task.index]
+    request = requests[task.index]
     return Case(
         video=video,
-        image=example.image,
-        caption=example.caption,
-        subject=example.subject,
-        prompt=example.key,
-        truth=example.video,
-        identity=example.identity,
+        image=request.image,
+        caption=request.caption,
+        subject=request.subject,
+        prompt=request.prompt,
+        truth=request.truth,
+        identity=request.identity,
         noise_seed=task.noise_seed,
         control=CONTROLS[task.reference],
-        given=given_image(examples, task),
+        given=_given(requests, task),
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from dit_booth.errors import suggest
-from dit_booth.files import locate, packaged
+from dit_booth.files import CONFIGS, locate, packaged
 from dit_booth.study.primary import Primary, check_labels, read_primary
 
 TRAIN_SEED = "train.seed"
@@ -281,7 +281,7 @@ def _base(base: object, file: Path) -> str:
     """Return the path of the configuration that `file` names: relative to it, or a packaged one by its name."""
     if not base:
         return ""
-    return str(locate(str(base), "configs", beside=file.parent))
+    return str(locate(str(base), *CONFIGS, beside=file.parent))
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:

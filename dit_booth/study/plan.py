@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_booth.data.listing import files_of
-from dit_booth.files import PACKAGE, locate, write_text
+from dit_booth.files import CONFIGS, PACKAGE, locate, write_text
 from dit_booth.study.description import (
     NOISE_SEEDS,
     REFERENCES,
@@ -39,6 +39,9 @@ WEIGHTS_AND_DATA = (
     "clip.pretrained",
     "autoencoder.path",
     "data.triplets.root",
+    "subject.image",
+    "subject.mask",
+    "subject.video",
 )
 """Options that may name files on which a plan depends."""
 
@@ -338,7 +341,7 @@ def _chain(file: Path) -> list[Path]:
     import yaml
 
     parent = (yaml.safe_load(file.read_text()) or {}).get("extends")
-    return [file, *(_chain(locate(parent, "configs", beside=file.parent)) if parent else [])]
+    return [file, *(_chain(locate(parent, *CONFIGS, beside=file.parent)) if parent else [])]
 
 
 def _stamps(paths: list[str]) -> dict[str, list[int] | None]:

@@ -27,7 +27,17 @@ from dit_booth.training.stage import active_strategies, declared_globs, schedule
 SCHEMA = 4
 """Raise it with a change of the code after which a stage of equal settings results in something else."""
 
-ELSEWHERE = ("strategy", "schedule", "stages", "dit", "unet", "ds_config", "strategy_weights", "plugin")
+ELSEWHERE = (
+    "strategy",
+    "schedule",
+    "stages",
+    "dit",
+    "unet",
+    "ds_config",
+    "strategy_weights",
+    "plugin",
+    "subject",
+)
 """Settings that enter otherwise: by stage, by backbone, by content."""
 WITHOUT_EFFECT = ("sample", "sampler", "guidance", "evaluation")
 """Settings that change no stage's weights."""
@@ -68,6 +78,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
             "globs": _globs(config, name, active),
             "strategies": _strategies(config, active),
             **_plugins(config, active),
+            **(_subject(config) if name == "subject" else {}),
         }
         out.append(Stage(index, name, settings.steps, active, digest({**common, **own})))
     return out
@@ -88,8 +99,10 @@ def _common(config: RunConfig) -> PlainDict:
     for section, names in BY_CONTENT.items():
         for name in names:
             rest[section].pop(name, None)
+    token = {"token": config.subject.token} if config.subject.token else {}
     return {
         "schema": SCHEMA,
+        **token,
         **rest,
         config.backbone: settings[config.backbone],
         "weights": _weights(config),
@@ -119,6 +132,16 @@ def _plugins(config: RunConfig, active: tuple[str, ...]) -> dict[str, list[str]]
     if not any(is_plugin(classes[name].__module__) for name in active):
         return {}
     return {"plugins": [content_of(Path(path)) for path in config.plugin]}
+
+
+def _subject(config: RunConfig) -> PlainDict:
+    """Return the subject's settings with the content of its files, and what samples its class images."""
+    settings = {k: v for k, v in asdict(config.subject).items() if k != "prompts"}
+    for name in ("image", "mask", "video"):
+        if settings[name]:
+            settings[name] = _local(f"subject.{name}", settings[name])
+    sampling = {"sampler": asdict(config.sampler), "guidance": asdict(config.guidance)}
+    return {"subject": settings, **(sampling if config.subject.prior else {})}
 
 
 def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple[str, ...]:

@@ -50,6 +50,12 @@ class Ranks:
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
+    def gather(self, mine: dict[int, T]) -> dict[int, T]:
+        """Return the entries of all ranks, which have keys of their own, on every rank."""
+        gathered: list[dict[int, T]] = [{} for _ in range(self.world)]
+        dist.all_gather_object(gathered, mine)
+        return {key: value for part in gathered for key, value in part.items()}
+
     def barrier(self) -> None:
         dist.barrier()
 

@@ -74,7 +74,7 @@ def make_inputs(
     no_image = u < stage.drop + stage.drop_image
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
     captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
-    subjects = [None if d else s for s, d in zip(batch.subjects, no_text, strict=True)]
+    subjects = [None if d else s or None for s, d in zip(batch.subjects, no_text, strict=True)]
     prompt = components.tokenize(captions, subjects)
     x0 = components.autoencoder.encode(video, generator)
     shape, reference = x0.shape, None

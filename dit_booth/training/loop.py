@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dit_booth.components import Components
@@ -28,14 +29,15 @@ def train_stage(
     ranks: Ranks,
     logger: MetricsLogger | None,
     probe: Probe | None = None,
+    prior: Tensor | None = None,
 ) -> None:
     """Train a stage, or continue it, and write ``weights.safetensors`` into `folder` at its end.
 
-    `probe`: measures the network further in each validation.
+    `probe`: measures the network further in each validation. `prior`: class images of a subject stage.
 
     ValueError: a configuration that cannot work, or a loss that is not finite. Interrupted: SIGINT or SIGTERM.
     """
-    state = TrainState.build(components, stage, folder, ranks, logger, probe)
+    state = TrainState.build(components, stage, folder, ranks, logger, probe, prior)
     steps, pieces, name = state.options.steps, state.train.accumulation, stage.name
     bar = tqdm(
         total=steps, initial=state.step, desc=name, unit="step", disable=not ranks.first, mininterval=1.0

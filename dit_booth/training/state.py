@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_booth.components import Components
 from dit_booth.config import StageConfig, TrainConfig
@@ -55,13 +55,14 @@ class TrainState:
         ranks: Ranks,
         logger: MetricsLogger | None,
         probe: Probe | None = None,
+        prior: Tensor | None = None,
     ) -> TrainState:
         """Set a stage up on the device, and load its latest checkpoint. ValueError: it cannot work as configured."""
         config, model = components.config, components.model
         options, model.active = stage_config(config, stage.name), stage.active
         globs = trainable_globs(config, model, stage.name, stage.active)
         parameters = set_trainable(model, globs, stage.active)
-        dataset, settings = components.dataset(), engine_settings(config, ranks)
+        dataset, settings = components.stage_data(stage.name, prior), engine_settings(config, ranks)
         cost = StageCost.of(components, options, dataset, parameters, ranks, dtype_of(settings))
         if config.train.compile:
             compile_backbone(model.backbone, settings)

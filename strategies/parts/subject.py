@@ -5,7 +5,29 @@ A source is a position of the prompt (of `l`), or `l + j` for word j of the imag
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
 from dit_booth.inject import PromptTokens
+
+Sources = Callable[[PromptTokens, int], list[list[int]]]
+
+
+def replace_subject(prompt: PromptTokens, words: Tensor, find: Sources) -> PromptTokens:
+    """Put embeddings `words` (b m d) in the subject's place; `find` says which token comes from where."""
+    length, count = prompt.ids.shape[1], words.shape[1]
+    index = torch.tensor(find(prompt, count), device=words.device)  # b l, into [prompt; words]
+    rows = torch.cat([prompt.embeddings, words.to(prompt.embeddings.dtype)], dim=1)
+    ids = torch.cat([prompt.ids, prompt.ids.new_full((len(index), count), -1)], dim=1)
+    return replace(
+        prompt,
+        embeddings=rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1])),
+        ids=ids.gather(1, index),
+        spans=torch.where(index >= length, 1, 0),
+    )
 
 
 def sources(prompt: PromptTokens, count: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("dit_booth", "strategies", "experiments/configs", "experiments/sweeps")
+SOURCES = ("dit_booth", "strategies", "experiments/configs", "experiments/baselines", "experiments/sweeps")
 FIVE_LINES = """
 import dit_booth
 pipe = dit_booth.load("toyworld")
@@ -82,6 +82,7 @@ def test_no_generic_name_enters_site_packages(installed: Installed) -> None:
         files = set(file.namelist())
     assert {name for name in names if not name.endswith(".dist-info")} == {"dit_booth"}
     assert {"dit_booth/configs/demo.yaml", "dit_booth/configs/ds_config.json"} < files
+    assert {"dit_booth/baselines/dreambooth.yaml", "dit_booth/configs/subject.yaml"} < files
     assert {"dit_booth/sweeps/schedule.yaml", "dit_booth/strategies/kv_concat.py"} < files
     sources = [(ROOT / "dit_booth", "dit_booth"), (ROOT / "strategies", "dit_booth/strategies")]
     modules = {f"{to}/{file.relative_to(folder)}" for folder, to in sources for file in folder.rglob("*.py")}

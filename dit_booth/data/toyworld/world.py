@@ -7,8 +7,9 @@ image prompt always carries more than any caption. Every example is a pure funct
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -224,6 +225,17 @@ def sample_identity(rng: np.random.Generator, looks: Looks) -> Identity:
         prompt_angle=math.radians(rng.uniform(-30, 30)),
         prompt_flip=bool(rng.random() < 0.5),
     )
+
+
+def another_scene(identity: Identity | IdentityDict, seed: int = 0) -> Identity:
+    """Return the same subject (shape, exact colours, texture's scale and direction) in another motion and place."""
+    it = _identity(identity)
+    digest = hashlib.sha256(repr(it).encode()).digest()
+    rng = np.random.default_rng((seed, int.from_bytes(digest[:7])))
+    while True:
+        other = sample_identity(rng, (it.shape, it.texture, it.colours))
+        if other.motion != it.motion and other.background != it.background:
+            return replace(other, rgb=it.rgb, scale=it.scale, direction=it.direction)
 
 
 def render_video(identity: Identity | IdentityDict, *, frames: int, size: int) -> tuple[Tensor, Tensor]:

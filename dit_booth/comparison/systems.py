@@ -1,0 +1,143 @@
+"""The compared systems, and their costs in FLOPs as counted on one example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dit_booth.comparison.budget import throughput
+from dit_booth.comparison.subjects import Subject
+from dit_booth.components import Components, build
+from dit_booth.config import RunConfig, StageName
+from dit_booth.cost.flops import Flops
+from dit_booth.errors import suggest
+from dit_booth.files import CONFIGS, locate, packaged
+from dit_booth.sampling.generate import generate
+from dit_booth.sampling.prompts import Request
+from dit_booth.training.address import stages_of
+from dit_booth.training.distributed import Ranks
+from dit_booth.training.engine import engine_settings
+from dit_booth.training.stage import schedule_of, set_trainable, stage_config, trainable_globs
+from dit_booth.training.stage_cost import count_flops, dtype_of
+
+Kind = Literal["subject", "encoder", "fixed"]
+"""Optimized for each subject; trained once for all subjects; not trained at all."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A system by the name of its configuration."""
+
+    name: str
+    config: RunConfig
+    kind: Kind
+
+    @property
+    def wants_video(self) -> bool:
+        return self.kind == "subject" and self.config.subject.tune_on == "video"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemCost:
+    """FLOPs of one step of each stage (by name), of one sampled video, and of all class images of a subject."""
+
+    steps: Mapping[StageName, float]
+    video: float
+    prior: float = 0.0
+    trained_parameters: int = 0
+
+
+def find_systems(names: Sequence[str], settings: Mapping[str, object]) -> list[System]:
+    """Return the systems of these names (all packaged ones without any), with `settings` over each configuration.
+
+    ValueError: a name is unknown or repeated, or a system is both trained once and per subject.
+    """
+    known = sorted(file.stem for file in packaged("baselines").glob("*.yaml"))
+    chosen = list(names) or known
+    out = []
+    for name in chosen:
+        if chosen.count(name) > 1:
+            raise ValueError(f"--methods names {name!r} twice; name each once")
+        if not locate(name, *CONFIGS).is_file():
+            raise ValueError(f"--methods names {name!r}{suggest(name, known)}")
+        config = RunConfig.create(name, **settings)
+        out.append(System(name, config, _kind(name, config)))
+    return out
+
+
+def _kind(name: str, config: RunConfig) -> Kind:
+    trained = [stage for stage in schedule_of(config) if stage_config(config, stage).steps]
+    if "subject" in trained and len(trained) > 1:
+        raise ValueError(
+            f"--methods names {name!r}, whose stages {', '.join(trained)} are for all subjects and for one; compare"
+            " it with the first ones trained (weights, strategy_weights)"
+        )
+    return "subject" if "subject" in trained else "encoder" if trained else "fixed"
+
+
+def cost_of(system: System, subject: Subject, ranks: Ranks) -> SystemCost:
+    """Count a system's FLOPs on one example, which shows the subject where the system is optimized for one."""
+    config = system.config
+    if system.kind == "subject":
+        config = replace(config, subject=subject.settings(config.subject))
+    components = build(config).to(ranks.device)
+    dtype = dtype_of(engine_settings(config, ranks))
+    steps: dict[StageName, float] = {}
+    trained: dict[str, int] = {}
+    for stage in stages_of(config):
+        components.model.active = stage.active
+        if not stage.steps:
+            continue
+        globs = trainable_globs(config, components.model, stage.name, stage.active)
+        parameters = set_trainable(components.model, globs, stage.active)
+        options, data = stage_config(config, stage.name), components.stage_data(stage.name)
+        one = count_flops(components, options, data, dtype, ranks.device)
+        steps[stage.name] = one * config.train.batch_size
+        trained |= {name: p.numel() for name, p in parameters.items()}
+    components.model.requires_grad_(False)
+    video, count = sampling_flops(components, subject.request), config.subject.prior
+    components.model.active = ()
+    class_image = sampling_flops(components, subject.request, frames=1, use_image=False) if count else 0.0
+    return SystemCost(
+        steps=steps, video=video, prior=count * class_image, trained_parameters=sum(trained.values())
+    )
+
+
+def sampling_flops(
+    components: Components, request: Request, frames: int = 0, *, use_image: bool = True
+) -> float:
+    """Count the FLOPs of one video as the run samples it: those of one step and of two, extended to all steps."""
+    counts = []
+    for steps in (1, 2):
+        with Flops() as counter:
+            sample_once(components, request, steps, frames, use_image=use_image)
+        counts.append(float(counter.total))
+    one, two = counts
+    return one + (components.config.sampler.steps - 1) * (two - one)
+
+
+def base_throughput(config: RunConfig, request: Request, ranks: Ranks) -> float:
+    """Measure FLOPs per second of the backbone: the sampling of a video in two steps, without a strategy's help."""
+    components = build(config).to(ranks.device)
+    with Flops() as counter:
+        sample_once(components, request, 2)
+    return throughput(lambda: sample_once(components, request, 2), float(counter.total))
+
+
+def sample_once(
+    components: Components, request: Request, steps: int, frames: int = 0, *, use_image: bool = True
+) -> None:
+    """Sample a video of a request in `steps` steps; `frames` of 0: those of the run's data."""
+    config = components.config
+    generate(
+        components,
+        request.image[None].to(components.device),
+        [request.caption],
+        [(request.subject or None) if use_image else None],
+        [0],
+        size=(frames or config.data.frames, config.data.size, config.data.size),
+        guidance=config.guidance,
+        sampler=replace(config.sampler, steps=steps),
+        use_image=use_image,
+    )
