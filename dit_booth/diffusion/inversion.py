@@ -24,6 +24,8 @@ PredictEps = Callable[[Tensor, Tensor], Tensor]
 """predict(x (b ...), t (b,) int64, a step of the training process) -> eps (b ...)."""
 Step = Callable[[Tensor, Tensor], Tensor]
 """step(x at the cleaner level, latents that the network sees) -> x at the noisier level."""
+SMALLEST_T = 0.05
+"""Least t at which a flow that predicts x0 is asked for the velocity of clean data (docs/fidelity.md, Inversion)."""
 
 
 # ---- along the levels of a discrete process ----------------------------------------------------------------
@@ -162,11 +164,11 @@ def _euler_step(predict: PredictEps, objective: FlowObjective, s: float, t: floa
 
 
 def _ascending(objective: FlowObjective, steps: int) -> list[float]:
-    """Return the sampler's t from 0 to 1; of an x0 prediction those below t_min, as in its loss, are one step.
+    """Return the sampler's t from 0 to 1; of an x0 prediction, those below `SMALLEST_T` are one step.
 
     There v = (x - x0) / t is mostly the network's error in x0 over t: more steps would add up noise that is none.
     """
     grid: list[float] = objective.sampling_grid(steps).flip(0).tolist()
     if objective.config.prediction == "velocity":
         return grid
-    return [grid[0], *(t for t in grid[1:] if t >= objective.config.t_min - 1e-9)]
+    return [grid[0], *(t for t in grid[1:] if t >= SMALLEST_T - 1e-9)]
