@@ -105,8 +105,8 @@ def sample_along(path: DDIMPath, predict: PredictEps, noise: Tensor) -> list[Ten
 def invert(model: Model, objective: Objective, config: SamplerConfig, x0: Tensor, refine: int = 0) -> Tensor:
     """Return the noise (b ...) from which `sample` with the same arguments returns about x0 (b ...).
 
-    For eps and v along DDIM, for flow along Euler's steps, which stand for heun's. A flow that predicts x0 is inverted
-    up to its error in x0 only, however many the steps. `clip_x0` is not applied. State in float32 at least.
+    For eps and v along DDIM, for flow along Euler's steps, which stand for heun's. Of a flow that predicts x0, the
+    steps below `SMALLEST_T` are one. `clip_x0` is not applied. The state is kept in float32 at least.
     refine: times that each step is solved again, with the network at its own result (a fixed-point iteration that
     converges to the sampler's exact inverse), for 1 + refine predictions per step.
     Raises ValueError for a sampler that draws noise, or one that does not fit the objective.

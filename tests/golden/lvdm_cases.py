@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 from unittest import mock
 
@@ -36,7 +37,7 @@ LEVEL = 1e-6
 TRAINING = {
     "pred": FrameConditioningConfig(),
     "interp": FrameConditioningConfig(interpolation=0.9, prediction=0.0),
-    "stride": FrameConditioningConfig(interpolation=0.7, prediction=0.0, stride=3),
+    "stride": FrameConditioningConfig(interpolation=0.7, prediction=0.0),  # the stride is the file's
     "pred_multi": FrameConditioningConfig(prediction=0.8, previous=(1, 2)),
 }
 
@@ -52,7 +53,7 @@ def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:
         for dtype in (torch.float32, torch.float64):
             given = cast(tensors, dtype)
             if found := re.fullmatch(r"train_(\w+?)_(mask|unet_input|loss|loss_one_noise)", name):
-                made = Training(found[1], given, objective).output(found[2])
+                made = Training(found[1], info, given, objective).output(found[2])
             elif found := re.fullmatch(r"(plain|cfg)_(\w+)", name):
                 made = Sampling(info, given, objective, found[1]).output(found[2])
             else:
@@ -124,8 +125,10 @@ def swapped(x: Tensor) -> Tensor:
 
 
 class Training:
-    def __init__(self, tag: str, tensors: Tensors, objective: EpsObjective) -> None:
+    def __init__(self, tag: str, info: Info, tensors: Tensors, objective: EpsObjective) -> None:
         self.tag, self.tensors, self.objective, self.config = tag, tensors, objective, TRAINING[tag]
+        if tag == "stride":
+            self.config = replace(self.config, stride=info["config"]["interp_frame_stride"])
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[f"inputs.train_{self.tag}_{name}"]

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from attention_cases import Original
 from dense import mapper as dense_mapper
 from dense import softmax_attention
-from make_files import File, Random
+from make_files import File, Random, attention_file
 from torch import Tensor
 
 # ---- DDIM inversion ------------------------------------------------------------------------------------------------
@@ -295,3 +296,57 @@ class NaiveElite:
         scores = [float(key @ query) / math.sqrt(len(query)) for key in keys]
         exps = [math.exp(s - max(scores)) for s in scores]
         return torch.tensor([e / sum(exps) for e in exps], dtype=torch.float64)
+
+
+# ---- Text2Video-Zero -----------------------------------------------------------------------------------------------
+
+
+def text2video_file(
+    *,
+    side: int = 16,
+    frames: int = 3,
+    strengths: Sequence[tuple[int, int]] = ((12, 12), (-20, 8)),
+    seed: int = 0,
+) -> File:
+    """A ``text2video_zero`` file: its attentions, and warps whose nearest latent is computed pixel by pixel."""
+    random = Random(seed)
+    info, tensors = attention_file(seed=seed)
+    kept = ("inputs.hidden", "inputs.encoder", "weights.self.to_", "weights.cross.to_")
+    tensors = {
+        k: x
+        for k, x in tensors.items()
+        if k.startswith(kept) and not any(word in k for word in ("_global", "_new", "_exemplar"))
+    }
+    config = {**info["config"], "unet_chunk_size": info["config"]["batch"]}
+    given = {k: x.double() for k, x in tensors.items()}
+    for name in ("self", "cross"):
+        tensors[f"outputs.{name}"] = Original({"config": config}, given, name).dense()
+    x = tensors["inputs.x_t0_frame0"] = random.normal(1, 2, 1, side, side)
+    names = {by: f"warp_h{side}_{by[0]}_{by[1]}".replace("-", "m") for by in strengths}
+    for (dx, dy), name in names.items():
+        moved = [naive_warp(x[0, :, 0], k * dx, k * dy) for k in range(1, frames + 1)]
+        tensors[f"outputs.{name}"] = torch.stack(moved, dim=1)[None]
+    x0 = tensors[f"outputs.{min(names.values())}"][:, :, :2].double()
+    alphas, t0, t1 = 1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 300, 410
+    eps = tensors["inputs.ddpm_eps"] = random.normal(*x0.shape)
+    tensors["inputs.ddpm_alphas"], tensors["inputs.ddpm_t0_tmax"] = alphas, torch.tensor([t0, t1])
+    kept_signal = math.prod(alphas[t0:t1].tolist())
+    tensors["outputs.ddpm_forward"] = math.sqrt(kept_signal) * x0 + math.sqrt(1 - kept_signal) * eps.double()
+    return {"source": "made by the tests", "config": config}, tensors
+
+
+def naive_warp(x: Tensor, dx: float, dy: float, size: int = 512) -> Tensor:
+    """Latents (c h w) moved by (dx, dy) pixels of `size`: half a pixel less, as their positions start at 0."""
+    side, out = x.shape[-1], torch.empty_like(x)
+
+    def nearest(i: int, by: float) -> int:
+        at = i + (by - 0.5) * side / size
+        period = 2 * side
+        at = (at + 0.5) % period  # reflection about -0.5 and side - 0.5
+        at = (period - at if at > side else at) - 0.5
+        return min(max(round(at), 0), side - 1)
+
+    for i in range(side):
+        for j in range(side):
+            out[:, i, j] = x[:, nearest(i, dy), nearest(j, dx)]
+    return out

@@ -17,7 +17,7 @@ import torch
 from check import main
 from files import HERE, read
 from make_files import attention_file, diffusion_file, mapper_file, unet_file, write
-from make_system_files import ddim_inversion_file, elite_file
+from make_system_files import ddim_inversion_file, elite_file, text2video_file
 from safetensors.torch import save_file
 
 from dit_booth.models.unet.model import UNetConfig
@@ -128,6 +128,10 @@ def test_a_nan_and_a_wrong_shape_fail(tmp_path: Path, capsys: pytest.CaptureFixt
         pytest.param(lambda: attention_file(heads=4, dim=20, frames=5, batch=1), id="attention"),
         pytest.param(lambda: mapper_file(), id="mapper"),
         pytest.param(lambda: diffusion_file(), id="diffusion"),
+        pytest.param(lambda: text2video_file(), id="text2video"),
+        pytest.param(
+            lambda: text2video_file(side=24, strengths=((7, -3), (100, 250)), seed=1), id="text2video, far"
+        ),
         pytest.param(lambda: elite_file(), id="elite"),
         pytest.param(lambda: elite_file(heads=2, grid=4, batch=1, queries=9, seed=1), id="elite of one"),
         pytest.param(lambda: ddim_inversion_file(), id="ddim_inversion"),

@@ -53,8 +53,10 @@ def warped(name: str, tensors: Tensors) -> Tensor:
 
 
 def noised(tensors: Tensors) -> Tensor:
-    """The first frames of ``warp_h32_12_12``; the original multiplies alphas[t0:t1], so its x0 stands at t0 - 1."""
+    """The first frames of the first warp of that size; the original multiplies alphas[t0:t1]: x0 stands at t0 - 1."""
     objective = EpsObjective(DiscreteSchedule(1 - tensors["inputs.ddpm_alphas"].double()))
-    eps = tensors["inputs.ddpm_eps"]
-    x, (t0, t1) = tensors["outputs.warp_h32_12_12"][:, :, : eps.shape[2]], tensors["inputs.ddpm_t0_tmax"]
+    eps, (t0, t1) = tensors["inputs.ddpm_eps"], tensors["inputs.ddpm_t0_tmax"]
+    start = f"outputs.warp_h{eps.shape[-1]}_"
+    name = min(k for k in tensors if k.startswith(start) and not k.endswith("_antialias"))
+    x = tensors[name][:, :, : eps.shape[2]]
     return renoise(objective, x, t0.expand(len(x)) - 1, t1.expand(len(x)) - 1, eps)
