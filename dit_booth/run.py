@@ -52,7 +52,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
             config = parse(argv, default_config=default, description=__doc__ or "", prog=prog)
         run(config, begin)
     except KeyboardInterrupt as stopped:
-        log.info("\n%s", stopped or "stopped; the same command resumes")
+        log.info("\n%s", str(stopped) or "stopped; the same command resumes")
         return 130
     except (ValueError, OSError) as error:
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)

@@ -60,7 +60,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
         for line in compare(arguments, shlex.join(["dit-booth", "compare", *argv])):
             print(line)
     except KeyboardInterrupt as stopped:
-        log.info("\n%s", stopped or "stopped; the same command resumes")
+        log.info("\n%s", str(stopped) or "stopped; the same command resumes")
         return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

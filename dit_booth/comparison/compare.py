@@ -88,16 +88,23 @@ def _compare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) ->
     for plan in plans:
         steps = ", ".join(f"{name} {count} steps" for name, count in plan.steps.items()) or "no training"
         log.info("%-22s%s, %s per subject", plan.system.name, steps, flops_text(plan.subject_flops))
+    sample = replace(base.sample, split="test", seeds=comparison.noise_seeds, references=("own",))
     points = [
-        Point(plan=plan, seed=seed, folder=folder, controls=_controls(plan, len(subjects)))
+        Point(
+            plan=plan,
+            seed=seed,
+            folder=folder,
+            subjects=tuple(subjects),
+            sample=sample,
+            controls=_controls(plan, len(subjects)),
+        )
         for plan in plans
         for seed in comparison.seeds
     ]
-    sample = replace(base.sample, split="test", seeds=comparison.noise_seeds, references=("own",))
     about = _about(comparison, budget)
     for point in points:
-        work(point, subjects, sample, ranks)
-        write_results(folder, points, subjects, sample, comparison.amortise, about, comparison.command)
+        work(point, ranks)
+        write_results(folder, points, comparison.amortise, about, comparison.command)
     return points
 
 

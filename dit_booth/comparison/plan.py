@@ -37,15 +37,18 @@ def make_plan(system: System, cost: SystemCost, budget: float, *, videos: int, a
     """
     fixed = videos * cost.video + cost.prior
     share = amortise if system.kind == "encoder" else 1
-    wanted = {name: stage_config(system.config, name).steps for name in cost.steps}
-    least = _training(cost, _smallest(wanted)) / share + fixed
+    recipe = {name: stage_config(system.config, name).steps for name in cost.steps}
+    whole = _training(cost, recipe)
+    least = fixed + (whole / min(recipe.values()) / share if recipe else 0.0)  # a step of the shortest stage
     if budget < least:
         raise ValueError(
             f"--budget is {flops_text(budget)} per subject, too small for {system.name}, which needs"
             f" {flops_text(least)} ({_purpose(cost, videos)}); raise it, or leave the system out of --methods"
         )
-    scale = (budget - fixed) * share / _training(cost, wanted) if wanted else 0.0
-    steps = _scaled(wanted, scale)
+    scale = (budget - fixed) * share / whole if recipe else 0.0
+    steps = {
+        name: math.floor(count * scale * (1 + 1e-12)) for name, count in recipe.items()
+    }  # 1 - 1e-16 is 1
     trained = _training(cost, steps)
     return Plan(
         system=system,
@@ -58,16 +61,6 @@ def make_plan(system: System, cost: SystemCost, budget: float, *, videos: int, a
 
 def _training(cost: SystemCost, steps: Mapping[StageName, int]) -> float:
     return sum(cost.steps[name] * count for name, count in steps.items())
-
-
-def _scaled(wanted: Mapping[StageName, int], scale: float) -> dict[StageName, int]:
-    """Return the steps times `scale`, rounded down (a product that should be whole may be a little less)."""
-    return {name: math.floor(count * scale * (1 + 1e-12)) for name, count in wanted.items()}
-
-
-def _smallest(wanted: Mapping[StageName, int]) -> dict[StageName, int]:
-    """Return the fewest steps in these proportions with one of each stage."""
-    return _scaled(wanted, 1 / min(wanted.values())) if wanted else {}
 
 
 def _purpose(cost: SystemCost, videos: int) -> str:

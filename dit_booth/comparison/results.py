@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dit_booth.comparison.subjects import Subject
 from dit_booth.comparison.work import Point, Record
-from dit_booth.config import SampleConfig
 from dit_booth.evaluation.folder import VideoRow, write_rows
 from dit_booth.evaluation.scores import SCORES, read_scores, write_scores
 from dit_booth.files import write_text
@@ -26,14 +25,12 @@ BASELINE = "videobooth"
 def write_results(
     folder: Path,
     points: Sequence[Point],
-    subjects: Sequence[Subject],
-    sample: SampleConfig,
     amortise: int,
     about: str,
     command: str,
 ) -> None:
     """Write all points whose subjects are all done, and the files from which the report reads the comparison."""
-    rows = [write_point(point, subjects, sample, amortise) for point in points]
+    rows = [write_point(point, amortise) for point in points]
     described: dict[str, Any] = {"name": folder.resolve().name, "about": about, "command": command}
     names = {point.plan.system.name for point in points}
     if BASELINE in names and len(names) > 1:
@@ -42,18 +39,17 @@ def write_results(
     write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_point(
-    point: Point, subjects: Sequence[Subject], sample: SampleConfig, amortise: int
-) -> dict[str, Any]:
+def write_point(point: Point, amortise: int) -> dict[str, Any]:
     """Write a point's files; return its row of ``sweep.jsonl``: finished if all subjects are."""
-    records = [point.record(subject, sample) for subject in subjects]
+    records = [point.record(subject) for subject in point.subjects]
     done = [record for record in records if record is not None]
     finished = len(done) == len(records)
     name = point.plan.system.name
     costs = costs_of(point, done, amortise) if finished else {}
     if finished:
-        write_samples(point, subjects, done)
-        settings = point.config.as_dict()
+        write_samples(point, done)
+        first = replace(point.config_for(point.subjects[0]), stop_after="")  # repeats the first subject's run
+        settings = first.as_dict()
         write_text(point.place / "run.yaml", yaml.safe_dump(settings, sort_keys=False))
         write_text(point.place / COST, json.dumps(costs, indent=1) + "\n")
     return {
@@ -73,12 +69,13 @@ def write_point(
     }
 
 
-def write_samples(point: Point, subjects: Sequence[Subject], records: Sequence[Record]) -> None:
+def write_samples(point: Point, records: Sequence[Record]) -> None:
     """Write ``videos.csv`` and ``scores.jsonl`` of a point, from those of its subjects."""
     samples = point.place / "samples"
     write_rows(samples, [VideoRow(**row) for record in records for row in record["rows"]])
     write_scores(
-        samples / SCORES, [score for subject in subjects for score in read_scores(point.scores(subject))]
+        samples / SCORES,
+        [score for subject in point.subjects for score in read_scores(point.scores(subject))],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from dit_booth.comparison.budget import throughput
@@ -54,15 +55,14 @@ def find_systems(names: Sequence[str], settings: Mapping[str, object]) -> list[S
     ValueError: a name is unknown or repeated, or a system is both trained once and per subject.
     """
     known = sorted(file.stem for file in packaged("baselines").glob("*.yaml"))
-    chosen = list(names) or known
-    out = []
+    chosen, out = list(names) or known, list[System]()
     for name in chosen:
         if chosen.count(name) > 1:
             raise ValueError(f"--methods names {name!r} twice; name each once")
         if not locate(name, *CONFIGS).is_file():
             raise ValueError(f"--methods names {name!r}{suggest(name, known)}")
         config = RunConfig.create(name, **settings)
-        out.append(System(name, config, _kind(name, config)))
+        out.append(System(Path(name).stem, config, _kind(name, config)))
     return out
 
 

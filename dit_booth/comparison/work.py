@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from dit_booth.comparison.plan import Plan, shared_config, subject_config
 from dit_booth.comparison.subjects import Subject
 from dit_booth.components import Components, build
-from dit_booth.config import RunConfig, SampleConfig, SampleReference
+from dit_booth.config import RunConfig, SampleConfig, SampleReference, SubjectConfig
 from dit_booth.evaluation.folder import write_prompts
 from dit_booth.evaluation.scores import write_scores
 from dit_booth.files import write_text
@@ -33,11 +32,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A system at one training seed; its folder is that of a sweep's point."""
+    """A system at one training seed, on all subjects; its folder is that of a sweep's point."""
 
     plan: Plan
     seed: int
     folder: Path
+    subjects: tuple[Subject, ...]
+    sample: SampleConfig
     controls: tuple[SampleReference, ...] = ()
 
     @property
@@ -50,6 +51,7 @@ class Point:
 
     @property
     def config(self) -> RunConfig:
+        """The run that trains the system: for all subjects, or for one that `config_for` names."""
         return shared_config(self.plan, self.seed, self.folder, self.folder / "runs" / self.id)
 
     def config_for(self, subject: Subject) -> RunConfig:
@@ -65,37 +67,40 @@ class Point:
     def scores(self, subject: Subject) -> Path:
         return self.place / "subjects" / f"{subject.index:03d}.jsonl"
 
-    def record(self, subject: Subject, sample: SampleConfig) -> Record | None:
+    def record(self, subject: Subject) -> Record | None:
         """Return a subject's record; None if it is not done, or was made by other settings."""
         file = self.marker(subject)
         if not file.is_file():
             return None
         record: Record = json.loads(file.read_text())
-        return record if record["address"] == self.address(subject, sample) else None
+        return record if record["address"] == self.address(subject) else None
 
-    def address(self, subject: Subject, sample: SampleConfig) -> str:
-        """Return the hash of what a subject's record depends on: the trained stages, sampling, and the prompt."""
-        config = self.config_for(subject)
+    def address(self, subject: Subject) -> str:
+        """Return the hash of what a subject's record depends on: trained stages, settings of sampling, and prompts."""
+        config, after = self.config_for(subject), self.subjects[(subject.index + 1) % len(self.subjects)]
         return digest(
             [
                 [stage.address for stage in stages_of(config)],
-                [asdict(config.sampler), asdict(config.guidance)],
-                [config.strategy, config.backbone, config.weights, asdict(config.data)],
-                [sample.seeds, self.controls, subject.request.prompt, subject.request.caption],
-                self.plan.subject_flops,
+                replace(config, subject=SubjectConfig(token=config.subject.token)).fingerprint(),
+                [self.sample.seeds, self.sample.fps, self.controls],
+                [
+                    subject.request.prompt,
+                    subject.request.caption,
+                    after.request.prompt if self.controls else "",
+                ],
             ]
         )
 
 
-def work(point: Point, subjects: Sequence[Subject], sample: SampleConfig, ranks: Ranks) -> None:
+def work(point: Point, ranks: Ranks) -> None:
     """Do what is left of a point, one subject after the other; each ends with its marker."""
-    left = [subject for subject in subjects if point.record(subject, sample) is None]
+    left = [subject for subject in point.subjects if point.record(subject) is None]
     groups = [[subject] for subject in left] if point.plan.system.kind == "subject" else [left]
     for group in filter(None, groups):
         components, seconds = train(point.config_for(group[0]), ranks)
         for subject in group:
-            sample_subject(point, components, subject, subjects, sample, ranks, seconds)
-            log.info("%s: subject %d of %d", point.id, subject.index + 1, len(subjects))
+            sample_subject(point, components, subject, ranks, seconds)
+            log.info("%s: subject %d of %d", point.id, subject.index + 1, len(point.subjects))
         del components
         free_memory(ranks)
 
@@ -120,16 +125,11 @@ def _seconds(stage: Path) -> float:
 
 
 def sample_subject(
-    point: Point,
-    components: Components,
-    subject: Subject,
-    subjects: Sequence[Subject],
-    sample: SampleConfig,
-    ranks: Ranks,
-    train_seconds: float,
+    point: Point, components: Components, subject: Subject, ranks: Ranks, train_seconds: float
 ) -> None:
     """Sample and score a subject's videos, and write its marker last."""
-    out, requests = point.place / "samples", [other.request for other in subjects]
+    out, sample = point.place / "samples", point.sample
+    requests = [other.request for other in point.subjects]
     start = time.perf_counter()
     cases = sample_prompts(components, sample, requests, out, ranks, only=[subject.index])
     sampled = time.perf_counter() - start
@@ -139,7 +139,7 @@ def sample_subject(
     rows = write_prompts(out, cases, sample.fps, subject.index)
     write_scores(point.scores(subject), score_cases(components, cases))
     record = {
-        "address": point.address(subject, sample),
+        "address": point.address(subject),
         "rows": [asdict(row) for row in rows],
         "sample_seconds": sampled,
         "train_seconds": train_seconds,

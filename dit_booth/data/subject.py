@@ -5,14 +5,15 @@ What per-subject optimization is trained on (stage `subject`): Textual Inversion
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as vision
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from dit_booth.data.example import Example
@@ -98,7 +99,9 @@ def insert_before(caption: str, subject: str | None, token: str) -> str:
 def as_frame(image: Tensor, height: int, width: int) -> Tensor:
     """Return a video of one frame (1 3 h w) that shows an image prompt (3 s s) whole, centered on white."""
     side = min(height, width)
-    small = vision.resize(image, [side, side], antialias=True).clamp(-1, 1)
+    small = F.interpolate(
+        rearrange(image, "c h w -> 1 c h w"), size=(side, side), mode="bilinear", antialias=True
+    )[0].clamp(-1, 1)
     top, left = (height - side) // 2, (width - side) // 2
     frame = torch.ones(3, height, width)
     frame[:, top : top + side, left : left + side] = small
@@ -110,14 +113,14 @@ def vary(frames: Tensor, rng: np.random.Generator) -> Tensor:
     height, width = frames.shape[-2:]
     if rng.random() < 0.5:
         frames = frames.flip(-1)
-    shift = [round(float(rng.uniform(-SHIFT, SHIFT)) * side) for side in (width, height)]
-    moved: Tensor = vision.affine(
-        frames,
-        angle=float(rng.uniform(-DEGREES, DEGREES)),
-        translate=shift,
-        scale=float(rng.uniform(SHRINK, 1.0)),
-        shear=[0.0, 0.0],
-        interpolation=vision.InterpolationMode.BILINEAR,
-        fill=[1.0, 1.0, 1.0],
+    right, down = (2 * float(rng.uniform(-SHIFT, SHIFT)) for _ in range(2))  # of half the side
+    angle, scale = math.radians(rng.uniform(-DEGREES, DEGREES)), float(rng.uniform(SHRINK, 1.0))
+    cos, sin, aspect = math.cos(angle) / scale, math.sin(angle) / scale, width / height
+    # From a pixel's place to where it is read: the shift is undone, then the turn and the shrinking.
+    turn = torch.tensor([[cos, -sin / aspect], [sin * aspect, cos]])
+    moved = torch.cat([turn, -turn @ torch.tensor([[right], [down]])], dim=1)
+    grid = F.affine_grid(
+        repeat(moved, "i j -> f i j", f=len(frames)), list(frames.shape), align_corners=False
     )
-    return moved.clamp(-1, 1)
+    # grid_sample fills with zeros; shifted by one, zero is white.
+    return (F.grid_sample(frames - 1, grid, align_corners=False) + 1).clamp(-1, 1)

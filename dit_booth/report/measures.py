@@ -110,4 +110,5 @@ def cost_column(name: str, values: Sequence[float]) -> Measure:
         scale, unit = 1e-3, "ms"
     shown = largest / scale
     digits = 0 if shown >= 1000 or (not unit and not prefix) else 1 if shown >= 100 else 2
-    return Measure(name=name, label=label, unit=unit or prefix, better=-1, digits=digits, scale=scale)
+    better = 1 if name == "tuning_free" else -1
+    return Measure(name=name, label=label, unit=unit or prefix, better=better, digits=digits, scale=scale)

@@ -100,6 +100,20 @@ def test_variation_stays_in_range_and_is_white_at_the_border():
     assert (dark[..., 20, 20] == -1).all(), "and the subject stays in the middle"
 
 
+def test_variation_turns_without_distortion(monkeypatch):
+    """A disc stays a disc of the shrunk size, on frames of any aspect; only the shift moves its centre."""
+    monkeypatch.setattr("dit_booth.data.subject.SHRINK", 0.999999)
+    y, x = torch.meshgrid(torch.arange(48) - 23.5, torch.arange(64) - 31.5, indexing="ij")
+    disc = torch.where((x**2 + y**2 < 14**2), -1.0, 1.0).expand(1, 3, 48, 64)
+    for seed in range(10):
+        dark = (1 - vary(disc, np.random.default_rng(seed))[0, 0]) / 2
+        rows, columns = dark.sum(1).max(), dark.sum(0).max()
+        assert float(dark.sum()) == pytest.approx(np.pi * 14**2, rel=0.03)
+        assert float(rows) == pytest.approx(28, abs=1.5) and float(columns) == pytest.approx(28, abs=1.5)
+        centre = [float((dark * axis).sum() / dark.sum()) for axis in (x, y)]
+        assert abs(centre[0]) <= 0.1 * 64 + 0.5 and abs(centre[1]) <= 0.1 * 48 + 0.5
+
+
 def test_an_image_is_one_frame_centered_on_white():
     frame = as_frame(-torch.ones(3, 8, 8), 8, 16)
     assert frame.shape == (1, 3, 8, 16)

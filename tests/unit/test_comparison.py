@@ -1,0 +1,183 @@
+"""Budgets, the steps that they buy, the subjects' files, and the same subject in another scene."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dit_booth.comparison.budget import Budget, flops_text, keep, parse_budget, resolve
+from dit_booth.comparison.plan import Plan, make_plan, shared_config
+from dit_booth.comparison.subjects import read_subjects
+from dit_booth.comparison.systems import System, SystemCost, find_systems
+from dit_booth.config import DataConfig, RunConfig, SubjectConfig
+from dit_booth.data.image_prompt import as_image_prompt
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig, another_scene, render_video
+from dit_booth.data.video import read_video
+
+# ---- budget ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2PFLOP", (2e15, None)),
+        ("1.5 TFLOPs", (1.5e12, None)),
+        ("300gflop", (3e11, None)),
+        ("1e9FLOP", (1e9, None)),
+        ("60s", (None, 60.0)),
+        ("1.5min", (None, 90.0)),
+        ("2h", (None, 7200.0)),
+    ],
+)
+def test_a_budget_is_flops_or_seconds(text: str, expected: tuple[float | None, float | None]):
+    assert parse_budget(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "60", "2P", "0s", "-1s", "60 parsecs", "1e999FLOP"])
+def test_anything_else_is_an_error_that_says_what_to_write(text: str):
+    with pytest.raises(ValueError, match=r"--budget is .*; write FLOPs or seconds per subject"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize("flops", [1.0, 999.4, 12_345.0, 487.0e9, 9.999e11, 1.001e15, 3e20])
+def test_flops_are_written_as_they_are_read_and_never_too_small(flops: float):
+    read, _ = parse_budget(flops_text(flops))
+    assert read is not None and flops <= read <= 1.02 * flops
+
+
+def test_seconds_are_converted_once(tmp_path: Path):
+    first = resolve("60s", tmp_path, lambda: 1e9)
+    assert first == Budget(text="60s", flops=60e9, throughput=1e9)
+    assert resolve("60s", tmp_path, lambda: 2e9).flops == 120e9, "nothing is kept before the plan fits"
+    keep(first, tmp_path)
+    assert resolve("1min", tmp_path, lambda: 2e9) == first
+    with pytest.raises(ValueError, match=r"--budget is '61s', and .* holds a comparison at '60s'"):
+        resolve("61s", tmp_path, lambda: 1e9)
+
+
+# ---- plan --------------------------------------------------------------------------------------------------
+
+
+def system(name: str) -> System:
+    return find_systems([name], {})[0]
+
+
+ENCODER = SystemCost(steps={"coarse": 10.0, "fine": 30.0}, video=100.0)
+OPTIMIZED = SystemCost(steps={"subject": 7.0}, video=100.0, prior=50.0)
+
+
+def test_the_rest_of_the_budget_is_spent_on_steps():
+    plan = make_plan(system("dreambooth"), OPTIMIZED, 1000.0, videos=2, amortise=12)
+    assert plan.steps == {"subject": 107}  # (1000 - 2 x 100 - 50) / 7
+    assert plan.subject_flops == 2 * 100 + 50 + 107 * 7
+    assert plan.shared_flops == 0
+    assert not make_plan(system("none"), SystemCost(steps={}, video=100.0), 100.0, videos=1, amortise=9).steps
+
+
+def test_a_system_that_is_trained_once_has_the_budgets_of_all_subjects():
+    plan = make_plan(system("videobooth"), ENCODER, 1000.0, videos=1, amortise=12)
+    recipe = system("videobooth").config.stages
+    assert plan.steps["coarse"] / plan.steps["fine"] == pytest.approx(
+        recipe.coarse.steps / recipe.fine.steps, rel=0.02
+    )
+    assert plan.shared_flops <= 12 * 900 < plan.shared_flops + 10 + 30
+    assert plan.subject_flops == 100 + plan.shared_flops / 12
+
+
+@pytest.mark.parametrize(("name", "cost"), [("videobooth", ENCODER), ("dreambooth", OPTIMIZED)])
+def test_too_small_a_budget_names_the_system_and_the_smallest_that_works(name: str, cost: SystemCost):
+    with pytest.raises(ValueError, match=rf"--budget is 90\.0FLOP .* {name}, which needs ") as said:
+        make_plan(system(name), cost, 90.0, videos=1, amortise=2)
+    least, _ = parse_budget(str(said.value).split("which needs ")[1].split(" ")[0])
+    assert least is not None
+    plan = make_plan(system(name), cost, least, videos=1, amortise=2)
+    assert min(plan.steps.values()) == 1 and plan.subject_flops <= least
+    with pytest.raises(ValueError, match="too small"):
+        make_plan(system(name), cost, 0.97 * least, videos=1, amortise=2)
+
+
+def test_a_short_stage_has_a_short_warm_up():
+    plan: Plan = make_plan(system("dreambooth"), OPTIMIZED, 1000.0, videos=1, amortise=1)
+    config = shared_config(plan, 3, Path("out"), Path("out/run"))
+    assert (config.stages.subject.steps, config.stages.subject.warmup) == (121, 12)
+    assert (config.train.seed, config.store) == (3, "out/stages")
+
+
+def test_systems_are_found_by_name_with_the_nearest_for_an_unknown_one(tmp_path: Path):
+    kinds = {one.name: one.kind for one in find_systems([], {})}
+    assert kinds["videobooth"] == kinds["phantom"] == "encoder"
+    assert kinds["dreambooth"] == kinds["tune_a_video"] == "subject"
+    assert kinds["none"] == "fixed"
+    with pytest.raises(ValueError, match=r"--methods names 'dreambooht'; nearest: dreambooth"):
+        find_systems(["dreambooht"], {})
+    with pytest.raises(ValueError, match=r"--methods names 'none' twice"):
+        find_systems(["none", "none"], {})
+    (tmp_path / "both.yaml").write_text("extends: videobooth.yaml\nschedule: [coarse, subject]\n")
+    with pytest.raises(ValueError, match="stages coarse, subject are for all subjects and for one"):
+        find_systems([str(tmp_path / "both.yaml")], {})
+
+
+# ---- subjects ----------------------------------------------------------------------------------------------
+
+DATA = DataConfig(size=16, frames=3)
+
+
+def test_another_scene_shows_the_same_subject_elsewhere():
+    world = Toyworld(ToyworldConfig(split="test", size=16, frames=3))
+    for index in range(30):
+        identity = world[index].identity
+        assert identity is not None
+        other = asdict(another_scene(identity))
+        kept = ("shape", "texture", "colours", "rgb", "scale", "direction")
+        assert all(other[name] == identity[name] for name in kept)
+        assert other["motion"] != identity["motion"] and other["background"] != identity["background"]
+        assert asdict(another_scene(identity)) == other
+    assert asdict(another_scene(identity, seed=1)) != other
+
+
+def test_subjects_are_the_test_prompts_with_files_of_their_own(tmp_path: Path):
+    subjects = read_subjects(DATA, 3, tmp_path)
+    world = Toyworld(ToyworldConfig(split="test", size=16, frames=3))
+    for index, subject in enumerate(subjects):
+        example = world[index]
+        assert (subject.request.caption, subject.request.identity) == (example.caption, example.identity)
+        image = as_image_prompt(subject.image, size=16)
+        assert (image - example.image).abs().max() <= 1 / 127.5 + 1e-6
+        assert example.identity is not None
+        frames, _ = render_video(another_scene(example.identity), frames=3, size=16)
+        pixels = ((frames + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(read_video(subject.video), pixels)
+        assert subject.scene.startswith("{} is ")
+        assert subject.scene.replace("{}", f"a {example.subject}") != example.caption
+    times = [subject.image.stat().st_mtime_ns for subject in subjects]
+    again = read_subjects(DATA, 3, tmp_path)
+    assert [subject.image.stat().st_mtime_ns for subject in again] == times
+
+
+def test_a_subjects_settings_name_its_files(tmp_path: Path):
+    (subject,) = read_subjects(DATA, 1, tmp_path)
+    image = subject.settings(RunConfig.create("dreambooth").subject)
+    assert (image.image, image.video, image.token) == (str(subject.image), "", "sks")
+    video = subject.settings(RunConfig.create("tune_a_video").subject)
+    assert (video.video, video.captions) == (subject.video, (subject.scene,))
+    data = video.build(frames=3, size=16, image_size=0, seed=0, prior=None)
+    assert data[0].video.shape == torch.Size([3, 3, 16, 16]) and data[0].caption.startswith("a")
+
+
+def test_data_without_another_scene_refuse_systems_that_tune_on_videos(tmp_path: Path, write_triplets):
+    captions = ["a cat runs", "a cat sleeps"]
+    root = write_triplets(tmp_path / "data", captions, "cat")
+    data = RunConfig.create(
+        "none",
+        data={"kind": "triplets", "size": 16, "frames": 2, "triplets": {"root": str(root), "stride": 1}},
+    ).data
+    subjects = read_subjects(data, 2, tmp_path / "subjects")
+    assert subjects[0].settings(SubjectConfig()).word == "cat"
+    with pytest.raises(ValueError, match=r"has no video of another scene"):
+        subjects[0].settings(SubjectConfig(tune_on="video"))
+    with pytest.raises(ValueError, match=r"--subjects is 3, and the test split has 2"):
+        read_subjects(data, 3, tmp_path / "subjects")
