@@ -110,10 +110,8 @@ class VideoDiT(nn.Module):
         """Build the inputs that all blocks share; context frames have positions below 0."""
         x, context = latents.x, latents.context
         frames = len(frame_positions) - context
-        plan, temporal_plan = (
-            self.plan.frames(frames),
-            self.temporal_plan and self.temporal_plan.frames(frames),
-        )
+        plan = self.plan.frames(frames)
+        temporal_plan = None if self.temporal_plan is None else self.temporal_plan.frames(frames)
         isolated = context if latents.one_way else 0
         if context:
             plan = with_context(plan, context, latents.one_way)

@@ -80,10 +80,8 @@ class VideoUNet(nn.Module):
     def build_inputs(self, t_emb: Tensor, text: Text, latents: Latents, inject: Injection) -> UNetInputs:
         """Build the inputs that all blocks share; context frames have positions below 0."""
         context, frames = latents.context, latents.x.shape[1] - latents.context
-        plan, temporal_plan = (
-            self.plan.frames(frames),
-            self.temporal_plan and self.temporal_plan.frames(frames),
-        )
+        plan = self.plan.frames(frames)
+        temporal_plan = None if self.temporal_plan is None else self.temporal_plan.frames(frames)
         if context:
             plan = with_context(plan, context, latents.one_way)
             if temporal_plan or latents.one_way:
