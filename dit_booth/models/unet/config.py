@@ -31,7 +31,7 @@ class UNetConfig:
     """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
     temporal_plan: str = "all"
     """Frames that a place reads in temporal attention, written as plan; self: an image model, whose frames stand alone
-    but for plan (Text2Video-Zero)."""
+    but for plan and the group norms' statistics (Text2Video-Zero)."""
     positions: Literal["none", "rotary"] = "none"
     """Positions in cross-frame and temporal attention: none (Stable Diffusion, VideoBooth), or rotary ones of frame,
     row and column (temporal attention: of the frame alone), as in the DiT (RoFormer, 2104.09864)."""
