@@ -17,7 +17,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -193,6 +193,9 @@ class QKV:
     added: Tensor | None = (
         None  # b f n k d, added to the attention's result: a softmax of its own (IP-Adapter)
     )
+    subject: Tensor | None = (
+        None  # b m, text attentions: True where the source's tokens stand for the subject
+    )
 
     def heads(self, x: Tensor) -> Tensor:
         """Split a projection's output (b g m c) into this attention's heads (b g m k d). Values need no more."""
@@ -304,15 +307,25 @@ class Injection:
     A `local` injection serves the sites of one block and knows them by the last part of their names.
     """
 
-    def __init__(self, taps: Mapping[str, Sequence[Bound]], *, local: bool = False) -> None:
+    def __init__(
+        self, taps: Mapping[str, Sequence[Bound]], *, local: bool = False, subject: Tensor | None = None
+    ) -> None:
         self.taps, self.local = taps, local
+        self.subject = subject  # b l, the subject's tokens in the prompt, for the taps that read the text
         self.aux_prediction: AuxPrediction | None = (
             None  # what a tap at the exit cut off the output, for the loss
         )
 
     def __call__(self, site: Site, payload: Payload) -> Payload:
-        for tap, image in self.taps.get(site.leaf if self.local else site.name, ()):
+        taps = self.taps.get(site.leaf if self.local else site.name, ())
+        if taps and site.role == "text" and isinstance(payload, QKV):
+            qkv: QKV = payload
+            named: Any = replace(qkv, subject=self.subject)
+            payload = named
+        for tap, image in taps:
             payload = tap(payload, image)
+        if isinstance(payload, PromptTokens) and self.taps:
+            self.subject = payload.spans > 0
         if isinstance(payload, Latents) and payload.aux_prediction is not None:
             self.aux_prediction = payload.aux_prediction
         return payload
@@ -325,7 +338,7 @@ class Injection:
         """
         if type(self).__call__ is not Injection.__call__:
             return self
-        return Injection(_below(path, self.taps), local=True)
+        return Injection(_below(path, self.taps), local=True, subject=self.subject)
 
 
 def _below(path: str, named: Mapping[str, T]) -> dict[str, T]:
@@ -343,7 +356,7 @@ class Recorder(Injection):
     """
 
     def __init__(self, inner: Injection, sites: Iterable[str], *, local: bool = False) -> None:
-        super().__init__(inner.taps, local=local)
+        super().__init__(inner.taps, local=local, subject=inner.subject)
         self.wanted = frozenset(sites)
         self.own: dict[str, Tensor] = {}
         self.parts: dict[str, Recorder] = {}
@@ -362,6 +375,6 @@ class Recorder(Injection):
         return super().__call__(site, payload)
 
     def inside(self, path: str) -> Injection:
-        taps = Injection(_below(path, self.taps))
+        taps = Injection(_below(path, self.taps), subject=self.subject)
         self.parts[path] = Recorder(taps, _below(path, dict.fromkeys(self.wanted)), local=True)
         return self.parts[path]

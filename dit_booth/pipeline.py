@@ -140,6 +140,7 @@ class Pipeline(Components):
             size=(frames, height, width),
             guidance=guidance,
             sampler=sampler,
+            start=config.start,
             use_image=shown is not None,
         )[0]
         return Video.from_tensor(video, fps=config.sample.fps, text=text, image=shown)

@@ -21,6 +21,9 @@ from .parts.subject import released_sources, replace_subject, sources
 class TokenReplacementConfig(StrategyConfig):
     width: int = 0
     """Hidden width of the mapper's MLPs; 0: the image tower's own (1024 for ViT-L/14, as in ELITE)."""
+    words: int = 5
+    """Embeddings that enter the prompt, the first ones; no parameter depends on it. ELITE samples with 1 (that of the
+    last state) after a global stage with all five."""
     l1_weight: float = 0.01
     """Weight of mean |embedding| in the loss."""
     train_text_kv: bool = True
@@ -29,7 +32,7 @@ class TokenReplacementConfig(StrategyConfig):
     """videobooth: replace as the released code does, its mistakes included (docs/fidelity.md)."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "token_replacement", width="[0, 65536]", l1_weight="[0, 1000]")
+        check_ranges(self, "token_replacement", width="[0, 65536]", words="[1, 5]", l1_weight="[0, 1000]")
 
 
 @register("token_replacement")
@@ -41,7 +44,8 @@ class TokenReplacement(Strategy):
 
     def __init__(self, config: TokenReplacementConfig, sites: Sites) -> None:
         super().__init__(config, sites)
-        self.l1_weight, self.first_token_suffices = config.l1_weight, config.compat == "videobooth"
+        self.l1_weight, self.words = config.l1_weight, config.words
+        self.first_token_suffices = config.compat == "videobooth"
         (words,) = sites.match("*", port="prompt")
         self.mapper = Mapper(sites.image_dim, config.width or sites.image_dim, words.dim)
         self.attach(words, ReplaceSubject(config.compat))
@@ -53,7 +57,7 @@ class TokenReplacement(Strategy):
 
     def forward(self, reference: Reference, hidden: Hidden) -> Condition:
         words = self.mapper(reference.states)
-        return Condition(shared=words, aux_loss=self.l1_weight * words.abs().mean())
+        return Condition(shared=words[:, : self.words], aux_loss=self.l1_weight * words.abs().mean())
 
 
 class ReplaceSubject(nn.Module):

@@ -136,7 +136,7 @@ class Chosen:
         for name in arguments.metrics:
             if name not in every:
                 raise ValueError(f"--metrics names {name!r}{suggest(name, every)}")
-        families = {**FAMILIES, **learned.SET_SCORERS}
+        families: dict[str, Family[Scorer] | Family[SetScorer]] = {**FAMILIES, **learned.SET_SCORERS}
         networks = {family.weights for family in families.values()} - {""}
         for name in weights:
             if name not in networks | {"lite0"}:

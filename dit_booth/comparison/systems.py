@@ -12,6 +12,7 @@ from dit_booth.comparison.subjects import Subject
 from dit_booth.components import Components, build
 from dit_booth.config import RunConfig, StageName
 from dit_booth.cost.flops import Flops
+from dit_booth.diffusion.start import StartConfig
 from dit_booth.errors import suggest
 from dit_booth.files import CONFIGS, locate, packaged
 from dit_booth.sampling.generate import generate
@@ -106,14 +107,21 @@ def cost_of(system: System, subject: Subject, ranks: Ranks) -> SystemCost:
 def sampling_flops(
     components: Components, request: Request, frames: int = 0, *, use_image: bool = True
 ) -> float:
-    """Count the FLOPs of one video as the run samples it: those of one step and of two, extended to all steps."""
-    counts = []
-    for steps in (1, 2):
+    """Count the FLOPs of one video as the run samples it: those of one step and of two, extended to all steps.
+
+    A warped start takes a share of the steps for frame 0: then all steps are counted.
+    """
+
+    def count(steps: int) -> float:
         with Flops() as counter:
             sample_once(components, request, steps, frames, use_image=use_image)
-        counts.append(float(counter.total))
-    one, two = counts
-    return one + (components.config.sampler.steps - 1) * (two - one)
+        return float(counter.total)
+
+    every = components.config.sampler.steps
+    if components.config.start.kind == "warp":
+        return count(every)
+    one, two = count(1), count(2)
+    return one + (every - 1) * (two - one)
 
 
 def base_throughput(config: RunConfig, request: Request, ranks: Ranks) -> float:
@@ -127,7 +135,7 @@ def base_throughput(config: RunConfig, request: Request, ranks: Ranks) -> float:
 def sample_once(
     components: Components, request: Request, steps: int, frames: int = 0, *, use_image: bool = True
 ) -> None:
-    """Sample a video of a request in `steps` steps; `frames` of 0: those of the run's data."""
+    """Sample a video of a request in `steps` steps, or with `frames` a class image (of 1), which starts from noise."""
     config = components.config
     generate(
         components,
@@ -138,5 +146,6 @@ def sample_once(
         size=(frames or config.data.frames, config.data.size, config.data.size),
         guidance=config.guidance,
         sampler=replace(config.sampler, steps=steps),
+        start=StartConfig() if frames else config.start,
         use_image=use_image,
     )

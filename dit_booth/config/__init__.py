@@ -19,6 +19,7 @@ from dit_booth.config.subject import SubjectConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
+from dit_booth.diffusion.start import StartConfig
 from dit_booth.errors import SEED, check_ranges
 from dit_booth.files import locate
 from dit_booth.models.autoencoder.config import AutoencoderConfig
@@ -214,6 +215,7 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+    start: StartConfig = StartConfig()
     dit: DiTConfig = DiTConfig()
     unet: UNetConfig = UNetConfig()
     clip: ClipConfig = ClipConfig()

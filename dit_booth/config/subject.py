@@ -71,7 +71,7 @@ class SubjectConfig:
         """
         image, moving = self.read_image(image_size or size), self.tune_on == "video"
         return SubjectData(
-            video=self._video(frames, size) if moving else as_frame(image, size, size),
+            video=self.read_video(frames, size) if moving else as_frame(image, size, size),
             image=image,
             captions=self.captions,
             word=self.word,
@@ -93,11 +93,11 @@ class SubjectConfig:
             )
         return image
 
-    def _video(self, frames: int, size: int) -> Tensor:
+    def read_video(self, frames: int, size: int) -> Tensor:
         """Read the first frames of the video (f 3 s s in [-1, 1]). ValueError: it is shorter, or of another size."""
         if not self.video:
             raise ValueError(
-                "subject.video is empty, and subject.tune_on is video; give a video of the subject"
+                f"subject.video is empty, and subject.tune_on is {self.tune_on}; give a video of the subject"
             )
         path = Path(self.video).expanduser()
         try:

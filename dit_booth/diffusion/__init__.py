@@ -1,6 +1,7 @@
 """Diffusion: schedules, objectives, samplers and guidance, on tensors only."""
 
 from dit_booth.diffusion.guidance import GuidanceConfig, guide
+from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.noise import randn, randn_like
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.objectives import (
@@ -30,6 +31,7 @@ __all__ = [
     "SamplerConfig",
     "VObjective",
     "guide",
+    "invert",
     "linear_betas",
     "make_objective",
     "randn",

@@ -84,6 +84,23 @@ def per_sample_mse(pred: Tensor, target: Tensor) -> Tensor:
     return (pred.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
 
 
+def foreground_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """(b,) squared error, summed over channels and averaged over the positions of a mask (ELITE's local stage).
+
+    pred, target: (b ... c h w); mask: (b ... 1 h w) in [0, 1]. An empty mask gives 0. ELITE divides by the mask of one
+    channel, too: this is c times the mean over the region. Raises ValueError for other shapes.
+    """
+    if pred.shape != target.shape or mask.shape != (*pred.shape[:-3], 1, *pred.shape[-2:]):
+        raise ValueError(
+            f"prediction {tuple(pred.shape)}, target {tuple(target.shape)} and mask {tuple(mask.shape)}: give two of "
+            "(b ... c h w) and one mask (b ... 1 h w)"
+        )
+    dtype = compute_dtype(pred, target)
+    weight = mask.to(dtype)
+    error = (pred.to(dtype) - target.to(dtype)).square() * weight
+    return error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)
+
+
 @dataclass(frozen=True, eq=False)
 class DiscreteObjective(Objective):
     """Base of eps and v: a discrete schedule; t is an integer step (b,)."""

@@ -59,8 +59,11 @@ def sample(
     noise: Tensor,
     generator: Generators | None = None,
     callback: Callback | None = None,
+    steps: range | None = None,
 ) -> Tensor:
     """Run the sampler from `noise` (b ...), standard normal, to an estimate of x0 of equal shape and dtype.
+
+    steps: a part of the config's steps alone, from latents at its first step's level to those after its last.
 
     generator: on the CPU, one or one per row; needed by ddpm, and with eta > 0. In every step the model runs
     before the sampler draws. The state is kept in float32 at least; the model sees the dtype of `noise`.
@@ -75,11 +78,20 @@ def sample(
     x = noise.to(compute_dtype(noise))
     report = callback or (lambda step, x, x0: None)
     if isinstance(objective, FlowObjective):
-        x = _sample_flow(denoise, objective, config, kind, x, generator, report)
+        x = _sample_flow(denoise, objective, config, kind, x, generator, report, steps)
     else:
         assert isinstance(objective, DiscreteObjective)
-        x = _sample_discrete(denoise, objective, config, kind, x, generator, report)
+        x = _sample_discrete(denoise, objective, config, kind, x, generator, report, steps)
     return x.to(noise.dtype)
+
+
+def time_before(objective: Objective, config: SamplerConfig, step: int) -> Tensor:
+    """Return the noise level at which a step begins, a scalar in the objective's units of t."""
+    if isinstance(objective, FlowObjective):
+        return objective.sampling_grid(config.steps)[step]
+    assert isinstance(objective, DiscreteObjective)
+    spaced = objective.schedule.respace(section_counts(config))
+    return spaced.timestep_map[len(spaced) - 1 - step]
 
 
 def resolve_kind(config: SamplerConfig, objective: Objective) -> SamplerKind:
@@ -138,9 +150,12 @@ def _sample_discrete(
     x: Tensor,
     generator: Generators | None,
     report: Callback,
+    steps: range | None,
 ) -> Tensor:
     spaced = objective.schedule.respace(section_counts(config))
     for step, i in enumerate(reversed(range(len(spaced)))):
+        if steps is not None and step not in steps:
+            continue
         index = torch.full((len(x),), i, device=x.device)
         x0 = denoise(x, torch.full_like(index, int(spaced.timestep_map[i])))
         fresh = (
@@ -203,9 +218,12 @@ def _sample_flow(
     x: Tensor,
     generator: Generators | None,
     report: Callback,
+    steps: range | None,
 ) -> Tensor:
     grid = objective.sampling_grid(config.steps).tolist()
     for step, (t, s) in enumerate(pairwise(grid)):
+        if steps is not None and step not in steps:
+            continue
         x0 = denoise(x, _full(x, t))
         fresh = None if generator is None or config.eta == 0 or s == 0 else randn_like(x, generator)
         after = euler_step(x0, x, t, s, config.eta, fresh)

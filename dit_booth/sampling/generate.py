@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from dit_booth.components import Components
 from dit_booth.diffusion.guidance import Branch, GuidanceConfig
+from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.noise import randn
 from dit_booth.diffusion.samplers import SamplerConfig, sample
+from dit_booth.diffusion.start import StartConfig, warped_start
 from dit_booth.inject import Condition, Reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 
@@ -28,6 +30,7 @@ def generate(
     size: tuple[int, int, int],
     guidance: GuidanceConfig,
     sampler: SamplerConfig,
+    start: StartConfig = StartConfig(),  # noqa: B008 (frozen)
     use_image: bool = True,
     reuse: bool = True,
 ) -> Tensor:
@@ -35,8 +38,8 @@ def generate(
 
     images: (b 3 s s) in [-1, 1]; `size` is (frames, height, width) in pixels. A row's noise depends on its seed
     alone, so a video is the same in every batch. Conditions that are the same at every timestep are made once; with
-    `reuse` false they are made at every step, which gives the same videos. ValueError: a size that the autoencoder or
-    the backbone cannot cut.
+    `reuse` false they are made at every step, which gives the same videos. `start`: what the latents start from.
+    ValueError: a size that the autoencoder or the backbone cannot cut.
     """
     device, dtype = images.device, next(components.model.parameters()).dtype
     components.model.eval()
@@ -57,9 +60,31 @@ def generate(
         output = torch.cat([one.predict(components, x, timestep, eps) for one in passes])
         return guidance.combine(output.chunk(len(output) // batch))
 
-    start = randn((batch, frames, channels, height // factor, width // factor), draws, device, dtype)
-    latents = sample(predict, components.objective, sampler, start, draws)
+    latents = randn((batch, frames, channels, height // factor, width // factor), draws, device, dtype)
+    objective, step = components.objective, 0
+    if start.kind == "warp":
+        latents, step = warped_start(predict, objective, sampler, start, latents, draws)
+    elif start.kind == "inversion":
+        latents = inverted_video(components, sampler, latents)
+    latents = sample(predict, objective, sampler, latents, draws, steps=range(step, sampler.steps))
     return components.autoencoder.decode(latents).clamp(-1, 1)
+
+
+def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor) -> Tensor:
+    """Return the noise that samples `subject.video`, once per row of `like` (b f c h w): null prompt, no guidance.
+
+    Tune-A-Video (arXiv 2212.11565, section 4.2). ValueError: no such video, or a sampler that draws noise.
+    """
+    config, frames = components.config, like.shape[1]
+    video = config.subject.read_video(frames, config.data.size).to(like.device)
+    x0 = components.autoencoder.encode(rearrange(video, "f c h w -> 1 f c h w"), None).to(like.dtype)
+    nothing = Pass(components.tokenize([NULL_PROMPT], [None]), None)
+
+    def predict(x: Tensor, timestep: Tensor) -> Tensor:
+        return nothing.predict(components, x, timestep, None)
+
+    noise = invert(predict, components.objective, sampler, x0)
+    return repeat(noise, "1 f c h w -> b f c h w", b=len(like))
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ def _generate(
         size=(config.data.frames, *size),
         guidance=config.guidance,
         sampler=config.sampler,
+        start=config.start,
         use_image=reference != "none",
     )
     return videos.float().cpu()

@@ -30,7 +30,9 @@ def judge_scorer(device: torch.device) -> Scorer:
 
     def score(case: Case) -> Mapping[str, Values]:
         found = [scorer(case) for scorer in scorers]
-        return {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
+        return {
+            name: np.mean(np.stack([np.asarray(one[name]) for one in found]), axis=0) for name in found[0]
+        }
 
     return score
 

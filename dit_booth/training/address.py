@@ -39,7 +39,7 @@ ELSEWHERE = (
     "subject",
 )
 """Settings that enter otherwise: by stage, by backbone, by content."""
-WITHOUT_EFFECT = ("sample", "sampler", "guidance", "evaluation")
+WITHOUT_EFFECT = ("sample", "sampler", "guidance", "start")
 """Settings that change no stage's weights."""
 BY_CONTENT = {
     "clip": ("pretrained",),

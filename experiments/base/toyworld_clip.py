@@ -4,7 +4,7 @@ python experiments/base/toyworld_clip.py --steps 800 --out dit_booth/assets/clip
 python experiments/base/toyworld_clip.py --steps 600 --start embedded --train image  # it follows the text tower
 for seed in 101 102 103; do  # the judges of evaluation, which no network is conditioned on
     python experiments/base/toyworld_clip.py --model dit-booth-judge --steps 900 --seed $seed --lr 2e-3 \\
-        --out dit_booth/assets/judge-$seed.safetensors --log docs/results/judge-$seed.jsonl
+        --out dit_booth/assets/judge-$seed.safetensors --log docs/results/judge_$seed.jsonl
 done
 
 The text feature also has to tell the words of its caption. Random captions of a batch differ in so much else that

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +20,22 @@ class Mapper(nn.Module):
 
     def forward(self, states: tuple[Tensor, ...]) -> Tensor:
         """Map five states (b (1 + n) c) to words (b 5 d)."""
-        cls, patch = (
-            [self.get_submodule(f"{n}_{j}") for j in range(self.states)] for n in ("mapping", "mapping_patch")
-        )
-        words = [
-            c(s[:, :1]) + p(s[:, 1:]).mean(1, keepdim=True)
-            for c, p, s in zip(cls, patch, states, strict=True)
-        ]
-        return torch.cat(words, dim=1)
+        return torch.cat([c + p.mean(1, keepdim=True) for c, p in self.mapped(states)], dim=1)
+
+    def mapped(self, states: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each state's class token (b 1 d) and patches (b n d), through the MLPs of their own."""
+        assert len(states) == self.states, f"{len(states)} states for {self.states} pairs of MLPs"
+        for j, state in enumerate(states):
+            cls, patch = self.get_submodule(f"mapping_{j}"), self.get_submodule(f"mapping_patch_{j}")
+            yield cls(state[:, :1]), patch(state[:, 1:])
+
+
+class LocalMapper(Mapper):
+    """ELITE's local mapping: one feature per patch, the mean over the states of MLP_cls_j(cls) + MLP_patch_j(patch)."""
+
+    def forward(self, states: tuple[Tensor, ...]) -> Tensor:
+        """Map five states (b (1 + n) c) to patch features (b n d)."""
+        return torch.stack([c + p for c, p in self.mapped(states)]).mean(0)
 
 
 def _mlp(image_dim: int, width: int, text_dim: int) -> nn.Sequential:

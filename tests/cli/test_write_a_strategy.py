@@ -147,7 +147,7 @@ def test_the_list_has_every_strategy_with_the_papers_counts(program: Any) -> Non
     said = program.python("dit_booth", "strategies")
     assert said.code == 0, said.output
     entries = {entry.split(":")[0]: entry for entry in re.split(r"\n(?=\S)", said.output)}
-    assert set(registered()) | {"videobooth"} == set(entries)
+    assert set(registered()) | {"elite", "videobooth"} == set(entries)
     for name, cls in find("token_replacement+kv_concat").items():
         assert (cls.__doc__ or "").splitlines()[0] in entries[name]
     assert "unet-sd 49.6" in entries["spatial_concat"], "CatVTON: 49.57 M of the U-Net (Table 2)"

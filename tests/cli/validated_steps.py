@@ -1,4 +1,4 @@
-"""Train two steps at ZeRO stages 1 to 3, with and without validation: what `test_validation.py` launches.
+"""Train two steps at ZeRO stages 1 to 3, with and without validation: what `test_validated_runs.py` launches.
 
 ZeRO-3 is as DeepSpeed has it by default: it keeps parameters as small as these whole between their uses.
 """

@@ -15,6 +15,7 @@ from dit_booth.strategies.kv_concat import KVConcatConfig
 from dit_booth.strategies.query_projection import QueryProjectionConfig
 from dit_booth.strategies.spatial_concat import SpatialConcatConfig
 from dit_booth.strategies.token_bank import TokenBankConfig
+from dit_booth.strategies.token_replacement import TokenReplacementConfig
 
 from dit_booth.inject import KV, Condition, Hidden, Reference
 from dit_booth.models.weights import load_strictly
@@ -33,6 +34,7 @@ OF_SUMS = [
 """Promises that a combination or an option may break."""
 SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
     "videobooth": ("videobooth", {}),
+    "elite": ("elite", {"token_replacement": TokenReplacementConfig(words=1)}),
     "clean": (
         "kv_concat",
         {"kv_concat": KVConcatConfig(reference_noise="clean", update="direct", reference_at="all")},

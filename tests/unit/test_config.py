@@ -14,6 +14,7 @@ from dit_booth.config import (
     SampleConfig,
     StageConfig,
     StagesConfig,
+    StartConfig,
     SubjectConfig,
     ToyworldOptions,
     TrainConfig,
@@ -76,7 +77,7 @@ def test_a_value_that_cannot_work_is_refused_with_field_value_and_fix(build, wor
 
 SECTIONS = [
     *(TripletsOptions, DataConfig, StageConfig, TrainConfig, SampleConfig, ObjectiveConfig, SamplerConfig),
-    *(GuidanceConfig, DiTConfig, UNetConfig, ClipConfig, AutoencoderConfig, SubjectConfig),
+    *(GuidanceConfig, DiTConfig, UNetConfig, ClipConfig, AutoencoderConfig, SubjectConfig, StartConfig),
 ]
 
 

@@ -226,6 +226,7 @@ def components_with(strategy: str, **options: Any) -> Components:
         ("token_bank", {}, 1),
         ("token_bank", {"token_bank": TokenBankConfig(source="latent", reference_noise="matched")}, 4),
         ("decoupled_attention", {}, 1),
+        ("token_replacement+elite_local", {}, 1),
         ("in_context", {}, 1),
         ("spatial_concat", {}, 1),
         ("token_replacement+kv_concat+query_projection", {"kv_concat": CLEAN}, 1),

@@ -42,6 +42,9 @@ class DiTConfig:
     2401.03048); joint: one attention over space and time (plan all); image: every frame by itself (plan self; DiT)."""
     plan: str = "first+previous"
     """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
+    temporal_plan: str = "all"
+    """Frames that a place reads in temporal attention, written as plan; self: an image model, whose frames stand alone
+    but for plan (Text2Video-Zero)."""
     conditioning: Literal["adaln_zero", "adaln", "in_context", "cross_attention", "class_label"] = (
         "adaln_zero"
     )
@@ -84,11 +87,17 @@ class DiTConfig:
             checkpoint_every="[1, 1000]",
         )
         FramePlan(self.plan)
+        FramePlan(self.temporal_plan)
         plan = PLAN_OF.get(self.layout, self.plan)
         if self.plan != plan:
             raise ValueError(
                 f"dit.layout {self.layout!r} needs dit.plan {plan!r}, but it is {self.plan!r}: there is no temporal"
                 f" attention; set --dit.plan {plan}, or another layout"
+            )
+        if self.layout in PLAN_OF and self.temporal_plan != "all":
+            raise ValueError(
+                f"dit.temporal_plan is {self.temporal_plan!r}, but dit.layout {self.layout!r} has no temporal"
+                " attention; leave it at all"
             )
         _, hidden, heads = self.shape
         if hidden % heads or hidden % 4:

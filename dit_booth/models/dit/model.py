@@ -42,6 +42,7 @@ class VideoDiT(nn.Module):
         depth, hidden, _ = config.shape
         out_channels = out_channels or channels
         self.config, self.plan = config, FramePlan(config.plan)
+        self.temporal_plan = None if config.temporal_plan == "all" else FramePlan(config.temporal_plan)
         # Latte adds frame positions before its first temporal block (golden), the other layouts at the entry.
         self.frame_embedding_block = (
             1 if (config.layout, config.positions) == ("interleaved", "sincos") else None
@@ -109,12 +110,15 @@ class VideoDiT(nn.Module):
         """Build the inputs that all blocks share; context frames have positions below 0."""
         x, context = latents.x, latents.context
         frames = len(frame_positions) - context
-        plan, temporal_plan = self.plan.frames(frames), None
+        plan = self.plan.frames(frames)
+        temporal_plan = None if self.temporal_plan is None else self.temporal_plan.frames(frames)
         isolated = context if latents.one_way else 0
         if context:
             plan = with_context(plan, context, latents.one_way)
-            if latents.one_way:
-                temporal_plan = with_context(seen_by_all(frames, frames), context, True)
+            if temporal_plan or latents.one_way:
+                temporal_plan = with_context(
+                    temporal_plan or seen_by_all(frames, frames), context, latents.one_way
+                )
         height, width = (n // self.config.patch for n in x.shape[-2:])
         shared = DiTInputs(c, plan, temporal_plan, grid=(height, width), isolated=isolated)
         if self.config.positions == "sincos":

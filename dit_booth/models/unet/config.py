@@ -29,6 +29,9 @@ class UNetConfig:
     """Levels with transformer blocks; the up path mirrors them."""
     plan: str = "first+previous"
     """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
+    temporal_plan: str = "all"
+    """Frames that a place reads in temporal attention, written as plan; self: an image model, whose frames stand alone
+    but for plan and the group norms' statistics (Text2Video-Zero)."""
     positions: Literal["none", "rotary"] = "none"
     """Positions in cross-frame and temporal attention: none (Stable Diffusion, VideoBooth), or rotary ones of frame,
     row and column (temporal attention: of the frame alone), as in the DiT (RoFormer, 2104.09864)."""
@@ -74,3 +77,4 @@ class UNetConfig:
                 f"unet.channels[0] is {self.channels[0]}; the timestep embedding needs an even one"
             )
         FramePlan(self.plan)
+        FramePlan(self.temporal_plan)

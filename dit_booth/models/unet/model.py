@@ -44,6 +44,7 @@ class VideoUNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config, self.plan = config, FramePlan(config.plan)
+        self.temporal_plan = None if config.temporal_plan == "all" else FramePlan(config.temporal_plan)
         width = config.channels[0]
         down, up = build_levels("", config.channels, config.down_attention, config)
         self.conv_in = FrameConv(config.in_channels, width, kernel_size=3, padding=1)
@@ -79,11 +80,14 @@ class VideoUNet(nn.Module):
     def build_inputs(self, t_emb: Tensor, text: Text, latents: Latents, inject: Injection) -> UNetInputs:
         """Build the inputs that all blocks share; context frames have positions below 0."""
         context, frames = latents.context, latents.x.shape[1] - latents.context
-        plan, temporal_plan = self.plan.frames(frames), None
+        plan = self.plan.frames(frames)
+        temporal_plan = None if self.temporal_plan is None else self.temporal_plan.frames(frames)
         if context:
             plan = with_context(plan, context, latents.one_way)
-            if latents.one_way:
-                temporal_plan = with_context(seen_by_all(frames, frames), context, True)
+            if temporal_plan or latents.one_way:
+                temporal_plan = with_context(
+                    temporal_plan or seen_by_all(frames, frames), context, latents.one_way
+                )
         positions = range(-context, frames) if self.config.positions == "rotary" else None
         return UNetInputs(t_emb, text.tokens, plan, inject, context, temporal_plan, positions)
 

@@ -1,0 +1,65 @@
+"""Latents that sampling starts from: noise, the moved latents of frame 0, or an inverted video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from einops import repeat
+from torch import Tensor
+
+from dit_booth.diffusion.motion_warp import motion_field, renoise, warp
+from dit_booth.diffusion.noise import Generators, randn
+from dit_booth.diffusion.objectives import Objective
+from dit_booth.diffusion.samplers import Model, SamplerConfig, sample, time_before
+from dit_booth.errors import check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """What a video's latents start from."""
+
+    kind: Literal["noise", "warp", "inversion"] = "noise"
+    """noise; warp: the latents of frame 0, sampled in part, moved, and noised again (Text2Video-Zero); inversion: the
+    noise that samples subject.video (Tune-A-Video)."""
+    denoised: float = 0.12
+    """warp: share of the steps that frame 0 takes before it is moved (Text2Video-Zero: t0 = 44 of 50)."""
+    renoised: float = 0.06
+    """warp: share of the steps after which the moved frames go on (Text2Video-Zero: t1 = 47 of 50)."""
+    motion: tuple[float, float] = (12.0, 12.0)
+    """warp: motion per frame to the left and up, in pixels of an image of 512 (Text2Video-Zero: 12, 12)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "start", denoised="[0, 1)", renoised="[0, 1)", motion="[-512, 512]")
+        if self.renoised > self.denoised:
+            raise ValueError(
+                f"start.renoised is {self.renoised}, more than start.denoised {self.denoised}; moved frames get noise"
+                " added: make it smaller"
+            )
+
+
+def warped_start(
+    predict: Model,
+    objective: Objective,
+    sampler: SamplerConfig,
+    config: StartConfig,
+    noise: Tensor,
+    draws: Generators,
+) -> tuple[Tensor, int]:
+    """Return Text2Video-Zero's latents (b f c h w; arXiv 2303.13439, section 3.3), and the step to go on from.
+
+    Frame 0 is sampled alone for `config.denoised` of the steps, from its own part of `noise` (b f c h w). Its latents
+    are moved along the motion field of every frame, and noised again to the level of `config.renoised`.
+    """
+    late, early = (round(share * sampler.steps) for share in (config.denoised, config.renoised))
+    first = sample(predict, objective, sampler, noise[:, :1], draws, steps=range(late))
+    frames = noise.shape[1]
+    moved = warp(
+        repeat(first, "b 1 c h w -> b f c h w", f=frames), motion_field(range(frames), config.motion)
+    )
+    t0, t1 = (
+        repeat(time_before(objective, sampler, step), "-> b", b=len(noise)).to(noise.device)
+        for step in (late, early)
+    )
+    eps = randn(noise.shape, draws, noise.device, noise.dtype)
+    return renoise(objective, moved, t0, t1, eps), early
