@@ -12,11 +12,18 @@ import torch
 from dit_booth.comparison.budget import Budget, flops_text, keep, parse_budget, resolve
 from dit_booth.comparison.plan import Plan, make_plan, shared_config
 from dit_booth.comparison.subjects import read_subjects
-from dit_booth.comparison.systems import System, SystemCost, find_systems
+from dit_booth.comparison.systems import System, SystemCost, find_systems, sample_once, sampling_flops
 from dit_booth.config import DataConfig, RunConfig, SubjectConfig
+from dit_booth.cost.flops import Flops
 from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.data.toyworld import Toyworld, ToyworldConfig, another_scene, render_video
 from dit_booth.data.video import read_video
+from dit_booth.diffusion.guidance import GuidanceConfig
+from dit_booth.diffusion.objective_config import ObjectiveConfig
+from dit_booth.diffusion.samplers import SamplerConfig
+from dit_booth.diffusion.start import StartConfig
+from dit_booth.sampling.prompts import Request
+from dit_booth.testing.tiny import trial
 
 # ---- budget ------------------------------------------------------------------------------------------------
 
@@ -181,3 +188,23 @@ def test_data_without_another_scene_refuse_systems_that_tune_on_videos(tmp_path:
         subjects[0].settings(SubjectConfig(tune_on="video"))
     with pytest.raises(ValueError, match=r"--subjects is 3, and the test split has 2"):
         read_subjects(data, 3, tmp_path / "subjects")
+
+
+# ---- costs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["noise", "warp"])
+@pytest.mark.parametrize("kind", ["ddim", "heun"])
+def test_the_cost_of_a_video_is_that_of_sampling_it(start: str, kind: str):
+    """Two strategies' passes, guidance, and all steps: the count is exact, not an estimate."""
+    components = trial(
+        "token_replacement+kv_concat",
+        objective=ObjectiveConfig(kind="eps" if kind == "ddim" else "flow"),
+        sampler=SamplerConfig(kind=kind, steps=9),  # type: ignore[arg-type]
+        guidance=GuidanceConfig(scale=2.0),
+        start=StartConfig(kind=start, denoised=0.4, renoised=0.2),  # type: ignore[arg-type]
+    ).components
+    request = Request(prompt="p", caption="a dog runs", subject="dog", image=torch.zeros(3, 12, 12))
+    with Flops() as counter:
+        sample_once(components, request, 9)
+    assert sampling_flops(components, request) == pytest.approx(counter.total, rel=1e-9)
