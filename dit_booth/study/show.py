@@ -9,7 +9,7 @@ from dit_booth.study.plan import StageRef, SweepPlan
 from dit_booth.study.processes import exit_text
 from dit_booth.study.rows import FAILED, SweepRow, in_use, read_json, stage_finished, status_of, steps_done
 
-SCORES = ("appearance", "right_shape", "palette", "judge_i", "own_t", "speed")
+SCORES = ("appearance", "right_shape", "palette", "judge_i", "psnr", "speed")
 """Scores shown on the terminal; the report has all."""
 
 
