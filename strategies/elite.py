@@ -107,11 +107,8 @@ class LocalAttention(nn.Module):
         return qkv.adding(read * self.subject_map(qkv, qkv.subject))
 
     def subject_map(self, qkv: QKV, subject: Tensor) -> Tensor:
-        """Return each query's attention to the subject's tokens (b m, boolean), at most 1: b f n k 1.
-
-        It is the attention's result for values of 1 at those tokens and 0 elsewhere.
-        """
-        text = qkv.segments[0]
+        """Return each query's attention to the subject's tokens (b m, boolean), at most 1: b f n k 1."""
+        text = qkv.segments[0]  # read with values of 1 at those tokens, 0 elsewhere
         named = rearrange(subject.to(text.k.dtype), "b m -> b 1 m 1 1").expand_as(text.k)
         attention = attend(qkv.q, (replace(text, v=named),), qkv.layer.kernel)[..., :1]
         top = attention.amax() if self.whole_batch else attention.amax(dim=(1, 2, 3, 4), keepdim=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
-from torch import nn
+from torch import Tensor, nn
 
 from dit_booth.errors import check_ranges
 from dit_booth.inject import PromptTokens, Sites
@@ -42,17 +42,28 @@ class TextualInversion(Strategy):
 
 
 class LearnedWord(nn.Module):
+    """Puts the learned embeddings wherever a prompt names the subject; it needs no image."""
+
+    def __init__(self, dim: int, tokens: int) -> None:
+        super().__init__()
+        self.word = Offset(dim, tokens)
+
+    def forward(self, prompt: PromptTokens, image: object) -> PromptTokens:
+        inside = rearrange(prompt.spans == 1, "b l -> b l 1").to(prompt.embeddings.dtype)
+        count = reduce(inside, "b l 1 -> b 1", "sum").clamp(min=1)
+        word = reduce(prompt.embeddings * inside, "b l d -> b d", "sum") / count
+        return replace_subject(prompt, self.word(word), sources)
+
+
+class Offset(nn.Module):
     """An offset to the word's embedding: trained from zero, it starts as the class word and decays towards it.
 
-    It needs no image: it stands wherever a prompt names the subject.
+    A module of its own, whose result is a tensor: ZeRO-3 gathers a parameter where it finds its module's result.
     """
 
     def __init__(self, dim: int, tokens: int) -> None:
         super().__init__()
         self.offset = nn.Parameter(torch.zeros(tokens, dim))
 
-    def forward(self, prompt: PromptTokens, image: object) -> PromptTokens:
-        inside = rearrange(prompt.spans == 1, "b l -> b l 1").to(prompt.embeddings.dtype)
-        count = reduce(inside, "b l 1 -> b 1", "sum").clamp(min=1)
-        word = reduce(prompt.embeddings * inside, "b l d -> b d", "sum") / count
-        return replace_subject(prompt, rearrange(word, "b d -> b 1 d") + self.offset, sources)
+    def forward(self, word: Tensor) -> Tensor:
+        return rearrange(word, "b d -> b 1 d") + self.offset
