@@ -5,11 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+class HasShape(Protocol):
+    """A tensor, as far as its shape matters."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
 
 SEED = "[0, 9223372036854775807]"
 """Range of a seed: what fits into the 63 bits that every random generator takes."""
@@ -20,6 +28,30 @@ def suggest(name: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:6]
     return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def list_mismatches(
+    own: Mapping[str, HasShape], given: Mapping[str, HasShape], required: Iterable[str], most: int
+) -> str:
+    """List weights that are missing, unexpected or of another shape than a network's; empty if none is.
+
+    own: the network's. given: a file's. required: names that the file must have. most: names of each kind to list.
+    """
+    shapes = [
+        f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[name].shape)} here"
+        for name, tensor in given.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    kinds = {
+        "missing": [name for name in required if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": shapes,
+    }
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
+        for kind, names in kinds.items()
+        if names
+    )
 
 
 def check_ranges(config: DataclassInstance, section: str, **ranges: str) -> None:

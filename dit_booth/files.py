@@ -5,13 +5,14 @@ Standard library only, so that a sweep without work starts quickly.
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,26 @@ def within(field: str, root: Path, path: Path) -> Path:
             "move the file into the root (a link must point inside), or correct the CSV file"
         )
     return root / path
+
+
+def read_table(file: Path, needed: Collection[str], header: str) -> list[tuple[int, dict[str, str | None]]]:
+    """Read a CSV file in UTF-8 whose first line names its columns: (line number, values by column).
+
+    Values beyond the columns stand under the key None. header: what the first line must be, for the message.
+
+    Raises:
+        ValueError: the file cannot be read as such, or has not all `needed` columns.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            if missing := [name for name in needed if name not in (reader.fieldnames or ())]:
+                raise ValueError(f"{file}: has no column {', '.join(missing)}; the first line {header}")
+            return [(reader.line_num, line) for line in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: not a CSV file in UTF-8 ({error}); save it as one") from error
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from dit_booth.commands.program import RESUMES, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +45,16 @@ class CompareArguments:
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: finished; 1: an error, said in one line; 130: interrupted, resumable."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log = logging.getLogger("dit_booth")
-    log.setLevel(logging.INFO)
-    arguments = tyro.cli(
+    command = shlex.join(["dit-booth", "compare", *argv])
+    return run_program(
         CompareArguments,
-        args=list(argv),
+        lambda arguments: compare(arguments, command),
+        argv,
         prog=prog,
         description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        level=logging.INFO,
+        stopped=RESUMES,
     )
-    try:
-        for line in compare(arguments, shlex.join(["dit-booth", "compare", *argv])):
-            print(line)
-    except KeyboardInterrupt as stopped:
-        log.info("\n%s", str(stopped) or "stopped; the same command resumes")
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def compare(arguments: CompareArguments, command: str) -> list[str]:

@@ -11,9 +11,7 @@ Scores go into scores.jsonl beside it; without --metrics, those that it has alre
 from __future__ import annotations
 
 import json
-import logging
 import math
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from dit_booth.commands.program import run_program
 from dit_booth.commands.report import ReportArguments, write_report
 from dit_booth.errors import suggest
 from dit_booth.evaluation import learned, score, summary
@@ -71,21 +70,7 @@ class EvaluateArguments:
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: scored; 1: an error, said in one line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    arguments = tyro.cli(
-        EvaluateArguments,
-        args=list(argv),
-        prog=prog,
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    try:
-        for line in evaluate(arguments):
-            print(line)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(EvaluateArguments, evaluate, argv, prog=prog, description=__doc__)
 
 
 def evaluate(arguments: EvaluateArguments) -> Iterator[str]:

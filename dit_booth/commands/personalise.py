@@ -11,7 +11,6 @@ The result is a run's folder, which `dit_booth.load` takes, as it takes the adap
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +18,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dit_booth.commands.program import RESUMES, run_program
 from dit_booth.config import RunConfig
 from dit_booth.config.parse import merge
 from dit_booth.errors import check_number, suggest
 from dit_booth.files import CONFIGS, locate, packaged
 from dit_booth.training.stage import schedule_of
-
-log = logging.getLogger("dit_booth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +54,16 @@ class PersonaliseArguments:
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
-    """0: finished; 1: an error, said in one line; 130: interrupted, resumable."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    arguments = tyro.cli(PersonaliseArguments, args=list(argv), description=__doc__, prog=prog)
-    try:
-        for line in personalise(arguments):
-            print(line)
-    except KeyboardInterrupt as stopped:
-        log.info("\n%s", str(stopped) or "stopped; the same command resumes")
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """0: learned and sampled; 1: an error, said in one line; 130: interrupted, resumable."""
+    return run_program(
+        PersonaliseArguments,
+        personalise,
+        argv,
+        prog=prog,
+        description=__doc__,
+        level=logging.INFO,
+        stopped=RESUMES,
+    )
 
 
 def personalise(arguments: PersonaliseArguments) -> list[str]:

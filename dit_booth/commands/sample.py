@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from dit_booth.commands.program import run_program
 from dit_booth.config import SampleReference
 from dit_booth.config.parse import merge
 from dit_booth.pipeline import Pipeline
@@ -57,27 +56,24 @@ class SampleArguments:
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: sampled; 1: an error, said in one line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        sample(tyro.cli(SampleArguments, args=argv, description=__doc__, prog=prog))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(SampleArguments, sample, argv, prog=prog, description=__doc__)
 
 
-def sample(arguments: SampleArguments) -> None:
-    """Sample the prompts, or an image of the user's own. ValueError: no run, or --image has no caption of it."""
+def sample(arguments: SampleArguments) -> Iterator[str]:
+    """Sample the prompts, or an image of the user's own; iterate over lines that tell where the videos are.
+
+    ValueError: no such run, or --image has no caption with its subject.
+    """
     if (arguments.caption or arguments.subject or arguments.mask) and not arguments.image:
         raise ValueError("--image is missing; --caption, --subject and --mask are for an image of your own")
     pipeline = Pipeline.load(arguments.run, settings=nested(arguments.set))
     if arguments.image:
         for seed in arguments.seeds:
-            print(sample_image(pipeline, arguments, seed))
+            yield str(sample_image(pipeline, arguments, seed))
         return
     ranks = start()
     try:
-        print(json.dumps(sample_set(pipeline, arguments, ranks)))
+        yield json.dumps(sample_set(pipeline, arguments, ranks))
     finally:
         stop()
 

@@ -15,7 +15,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_args
 
@@ -28,7 +28,7 @@ from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.data.toyworld import Identity
 from dit_booth.data.video import read_video, write_video
 from dit_booth.evaluation.case import Case, Control
-from dit_booth.files import replacing, within, write_text
+from dit_booth.files import read_table, replacing, within, write_text
 
 VIDEOS = "videos.csv"
 LEFT_OUT = "left_out.json"
@@ -38,14 +38,14 @@ NEEDED = ("video", "image", "caption", "subject")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRow:
-    """A line of ``videos.csv``, as text."""
+    """A line of ``videos.csv``; files are relative to its folder, and `identity` is JSON."""
 
     video: str
     image: str
     caption: str
     subject: str
     prompt: str = ""
-    noise_seed: str = "0"
+    noise_seed: int = 0
     control: str = ""
     truth: str = ""
     identity: str = ""
@@ -58,10 +58,7 @@ class VideoFolder(Sequence[Case]):
     """
 
     def __init__(self, file: Path) -> None:
-        self.folder = file.parent
-        self.rows = [
-            replace(row, prompt=row.prompt or f"{row.image}: {row.caption}") for row in read_rows(file)
-        ]
+        self.folder, self.rows = file.parent, read_rows(file)
 
     def only(self, indices: Sequence[int]) -> VideoFolder:
         """Return a folder of some of the videos."""
@@ -83,17 +80,8 @@ class VideoFolder(Sequence[Case]):
 def read_rows(file: Path) -> list[VideoRow]:
     """Read ``videos.csv``. ValueError: a column or value is missing, or a path leaves the folder."""
     names = [field.name for field in fields(VideoRow)]
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            if missing := [name for name in NEEDED if name not in (reader.fieldnames or ())]:
-                raise ValueError(
-                    f"{file}: has no column {', '.join(missing)}; the first line names the columns"
-                    f" {','.join(NEEDED)}, and may name {','.join(names[len(NEEDED) :])}"
-                )
-            lines = [(reader.line_num, line) for line in reader]
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise ValueError(f"{file}: cannot be read as CSV in UTF-8 ({error})") from error
+    needed, more = ",".join(NEEDED), ",".join(names[len(NEEDED) :])
+    lines = read_table(file, NEEDED, f"names the columns {needed}, and may name {more}")
     if not lines:
         raise ValueError(f"{file}: lists no videos; write a line for each")
     return [_row(file, number, line, names) for number, line in lines]
@@ -104,11 +92,13 @@ def _row(file: Path, number: int, line: Mapping[str, str | None], names: Sequenc
     where = f"{file}, line {number}"
     if empty := [name for name in NEEDED if name != "subject" and not values.get(name)]:
         raise ValueError(f"{where}: {', '.join(empty)} is empty; fill it in, and quote a caption with commas")
-    row = VideoRow(**{"subject": "", **values})
-    if row.control not in get_args(Control):
-        raise ValueError(f"{where}: control is {row.control!r}; use truth, shuffled, none, or nothing")
-    if not row.noise_seed.isdigit():
-        raise ValueError(f"{where}: noise_seed is {row.noise_seed!r}; use a whole number")
+    seed, control = values.get("noise_seed", "0"), values.get("control", "")
+    if control not in get_args(Control):
+        raise ValueError(f"{where}: control is {control!r}; use truth, shuffled, none, or nothing")
+    if not seed.isdigit():
+        raise ValueError(f"{where}: noise_seed is {seed!r}; use a whole number")
+    named = {"subject": "", "prompt": f"{values['image']}: {values['caption']}", **values}
+    row = VideoRow(**{**named, "noise_seed": int(seed)})  # type: ignore[arg-type]  # the others are text
     for path in (row.video, row.image, row.truth):
         if path:
             within(f"{where}, folder", file.parent, Path(path))
@@ -132,7 +122,7 @@ def _case(folder: Path, row: VideoRow) -> Case:
         prompt=row.prompt,
         truth=_read(folder / row.truth) if row.truth else None,
         identity=identity,
-        noise_seed=int(row.noise_seed),
+        noise_seed=row.noise_seed,
         control=control,
     )
 
@@ -163,7 +153,7 @@ def write_prompts(folder: Path, cases: Mapping[str, Case], fps: int, first: int 
             caption=case.caption,
             subject=case.subject,
             prompt=case.prompt,
-            noise_seed=str(case.noise_seed),
+            noise_seed=case.noise_seed,
             control=case.control,
             truth=f"truth/{number}.mp4" if case.truth is not None else "",
             identity=json.dumps(case.identity) if case.identity else "",

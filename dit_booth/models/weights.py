@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dit_booth.errors import list_mismatches
 from dit_booth.files import PACKAGE, replacing
 
 JsonObject = Mapping[str, Any]
@@ -154,19 +155,8 @@ def load_strictly(
     `names` are required (default: all names of the module; with `partial`: none).
     """
     own = module.state_dict()
-    missing = [] if partial else [k for k in (own if names is None else names) if k not in state]
-    unexpected = [k for k in state if k not in own]
-    shapes = [
-        f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here"
-        for k, v in state.items()
-        if k in own and v.shape != own[k].shape
-    ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    found = "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''})"
-        for kind, names in problems
-        if names
-    )
+    required = () if partial else own if names is None else names
+    found = list_mismatches(own, state, required, LISTED)
     if found:
         raise ValueError(f"{source}: the weights are of another architecture: {found}; {fix}")
     module.load_state_dict(dict(state), strict=False)  # checked above

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from dit_booth.evaluation.folder import VideoRow
 from dit_booth.report.measures import Measure
 from dit_booth.report.samples import Cell, video_cell
-from dit_booth.report.study import Group, PointResult, SampledVideo
+from dit_booth.report.study import Group, PointResult
 from dit_booth.report.table import Table
 
 COUNT = 5
@@ -81,10 +82,10 @@ def _row(group: Group, point: PointResult, metric: Measure, style: int) -> Extre
     if not count:
         return None
 
-    def show(pairs: Sequence[tuple[SampledVideo, float]]) -> tuple[RankedVideo, ...]:
+    def show(pairs: Sequence[tuple[VideoRow, float]]) -> tuple[RankedVideo, ...]:
         return tuple(
             RankedVideo(
-                cell=video_cell([point.samples.folder / video.file], style),
+                cell=video_cell([point.samples.folder / video.video], style),
                 value=metric.text(value),
                 caption=video.caption or video.prompt,
             )
@@ -94,7 +95,7 @@ def _row(group: Group, point: PointResult, metric: Measure, style: int) -> Extre
     return ExtremeRow(group=group, seed=point.seed, worst=show(ranked[:count]), best=show(ranked[-count:]))
 
 
-def _values(point: PointResult, metric: str) -> Iterator[tuple[SampledVideo, float]]:
+def _values(point: PointResult, metric: str) -> Iterator[tuple[VideoRow, float]]:
     """Iterate over the point's videos that have a value."""
     scores = point.samples.measured.get(("", metric), {})
     for video in point.samples.own_videos:

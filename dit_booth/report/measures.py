@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from dit_booth.evaluation.catalogue import CATALOGUE, describe
+from dit_booth.evaluation.catalogue import CATALOGUE, Metric, describe
 from dit_booth.report.svg import DASH, MINUS, si_prefix, with_prefix
 
 MOTION = "speed"
@@ -28,20 +28,14 @@ COST_LABELS = {  # wall time is in the CSV only: a stage that points share is in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure:
-    """A column: name, unit, better direction (+1, -1, 0: neither) and number format."""
+class Measure(Metric):
+    """A column: a metric or a cost, and how its values are written."""
 
-    name: str
-    label: str
-    unit: str = ""
-    better: int = 0
-    digits: int = 3
     scale: float = 1.0
     """The unit in the column's raw values: 1e6 where they are counts and the column shows millions.
 
     0: each value with its own SI prefix, where no common one suits them.
     """
-    about: str = ""
 
     def text(self, value: float) -> str:
         """Format a value, as in the page and the LaTeX file."""
@@ -72,14 +66,7 @@ class Measure:
 def metric_column(name: str) -> Measure:
     """Return the column of a metric, as the catalogue describes it."""
     metric = describe(name)
-    return Measure(
-        name=name,
-        label=metric.label[:1].upper() + metric.label[1:],
-        unit=metric.unit,
-        better=metric.better,
-        digits=metric.digits,
-        about=metric.about,
-    )
+    return Measure(**{**asdict(metric), "label": metric.label[:1].upper() + metric.label[1:]})
 
 
 def metric_columns(names: Collection[str], primary: str = "") -> tuple[Measure, ...]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from dit_booth.evaluation.folder import LEFT_OUT, VIDEOS, read_rows
 from dit_booth.evaluation.scores import SCORES, Score, read_scores
-from dit_booth.report.study import Measured, SampledVideo, SampleFolder
+from dit_booth.report.study import Measured, SampleFolder
 
 
 def read_sample_folder(folder: Path) -> SampleFolder:
     """Read what there is. ValueError: a file is malformed; the message names it and the line."""
+    videos = folder / VIDEOS
     return SampleFolder(
         folder=folder,
         measured=_measured(folder / SCORES),
-        videos=tuple(_videos(folder / VIDEOS)),
+        videos=tuple(read_rows(videos)) if videos.is_file() else (),
         left_out=_left_out(folder / LEFT_OUT),
     )
 
@@ -28,20 +28,6 @@ def _measured(file: Path) -> Measured:
     for score in read_scores(file):
         found.setdefault((score.control, score.metric), {}).setdefault(score.prompt, []).append(score)
     return {key: {p: tuple(same) for p, same in prompts.items()} for key, prompts in found.items()}
-
-
-def _videos(file: Path) -> Iterator[SampledVideo]:
-    """Iterate over the list of videos, whose paths stay in the folder: a page has copies of the files."""
-    for row in read_rows(file) if file.is_file() else ():
-        yield SampledVideo(
-            file=row.video,
-            prompt=row.prompt or f"{row.image}: {row.caption}",  # as the evaluation names it
-            caption=row.caption,
-            image=row.image,
-            truth=row.truth,
-            noise_seed=int(row.noise_seed),
-            control=row.control,
-        )
 
 
 def _left_out(file: Path) -> dict[str, str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from dit_booth.data.video import probe
-from dit_booth.report.study import Group, PointResult, SampledVideo
+from dit_booth.evaluation.folder import VideoRow
+from dit_booth.report.study import Group, PointResult
 
 PROMPTS = 8
 _PICTURE = 512  # largest side of an image prompt; larger ones are scaled down
@@ -95,12 +96,12 @@ def _point(group: Group, seed: int | None) -> PointResult:
 
 
 def _row(
-    videos: Sequence[SampledVideo | None], points: Sequence[PointResult], styles: Sequence[int]
+    videos: Sequence[VideoRow | None], points: Sequence[PointResult], styles: Sequence[int]
 ) -> SampleRow:
     """Return a prompt's row; image prompt and ground truth are the same in all points, so any point's are taken."""
     found = [(p.samples.folder, v) for p, v in zip(points, videos, strict=True) if v is not None]
     cells = [
-        video_cell([point.samples.folder / video.file] if video else [], style)
+        video_cell([point.samples.folder / video.video] if video else [], style)
         for point, video, style in zip(points, videos, styles, strict=True)
     ]
     image = _picture([folder / video.image for folder, video in found if video.image])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dit_booth.evaluation.folder import VideoRow
 from dit_booth.evaluation.scores import Score
 from dit_booth.study.description import REFERENCES
 from dit_booth.study.primary import Primary
@@ -25,25 +26,12 @@ Measured = Mapping[tuple[str, str], Mapping[str, tuple[Score, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledVideo:
-    """A line of ``samples/videos.csv``; files are relative to the samples' folder."""
-
-    file: str
-    prompt: str
-    caption: str = ""
-    image: str = ""
-    truth: str = ""
-    noise_seed: int = 0
-    control: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class SampleFolder:
     """The scores and videos of a run's folder ``samples``, or of any folder that ``dit-booth evaluate`` has scored."""
 
     folder: Path = Path()
     measured: Measured = field(default_factory=dict)
-    videos: tuple[SampledVideo, ...] = ()
+    videos: tuple[VideoRow, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Videos that could not be scored, with the reason."""
 
@@ -54,7 +42,7 @@ class SampleFolder:
         return tuple(dict.fromkeys(prompt for prompts in own for prompt in prompts if prompt))
 
     @property
-    def own_videos(self) -> tuple[SampledVideo, ...]:
+    def own_videos(self) -> tuple[VideoRow, ...]:
         """Return the method's own videos of one noise seed, the first: one for each prompt."""
         own = [video for video in self.videos if not video.control]
         return tuple(video for video in own if video.noise_seed == own[0].noise_seed)

@@ -10,7 +10,6 @@ agree.
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from dit_booth.data.example import Example
 from dit_booth.data.image_files import Mask, MaskEntry, read_entries, read_mask
 from dit_booth.data.image_prompt import Augment, pixel_box, prepare
 from dit_booth.data.video import check_length, probe, read_video
-from dit_booth.files import within
+from dit_booth.files import read_table, within
 
 logger = logging.getLogger(__name__)
 
@@ -274,31 +273,16 @@ def read_rows(file: Path, *, root: Path) -> list[TripletRow]:
         ValueError: a column or a value is missing, the file is not UTF-8 text, or a path leaves `root`.
     """
     rows: list[TripletRow] = []
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-                raise ValueError(
-                    f"{file}: has no column {', '.join(missing)}; the first line must be {','.join(COLUMNS)}"
-                )
-            for line in reader:
-                videoid, page_dir, name = (line[column] for column in COLUMNS)
-                if not videoid or page_dir is None or not name or None in line:
-                    raise ValueError(
-                        f"{file}, line {reader.line_num}: must have the values {', '.join(COLUMNS)}; "
-                        "fill them in, and quote a caption that has commas"
-                    )
-                video = within(ROOT, root, Path("videos", page_dir, f"{videoid}.mp4"))
-                rows.append(
-                    TripletRow(
-                        key=videoid,
-                        caption=name,
-                        video=video,
-                        masks=within(ROOT, root, Path("masks", videoid)),
-                    )
-                )
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file}: not a CSV file in UTF-8 ({error}); save it as one") from error
+    for number, line in read_table(file, COLUMNS, f"must be {','.join(COLUMNS)}"):
+        videoid, page_dir, name = (line[column] for column in COLUMNS)
+        if not videoid or page_dir is None or not name or None in line:
+            raise ValueError(
+                f"{file}, line {number}: must have the values {', '.join(COLUMNS)}; "
+                "fill them in, and quote a caption that has commas"
+            )
+        video = within(ROOT, root, Path("videos", page_dir, f"{videoid}.mp4"))
+        masks = within(ROOT, root, Path("masks", videoid))
+        rows.append(TripletRow(key=videoid, caption=name, video=video, masks=masks))
     return rows
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dit_booth.errors import list_mismatches
+
 HUB = "hf-hub:"
 """Prefix of a model on the Hugging Face hub, as in timm: ``hf-hub:timm/vit_small_patch16_224.dino``."""
 _LISTED = 3
@@ -143,20 +145,7 @@ def read_torchscript(file: Path) -> torch.jit.ScriptModule:
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict in place. ValueError: names or shapes differ; the first few are listed."""
     own = module.state_dict()
-    problems = {
-        "missing": [k for k in own if k not in state],
-        "unexpected": [k for k in state if k not in own],
-        "of another shape": [
-            f"{k}: {tuple(v.shape)} for {tuple(own[k].shape)}"
-            for k, v in state.items()
-            if k in own and v.shape != own[k].shape
-        ],
-    }
-    found = "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''})"
-        for kind, names in problems.items()
-        if names
-    )
+    found = list_mismatches(own, state, own, _LISTED)
     if found:
         raise ValueError(f"{source} holds the weights of another network: {found}; give the file of this one")
     module.load_state_dict(dict(state))
