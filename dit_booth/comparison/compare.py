@@ -73,7 +73,7 @@ def _compare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) ->
     folder, base = comparison.folder, RunConfig.create("none", **comparison.settings)
     files = folder / "subjects" / digest(asdict(base.data), 8)  # of one size and number of frames
     subjects = read_subjects(base.data, comparison.subjects, files)
-    budget = resolve(comparison.budget, folder, lambda: base_throughput(base, subjects[0].request, ranks))
+    budget = resolve(comparison.budget, folder, lambda: base_throughput(base, ranks))
     costs = [_cost(system, subjects[0], folder, ranks) for system in systems]
     plans = [
         make_plan(

@@ -20,7 +20,7 @@ from torch import nn
 from dit_booth.components import Components
 from dit_booth.config import PlainDict, RunConfig, StageConfig
 from dit_booth.cost.flops import Flops
-from dit_booth.data.example import VideoDataset, collate
+from dit_booth.data.example import Batch, VideoDataset, collate
 from dit_booth.files import read_lines, write_text
 from dit_booth.training.address import Stage
 from dit_booth.training.distributed import Ranks
@@ -85,13 +85,18 @@ def count_flops(
     They are counted on a copy, which gets the gradients.
     """
     probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
-    batch = collate([dataset[0]]).to(device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.model.active))
-        with Flops() as counter:
-            prediction = probe.model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
-            (inputs.loss(probe.objective, prediction) + prediction.aux_loss).backward()
+    with Flops() as counter:
+        forward_backward(probe, stage, collate([dataset[0]]).to(device), dtype)
     return float(counter.total)
+
+
+def forward_backward(components: Components, stage: StageConfig, batch: Batch, dtype: torch.dtype) -> None:
+    """Add a batch's gradients to the parameters that are trainable now, as a step of the stage does."""
+    model, device = components.model, components.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        inputs = make_inputs(components, batch, stage, generator_of(0), dtype, with_image=bool(model.active))
+        prediction = model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
+        (inputs.loss(components.objective, prediction) + prediction.aux_loss).backward()
 
 
 def dtype_of(settings: PlainDict) -> torch.dtype:
