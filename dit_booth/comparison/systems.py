@@ -137,7 +137,7 @@ def base_throughput(config: RunConfig, ranks: Ranks) -> float:
     flops = count_flops(components, stage, dataset, dtype, ranks.device) * config.train.batch_size
     batch = collate([dataset[index] for index in range(config.train.batch_size)]).to(ranks.device)
     components.model.to(dtype)
-    return throughput(lambda: forward_backward(components, stage, batch, dtype), flops)
+    return throughput(forward_backward(components, stage, batch, dtype), flops)
 
 
 def sample_once(

@@ -9,7 +9,7 @@ import math
 import re
 import resource
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,18 +85,25 @@ def count_flops(
     They are counted on a copy, which gets the gradients.
     """
     probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
+    step = forward_backward(probe, stage, collate([dataset[0]]).to(device), dtype)
     with Flops() as counter:
-        forward_backward(probe, stage, collate([dataset[0]]).to(device), dtype)
+        step()
     return float(counter.total)
 
 
-def forward_backward(components: Components, stage: StageConfig, batch: Batch, dtype: torch.dtype) -> None:
-    """Add a batch's gradients to the parameters that are trainable now, as a step of the stage does."""
+def forward_backward(
+    components: Components, stage: StageConfig, batch: Batch, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Return a call that adds a batch's gradients to the trainable parameters; its inputs are encoded already."""
     model, device = components.model, components.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         inputs = make_inputs(components, batch, stage, generator_of(0), dtype, with_image=bool(model.active))
+
+    def step() -> None:
         prediction = model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
         (inputs.loss(components.objective, prediction) + prediction.aux_loss).backward()
+
+    return step
 
 
 def dtype_of(settings: PlainDict) -> torch.dtype:
