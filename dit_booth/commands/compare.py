@@ -4,7 +4,8 @@
     dit-booth compare --budget 2PFLOP --subjects 8 --methods videobooth dreambooth --seeds 0 1 --out runs/two
 
 The budget pays for class images, training and sampling, in counted FLOPs; seconds are converted once, at a throughput
-that is measured here. Ends in a page (dit-booth report). The same command resumes an interrupted comparison.
+that is measured here. Ends in a page (dit-booth report). The same command resumes an interrupted
+comparison; started twice, both processes share the work.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class CompareArguments:
     budget: str = "60s"
     """For one subject: FLOPs such as 2PFLOP, or seconds such as 60s."""
     subjects: int = 12
-    """Subjects: the first prompts of the test split, each with its own subject."""
+    """Subjects: the first prompts of the split, each with its own subject."""
+    split: Literal["dev", "test"] = "test"
+    """Prompts to compare on: dev while settings are chosen, test for what is published."""
     methods: tuple[str, ...] = ()
     """Systems by the names of their configurations, such as videobooth dreambooth; empty: all packaged ones."""
     seeds: tuple[int, ...] = (0,)
@@ -69,6 +72,7 @@ def compare(arguments: CompareArguments, command: str) -> list[str]:
     run(
         Comparison(
             budget=arguments.budget,
+            split=arguments.split,
             subjects=arguments.subjects,
             methods=arguments.methods,
             seeds=arguments.seeds,

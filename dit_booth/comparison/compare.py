@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from dit_booth.comparison.budget import Budget, flops_text, keep, parse_budget, resolve
 from dit_booth.comparison.plan import Plan, make_plan
@@ -28,6 +29,7 @@ class Comparison:
     """What to compare: the budget (`parse_budget`), the systems by name (none: all), and on how many subjects."""
 
     budget: str
+    split: Literal["dev", "test"]
     subjects: int
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -52,7 +54,9 @@ class Comparison:
 
 
 def compare(comparison: Comparison) -> list[Point]:
-    """Do what is left of a comparison; return its points. The same call resumes it.
+    """Do what is left of a comparison; return its points. The same call resumes it, or shares its work.
+
+    Several processes may run at once: each takes the subjects that no other has.
 
     ValueError: settings that cannot work, before anything is trained. KeyboardInterrupt: stopped, resumable.
     """
@@ -64,15 +68,21 @@ def compare(comparison: Comparison) -> list[Point]:
                 f"a comparison runs in one process, and there are {ranks.world} ranks; start one"
             )
         with owning(comparison.folder, ranks):
-            return _compare(comparison, systems, ranks)
+            points, about = _prepare(comparison, systems, ranks)
+        for point in points:
+            work(point, ranks)
+            with owning(comparison.folder, ranks):
+                write_results(comparison.folder, points, comparison.amortise, about, comparison.command)
+        return points
     finally:
         stop()
 
 
-def _compare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) -> list[Point]:
+def _prepare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) -> tuple[list[Point], str]:
+    """Return the points, and the text about them; the folder gets the subjects' files, the budget, and all costs."""
     folder, base = comparison.folder, RunConfig.create("none", **comparison.settings)
-    files = folder / "subjects" / digest(asdict(base.data), 8)  # of one size and number of frames
-    subjects = read_subjects(base.data, comparison.subjects, files)
+    files = folder / "subjects" / digest([asdict(base.data), comparison.split], 8)
+    subjects = read_subjects(base.data, comparison.split, comparison.subjects, files)
     budget = resolve(comparison.budget, folder, lambda: base_throughput(base, ranks))
     costs = [_cost(system, subjects[0], folder, ranks) for system in systems]
     plans = [
@@ -89,7 +99,7 @@ def _compare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) ->
     for plan in plans:
         steps = ", ".join(f"{name} {count} steps" for name, count in plan.steps.items()) or "no training"
         log.info("%-22s%s, %s per subject", plan.system.name, steps, flops_text(plan.subject_flops))
-    sample = replace(base.sample, split="test", seeds=comparison.noise_seeds, references=("own",))
+    sample = replace(base.sample, split=comparison.split, seeds=comparison.noise_seeds, references=("own",))
     points = [
         Point(
             plan=plan,
@@ -102,11 +112,7 @@ def _compare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) ->
         for plan in plans
         for seed in comparison.seeds
     ]
-    about = _about(comparison, budget)
-    for point in points:
-        work(point, ranks)
-        write_results(folder, points, comparison.amortise, about, comparison.command)
-    return points
+    return points, _about(comparison, budget)
 
 
 def _cost(system: System, subject: Subject, folder: Path, ranks: Ranks) -> SystemCost:

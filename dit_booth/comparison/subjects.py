@@ -1,9 +1,10 @@
-"""Subjects to compare on: the first prompts of the test split, with the files that per-subject systems are tuned on."""
+"""Subjects to compare on: the first prompts of a split, with the files that per-subject systems are tuned on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -44,14 +45,14 @@ class Subject:
         return replace(own, video=self.video, captions=(self.scene,))
 
 
-def read_subjects(data: DataConfig, count: int, folder: Path) -> list[Subject]:
-    """Return the first `count` subjects of the test split; their files lie in `folder`, written if they are missing.
+def read_subjects(data: DataConfig, name: Literal["dev", "test"], count: int, folder: Path) -> list[Subject]:
+    """Return the first `count` subjects of a split; their files lie in `folder`, written if they are missing.
 
     ValueError: the split has fewer.
     """
-    split = data.build("test")
+    split = data.build(name)
     if count > len(split):
-        raise ValueError(f"--subjects is {count}, and the test split has {len(split)}; lower it")
+        raise ValueError(f"--subjects is {count}, and the {name} split has {len(split)}; lower it")
     return [_subject(split[index], index, data, folder / f"{index:03d}") for index in range(count)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dit_booth.components import Components, build
 from dit_booth.config import RunConfig, SampleConfig, SampleReference, SubjectConfig
 from dit_booth.evaluation.folder import write_prompts
 from dit_booth.evaluation.scores import write_scores
-from dit_booth.files import write_text
+from dit_booth.files import Lock, write_text
 from dit_booth.run import train_stages
 from dit_booth.sampling.measure import score_cases
 from dit_booth.sampling.prior import prior_seconds
@@ -93,16 +94,28 @@ class Point:
 
 
 def work(point: Point, ranks: Ranks) -> None:
-    """Do what is left of a point, one subject after the other; each ends with its marker."""
-    left = [subject for subject in point.subjects if point.record(subject) is None]
-    groups = [[subject] for subject in left] if point.plan.system.kind == "subject" else [left]
-    for group in filter(None, groups):
-        components, seconds = train(point.config_for(group[0]), ranks)
-        for subject in group:
-            sample_subject(point, components, subject, ranks, seconds)
-            log.info("%s: subject %d of %d", point.id, subject.index + 1, len(point.subjects))
-        del components
-        free_memory(ranks)
+    """Do what is left of a point and no other process does, one subject after the other; each ends with its marker."""
+    alone = point.plan.system.kind == "subject"
+    for group in [[subject] for subject in point.subjects] if alone else [point.subjects]:
+        lock = Lock(point.place, f"{group[0].index:03d}.lock")
+        if not lock.take():
+            log.info("%s, subject %d: another process's (%s)", point.id, group[0].index + 1, lock.owner())
+            continue
+        try:
+            _serve(point, [subject for subject in group if point.record(subject) is None], ranks)
+        finally:
+            lock.release()
+
+
+def _serve(point: Point, subjects: Sequence[Subject], ranks: Ranks) -> None:
+    if not subjects:
+        return
+    components, seconds = train(point.config_for(subjects[0]), ranks)
+    for subject in subjects:
+        sample_subject(point, components, subject, ranks, seconds)
+        log.info("%s: subject %d of %d", point.id, subject.index + 1, len(point.subjects))
+    del components
+    free_memory(ranks)
 
 
 def train(config: RunConfig, ranks: Ranks) -> tuple[Components, float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from dit_booth.commands.compare import main
 from dit_booth.comparison import work
 from dit_booth.evaluation.folder import read_rows
 from dit_booth.evaluation.scores import read_scores
+from dit_booth.files import Lock
 
 pytestmark = pytest.mark.slow
 METHODS = ("videobooth", "tune_a_video", "none")
@@ -54,6 +58,12 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_a_page(
     markers, stages = stamps(out, "points/*/subjects/*.json"), stamps(out, "stages/*/weights.safetensors")
     assert len(markers) == 3 and len(stages) == 2 + 2
     again()
+    with held_elsewhere(out / "points" / "tune_a_video-s0", "001.lock"):
+        assert in_process(*command(out), main=main).code == 0
+    added = set(stamps(out, "points/*/subjects/*.json")) - set(markers)
+    assert {Path(file).parts[-3] for file in added} == {"none-s0"}, (
+        "the other process's subject is left to it"
+    )
     ended = in_process(*command(out), main=main)
     assert ended.code == 0, ended.output
     assert stamps(out, "points/*/subjects/*.json").items() >= markers.items()
@@ -66,6 +76,21 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_a_page(
     other = in_process(*command(out), "--budget", "1PFLOP", main=main)
     assert other.code == 1
     assert f"--budget is '1PFLOP', and {out} holds a comparison at '{BUDGET}FLOP'" in other.errors()[0]
+
+
+@contextlib.contextmanager
+def held_elsewhere(folder: Path, name: str) -> Iterator[None]:
+    """Let a process hold a lock: those of this process would not stop it."""
+    pipe, child = os.pipe(), os.fork()
+    if child == 0:
+        os.write(pipe[1], b"1" if Lock(folder, name).take() else b"0")
+        signal.pause()
+    assert os.read(pipe[0], 1) == b"1"
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def check_points(out: Path) -> None:

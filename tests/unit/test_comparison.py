@@ -147,7 +147,7 @@ def test_another_scene_shows_the_same_subject_elsewhere():
 
 
 def test_subjects_are_the_test_prompts_with_files_of_their_own(tmp_path: Path):
-    subjects = read_subjects(DATA, 3, tmp_path)
+    subjects = read_subjects(DATA, "test", 3, tmp_path)
     world = Toyworld(ToyworldConfig(split="test", size=16, frames=3))
     for index, subject in enumerate(subjects):
         example = world[index]
@@ -161,12 +161,12 @@ def test_subjects_are_the_test_prompts_with_files_of_their_own(tmp_path: Path):
         assert subject.scene.startswith("{} is ")
         assert subject.scene.replace("{}", f"a {example.subject}") != example.caption
     times = [subject.image.stat().st_mtime_ns for subject in subjects]
-    again = read_subjects(DATA, 3, tmp_path)
+    again = read_subjects(DATA, "test", 3, tmp_path)
     assert [subject.image.stat().st_mtime_ns for subject in again] == times
 
 
 def test_a_subjects_settings_name_its_files(tmp_path: Path):
-    (subject,) = read_subjects(DATA, 1, tmp_path)
+    (subject,) = read_subjects(DATA, "test", 1, tmp_path)
     image = subject.settings(RunConfig.create("dreambooth").subject)
     assert (image.image, image.video, image.token) == (str(subject.image), "", "sks")
     video = subject.settings(RunConfig.create("tune_a_video").subject)
@@ -182,12 +182,12 @@ def test_data_without_another_scene_refuse_systems_that_tune_on_videos(tmp_path:
         "none",
         data={"kind": "triplets", "size": 16, "frames": 2, "triplets": {"root": str(root), "stride": 1}},
     ).data
-    subjects = read_subjects(data, 2, tmp_path / "subjects")
+    subjects = read_subjects(data, "test", 2, tmp_path / "subjects")
     assert subjects[0].settings(SubjectConfig()).word == "cat"
     with pytest.raises(ValueError, match=r"has no video of another scene"):
         subjects[0].settings(SubjectConfig(tune_on="video"))
     with pytest.raises(ValueError, match=r"--subjects is 3, and the test split has 2"):
-        read_subjects(data, 3, tmp_path / "subjects")
+        read_subjects(data, "test", 3, tmp_path / "subjects")
 
 
 # ---- costs -------------------------------------------------------------------------------------------------
