@@ -44,7 +44,7 @@ def prior_images(components: Components, folder: Path, ranks: Ranks) -> Tensor |
         if not files[number].is_file():
             start = time.perf_counter()
             try:
-                images = _sample(components, chunks[number])
+                images = sample_class_images(components, chunks[number])
                 write(files[number], {"images": images}, {"seconds": str(time.perf_counter() - start)})
             except ValueError as error:  # all ranks must stop, not one alone
                 problems[number] = str(error)
@@ -63,8 +63,11 @@ def prior_seconds(folder: Path) -> float:
     return seconds
 
 
-def _sample(components: Components, numbers: Sequence[int]) -> Tensor:
-    """Sample class images (n 1 3 h w, bytes); each depends on its number alone."""
+def sample_class_images(components: Components, numbers: Sequence[int]) -> Tensor:
+    """Sample images of the class of `subject.word` (n 1 3 h w, bytes); each depends on its number alone.
+
+    ValueError: values that are not finite.
+    """
     config, active = components.config, components.model.active
     captions, size = config.subject.captions, config.data.size
     components.model.active = ()
