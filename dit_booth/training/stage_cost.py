@@ -82,15 +82,19 @@ def count_flops(
 ) -> float:
     """Count FLOPs of forward and backward for one video, with the parameters that are trainable now.
 
-    They are counted on a copy, which gets the gradients.
+    They are counted on a copy if the model has another device or dtype; no gradient is left at its parameters.
     """
-    probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
+    probe = components
+    if any(p.device != device or p.dtype != dtype for p in components.model.parameters()):
+        probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
+    trained = [p for p in probe.model.parameters() if p.requires_grad]
     batch = collate([dataset[0]]).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.model.active))
         with Flops() as counter:
             prediction = probe.model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
-            (inputs.loss(probe.objective, prediction) + prediction.aux_loss).backward()
+            loss = inputs.loss(probe.objective, prediction) + prediction.aux_loss
+            torch.autograd.grad(loss, trained, allow_unused=True)
     return float(counter.total)
 
 

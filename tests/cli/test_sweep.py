@@ -201,7 +201,7 @@ def wait(process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
 
 
 def test_a_point_through_deepspeeds_launcher(tmp_path: Path):
-    file = describe(tmp_path, launcher="deepspeed", ranks=2, grid={}, baseline=None, options={
+    file = describe(tmp_path, launcher="deepspeed", ranks=2, grid={}, baseline=None, controls=[], options={
         "schedule": ["fine"], "stages.fine.steps": 1})  # fmt: skip
     sweep = Sweep(file, tmp_path / "out")
     code, output = sweep.run()
