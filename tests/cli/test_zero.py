@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = "tests/cli/zero_steps.py"
 # What stages 1 and 2 split (gradients and the optimizer's state) is one flat tensor, whatever network it comes from.
 RUNS = ("dit-1", "dit-2", "dit-2o", "dit-3", "unet-2", "unet-3")
-TOLERANCE = 1e-5  # six steps move a parameter by up to 4e-4
+TOLERANCE = 1e-5  # ten steps move a parameter by up to 1e-3
 
 
 @pytest.fixture(scope="module")
 def trained(program: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps on a frozen base: one process without ZeRO, and the same two ranks at each stage."""
+    """Ten steps on a frozen base: one process without ZeRO, and the same two ranks at each stage."""
     out = ["--out", str(tmp_path_factory.mktemp("zero"))]
     alone = program.python(SCRIPT, "--runs", "dit-0", "unet-0", *out)
     for ended in (alone, *program.two_ranks("--runs", *RUNS, *out, program=SCRIPT)):
@@ -41,7 +41,7 @@ def test_two_ranks_at_every_zero_stage_equal_one_process(trained: Path, run: str
 
 
 @pytest.mark.parametrize("backbone", ["dit", "unet"])
-def test_six_steps_do_move_the_parameters(trained: Path, backbone: str) -> None:
+def test_ten_steps_do_move_the_parameters(trained: Path, backbone: str) -> None:
     """The control: to_k_new starts as the backbone's own to_k."""
     ended = load_file(trained / f"{backbone}-1-zero0" / "weights.safetensors")
     start = load_file(ROOT / "dit_booth" / "assets" / f"{backbone}.safetensors")

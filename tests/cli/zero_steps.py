@@ -1,4 +1,4 @@
-"""Train six steps with a frozen base on the backbones and at the ZeRO stages given: what `test_zero.py` launches.
+"""Train ten steps with a frozen base on the backbones and at the ZeRO stages given: what `test_zero.py` launches.
 
 Without averages, which would hide most of a difference. `2o` is stage 2 with the optimizer's state in CPU memory.
 
@@ -24,7 +24,7 @@ from dit_booth.training.distributed import start, stop
 from dit_booth.training.loop import train_stage
 
 SETTINGS = (
-    "--config experiments/configs/demo.yaml --strategy kv_concat --schedule fine --stages.fine.steps 6"
+    "--config experiments/configs/demo.yaml --strategy kv_concat --schedule fine --stages.fine.steps 10"
     " --stages.fine.lr 1e-4 --stages.fine.warmup 5 --stages.fine.drop 0.3 --data.size 12 --data.frames 3"
     " --train.batch-size 8 --train.clip 1.0 --train.ema 0"
 )
