@@ -37,7 +37,8 @@ OF_LAYOUTS = [
 ]
 COMPILED_SUMS = (
     "none",
-    "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection+spatial_concat",
+    "spatial_concat",  # it trains projections of the backbone, some of which others replace
+    "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection",
     "in_context+elite_local+lora+textual_inversion",
 )
 SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
