@@ -141,9 +141,12 @@ class Program:
             time.sleep(0.02)
         return self.end(process, number if process.poll() is None else 0)
 
-    def python(self, program: str, *arguments: str) -> Ended:
-        """A script, or a module by its name, as one process."""
-        return self.end(self.warm.start(program, *arguments, env=environment()))
+    def python(self, program: str, *arguments: str, packages: Path | None = None) -> Ended:
+        """A script, or a module by its name, as one process; `packages`: a folder of further installed ones."""
+        env = environment()
+        if packages:
+            env["PYTHONPATH"] += f"{os.pathsep}{packages}"
+        return self.end(self.warm.start(program, *arguments, env=env))
 
     def two_ranks(self, *arguments: str, program: str = RUN) -> tuple[Ended, Ended]:
         """What a launcher would start, without one: how each rank ends by itself."""

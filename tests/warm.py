@@ -122,6 +122,10 @@ def become(argv: list[str], env: dict[str, str], output: str) -> None:
         os.dup2(old, new)
     os.environ.clear()
     os.environ.update(env)
+    added = [
+        folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder and folder not in sys.path
+    ]
+    sys.path[1:1] = added
     sys.argv = argv
     if argv[0].endswith(".py"):
         sys.path[0] = str(Path(argv[0]).parent)

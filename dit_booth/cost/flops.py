@@ -52,9 +52,14 @@ class Flops(TorchDispatchMode):
         return out
 
     def _run(self, func: Operator, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        key = (func, *layouts(args), *layouts(kwargs.items())) if makes_tensors(func) else ()
-        if None in key or not any(isinstance(part, Layout) for part in key):
+        parts: list[Hashable] = [func]
+        for part in layouts((*args, *kwargs.items())) if makes_tensors(func) else ():
+            if part is None:
+                return func(*args, **kwargs)
+            parts.append(part)
+        if not any(isinstance(part, Layout) for part in parts):
             return func(*args, **kwargs)
+        key = tuple(parts)
         if key not in self.known:
             out = func(*args, **kwargs)
             self.known[key] = [Layout.of(t) for t in ([out] if isinstance(out, Tensor) else out)]

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dit_booth.data.listing import files_of
 from dit_booth.files import CONFIGS, PACKAGE, locate, write_text
@@ -30,7 +30,7 @@ from dit_booth.study.description import (
 )
 
 if TYPE_CHECKING:
-    from dit_booth.config import RunConfig
+    from dit_booth.config import RunConfig, SampleReference
 
 FORMAT = 3
 WEIGHTS_AND_DATA = (
@@ -131,7 +131,8 @@ def expand(description: Description) -> list[Point]:
     Controls are sampled with the baseline's points, or with all if the sweep has no baseline.
     """
     spanned = variants(description)
-    points = [_point(description, variant, ()) for variant in spanned]
+    configs = [_configure(description, variant) for variant in spanned]
+    points = [_point(description, *one) for one in zip(spanned, configs, strict=True)]
     seen: dict[str, Point] = {}
     for point in points:
         if point.id in seen:
@@ -142,20 +143,28 @@ def expand(description: Description) -> list[Point]:
         seen[point.id] = point
     baseline = _baseline_group(description, points)
     return [
-        replace(_point(description, variant, description.controls), baseline=point.group == baseline)
+        replace(
+            _point(description, variant, _with_controls(config, description.controls)),
+            baseline=point.group == baseline,
+        )
         if baseline in (None, point.group)
         else point
-        for variant, point in zip(spanned, points, strict=True)
+        for variant, config, point in zip(spanned, configs, points, strict=True)
     ]
 
 
-def _point(description: Description, variant: Variant, controls: tuple[str, ...]) -> Point:
+def _with_controls(config: RunConfig, controls: tuple[str, ...]) -> RunConfig:
+    """Return the configuration with samples for the controls, too, which `Description` has checked."""
+    references = cast("tuple[SampleReference, ...]", ("own", *controls))
+    return replace(config, sample=replace(config.sample, references=references))
+
+
+def _point(description: Description, variant: Variant, config: RunConfig) -> Point:
     from dit_booth.config import decisive
     from dit_booth.training.address import digest, stages_of
 
-    where = f"{description.name}, point {variant.label!r}"
-    config = _configure(description, variant, controls, where)
-    if "shuffled" in controls and config.sample.videos == 1:
+    where = _where(description, variant)
+    if "shuffled" in config.sample.references and config.sample.videos == 1:
         raise ValueError(
             f"{where}: controls has shuffled, another prompt's image, and sample.videos is 1; raise it to 2, or set"
             " controls: [none]"
@@ -179,14 +188,16 @@ def _point(description: Description, variant: Variant, controls: tuple[str, ...]
     )
 
 
-def _configure(
-    description: Description, variant: Variant, controls: tuple[str, ...], where: str
-) -> RunConfig:
-    """Return the configuration of a point's run, made by the parser of runs."""
+def _where(description: Description, variant: Variant) -> str:
+    return f"{description.name}, point {variant.label!r}"
+
+
+def _configure(description: Description, variant: Variant) -> RunConfig:
+    """Return the configuration of a point's run without controls, made by the parser of runs."""
     from dit_booth.config.parse import one_line, parse, to_argv
     from dit_booth.strategy import names_in, registered
 
-    own: dict[str, object] = {NOISE_SEEDS: list(description.noise_seeds), REFERENCES: ["own", *controls]}
+    own: dict[str, object] = {NOISE_SEEDS: list(description.noise_seeds), REFERENCES: ["own"]}
     if variant.seed is not None:
         own[TRAIN_SEED] = variant.seed
     options = {**description.options, **variant.options, **own}
@@ -194,7 +205,7 @@ def _configure(
     if chosen is not None:  # as --strategy does: drop the base's options of other strategies
         others = set(registered()) - set(chosen)
         options = {k: v for k, v in options.items() if k in variant.options or k.split(".")[0] not in others}
-    said = io.StringIO()
+    said, where = io.StringIO(), _where(description, variant)
     try:
         with redirect_stderr(said), redirect_stdout(said), _quiet():
             return parse(["--config", description.base, *to_argv(options)])

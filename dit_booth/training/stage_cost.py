@@ -82,9 +82,11 @@ def count_flops(
 ) -> float:
     """Count FLOPs of forward and backward for one video, with the parameters that are trainable now.
 
-    They are counted on a copy, which gets the gradients.
+    They are counted on a copy if the model has another device or dtype; no gradient is left at its parameters.
     """
-    probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
+    probe = components
+    if any(p.device != device or p.dtype != dtype for p in components.model.parameters()):
+        probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
     step = forward_backward(probe, stage, collate([dataset[0]]).to(device), dtype)
     with Flops() as counter:
         step()
@@ -94,14 +96,16 @@ def count_flops(
 def forward_backward(
     components: Components, stage: StageConfig, batch: Batch, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """Return a call that adds a batch's gradients to the trainable parameters; its inputs are encoded already."""
+    """Return a call that computes a batch's loss and its gradients, and leaves none; its inputs are encoded already."""
     model, device = components.model, components.device
+    trained = [p for p in model.parameters() if p.requires_grad]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         inputs = make_inputs(components, batch, stage, generator_of(0), dtype, with_image=bool(model.active))
 
     def step() -> None:
         prediction = model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
-        (inputs.loss(components.objective, prediction) + prediction.aux_loss).backward()
+        loss = inputs.loss(components.objective, prediction) + prediction.aux_loss
+        torch.autograd.grad(loss, trained, allow_unused=True)
 
     return step
 

@@ -201,7 +201,7 @@ def wait(process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
 
 
 def test_a_point_through_deepspeeds_launcher(tmp_path: Path):
-    file = describe(tmp_path, launcher="deepspeed", ranks=2, grid={}, baseline=None, options={
+    file = describe(tmp_path, launcher="deepspeed", ranks=2, grid={}, baseline=None, controls=[], options={
         "schedule": ["fine"], "stages.fine.steps": 1})  # fmt: skip
     sweep = Sweep(file, tmp_path / "out")
     code, output = sweep.run()
@@ -212,11 +212,12 @@ def test_a_point_through_deepspeeds_launcher(tmp_path: Path):
     assert json.loads((stage / "cost.json").read_text())["ranks"] == 2
 
 
-def test_a_typo_is_an_error_before_anything_starts(tmp_path: Path):
+def test_a_typo_is_an_error_before_anything_starts(program, tmp_path: Path):
     file = describe(tmp_path, grid={"kv_concat.updat": ["direct"]}, baseline=None)
-    code, output = Sweep(file, tmp_path / "out").run()
-    assert code == 2
-    assert output.count("\n") == 1
-    assert "option 'kv_concat.updat' is unknown" in output and "nearest: kv_concat.update" in output
+    ended = program.python("experiments/sweep.py", str(file), "--out", str(tmp_path / "out"))
+    assert ended.code == 2
+    assert ended.output.count("\n") == 1
+    assert "option 'kv_concat.updat' is unknown" in ended.output
+    assert "nearest: kv_concat.update" in ended.output
     assert not (tmp_path / "out").exists()
     assert STUDY["launcher"] == "python"

@@ -20,7 +20,7 @@ SOURCES = ("dit_booth", "strategies", "experiments/configs", "experiments/baseli
 FIVE_LINES = """
 import dit_booth
 pipe = dit_booth.load("toyworld")
-video = pipe("star.png", "a star is spinning on a white background", subject="star", seed=0)
+video = pipe("star.png", "a star is spinning on a white background", subject="star", seed=0, steps=2)
 video.save("star.mp4")
 print(video, dit_booth.list_strategies("*kv*"), dit_booth.__file__)
 """

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from warm import AS_INSTALLED, environment
 
 from dit_booth import strategy as registry
 from dit_booth.config.parse import load_plugin
@@ -37,14 +33,6 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def python(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    more = {"PYTHONPATH": os.pathsep.join([AS_INSTALLED, str(path)])} if path else {}
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300
-    )
-
-
 def test_the_strategy_takes_fewer_than_thirty_lines() -> None:
     assert len([line for line in STRATEGY.splitlines() if line.strip()]) < 30
     assert len(STRATEGY.splitlines()) <= 32, "blank lines and all"
@@ -61,6 +49,7 @@ def test_with_an_option_it_keeps_all_promises(plugin: Path) -> None:
     load_plugin(str(plugin))
     check_strategy(
         "one_token_at",
+        backbones=["dit-factorised", "unet"],
         promises=[promise for promise in PROMISES if promise is not promises.compiled_is_the_same],
     )
 
@@ -82,14 +71,11 @@ def test_it_trains_and_samples(plugin: Path, tiny: list[str], in_process: Any, t
     assert (tmp_path / "run" / "samples" / "000-seed0.mp4").is_file()
 
 
-def test_its_options_are_in_the_help(plugin: Path, tmp_path: Path) -> None:
-    said = python(
-        "experiments/run.py", "--plugin", str(plugin), "--strategy", "one_token_at", "--help"
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert "--one-token-at.where" in said.stdout and "attentions that read the image" in said.stdout.replace(
-        "│", ""
-    )
+def test_its_options_are_in_the_help(plugin: Path, program: Any) -> None:
+    said = program.run("--plugin", str(plugin), "--strategy", "one_token_at", "--help")
+    assert said.code == 0, said.output
+    assert "--one-token-at.where" in said.output
+    assert "attentions that read the image" in said.output.replace("│", "")
 
 
 def test_the_list_shows_it(plugin: Path, program: Any) -> None:
@@ -112,23 +98,23 @@ def install(folder: Path, name: str, code: str) -> None:
     (about / "entry_points.txt").write_text(f"[dit_booth.strategies]\n{name}_entry = {name}\n")
 
 
-def test_an_installed_plug_in_is_there_and_a_broken_one_is_named(tmp_path: Path) -> None:
+def test_an_installed_plug_in_is_there_and_a_broken_one_is_named(tmp_path: Path, program: Any) -> None:
     install(tmp_path, "good_lab", STRATEGY)
     install(tmp_path, "bad_lab", "import nowhere_to_be_found\n")
-    said = python("experiments/run.py", "--strategy", "one_tokn", path=tmp_path)
-    assert said.returncode == 1
-    last = said.stderr.strip().splitlines()[-1]
+    said = program.python("experiments/run.py", "--strategy", "one_tokn", packages=tmp_path)
+    assert said.code == 1
+    last = said.output.strip().splitlines()[-1]
     assert last.startswith("error: strategy 'one_tokn' is unknown; nearest: one_token")
     assert last.endswith(
         "plug-in bad_lab_entry (bad_lab) failed to import: ModuleNotFoundError: No module named"
         " 'nowhere_to_be_found'"
     )
-    listed = python("-m", "dit_booth", "strategies", path=tmp_path)
-    assert listed.returncode == 0
-    assert "one_token: Every frame" in listed.stdout
-    assert "plug-in bad_lab_entry failed to import" in listed.stdout.replace(" (bad_lab)", "")
-    other = python("experiments/run.py", "--strategy", "one_token", "--help", path=tmp_path)
-    assert other.returncode == 0, "a broken plug-in breaks nothing else"
+    listed = program.python("dit_booth", "strategies", packages=tmp_path)
+    assert listed.code == 0
+    assert "one_token: Every frame" in listed.output
+    assert "plug-in bad_lab_entry failed to import" in listed.output.replace(" (bad_lab)", "")
+    other = program.python("experiments/run.py", "--strategy", "one_token", "--help", packages=tmp_path)
+    assert other.code == 0, "a broken plug-in breaks nothing else"
 
 
 def test_a_broken_file_is_an_error_that_names_it(tmp_path: Path, program: Any) -> None:

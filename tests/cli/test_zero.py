@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPT = "tests/cli/zero_steps.py"
-ZERO = ("1", "2", "2o", "3")
+# What stages 1 and 2 split (gradients and the optimizer's state) is one flat tensor, whatever network it comes from.
+RUNS = ("dit-1", "dit-2", "dit-2o", "dit-3", "unet-2", "unet-3")
 TOLERANCE = 1e-5  # ten steps move a parameter by up to 1e-3
 
 
@@ -20,15 +21,15 @@ TOLERANCE = 1e-5  # ten steps move a parameter by up to 1e-3
 def trained(program: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten steps on a frozen base: one process without ZeRO, and the same two ranks at each stage."""
     out = ["--out", str(tmp_path_factory.mktemp("zero"))]
-    alone = program.python(SCRIPT, "--zero", "0", *out)
-    for ended in (alone, *program.two_ranks("--zero", *ZERO, *out, program=SCRIPT)):
+    alone = program.python(SCRIPT, "--runs", "dit-0", "unet-0", *out)
+    for ended in (alone, *program.two_ranks("--runs", *RUNS, *out, program=SCRIPT)):
         assert ended.code == 0, ended.output
     return Path(out[-1])
 
 
-@pytest.mark.parametrize("zero", ZERO)
-@pytest.mark.parametrize("backbone", ["dit", "unet"])
-def test_two_ranks_at_every_zero_stage_equal_one_process(trained: Path, backbone: str, zero: str) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_two_ranks_at_every_zero_stage_equal_one_process(trained: Path, run: str) -> None:
+    backbone, zero = run.split("-")
     one, two = (
         load_file(trained / f"{backbone}-{name}" / "weights.safetensors")
         for name in ("1-zero0", f"2-zero{zero}")

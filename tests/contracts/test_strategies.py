@@ -32,6 +32,15 @@ OF_SUMS = [
     promises.condition_is_a_pure_function,
 ]
 """Promises that a combination or an option may break."""
+OF_LAYOUTS = [
+    p for p in QUICK if p not in (promises.backbone_is_untouched, promises.saved_and_loaded_is_the_same)
+]
+COMPILED_SUMS = (
+    "none",
+    "spatial_concat",  # it trains projections of the backbone, some of which others replace
+    "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection",
+    "in_context+elite_local+lora+textual_inversion",
+)
 SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
     "videobooth": ("videobooth", {}),
     "elite": ("elite", {"token_replacement": TokenReplacementConfig(words=1)}),
@@ -56,45 +65,79 @@ SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
         "token_replacement+spatial_concat",
         {"spatial_concat": SpatialConcatConfig(skip_text=False)},
     ),
-    **{
-        f"{mode} queries, {with_}": (
-            f"{with_}+query_projection",
-            {"query_projection": QueryProjectionConfig(**more)},
-        )
-        for with_ in ("kv_concat", "token_bank", "decoupled_attention")
-        for mode, more in {
-            "shared": {"mode": "shared"},
-            "separate": {"mode": "separate"},
-            "low-rank": {"mode": "lora", "rank": 2},
-            "frozen": {"mode": "frozen"},
-        }.items()
-    },
+}
+QUERIES: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
+    f"{mode} queries, {with_}": (
+        f"{with_}+query_projection",
+        {"query_projection": QueryProjectionConfig(**more)},
+    )
+    for with_ in ("kv_concat", "token_bank", "decoupled_attention")
+    for mode, more in {
+        "shared": {"mode": "shared"},
+        "separate": {"mode": "separate"},
+        "low-rank": {"mode": "lora", "rank": 2},
+        "frozen": {"mode": "frozen"},
+    }.items()
+}
+QUERIES_ON_UNET = {
+    "shared queries, kv_concat",
+    "low-rank queries, kv_concat",
+    "frozen queries, token_bank",
+    "separate queries, decoupled_attention",
 }
 # On the U-Net the text is what decoupled attention reads beside; elsewhere it is the frames.
 TEXT_QUERIES = QueryProjectionConfig(mode="separate", where="*.attn2")
 
 
 @pytest.mark.parametrize("promise", QUICK, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 @pytest.mark.parametrize("name", registered())
 def test_promise(name: str, backbone: str, promise: Callable[..., None]) -> None:
     check_strategy(name, backbones=[backbone], promises=[promise])
 
 
+@pytest.mark.parametrize("backbone", sorted(BACKBONES.keys() - {"dit-factorised", "unet"}))
+@pytest.mark.parametrize("name", registered())
+def test_promises_on_other_layouts(name: str, backbone: str) -> None:
+    """Those that depend on the order in which a DiT attends: building, saving and loading know nothing of it."""
+    check_strategy(name, backbones=[backbone], promises=OF_LAYOUTS)
+
+
 @pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 @pytest.mark.parametrize("case", SUMS)
 def test_promises_of_a_sum(case: str, backbone: str) -> None:
-    names, options = SUMS[case]
+    check_sum(case, backbone)
+
+
+@pytest.mark.parametrize("case", QUERIES)
+def test_promises_of_queries_with_a_reader(case: str) -> None:
+    """Every kind of queries beside every reader on the DiT; `QUERIES_ON_UNET` has each kind and each reader once."""
+    for backbone in ("dit-factorised", *(["unet"] if case in QUERIES_ON_UNET else [])):
+        check_sum(case, backbone)
+
+
+def check_sum(case: str, backbone: str) -> None:
+    names, options = {**SUMS, **QUERIES}[case]
     if case == "separate queries, decoupled_attention" and backbone == "unet":
         options = {"query_projection": TEXT_QUERIES}
     check_strategy(names, backbones=[backbone], options=options, promises=OF_SUMS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 @pytest.mark.parametrize("name", registered())
-def test_compiled(name: str, backbone: str) -> None:
-    check_strategy(name, backbones=[backbone], promises=[promises.compiled_is_the_same])
+def test_compiled(name: str) -> None:
+    check_strategy(name, backbones=["dit-factorised"], promises=[promises.compiled_is_the_same])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", COMPILED_SUMS)
+def test_compiled_on_the_unet(names: str) -> None:
+    """All strategies in few sums: the compiler goes through the taps of each of them."""
+    check_strategy(names, backbones=["unet"], promises=[promises.compiled_is_the_same])
+
+
+def test_the_compiled_sums_leave_no_strategy_out() -> None:
+    assert {name for names in COMPILED_SUMS for name in names.split("+")} == set(registered())
 
 
 # ---- the checks find what they are for ---------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import FLOAT64, cast, worst
 from files import load
-from make_files import unet_file
+from make_files import UNET_OUTPUTS, unet_file
 from torch import Tensor
 from unet_cases import RECIPES, Ours, cases, conditioning, dense_of, heads_of, produce, video
 
@@ -24,29 +24,33 @@ TINY = UNetConfig(
     text_dim=6,
     down_attention=(True, True, False),
 )
+STAGES = ("a_plain", "b_coarse", "c_fine_same_noise", "d_fine_own_noise")
 
 
 # ---- every variant against the naive computation in float64 --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("linear", "watermark", "size"),
+    ("linear", "watermark", "size", "outputs"),
     [
-        (False, False, (6, 9)),
-        (False, True, (6, 9)),
-        (True, False, (6, 9)),
-        (True, True, (6, 9)),
-        (True, False, (8, 8)),
+        (False, False, (6, 9), UNET_OUTPUTS),
+        (False, True, (6, 9), STAGES),
+        (True, False, (6, 9), STAGES),
+        (True, True, (6, 9), UNET_OUTPUTS),
+        (True, False, (8, 8), STAGES),
     ],
 )
 def test_every_variant_equals_a_dense_computation_in_float64(
-    linear: bool, watermark: bool, size: tuple[int, int]
+    linear: bool, watermark: bool, size: tuple[int, int], outputs: tuple[str, ...]
 ) -> None:
-    """Plain, coarse, fine, another time or no text of the reference's own, one frame, a batch, and guidance."""
+    """Plain, coarse, fine, another time or no text of the reference's own, one frame, a batch, and guidance.
+
+    Two variants have all of them; the others, which differ in a layer or a size, one output of each stage.
+    """
     config = replace(TINY, linear_projection=linear, watermark=watermark)
-    results = list(cases(*unet_file(config, size=size, frames=3, batch=2)))
+    results = list(cases(*unet_file(config, size=size, frames=3, batch=2, outputs=outputs)))
     double = [result for result in results if "float64" in result.name]
-    assert len(double) == 2 * 20
+    assert len(double) == (2 * 20 if outputs == UNET_OUTPUTS else 2 * 2 * len(outputs))
     assert max(result.error for result in double) <= FLOAT64
     assert [result.name for result in results if not result.ok] == []
 

@@ -52,14 +52,15 @@ class Network(Protocol):
 def cases(info: Info, tensors: Tensors) -> Iterator[CaseResult]:
     """Every output that is a prediction or a guided one; guidance, which multiplies errors, gets no more tolerance."""
     weights = {k.removeprefix("weights."): x for k, x in tensors.items() if k.startswith("weights.")}
-    dense, ours = dense_of(info, weights), Ours(info, weights)
+    dense, dtypes = dense_of(info, weights), (torch.float32, torch.float64)
+    ours = {dtype: (Ours(info, weights).to(dtype), cast(tensors, dtype)) for dtype in dtypes}
     for name in sorted(filter(known, outputs(tensors))):
         stored = rearrange(tensors[f"outputs.{name}"], "b c f h w -> b f c h w")
         limit = flat if name in GUIDED else tolerance
-        for dtype in (torch.float32, torch.float64):
-            made = produce(name, ours.to(dtype), cast(tensors, dtype))
+        for dtype in dtypes:
+            made = produce(name, *ours[dtype])
             yield CaseResult(labelled(name, dtype), worst(made, stored), limit(dtype, stored))
-        exact = produce(name, dense, cast(tensors, torch.float64))
+        exact = produce(name, dense, ours[torch.float64][1])
         yield CaseResult(f"{name} dense float64", worst(made, exact), FLOAT64)
 
 

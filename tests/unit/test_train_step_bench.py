@@ -72,8 +72,8 @@ def test_a_case_for_every_size_of_latents() -> None:
 ROUNDS = """
 import resource, sys
 import numpy as np
-from experiments.bench.measure import keep_freed_memory
 if sys.argv[1] == "kept":
+    from experiments.bench.measure import keep_freed_memory
     keep_freed_memory()
 for round in range(4):
     if round == 2:
