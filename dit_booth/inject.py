@@ -134,8 +134,8 @@ class AuxPrediction(NamedTuple):
 class Modulation:
     """Port ``modulation``: a vector that scales and shifts features, and what it was projected from."""
 
-    vector: Tensor  # b d
-    source: Tensor  # b c
+    vector: Tensor  # b d; f b d where every frame has a timestep of its own: what holds for a video (b d) adds to both
+    source: Tensor  # b c, or f b c
 
 
 class KV(NamedTuple):
@@ -265,6 +265,8 @@ class Reference:
 class Needs:
     """Hidden states that a strategy wants of the reference's own pass through the backbone: one frame, null text.
 
+    The video's timestep is that of frame 0 where its frames have timesteps of their own (`timestep_of_reference`).
+
     Without noise at the video's timestep they are the same at every sampling step, and so is the condition.
     """
 
@@ -278,6 +280,11 @@ class Needs:
     def constant(self) -> bool:
         """True if the condition is the same at every timestep."""
         return not self.sites or self.noise == "clean"
+
+
+def timestep_of_reference(t: Tensor) -> Tensor:
+    """Return the timestep (b,) of a reference noised as its video: t (b,), or that of frame 0 of t (b f)."""
+    return t if t.ndim == 1 else t[:, 0]
 
 
 Hidden = Mapping[str, Tensor]
