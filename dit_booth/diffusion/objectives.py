@@ -70,9 +70,7 @@ class Objective(ABC):
     def t_at(self, share: Tensor) -> Tensor:
         """Return t (b,) at a share in [0, 1) of its range; 0 is the data."""
 
-    def loss(
-        self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor, region: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor, region: Tensor | None = None) -> Tensor:
         """(b,) mean squared error over all other axes, weighted by the noise level (`weigh`).
 
         region: weights of the positions (b ... 1 h w), such as `foreground_weight`.

@@ -84,9 +84,7 @@ class BlockModulation(nn.Module):
     def forward(self, c: Tensor, inject: Injection) -> dict[str, ShiftScaleGate]:
         c = nn.functional.silu(c)
         vector = inject(self.site, Modulation(self.linear(c), c)).vector
-        return dict(
-            zip(self.parts, ShiftScaleGate.split(vector, len(self.parts), self.each), strict=True)
-        )
+        return dict(zip(self.parts, ShiftScaleGate.split(vector, len(self.parts), self.each), strict=True))
 
 
 # ---- convolution -------------------------------------------------------------------------------------------
