@@ -52,13 +52,17 @@ class Injected(nn.Module):
         prompt: Prompt,
         reference: Reference | None = None,
         constant: Mapping[str, Condition] | None = None,
+        known: Tensor | None = None,
     ) -> Prediction:
-        """Predict; `constant` holds conditions of this reference made before (`constant_conditions`)."""
+        """Predict; `constant` holds conditions of this reference made before (`constant_conditions`).
+
+        known: b f 1 1 1, 1 in frames of x that are known, for strategies that tell the network.
+        """
         conditions = dict(constant or {})
         if reference is not None:
             names = [name for name in self.active if name not in conditions]
             conditions |= self.conditions(timestep_of_reference(t), reference, names)
-        inject = self.strategy.bind(self.active, conditions)
+        inject = self.strategy.bind(self.active, conditions, known)
         output = self.backbone(x, t, self.text(prompt, inject), inject)
         aux_losses = [c.aux_loss for c in conditions.values() if c.aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else output.new_zeros(())

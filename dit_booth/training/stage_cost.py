@@ -89,7 +89,7 @@ def count_flops(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.model.active))
         with Flops() as counter:
-            prediction = probe.model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
+            prediction = inputs.predict(probe.model)
             (inputs.loss(probe.objective, prediction) + prediction.aux_loss).backward()
     return float(counter.total)
 

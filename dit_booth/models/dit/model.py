@@ -69,7 +69,9 @@ class VideoDiT(nn.Module):
             DiTBlock(f"blocks.{i}", config, config.parts(i), text_dim) for i in range(depth)
         )
         self.final_layer = FinalLayer(hidden, out_channels, config.patch)
-        self.entry = Site(name="latents.entry", port="latents", role="entry", dim=channels)
+        self.entry = Site(
+            name="latents.entry", port="latents", role="entry", dim=channels, embed=self.x_embedder.proj
+        )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=out_channels)
         self.initialise()
 
@@ -81,7 +83,8 @@ class VideoDiT(nn.Module):
         t_emb = self.t_embedder(by_frame, x.dtype)  # (f) b d
         c = self.conditioning_vector(t_emb, text, inject)  # (f) b d
         shared = self.build_inputs(c, latents, frame_positions)
-        x, tokens = self.x_embedder(latents.x, frame_positions), self.text_tokens(text)  # b f n d; b 1 l d
+        x = self.x_embedder(latents.x, frame_positions, latents.added)  # b f n d
+        tokens = self.text_tokens(text)  # b 1 l d
         for i, block in enumerate(self.blocks):
             if i == self.frame_embedding_block:
                 x = x + frame_embedding(frame_positions, x.shape[-1], x.device).to(x.dtype)
@@ -214,8 +217,11 @@ class PatchEmbed(nn.Module):
         self.patch, self.sincos = config.patch, config.positions == "sincos"
         self.with_frames = config.layout in ("factorised", "joint")
 
-    def forward(self, x: Tensor, frame_positions: range | None = None) -> Tensor:
-        """Latents (b f c h w), frames at `frame_positions` (default: from 0) -> tokens (b f n d)."""
+    def forward(self, x: Tensor, frame_positions: range | None = None, added: Tensor | None = None) -> Tensor:
+        """Latents (b f c h w), frames at `frame_positions` (default: from 0) -> tokens (b f n d).
+
+        added: b f d h w, of the tokens' grid, to add to the embedded patches.
+        """
         frames, height, width = x.shape[1], x.shape[-2], x.shape[-1]
         if height % self.patch or width % self.patch:
             raise ValueError(
@@ -223,6 +229,8 @@ class PatchEmbed(nn.Module):
                 " change dit.patch or data.size"
             )
         tokens: Tensor = self.proj(rearrange(x, "b f c h w -> (b f) c h w"))
+        if added is not None:
+            tokens = tokens + rearrange(added, "b f d h w -> (b f) d h w")
         rows, columns, hidden = height // self.patch, width // self.patch, tokens.shape[1]
         # The convolution's layout is channels first; without this copy every norm would copy.
         tokens = rearrange(tokens, "(b f) d h w -> b f (h w) d", f=frames).contiguous()

@@ -60,7 +60,9 @@ class VideoUNet(nn.Module):
             self.watermark_zero_out = PointwiseFrameConv(width, width)
         self.conv_norm_out = VideoNorm(config.norm_groups, width, eps=1e-5)
         self.conv_out = FrameConv(width, config.out_channels, kernel_size=3, padding=1)
-        self.entry = Site(name="latents.entry", port="latents", role="entry", dim=config.in_channels)
+        self.entry = Site(
+            name="latents.entry", port="latents", role="entry", dim=config.in_channels, embed=self.conv_in
+        )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=config.out_channels)
         self.initialise()
 
@@ -71,7 +73,8 @@ class VideoUNet(nn.Module):
         by_frame = frame_timesteps(t, x.shape[1] - latents.context, latents.context)
         t_emb = self.time_embedding(by_frame, x.dtype, inject)  # (f) b c
         shared = self.build_inputs(t_emb, text, latents, inject)
-        skips = go_down(self.down_blocks, self.conv_in(x), shared)  # b f c h w, at falling resolution
+        x = self.conv_in(x) if latents.added is None else self.conv_in(x) + latents.added
+        skips = go_down(self.down_blocks, x, shared)  # b f c h w, at falling resolution
         x = self.mid_block(skips[-1], shared)
         x = go_up(self.up_blocks, x, skips, shared)
         if self.config.watermark:
