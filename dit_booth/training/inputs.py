@@ -115,7 +115,7 @@ def make_inputs(
 
 
 def _crop(batch: Batch, stage: StageConfig, generator: Generators) -> tuple[Tensor, Tensor]:
-    """Return the stage's number of consecutive frames of each video (b f 3 h w) and mask (b f h w), from anywhere."""
+    """Return videos (b f 3 h w) and masks (b f h w), of fewer consecutive frames at a random offset if the stage says."""
     count = batch.video.shape[1]
     frames = stage.frames_of(count)
     if not stage.frames:
@@ -123,11 +123,10 @@ def _crop(batch: Batch, stage: StageConfig, generator: Generators) -> tuple[Tens
     starts = per_row(
         lambda n, g: torch.randint(count - frames + 1, (n,), generator=g), len(batch), generator
     ).tolist()
-    cropped = (
+    video, mask = (
         torch.stack([row[start : start + frames] for row, start in zip(rows, starts, strict=True)])
         for rows in (batch.video, batch.mask)
     )
-    video, mask = cropped
     return video, mask
 
 
@@ -148,6 +147,7 @@ def _draw_t_by_frame(components: Components, rows: int, frames: int, generator: 
 def _region(keys: Sequence[str], mask: Tensor, x0: Tensor) -> Tensor:
     """Return the weights (b f 1 h w) that make the loss one of the subject, whose mask is b f h w.
 
+    Frames that the data have no mask of (VideoBooth's: all but the first) do not count.
     ValueError: an example has no mask in these frames.
     """
     for key, shown in zip(keys, mask.flatten(1).any(1).tolist(), strict=True):
