@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from dit_booth.inject import Latents, Site, Sites
-from dit_booth.strategy import Strategy, register
+from dit_booth.strategy import Strategy, StrategyConfig, register
 
 
 @register("lvdm")
@@ -26,7 +26,7 @@ class KnownFrames(Strategy):
     reads_known_frames = True
     order = 1  # after a tap that puts the reference before the frames or below them
 
-    def __init__(self, config: Strategy.Config, sites: Sites) -> None:
+    def __init__(self, config: StrategyConfig, sites: Sites) -> None:
         super().__init__(config, sites)
         (entry,) = sites.match("*", port="latents", role="entry")
         self.attach(entry, MaskChannel(entry))

@@ -115,7 +115,7 @@ def make_inputs(
 
 
 def _crop(batch: Batch, stage: StageConfig, generator: Generators) -> tuple[Tensor, Tensor]:
-    """Return videos (b f 3 h w) and masks (b f h w), of fewer consecutive frames at a random offset if the stage says."""
+    """Return videos (b f 3 h w) and masks (b f h w), cropped to the consecutive frames that the stage asks for."""
     count = batch.video.shape[1]
     frames = stage.frames_of(count)
     if not stage.frames:
