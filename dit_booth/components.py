@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_booth.config import RunConfig, StageName
 from dit_booth.data.example import VideoDataset
+from dit_booth.data.image_prompt import shows_subject
 from dit_booth.data.readers.triplets import check_caption
 from dit_booth.data.subject import insert_before
 from dit_booth.data.toyworld import Split
@@ -74,6 +75,19 @@ class Components:
         by_token = partial(check_subject, first_token_suffices=True)
         check = by_token if self.first_token_suffices else check_caption
         return self.config.data.build(split, check)
+
+    def check_images(self, images: Tensor, names: Sequence[str]) -> None:
+        """Check that image prompts (b 3 s s) show a subject, where an active strategy reads them.
+
+        ValueError: one is all white; it says which, by its name.
+        """
+        if not any(self.model.strategy.part(name).reads_image for name in self.model.active):
+            return
+        for name, shown in zip(names, shows_subject(images).tolist(), strict=True):
+            if not shown:
+                raise ValueError(
+                    f"the image prompt of {name} is all white; give a picture that shows the subject"
+                )
 
     def stage_data(self, stage: StageName, prior: Tensor | None = None) -> VideoDataset:
         """Open what a stage is trained on: the run's data, or its one subject (prior: class images, n f 3 h w)."""

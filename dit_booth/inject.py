@@ -43,6 +43,7 @@ class Site:
     dim: int
     heads: int = 1
     projections: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
+    embed: nn.Conv2d | None = field(default=None, repr=False)  # entry: the layer that embeds the latents
     leaf: str = field(init=False, repr=False)  # the name's last part: the same in every block
 
     def __post_init__(self) -> None:
@@ -116,6 +117,8 @@ class Latents:
     """Port ``latents``: what enters the backbone (site ``latents.entry``) and what leaves it (``latents.exit``)."""
 
     x: Tensor  # b f c h w
+    known: Tensor | None = None  # b f 1 1 1, at the entry: 1 in frames of the video that are known
+    added: Tensor | None = None  # b f d h w, at the entry: added to the embedded x, as of further channels
     context: int = 0  # leading frames outside the video, at times before 0, that every frame reads
     one_way: bool = True  # whether those read only themselves, or everything
     aux_prediction: AuxPrediction | None = (
@@ -134,8 +137,8 @@ class AuxPrediction(NamedTuple):
 class Modulation:
     """Port ``modulation``: a vector that scales and shifts features, and what it was projected from."""
 
-    vector: Tensor  # b d
-    source: Tensor  # b c
+    vector: Tensor  # b d; f b d where every frame has a timestep of its own: what holds for a video (b d) adds to both
+    source: Tensor  # b c, or f b c
 
 
 class KV(NamedTuple):
@@ -265,6 +268,8 @@ class Reference:
 class Needs:
     """Hidden states that a strategy wants of the reference's own pass through the backbone: one frame, null text.
 
+    The video's timestep is that of frame 0 where its frames have timesteps of their own (`timestep_of_reference`).
+
     Without noise at the video's timestep they are the same at every sampling step, and so is the condition.
     """
 
@@ -278,6 +283,11 @@ class Needs:
     def constant(self) -> bool:
         """True if the condition is the same at every timestep."""
         return not self.sites or self.noise == "clean"
+
+
+def timestep_of_reference(t: Tensor) -> Tensor:
+    """Return the timestep (b,) of a reference noised as its video: t (b,), or that of frame 0 of t (b f)."""
+    return t if t.ndim == 1 else t[:, 0]
 
 
 Hidden = Mapping[str, Tensor]
@@ -308,9 +318,15 @@ class Injection:
     """
 
     def __init__(
-        self, taps: Mapping[str, Sequence[Bound]], *, local: bool = False, subject: Tensor | None = None
+        self,
+        taps: Mapping[str, Sequence[Bound]],
+        *,
+        local: bool = False,
+        subject: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> None:
         self.taps, self.local = taps, local
+        self.known = known  # b f 1 1 1, the video's known frames, for the taps at the entry
         self.subject = subject  # b l, the subject's tokens in the prompt, for the taps that read the text
         self.aux_prediction: AuxPrediction | None = (
             None  # what a tap at the exit cut off the output, for the loss
@@ -322,6 +338,10 @@ class Injection:
             qkv: QKV = payload
             named: Any = replace(qkv, subject=self.subject)
             payload = named
+        if taps and site.role == "entry" and isinstance(payload, Latents):
+            latents: Latents = payload
+            marked: Any = replace(latents, known=self.known)
+            payload = marked
         for tap, image in taps:
             payload = tap(payload, image)
         if isinstance(payload, PromptTokens) and self.taps:

@@ -29,7 +29,7 @@ from importlib.metadata import entry_points
 from typing import ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_booth.errors import suggest
 from dit_booth.inject import Bound, Condition, Hidden, Injection, Needs, Noise, Reference, Site, Sites
@@ -63,6 +63,8 @@ class Strategy(nn.Module):
     """True if the model's output is unchanged by this strategy before any training."""
     reads_image: ClassVar[bool] = True
     """True if the image reaches the network through this strategy."""
+    reads_known_frames: ClassVar[bool] = False
+    """True if the network is told which frames are known (`Latents.known`): stages with this strategy have some."""
     excludes: ClassVar[tuple[str, ...]] = ()
     """Globs over the names of strategies that cannot be combined with this one."""
     order: ClassVar[int] = 0
@@ -130,6 +132,10 @@ class Strategies(nn.Module):
         """Return how many noised copies of the reference the active strategies ask for, at least one."""
         return max((self.needs[name].frames for name in active), default=1)
 
+    def reads_known_frames(self, active: Sequence[str]) -> bool:
+        """True if one of the active strategies tells the network which frames are known."""
+        return any(self.part(name).reads_known_frames for name in active)
+
     def first_token_suffices(self, active: Sequence[str]) -> bool:
         """True if one of the active strategies finds a subject by its first token."""
         return any(self.part(name).first_token_suffices for name in active)
@@ -144,15 +150,23 @@ class Strategies(nn.Module):
             made[name] = self.part(name)(reference, {site: hidden[needs.noise][site] for site in needs.sites})
         return made
 
-    def bind(self, active: Sequence[str], conditions: Mapping[str, Condition] | None = None) -> Injection:
-        """Bind the active strategies' taps to their conditions, or, without one, to no image."""
+    def bind(
+        self,
+        active: Sequence[str],
+        conditions: Mapping[str, Condition] | None = None,
+        known: Tensor | None = None,
+    ) -> Injection:
+        """Bind the active strategies' taps to their conditions, or, without one, to no image.
+
+        known: b f 1 1 1, 1 in frames that are known.
+        """
         taps: dict[str, list[Bound]] = {}
         for name in sorted(self.names, key=lambda name: self.part(name).order):
             if name in active:
                 condition = (conditions or {}).get(name, Condition())
                 for site, tap in self.part(name).attached.items():
                     taps.setdefault(site, []).append((tap, condition.image_at(site)))
-        return Injection(taps)
+        return Injection(taps, known=known)
 
 
 # ---- registry -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 from dit_booth.config.data import DATA_KINDS, DataConfig, DataKind, ToyworldOptions, TripletsOptions
 from dit_booth.config.subject import SubjectConfig
+from dit_booth.diffusion.clip_sampling import ClipsConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
+from dit_booth.diffusion.known_frames import KnownFramesConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.diffusion.start import StartConfig
@@ -59,6 +61,8 @@ class StageConfig:
     """Share of further samples that lose the text only."""
     frames: int = 0
     """Train on this many consecutive frames of a video at a random offset: more subjects per second; 0: all frames."""
+    foreground: bool = False
+    """Only the subject's positions count in the loss, by the data's masks (ELITE's local stage)."""
     single_frames: bool = False
     """Train on every frame as a video of its own: cheap pretraining on images."""
 
@@ -216,6 +220,8 @@ class RunConfig:
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     start: StartConfig = StartConfig()
+    known: KnownFramesConfig = KnownFramesConfig()
+    clips: ClipsConfig = ClipsConfig()
     dit: DiTConfig = DiTConfig()
     unet: UNetConfig = UNetConfig()
     clip: ClipConfig = ClipConfig()

@@ -10,12 +10,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dit_booth.data.image_prompt import as_image_prompt
+from dit_booth.data.image_prompt import as_image_prompt, shows_subject
 from dit_booth.data.subject import SubjectData, as_frame
 from dit_booth.data.video import probe, read_video
 from dit_booth.errors import check_ranges
-
-WHITE = 0.99  # an image prompt whose every value is above shows nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +85,7 @@ class SubjectConfig:
             if not getattr(self, name):
                 raise ValueError(f"subject.{name} is empty; stage subject needs it")
         image = as_image_prompt(self.image, size=size, mask=self.mask or None)
-        if float(image.min()) > WHITE:
+        if not shows_subject(image[None]).all():
             raise ValueError(
                 f"subject.image {self.image} is all white; give a picture that shows the subject"
             )

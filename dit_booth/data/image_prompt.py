@@ -15,6 +15,14 @@ from torch import Tensor
 from dit_booth.data.image_files import Box, Mask, Pixels, read_entries, read_mask, read_rgb
 from dit_booth.data.image_input import ImageLike, MaskLike, to_colours, to_mask
 
+WHITE = 0.98
+"""Values of [-1, 1] from here on are white; a picture of nothing else shows no subject."""
+
+
+def shows_subject(images: Tensor) -> Tensor:
+    """Tell which image prompts (b 3 s s) are not all white: (b,), boolean."""
+    return images.flatten(1).amin(1) < WHITE
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:

@@ -8,49 +8,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_booth.diffusion.frame_conditioning import network_input, put_frames
 from dit_booth.diffusion.guidance import guide
-from dit_booth.diffusion.inversion import DDIMPath
+from dit_booth.diffusion.known_frames import put_frames
 from dit_booth.diffusion.noise import Generators, randn_like
-from dit_booth.diffusion.objectives import EpsObjective
+from dit_booth.diffusion.objectives import Objective
+from dit_booth.diffusion.samplers import Model
 from dit_booth.errors import check_ranges
-
-ClipModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""model(latents and mask (b f (c + 1) h w), t (b,), timestep (b,) of the given frames, or None without any) -> eps."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSamplingConfig:
-    """Options of sampling with given frames; the defaults are LVDM's."""
+class ClipsConfig:
+    """Options of sampling with known frames; the defaults are LVDM's."""
 
+    overlap: int = 1
+    """Last frames of a clip from which the next one is predicted."""
     level: int = 100
-    """Timestep, of 1000, to which the given frames are noised, once for each clip."""
+    """Timestep, of 1000, to which the known frames are noised, once for each clip."""
     guidance: float = 0.1
     """w in e + w (e - e_uncond), e_uncond being predicted without mask and level; 0: none."""
-    eta: float = 1.0
-    """Fresh noise of DDIM, in the last step, too."""
     released: bool = False
-    """As the released code: a prediction's mask says that all frames are given, and interpolation fills a third of the
+    """As the released code: a prediction's mask says that all frames are known, and interpolation fills a third of the
     gaps (docs/fidelity.md)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for values that cannot work."""
-        check_ranges(self, "clip_sampling", level="[0, 999]", guidance="[0, 1000]", eta="[0, 1]")
+        check_ranges(self, "clips", overlap="[1, 100000]", level="[0, 999]", guidance="[0, 1000]")
 
 
-class Given(NamedTuple):
-    """The frames of a clip that are given."""
+class Known(NamedTuple):
+    """The known frames of a clip."""
 
     x: Tensor  # b f c h w, noised; anything at the other frames
     mask: Tensor  # b f 1 1 1, 1 where they are
     shown: Tensor  # b f 1 1 1, the mask that the network sees
-    level: Tensor  # b, their timestep
+    timestep: Tensor  # b, theirs
+
+
+ClipModel = Callable[[Tensor, Tensor, Known | None], Tensor]
+"""model(latents (b f c h w) with the known frames in them, timestep (b,) of the others, known) -> prediction."""
 
 
 # ---- the frames of a long video ----------------------------------------------------------------------------
@@ -76,69 +78,82 @@ def windows(sparse: int, released: bool = False) -> int:
 
 @dataclass(frozen=True)
 class ClipSampler:
-    """DDIM over clips (b f c h w) of a model that predicts eps; noise is drawn in the order in which it is used."""
+    """Samples clips (b f c h w) with known frames; noise is drawn in the order in which it is used."""
 
     model: ClipModel
-    objective: EpsObjective
-    path: DDIMPath
-    config: ClipSamplingConfig
+    objective: Objective
+    run: Callable[[Model, Tensor], Tensor]
+    """run(model(x, timestep) -> prediction, noise) -> clip: all steps of a sampler."""
+    config: ClipsConfig
     generator: Generators
 
-    @torch.no_grad()
-    def sample(self, noise: Tensor, given: Given | None = None) -> Tensor:
-        """Run from noise to a clip, the given frames put back before each prediction: the update starts from them."""
-        x = noise
-        for i in reversed(range(len(self.path))):
-            x = x if given is None else put_frames(x, given.x, given.mask)
-            eps = self.predict(x, self.path.t(i, x), given)
-            x = self.path.denoise(i, x, eps, self.config.eta, randn_like(x, self.generator))
-        return x
+    def sample(self, noise: Tensor, known: Known | None = None) -> Tensor:
+        """Run from noise to a clip. At the known frames the result means nothing."""
+        return self.run(partial(self.predict, known=known), noise)
 
-    def predict(self, x: Tensor, t: Tensor, given: Given | None) -> Tensor:
-        """Predict eps, guided by what is given; the unconditional prediction sees the frames, too, but not the mask."""
-        nothing = torch.zeros_like(x[:, :, :1, :1, :1])
-        if given is None:
-            return self.model(network_input(x, nothing), t, None)
-        eps = self.model(network_input(x, given.shown), t, given.level)
+    def predict(self, x: Tensor, timestep: Tensor, known: Known | None) -> Tensor:
+        """Predict, guided by what is known; the unconditional prediction sees the frames, too, but not the mask."""
+        if known is None:
+            return self.model(x, timestep, None)
+        x = put_frames(x, known.x, known.mask)
+        prediction = self.model(x, timestep, known)
         if not self.config.guidance:
-            return eps
-        return guide(eps, self.model(network_input(x, nothing), t, None), 1 + self.config.guidance)
+            return prediction
+        return guide(prediction, self.model(x, timestep, None), 1 + self.config.guidance)
 
-    def extend(self, clip: Tensor, overlap: int = 1) -> Tensor:
-        """Sample the clip (b f c h w) that continues another one; its first `overlap` frames are those given."""
+    def complete(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Sample the frames of a clip (b f c h w) where the mask (b f 1 1 1) is 0, and keep the others."""
+        noised, timestep = self.noised(x)
+        made = self.sample(self.fresh(x), Known(noised, mask, mask, timestep))
+        return put_frames(made, x, mask)
+
+    def extend(self, clip: Tensor) -> Tensor:
+        """Sample the clip (b f c h w) that continues another one from its last `overlap` frames.
+
+        ValueError: those are the whole clip.
+        """
+        overlap, frames = self.config.overlap, clip.shape[1]
+        if overlap >= frames:
+            raise ValueError(f"clips.overlap is {overlap}, of clips with {frames} frames: give fewer")
         places = torch.zeros_like(clip[:1, :, :1, :1, :1])
         places[:, :overlap] = 1
         shown = torch.ones_like(places) if self.config.released else places
-        given = self.give(clip[:, -overlap:], places, shown)
-        return self.sample(self.fresh(clip), given)
+        last = clip[:, -overlap:]
+        known = self.lay(last, places, shown)
+        return torch.cat([last, self.sample(self.fresh(clip), known)[:, overlap:]], dim=1)
 
     def fill(self, first: Tensor, last: Tensor, frames: int) -> Tensor:
-        """Sample a clip of `frames` from its first to its last frame (b 1 c h w each), which are given."""
+        """Sample a clip of `frames` from its first to its last frame (b 1 c h w each), which are known."""
         places = torch.zeros(1, frames, 1, 1, 1, dtype=first.dtype, device=first.device)
         places[:, 0] = places[:, -1] = 1
-        given = self.give(torch.cat([first, last], dim=1), places, places)
-        return self.sample(self.fresh(given.x), given)
+        known = self.lay(torch.cat([first, last], dim=1), places, places)
+        return torch.cat([first, self.sample(self.fresh(known.x), known)[:, 1:-1], last], dim=1)
 
-    def give(self, frames: Tensor, places: Tensor, shown: Tensor) -> Given:
+    def lay(self, frames: Tensor, places: Tensor, shown: Tensor) -> Known:
         """Noise frames (b g c h w) to the level and lay them at their places (1 f 1 1 1)."""
-        level = torch.full((len(frames),), self.config.level, device=frames.device)
-        noised = self.objective.noise(frames, level, randn_like(frames, self.generator))
+        noised, timestep = self.noised(frames)
         x = noised.new_zeros(len(frames), places.shape[1], *frames.shape[2:])
         x[:, places.flatten().bool()] = noised
         places, shown = (y.expand(len(frames), -1, -1, -1, -1) for y in (places, shown))
-        return Given(x, places, shown, level)
+        return Known(x, places, shown, timestep)
+
+    def noised(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise frames (b g c h w) to the level; return its timestep (b,), too."""
+        timestep = torch.full((len(frames),), float(self.config.level), device=frames.device)
+        t = self.objective.from_timestep(timestep)
+        return self.objective.noise(frames, t, randn_like(frames, self.generator)), timestep
 
     def fresh(self, like: Tensor) -> Tensor:
         """Draw a clip's initial noise."""
         return randn_like(like, self.generator)
 
 
-def predict_frames(sampler: ClipSampler, first: Tensor, clips: int, overlap: int = 1) -> Tensor:
-    """Continue a clip (b f c h w) by `clips` more, each from the last `overlap` frames before it: (b g c h w)."""
+def predict_frames(sampler: ClipSampler, first: Tensor, clips: int) -> Tensor:
+    """Continue a clip (b f c h w) by `clips` more, each from the last frames before it: (b g c h w)."""
     found, clip = [first], first
     for _ in range(clips):
-        clip = sampler.extend(clip, overlap)
-        found.append(clip[:, overlap:])
+        clip = sampler.extend(clip)
+        found.append(clip[:, sampler.config.overlap :])
     return torch.cat(found, dim=1)
 
 

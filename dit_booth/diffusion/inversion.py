@@ -15,7 +15,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from dit_booth.diffusion.noise import compute_dtype
+from dit_booth.diffusion.noise import Generators, compute_dtype, randn_like
 from dit_booth.diffusion.objectives import DiscreteObjective, FlowObjective, Objective
 from dit_booth.diffusion.samplers import Model, SamplerConfig, resolve_kind, section_counts
 from dit_booth.diffusion.schedule import DiscreteSchedule
@@ -89,12 +89,23 @@ def invert_along(path: DDIMPath, predict: PredictEps, x0: Tensor) -> list[Tensor
     return states
 
 
-def sample_along(path: DDIMPath, predict: PredictEps, noise: Tensor) -> list[Tensor]:
-    """Return the latents (b ...) at every level of the path on the way back, the noise first."""
+def sample_along(
+    path: DDIMPath,
+    predict: PredictEps,
+    noise: Tensor,
+    eta: float = 0.0,
+    generator: Generators | None = None,
+) -> list[Tensor]:
+    """Return the latents (b ...) at every level of the path on the way back, the noise first.
+
+    generator: of the fresh noise of every step, the last one included; needed for `eta` above 0.
+    """
     states = [noise]
     for i in reversed(range(len(path))):
         x = states[-1]
-        states.append(path.denoise(i, x, predict(x, path.t(i, x))))
+        eps = predict(x, path.t(i, x))
+        fresh = None if generator is None else randn_like(x, generator)
+        states.append(path.denoise(i, x, eps, eta, fresh))
     return states
 
 

@@ -54,7 +54,7 @@ def require_cpu(generator: torch.Generator) -> None:
 
 
 def expand_like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Append axes to a per-sample `coefficient` (b,) until it broadcasts against `x` (b ...)."""
+    """Append axes to a `coefficient` (b,) or (b f) until it broadcasts against `x` (b ...) or (b f ...)."""
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 

@@ -40,6 +40,8 @@ class ObjectiveConfig:
     """flow: standard deviation of logit(t). JiT: 0.8."""
     shift: float = 1.0
     """flow: shift s towards noise, t -> s t / (1 + (s - 1) t), in training and sampling; 1 is none."""
+    per_frame: bool = False
+    """Train with a timestep of its own for every frame (Diffusion Forcing, arXiv 2407.01392)."""
     t_min: float = 0.05
     """flow with prediction x0: the loss divides by max(t, t_min)."""
 

@@ -9,8 +9,9 @@ estimate of the data. A training step reads
     loss = objective.loss(prediction, x0, eps, t).mean()
 
 `t` is in the objective's own unit (an integer step, or a fraction in [0, 1]); the timestep in [0, 1000) is
-what a network's embedding receives. Arrays are (b ...): any axes may follow the batch. Arithmetic is in
-float32 or more.
+what a network's embedding receives. Arrays are (b ...): any axes may follow the batch. Wherever t is (b,), it may
+be (b f), one for each frame of arrays (b f ...) (Diffusion Forcing, arXiv 2407.01392). Arithmetic is in float32 or
+more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from dit_booth.diffusion.noise import compute_dtype, expand_like, require_cpu
@@ -68,20 +70,32 @@ class Objective(ABC):
     def t_at(self, share: Tensor) -> Tensor:
         """Return t (b,) at a share in [0, 1) of its range; 0 is the data."""
 
-    def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """(b,) mean squared error over all other axes."""
-        return per_sample_mse(pred, self.target(x0, eps, t))
+    def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor, region: Tensor | None = None) -> Tensor:
+        """(b,) mean squared error over all other axes, weighted by the noise level (`weigh`).
+
+        region: weights of the positions (b ... 1 h w), such as `foreground_weight`.
+        """
+        error = per_sample_mse(pred, self.target(x0, eps, t), region, axes=t.ndim)
+        return reduce(self.weigh(error, t), "b ... -> b", "mean")
+
+    def weigh(self, error: Tensor, t: Tensor) -> Tensor:
+        """Return squared errors at t, both (b,) or (b f), as they enter the loss. Default: unweighted."""
+        return error
 
 
-def per_sample_mse(pred: Tensor, target: Tensor) -> Tensor:
-    """(b,) mean over all axes but the first, in float32 at least. Raises ValueError for unequal shapes."""
+def per_sample_mse(pred: Tensor, target: Tensor, region: Tensor | None = None, axes: int = 1) -> Tensor:
+    """(b,) mean over all but the first `axes` axes, in float32 at least; `region`: weights, broadcastable.
+
+    Raises ValueError for unequal shapes.
+    """
     if pred.shape != target.shape:
         raise ValueError(
             f"prediction has shape {tuple(pred.shape)}, its target {tuple(target.shape)}: they must be equal "
             "(drop variance channels first)"
         )
     dtype = compute_dtype(pred, target)
-    return (pred.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
+    error = (pred.to(dtype) - target.to(dtype)).square()
+    return (error if region is None else error * region).flatten(axes).mean(-1)
 
 
 def foreground_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -96,9 +110,13 @@ def foreground_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
             "(b ... c h w) and one mask (b ... 1 h w)"
         )
     dtype = compute_dtype(pred, target)
-    weight = mask.to(dtype)
-    error = (pred.to(dtype) - target.to(dtype)).square() * weight
-    return error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(1)
+    return per_sample_mse(pred, target, foreground_weight(mask.to(dtype), pred.shape[-3]))
+
+
+def foreground_weight(mask: Tensor, channels: int) -> Tensor:
+    """Return the weights of a mask's positions (b ... 1 h w) that make a mean squared error `foreground_mse`."""
+    each = channels * mask[0].numel() / mask.flatten(1).sum(1).clamp_min(1)
+    return expand_like(each, mask) * mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +131,12 @@ class DiscreteObjective(Objective):
     def weight(self, snr: Tensor) -> Tensor:
         """The loss's weight (b,) that makes it x0's error times min(SNR, min_snr) (Hang et al., 2303.09556, 3.4)."""
 
-    def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """(b,) mean squared error, weighted by the signal-to-noise ratio (alpha / sigma)^2 if `min_snr` is not 0."""
-        mse = super().loss(pred, x0, eps, t)
+    def weigh(self, error: Tensor, t: Tensor) -> Tensor:
+        """Weight by the signal-to-noise ratio (alpha / sigma)^2 if `min_snr` is not 0."""
         if not self.min_snr:
-            return mse
-        alpha, sigma = self.schedule.at("alpha", t, mse), self.schedule.at("sigma", t, mse)
-        return self.weight((alpha / sigma).square()) * mse
+            return error
+        alpha, sigma = self.schedule.at("alpha", t, error), self.schedule.at("sigma", t, error)
+        return self.weight((alpha / sigma).square()) * error
 
     def _levels(self, t: Tensor, *arrays: Tensor) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(*arrays)
@@ -201,12 +218,11 @@ class FlowObjective(Objective):
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return x0 if self.config.prediction == "x0" else eps - x0
 
-    def loss(self, pred: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """(b,) squared error of the velocity; for x0 that is the error of x0 over max(t, t_min) squared."""
-        mse = per_sample_mse(pred, self.target(x0, eps, t))
+    def weigh(self, error: Tensor, t: Tensor) -> Tensor:
+        """Return the squared error of the velocity; that of x0 is divided by max(t, t_min) squared."""
         if self.config.prediction == "velocity":
-            return mse
-        return mse / t.to(mse.dtype).clamp_min(self.config.t_min).square()
+            return error
+        return error / t.to(error.dtype).clamp_min(self.config.t_min).square()
 
     def to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x0 = x_t - t v."""

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_booth.diffusion.noise import Generators, compute_dtype, randn_like
+from dit_booth.diffusion.noise import Generators, compute_dtype, expand_like, randn_like
 from dit_booth.diffusion.objectives import DiscreteObjective, FlowObjective, Objective
 from dit_booth.diffusion.schedule import DiscreteSchedule
 from dit_booth.errors import check_ranges
@@ -204,7 +204,7 @@ def ddim_step(
 
 def _not_last(t: Tensor, x: Tensor) -> Tensor:
     """1 where t > 0, else 0, broadcastable against x."""
-    return (t > 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return expand_like((t > 0).to(x.dtype), x)
 
 
 # ---- flows ----

@@ -112,7 +112,7 @@ class DiscreteSchedule:
         )
 
     def at(self, table: str, t: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the entries `t` (b,) (integers) of the named table, shaped to broadcast against `x` (b ...)."""
+        """Return the entries `t` (b,) or (b f), integers, of the named table, shaped to broadcast against `x`."""
         key = (table, t.device, dtype or x.dtype)
         if key not in self._cache:
             self._cache[key] = getattr(self, table).to(key[2]).to(t.device)

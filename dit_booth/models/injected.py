@@ -10,7 +10,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.inject import AuxPrediction, Condition, Hidden, Noise, Recorder, Reference
+from dit_booth.inject import (
+    AuxPrediction,
+    Condition,
+    Hidden,
+    Noise,
+    Recorder,
+    Reference,
+    timestep_of_reference,
+)
 from dit_booth.models.clip.encoders import Prompt, TextEncoder
 from dit_booth.strategy import Strategies
 
@@ -24,7 +32,7 @@ class Prediction(NamedTuple):
 
 
 class Injected(nn.Module):
-    """x (b f c h w) at timestep t (b,), a prompt and a reference -> `Prediction`.
+    """x (b f c h w) at timestep t (b,) or, one per frame, (b f), a prompt and a reference -> `Prediction`.
 
     `null` is the tokenised null prompt (one row), the text of the reference's own pass.
     """
@@ -44,13 +52,17 @@ class Injected(nn.Module):
         prompt: Prompt,
         reference: Reference | None = None,
         constant: Mapping[str, Condition] | None = None,
+        known: Tensor | None = None,
     ) -> Prediction:
-        """Predict; `constant` holds conditions of this reference made before (`constant_conditions`)."""
+        """Predict; `constant` holds conditions of this reference made before (`constant_conditions`).
+
+        known: b f 1 1 1, 1 in frames of x that are known, for strategies that tell the network.
+        """
         conditions = dict(constant or {})
         if reference is not None:
             names = [name for name in self.active if name not in conditions]
-            conditions |= self.conditions(t, reference, names)
-        inject = self.strategy.bind(self.active, conditions)
+            conditions |= self.conditions(timestep_of_reference(t), reference, names)
+        inject = self.strategy.bind(self.active, conditions, known)
         output = self.backbone(x, t, self.text(prompt, inject), inject)
         aux_losses = [c.aux_loss for c in conditions.values() if c.aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else output.new_zeros(())

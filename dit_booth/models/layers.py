@@ -15,13 +15,29 @@ from dit_booth.inject import QKV, Injection, Role, Site
 from dit_booth.models.positions import Rotary
 
 
+def frame_timesteps(t: Tensor, frames: int, context: int = 0) -> Tensor:
+    """Return timesteps as the backbones embed them: t (b,) as it is, and one for each frame (b f) as (c + f, b).
+
+    Frames come first, so that what holds for a video (b d) adds to them. The `context` frames before the video get the
+    timestep of frame 0. ValueError: t fits neither the videos nor their `frames`.
+    """
+    if t.ndim == 1:
+        return t
+    if t.ndim != 2 or t.shape[1] != frames:
+        raise ValueError(
+            f"t is {tuple(t.shape)}; give one timestep per video (b,), or one per frame (b f) with f = {frames}"
+        )
+    by_frame = rearrange(t, "b f -> f b")
+    return torch.cat([by_frame[:1].expand(context, -1), by_frame]) if context else by_frame
+
+
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of t (b,), cosines first, in float32: (b dim). Transformer section 3.5."""
+    """Sinusoidal embedding of t (...), cosines first, in float32: (... dim). Transformer section 3.5."""
     half = dim // 2
     frequency = torch.exp(
         -math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half
     )
-    angle = rearrange(t.float(), "b -> b 1") * frequency
+    angle = rearrange(t.float(), "... -> ... 1") * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from dit_booth.components import Components
+from dit_booth.diffusion.clip_sampling import ClipSampler, Known, continuations, predict_frames
 from dit_booth.diffusion.guidance import Branch, GuidanceConfig
 from dit_booth.diffusion.inversion import invert
+from dit_booth.diffusion.known_frames import frame_times
 from dit_booth.diffusion.noise import randn
-from dit_booth.diffusion.samplers import SamplerConfig, sample
+from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, warped_start
-from dit_booth.inject import Condition, Reference
+from dit_booth.inject import Condition, Reference, timestep_of_reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 
 
@@ -31,6 +34,7 @@ def generate(
     guidance: GuidanceConfig,
     sampler: SamplerConfig,
     start: StartConfig = StartConfig(),  # noqa: B008 (frozen)
+    known: KnownVideo | None = None,
     use_image: bool = True,
     reuse: bool = True,
 ) -> Tensor:
@@ -39,35 +43,69 @@ def generate(
     images: (b 3 s s) in [-1, 1]; `size` is (frames, height, width) in pixels. A row's noise depends on its seed
     alone, so a video is the same in every batch. Conditions that are the same at every timestep are made once; with
     `reuse` false they are made at every step, which gives the same videos. `start`: what the latents start from.
-    ValueError: a size that the autoencoder or the backbone cannot cut.
+    `known`: frames that stay, around which the others are sampled. With a strategy that tells the network which frames
+    are known (LVDM), frames beyond those of the data are predicted clip by clip (section `clips`).
+    ValueError: a size that the autoencoder or the backbone cannot cut, or an image prompt that is all white.
     """
-    device, dtype = images.device, next(components.model.parameters()).dtype
     components.model.eval()
     frames, height, width = size
     factor, channels = components.autoencoder.factor, components.autoencoder.channels
     if height % factor or width % factor:
         raise ValueError(f"size is {height} x {width} pixels; the autoencoder needs multiples of {factor}")
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    batch, with_image = len(images), use_image and bool(components.model.active)
-    passes = make_passes(components, guidance, images, captions, subjects, dtype, with_image)
-    if reuse:
-        passes = [one.with_constant_conditions(components) for one in passes]
+    prompts, with_image = Prompts(images, captions, subjects), use_image and bool(components.model.active)
+    network = GuidedNetwork.build(components, guidance, prompts, draws, with_image=with_image, reuse=reuse)
 
-    def predict(x: Tensor, timestep: Tensor) -> Tensor:
-        eps = None
-        if (first := passes[0].reference) is not None:
-            eps = randn((batch, *components.copies(first).shape[1:]), draws, device, dtype)
-        output = torch.cat([one.predict(components, x, timestep, eps) for one in passes])
-        return guidance.combine(output.chunk(len(output) // batch))
+    def run(model: Model, noise: Tensor, step: int = 0) -> Tensor:
+        return sample(model, components.objective, sampler, noise, draws, steps=range(step, sampler.steps))
 
-    latents = randn((batch, frames, channels, height // factor, width // factor), draws, device, dtype)
-    objective, step = components.objective, 0
-    if start.kind == "warp":
-        latents, step = warped_start(predict, objective, sampler, start, latents, draws)
-    elif start.kind == "inversion":
-        latents = inverted_video(components, sampler, latents)
-    latents = sample(predict, objective, sampler, latents, draws, steps=range(step, sampler.steps))
+    config = components.config.clips
+    clips = ClipSampler(network.predict, components.objective, run, config, draws)
+    count = clip_frames(components, frames)
+    if known is None:
+        shape = (len(images), count, channels, height // factor, width // factor)
+        noise = randn(shape, draws, images.device, network.dtype)
+        latents = run(network.predict, *start_latents(network, sampler, start, noise))
+    else:
+        known.check(len(images), count)
+        latents = clips.complete(
+            components.autoencoder.encode(known.video, draws).to(network.dtype), known.mask
+        )
+    latents = predict_frames(clips, latents, continuations(frames, count, config.overlap))[:, :frames]
     return components.autoencoder.decode(latents).clamp(-1, 1)
+
+
+def clip_frames(components: Components, frames: int) -> int:
+    """Return the frames of the first clip: all, or those of the data where the network can predict the others."""
+    predicts = components.model.strategy.reads_known_frames(components.model.active)
+    return min(frames, components.config.data.frames) if predicts else frames
+
+
+class KnownVideo(NamedTuple):
+    """Frames that are known before sampling, among any others."""
+
+    video: Tensor  # b f 3 h w in [-1, 1]
+    mask: Tensor  # b f 1 1 1, 1 in frames that are known
+
+    def check(self, rows: int, frames: int) -> None:
+        """Raise ValueError if the shapes are not those of a clip."""
+        if self.video.shape[:2] != (rows, frames) or self.mask.shape != (rows, frames, 1, 1, 1):
+            raise ValueError(
+                f"known has a video {tuple(self.video.shape)} and a mask {tuple(self.mask.shape)}; give (b f 3 h w) and"
+                f" (b f 1 1 1) with b = {rows}, the prompts, and f = {frames}, the frames of a clip"
+            )
+
+
+def start_latents(
+    network: GuidedNetwork, sampler: SamplerConfig, start: StartConfig, noise: Tensor
+) -> tuple[Tensor, int]:
+    """Return what a video's latents (b f c h w) start from, made of `noise` where the start wants it, and the step."""
+    if start.kind == "warp":
+        objective = network.components.objective
+        return warped_start(network.predict, objective, sampler, start, noise, network.draws)
+    if start.kind == "inversion":
+        return inverted_video(network.components, sampler, noise), 0
+    return noise, 0
 
 
 def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor) -> Tensor:
@@ -101,18 +139,80 @@ class Pass:
             return self
         return replace(self, constant=components.model.constant_conditions(self.reference))
 
-    def predict(self, components: Components, x: Tensor, timestep: Tensor, eps: Tensor | None) -> Tensor:
-        """Predict for this pass's rows: those of x (b f c h w), repeated for each branch."""
+    def predict(
+        self,
+        components: Components,
+        x: Tensor,
+        timestep: Tensor,
+        eps: Tensor | None,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Predict for this pass's rows: those of x (b f c h w), repeated for each branch.
+
+        known: b f 1 1 1, 1 in frames of x that are known.
+        """
         rows, reference = len(self.prompt.ids) // len(x), self.reference
         x, timestep = (repeat(y, "b ... -> (r b) ...", r=rows) for y in (x, timestep))
+        known = None if known is None else repeat(known, "b ... -> (r b) ...", r=rows)
         if reference is not None:
             assert eps is not None
             eps = repeat(eps, "b ... -> (r b) ...", r=rows)
-            t = components.objective.from_timestep(timestep)
+            t = components.objective.from_timestep(timestep_of_reference(timestep))
             noisy = components.objective.noise(components.copies(reference), t, eps)
             reference = replace(reference, noisy=noisy)
-        output: Tensor = components.model(x, timestep, self.prompt, reference, self.constant).output
+        output: Tensor = components.model(x, timestep, self.prompt, reference, self.constant, known).output
         return output
+
+
+class Prompts(NamedTuple):
+    """What videos are sampled of, a row each."""
+
+    images: Tensor  # b 3 s s in [-1, 1]
+    captions: Sequence[str]
+    subjects: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class GuidedNetwork:
+    """The network as a sampler sees it: guided, for a batch of prompts."""
+
+    components: Components
+    guidance: GuidanceConfig
+    passes: Sequence[Pass]
+    draws: Sequence[torch.Generator]
+    """One of each row: of the reference's noise, and of the sampler's."""
+    dtype: torch.dtype
+
+    @classmethod
+    def build(
+        cls,
+        components: Components,
+        guidance: GuidanceConfig,
+        prompts: Prompts,
+        draws: Sequence[torch.Generator],
+        *,
+        with_image: bool,
+        reuse: bool,
+    ) -> Self:
+        """Encode the prompts. ValueError: an image prompt that is all white."""
+        if with_image:
+            components.check_images(prompts.images, prompts.captions)
+        dtype = next(components.model.parameters()).dtype
+        passes = make_passes(components, guidance, *prompts, dtype, with_image)
+        if reuse:
+            passes = [one.with_constant_conditions(components) for one in passes]
+        return cls(components, guidance, passes, draws, dtype)
+
+    def predict(self, x: Tensor, timestep: Tensor, known: Known | None = None) -> Tensor:
+        """Predict at x (b f c h w), in which frames may be known; `timestep` (b,) is that of the others."""
+        eps, shown = None, None
+        if known is not None:
+            timestep, shown = frame_times(timestep, known.timestep, known.mask), known.shown
+        if (first := self.passes[0].reference) is not None:
+            shape = (len(x), *self.components.copies(first).shape[1:])
+            eps = randn(shape, self.draws, x.device, x.dtype)
+        output = torch.cat([one.predict(self.components, x, timestep, eps, shown) for one in self.passes])
+        return self.guidance.combine(output.chunk(len(output) // len(x)))
 
 
 def make_passes(

@@ -53,7 +53,7 @@ def no_image_is_no_change(make: Callable[..., Trial]) -> None:
     """Without a reference a new strategy leaves the output as it is, and adds no auxiliary loss."""
     run = make()
     assert torch.equal(run(None), run.plain()), "a tap changes its payload though it got no image"
-    assert run.model(run.x, run.t, run.prompt, None).aux_loss == 0
+    assert run.predict(None).aux_loss == 0
 
 
 def gradients_reach_what_is_trained(make: Callable[..., Trial]) -> None:
@@ -62,7 +62,7 @@ def gradients_reach_what_is_trained(make: Callable[..., Trial]) -> None:
     for stage in run.stages:
         chosen = run.train_in(stage)
         run.model.zero_grad(set_to_none=True)
-        prediction = run.model(run.x, run.t, run.prompt, run.reference())
+        prediction = run.predict(run.reference())
         (prediction.output.square().sum() + prediction.aux_loss).backward()
         for key, p in run.model.named_parameters():
             if key in chosen:
@@ -155,7 +155,7 @@ def checkpointing_gives_equal_gradients(make: Callable[..., Trial]) -> None:
     settings = replace(getattr(plain_run.components.config, kind), checkpointing=True)
     for run in (plain_run, make(**{kind: settings})):
         wanted = run.perturb().wanted()
-        prediction = run.model(run.x, run.t, run.prompt, run.reference())
+        prediction = run.predict(run.reference())
         loss = prediction.output.square().mean() + prediction.aux_loss
         gradients.append(torch.autograd.grad(loss, wanted, allow_unused=True))
     for plain, recomputed in zip(*gradients, strict=True):
@@ -179,7 +179,7 @@ def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> 
                 else backbone.get_submodule("mid_block").compile
             )
             part(backend=backend, dynamic=False)
-        prediction = run.model(run.x, run.t, run.prompt, run.reference())
+        prediction = run.predict(run.reference())
         loss = prediction.output.square().mean() + prediction.aux_loss
         results.append((prediction.output.detach(), torch.autograd.grad(loss, wanted)))
     (plain, plain_grads), (output, grads) = results

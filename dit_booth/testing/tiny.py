@@ -54,6 +54,13 @@ class Trial:
     prompt: Prompt
 
     @property
+    def known(self) -> Tensor:
+        """The known frames (b f 1 1 1), for strategies that tell the network: the first."""
+        mask = torch.zeros_like(self.x[:, :, :1, :1, :1])
+        mask[:, 0] = 1
+        return mask
+
+    @property
     def model(self) -> Injected:
         return self.components.model
 
@@ -75,16 +82,19 @@ class Trial:
         noise = torch.randn(copies.shape, generator=generator)
         return replace(reference, noisy=0.6 * copies + 0.8 * noise)
 
+    def predict(self, reference: Reference | None) -> Prediction:
+        prediction: Prediction = self.model(self.x, self.t, self.prompt, reference, known=self.known)
+        return prediction
+
     def __call__(self, reference: Reference | None) -> Tensor:
-        prediction: Prediction = self.model(self.x, self.t, self.prompt, reference)
-        return prediction.output
+        return self.predict(reference).output
 
     def plain(self) -> Tensor:
         """Return the prediction of the backbone without any strategy."""
         output: Tensor = self.model.backbone(self.x, self.t, self.model.text(self.prompt))
         return output
 
-    def row(self, i: int) -> tuple[Tensor, Tensor, Prompt, Reference]:
+    def row(self, i: int) -> tuple[Tensor, Tensor, Prompt, Reference, None, Tensor]:
         """Return the arguments of the network for one of the videos."""
         rows, ours = slice(i, i + 1), self.reference()
         assert ours.noisy is not None
@@ -96,7 +106,8 @@ class Trial:
             latent=ours.latent[rows],
             noisy=ours.noisy[rows],
         )
-        return self.x[rows], self.t[rows], self.prompt.each(lambda y: y[rows]), mine
+        prompt = self.prompt.each(lambda y: y[rows])
+        return self.x[rows], self.t[rows], prompt, mine, None, self.known[rows]
 
     def train_in(self, stage: StageName) -> dict[str, nn.Parameter]:
         """Make a stage's parameters trainable, with all strategies active; return them by name."""

@@ -25,7 +25,7 @@ from dit_booth.strategy import registered
 from dit_booth.testing import Trial, trial, worst
 from dit_booth.training.distributed import Ranks, initialize, start, stop
 
-Arguments = tuple[Tensor, Tensor, Prompt, Reference]
+Arguments = tuple[Tensor, Tensor, Prompt, Reference, None, Tensor]
 
 
 def check_under_zero(

@@ -37,9 +37,10 @@ ELSEWHERE = (
     "strategy_weights",
     "plugin",
     "subject",
+    "known",
 )
 """Settings that enter otherwise: by stage, by backbone, by content."""
-WITHOUT_EFFECT = ("sample", "sampler", "guidance", "start")
+WITHOUT_EFFECT = ("sample", "sampler", "guidance", "start", "clips")
 """Settings that change no stage's weights."""
 BY_CONTENT = {
     "clip": ("pretrained",),
@@ -78,6 +79,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
             "globs": _globs(config, name, active),
             "strategies": _strategies(config, active),
             **_plugins(config, active),
+            **_known_frames(config, active),
             **(_subject(config) if name == "subject" else {}),
         }
         out.append(Stage(index, name, settings.steps, active, digest({**common, **own})))
@@ -142,6 +144,13 @@ def _subject(config: RunConfig) -> PlainDict:
             settings[name] = _local(f"subject.{name}", settings[name])
     sampling = {"sampler": asdict(config.sampler), "guidance": asdict(config.guidance)}
     return {"subject": settings, **(sampling if config.subject.prior else {})}
+
+
+def _known_frames(config: RunConfig, active: tuple[str, ...]) -> PlainDict:
+    """Return the settings of known frames if an active strategy reads which they are: else there are none."""
+    classes = find(config.strategy)
+    read = any(classes[name].reads_known_frames for name in active)
+    return {"known": asdict(config.known)} if read else {}
 
 
 def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple[str, ...]:

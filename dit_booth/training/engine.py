@@ -33,7 +33,13 @@ class Engine(Protocol):
     device: torch.device
 
     def __call__(
-        self, x_t: Tensor, timestep: Tensor, prompt: Prompt, reference: Reference | None
+        self,
+        x_t: Tensor,
+        timestep: Tensor,
+        prompt: Prompt,
+        reference: Reference | None,
+        *,
+        known: Tensor | None = None,
     ) -> Prediction: ...
     def backward(self, loss: Tensor) -> object: ...
     def step(self) -> object: ...

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from dit_booth.components import Components
 from dit_booth.config import StageConfig
 from dit_booth.data.example import Batch
+from dit_booth.diffusion.known_frames import draw_known, frame_times, put_frames
 from dit_booth.diffusion.noise import Generators, per_row, randn, randn_like
-from dit_booth.diffusion.objectives import Objective
-from dit_booth.inject import Reference
+from dit_booth.diffusion.objectives import Objective, foreground_weight
+from dit_booth.inject import Reference, timestep_of_reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 from dit_booth.models.injected import Prediction
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of the network (x_t, timestep, prompt, reference) and of its loss (x0, eps, t)."""
+    """Arguments of the network (x_t, timestep, prompt, reference, known) and of its loss (x0, eps, t, region)."""
 
     x_t: Tensor  # b f c h w
-    timestep: Tensor  # b
+    timestep: Tensor  # b, or b f
     prompt: Prompt
     reference: Reference | None
     x0: Tensor  # b f c h w
     eps: Tensor  # b f c h w
-    t: Tensor  # b
+    t: Tensor  # b, or b f
+    known: Tensor | None = None  # b f 1 1 1, 1 in frames that are known to the network
+    region: Tensor | None = None  # b f 1 h w, weights of the positions in the loss
+
+    def predict(self, network: Callable[..., Prediction]) -> Prediction:
+        """Call the network, or the engine around it."""
+        return network(self.x_t, self.timestep, self.prompt, self.reference, known=self.known)
 
     def loss(self, objective: Objective, prediction: Prediction) -> Tensor:
         """Compute the objective's loss, a scalar: the mean over the videos and a prediction beside them.
 
         The latter has no noise (CatVTON's reference half): its truth is the latent itself with eps = 0.
         """
-        loss = objective.loss(prediction.output, self.x0, self.eps, self.t).mean()
+        loss = objective.loss(prediction.output, self.x0, self.eps, self.t, self.region).mean()
         if prediction.aux_prediction is None:
             return loss
         beside, latent = prediction.aux_prediction
@@ -66,10 +74,16 @@ def make_inputs(
 
     Rows that are dropped get the null prompt and the zero image (VideoBooth section 3.3's training), or one of the two
     (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). With a generator for each row, a row's draws do not depend on
-    the batch around it, hence not on the number of ranks. A given `t` (b,) is taken instead of one that is drawn.
+    the batch around it, hence not on the number of ranks.
+
+    With ``objective.per_frame`` every frame has a t of its own. Where an active strategy tells the network which frames
+    are known, some are (section `known`): at a level of their own, with noise of their own, and they count in the loss
+    (LVDM's released code). A given `t` (b,) is taken for all frames instead of what is drawn, and no frame is known.
+    ValueError: an image prompt that is all white, or a subject without a mask that the stage needs.
     """
-    frames = stage.frames_of(batch.video.shape[1])
-    video = _crop(batch.video, frames, generator) if stage.frames else batch.video
+    config, model, objective = components.config, components.model, components.objective
+    video, mask = _crop(batch, stage, generator)
+    frames = video.shape[1]
     u = per_row(lambda n, g: torch.rand(n, generator=g), len(batch), generator)
     no_image = u < stage.drop + stage.drop_image
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
@@ -78,26 +92,73 @@ def make_inputs(
     prompt = components.tokenize(captions, subjects)
     x0 = components.autoencoder.encode(video, generator)
     shape, reference = x0.shape, None
-    fixed, t = t, per_row(components.objective.sample_t, len(batch), generator) if t is None else t
-    t = t.to(x0.device)
+    fixed, t = t, _draw_t(components, len(batch), frames, generator) if t is None else t
+    t, known = t.to(x0.device), None
+    if fixed is None and not stage.single_frames and model.strategy.reads_known_frames(model.active):
+        known, level = (y.to(x0.device) for y in draw_known(config.known, len(batch), frames, generator))
+        t = frame_times(t, objective.from_timestep(level), known)
     if with_image:
+        components.check_images(batch.image, batch.keys)
         images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
         reference = components.reference(images, dtype, generator)
         clean = components.copies(reference)
-        noisy = components.objective.noise(clean, t, randn_like(clean, generator))
+        noisy = objective.noise(clean, timestep_of_reference(t), randn_like(clean, generator))
         reference = replace(reference, noisy=noisy)
     if stage.single_frames:
         x0, prompt, t, reference = _single_frames(components, x0, prompt, reference, generator, fixed)
     eps = randn(shape, generator, x0.device, x0.dtype).reshape(x0.shape)  # a row's frames are one draw
-    x_t = components.objective.noise(x0, t, eps).to(dtype)
-    return Inputs(x_t, components.objective.timestep(t), prompt, reference, x0, eps, t)
+    if known is not None:
+        eps = put_frames(eps, randn_like(x0, generator), known)
+    x_t = objective.noise(x0, t, eps).to(dtype)
+    region = _region(batch.keys, mask, x0) if stage.foreground else None
+    return Inputs(x_t, objective.timestep(t), prompt, reference, x0, eps, t, known, region)
 
 
-def _crop(video: Tensor, frames: int, generator: Generators) -> Tensor:
-    """Crop `frames` consecutive frames of each video (b f 3 h w) at a random offset."""
-    starts = video.shape[1] - frames + 1
-    first = per_row(lambda n, g: torch.randint(starts, (n,), generator=g), len(video), generator)
-    return torch.stack([v[start : start + frames] for v, start in zip(video, first.tolist(), strict=True)])
+def _crop(batch: Batch, stage: StageConfig, generator: Generators) -> tuple[Tensor, Tensor]:
+    """Return videos (b f 3 h w) and masks (b f h w), cropped to the consecutive frames that the stage asks for."""
+    count = batch.video.shape[1]
+    frames = stage.frames_of(count)
+    if not stage.frames:
+        return batch.video, batch.mask
+    starts = per_row(
+        lambda n, g: torch.randint(count - frames + 1, (n,), generator=g), len(batch), generator
+    ).tolist()
+    video, mask = (
+        torch.stack([row[start : start + frames] for row, start in zip(rows, starts, strict=True)])
+        for rows in (batch.video, batch.mask)
+    )
+    return video, mask
+
+
+def _draw_t(components: Components, rows: int, frames: int, generator: Generators) -> Tensor:
+    """Draw the t of each video (b,) or, with ``objective.per_frame``, of each frame (b f)."""
+    if components.config.objective.per_frame:
+        return _draw_t_by_frame(components, rows, frames, generator)
+    return per_row(components.objective.sample_t, rows, generator)
+
+
+def _draw_t_by_frame(components: Components, rows: int, frames: int, generator: Generators) -> Tensor:
+    def draw(n: int, g: torch.Generator) -> Tensor:
+        return rearrange(components.objective.sample_t(n * frames, g), "(b f) -> b f", f=frames)
+
+    return per_row(draw, rows, generator)
+
+
+def _region(keys: Sequence[str], mask: Tensor, x0: Tensor) -> Tensor:
+    """Return the weights (b f 1 h w) that make the loss one of the subject, whose mask is b f h w.
+
+    Frames that the data have no mask of (VideoBooth's: all but the first) do not count.
+    ValueError: an example has no mask in these frames.
+    """
+    for key, shown in zip(keys, mask.flatten(1).any(1).tolist(), strict=True):
+        if not shown:
+            raise ValueError(
+                f"{key} has no mask of its subject in the frames that are trained on, and the stage's foreground is"
+                " true; set it to false, or give the data masks (of frame 0 alone: leave the stage's frames at 0)"
+            )
+    height, width = x0.shape[-2:]
+    share = reduce(mask.to(x0.dtype), "b f (h p) (w q) -> b f 1 h w", "mean", h=height, w=width)
+    return foreground_weight(share, x0.shape[2]).reshape(*x0.shape[:2], 1, height, width)
 
 
 def _single_frames(
@@ -113,7 +174,7 @@ def _single_frames(
         raise ValueError("single_frames is for stages without an image (base); set it to false in this stage")
     rows, frames = x0.shape[:2]
     if fixed is None:
-        t = per_row(lambda n, g: components.objective.sample_t(n * frames, g), rows, generator)
+        t = rearrange(_draw_t_by_frame(components, rows, frames, generator), "b f -> (b f)")
     else:
         t = repeat(fixed, "b -> (b f)", f=frames)
     t = t.to(x0.device)

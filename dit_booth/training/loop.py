@@ -78,7 +78,7 @@ def micro_step(state: TrainState, index: int, batch: Batch) -> tuple[float, floa
     inputs = make_inputs(
         components, batch.to(engine.device), state.options, draws, state.dtype, with_image=with_image
     )
-    prediction = engine(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
+    prediction = inputs.predict(engine)
     loss = inputs.loss(components.objective, prediction)
     engine.backward(loss + prediction.aux_loss)
     engine.step()

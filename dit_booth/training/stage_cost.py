@@ -103,7 +103,7 @@ def forward_backward(
         inputs = make_inputs(components, batch, stage, generator_of(0), dtype, with_image=bool(model.active))
 
     def step() -> None:
-        prediction = model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
+        prediction = inputs.predict(model)
         loss = inputs.loss(components.objective, prediction) + prediction.aux_loss
         torch.autograd.grad(loss, trained, allow_unused=True)
 

@@ -85,7 +85,7 @@ class Validation:
                 inputs = make_inputs(
                     self.components, batch, self.stage, draws, self.dtype, bool(model.active), t
                 )
-                prediction = model(inputs.x_t, inputs.timestep, inputs.prompt, inputs.reference)
+                prediction = inputs.predict(model)
                 if counted:
                     sums[part] += counted * inputs.loss(objective, prediction).item()
         means = [mean * self.ranks.world / count for mean in self.ranks.mean(*sums)]

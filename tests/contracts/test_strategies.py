@@ -61,6 +61,11 @@ SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
         {"token_bank": TokenBankConfig(tokens=4, depth=1)},
     ),
     "a reference in two ways": ("in_context+decoupled_attention+adaln", {}),
+    "known frames after a reference": ("in_context+lvdm", {}),
+    "known frames above a reference": (
+        "lvdm+spatial_concat",
+        {"spatial_concat": SpatialConcatConfig(skip_text=False)},
+    ),
     "a picture in two ways": (
         "token_replacement+spatial_concat",
         {"spatial_concat": SpatialConcatConfig(skip_text=False)},

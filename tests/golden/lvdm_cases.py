@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 from unittest import mock
@@ -12,33 +13,36 @@ import torch
 from cases import CaseResult, Info, Tensors, cast, labelled, outputs, tolerance, worst
 from torch import Tensor
 
-from dit_booth.diffusion import clip_sampling
+from dit_booth.diffusion import clip_sampling, inversion
 from dit_booth.diffusion.clip_sampling import (
     ClipSampler,
-    ClipSamplingConfig,
+    ClipsConfig,
+    Known,
     continuations,
     interpolate_frames,
     predict_frames,
     sparse_frames,
     windows,
 )
-from dit_booth.diffusion.frame_conditioning import (
-    FrameConditioningConfig,
-    conditioning_mask,
+from dit_booth.diffusion.inversion import DDIMPath, sample_along
+from dit_booth.diffusion.known_frames import (
+    KnownFramesConfig,
+    known_mask,
+    network_input,
     per_sample_l1,
     training_pair,
 )
-from dit_booth.diffusion.inversion import DDIMPath
 from dit_booth.diffusion.objectives import EpsObjective
+from dit_booth.diffusion.samplers import Model
 from dit_booth.diffusion.schedule import DiscreteSchedule, scaled_linear_betas
 
 LEVEL = 1e-6
 """Largest error of abar and of what follows from it: the original's is a product in float32."""
 TRAINING = {
-    "pred": FrameConditioningConfig(),
-    "interp": FrameConditioningConfig(interpolation=0.9, prediction=0.0),
-    "stride": FrameConditioningConfig(interpolation=0.7, prediction=0.0),  # the stride is the file's
-    "pred_multi": FrameConditioningConfig(prediction=0.8, previous=(1, 2)),
+    "pred": KnownFramesConfig(),
+    "interp": KnownFramesConfig(interpolation=0.9, prediction=0.0),
+    "stride": KnownFramesConfig(interpolation=0.7, prediction=0.0),  # the stride is the file's
+    "pred_multi": KnownFramesConfig(prediction=0.8, previous=(1, 2)),
 }
 
 
@@ -140,7 +144,7 @@ class Training:
         predicts = (uniform >= share) & (uniform < share + self.config.prediction)
         if predicts.any():
             previous[predicts] = self["chosen_n_prev"]
-        return conditioning_mask(self.config, uniform, previous, self["x0"].shape[2])
+        return known_mask(self.config, uniform, previous, self["x0"].shape[2])
 
     def pair(self, one_noise: bool) -> tuple[Tensor, Tensor]:
         x0, eps, eps_given = (swapped(self[name]) for name in ("x0", "noise_t", "noise_s"))
@@ -171,31 +175,36 @@ class Sampling:
     def sampler(self, task: str) -> ClipSampler:
         config, network = self.info["config"], Network(self.tensors, task)
 
-        def watched(x: Tensor, t: Tensor, level: Tensor | None) -> Tensor:
-            self.calls.append(x)
-            return network(x, t, level)
+        def watched(x: Tensor, t: Tensor, known: Known | None) -> Tensor:
+            mask = torch.zeros_like(x[:, :, :1, :1, :1]) if known is None else known.shown
+            self.calls.append(network_input(x, mask))
+            return network(self.calls[-1], t, None if known is None else known.timestep)
 
-        options = ClipSamplingConfig(
+        def run(model: Model, noise: Tensor) -> Tensor:
+            return sample_along(path, model, noise, config["eta"], generator)[-1]
+
+        options = ClipsConfig(
+            overlap=config["T_cond"],
             level=config["sample_cond_noise_level"],
             guidance=config["cfg"] if self.tag == "cfg" else 0.0,
-            eta=config["eta"],
             released=True,
         )
-        path = path_of(self.info, self.objective)
-        return ClipSampler(watched, self.objective, path, options, torch.Generator())
+        path, generator = path_of(self.info, self.objective), torch.Generator()
+        return ClipSampler(watched, self.objective, run, options, generator)
 
     def predicted(self) -> Tensor:
         sampler, config = self.sampler("pred"), self.info["config"]
         with self.draws("pred") as draw:
             first = sampler.sample(draw(None, None))
-            return predict_frames(sampler, first, config["n_pred_steps"], config["T_cond"])
+            return predict_frames(sampler, first, config["n_pred_steps"])
 
     def interpolated(self) -> Tensor:
         with self.draws("interp"):
             base = swapped(self.tensors[f"outputs.{self.tag}_pred_base"])
             return interpolate_frames(self.sampler("interp"), base, self.info["config"]["T_interp"])
 
-    def draws(self, task: str) -> mock._patch:  # type: ignore[type-arg]
+    @contextmanager
+    def draws(self, task: str) -> Iterator[Callable[[Tensor | None, object], Tensor]]:
         """Noise is the next of the file's."""
         names = sorted(k for k in self.tensors if k.startswith(f"inputs.{self.tag}_{task}_draw_"))
         left = iter([swapped(self.tensors[name]) for name in names])
@@ -205,7 +214,11 @@ class Sampling:
             assert like is None or like.shape == noise.shape
             return noise
 
-        return mock.patch.object(clip_sampling, "randn_like", draw)
+        with (
+            mock.patch.object(clip_sampling, "randn_like", draw),
+            mock.patch.object(inversion, "randn_like", draw),
+        ):
+            yield draw
 
     def output(self, what: str) -> Tensor:
         if what == "pred_base":

@@ -52,6 +52,8 @@ def usual() -> dict[str, str]:
         "--data.triplets.stride 2",
         "--stages.joint.steps 9",
         "--unet.heads 2",
+        "--clips.level 50",
+        "--known.prediction 0.1",
         "--schedule coarse fine",
     ],
 )
@@ -75,6 +77,8 @@ def test_what_changes_no_stage(usual: dict[str, str], flags: str) -> None:
         "--weights none",
         "--clip.pretrained none",
         "--objective.logit-mean 0.1",
+        "--objective.per-frame true",
+        "--stages.coarse.foreground true",
         "--stages.coarse.steps 7",
         "--stages.coarse.lr 0.1",
         "--stages.coarse.train strategy.*",
@@ -102,6 +106,12 @@ def test_what_changes_the_fine_stage_alone(usual: dict[str, str], flags: str) ->
     changed = addresses(*flags.split())
     assert changed["coarse"] == usual["coarse"]
     assert changed["fine"] != usual["fine"]
+
+
+def test_known_frames_count_in_the_stages_that_have_some() -> None:
+    both, known = f"{BOTH}+lvdm", ("--known.prediction", "0.1")
+    before, after = (addresses("--strategy", both, *flags) for flags in ((), known))
+    assert before["coarse"] == after["coarse"] and before["fine"] != after["fine"]
 
 
 def test_a_stage_depends_on_those_before_it() -> None:

@@ -17,6 +17,7 @@ NAMES = sorted(file.stem for file in packaged("baselines").glob("*.yaml"))
 SYSTEMS = {
     *("videobooth", "textual_inversion", "dreambooth", "dreambooth_lora", "dreambooth_no_prior"),
     *("tune_a_video", "catvton", "ip_adapter", "phantom", "none", "elite", "text2video_zero"),
+    *("lvdm", "dit_image"),
 }
 
 
@@ -30,7 +31,7 @@ def test_a_systems_stages_train_parameters_that_its_backbone_has(name: str, back
     config = RunConfig.create(name, backbone=backbone)
     model = build(config, (12, 16, 16))
     schedule = schedule_of(config)
-    assert schedule or name in ("none", "text2video_zero")
+    assert schedule or name in ("none", "text2video_zero", "dit_image")
     for index, stage in enumerate(schedule):
         active = active_strategies(config, schedule, index)
         trained = set_trainable(model, trainable_globs(config, model, stage, active), active)

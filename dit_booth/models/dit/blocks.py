@@ -20,7 +20,7 @@ from dit_booth.models.positions import Rotary
 class DiTInputs(NamedTuple):
     """Inputs that all blocks of one forward pass share."""
 
-    c: Tensor  # b d, conditioning vector: the timestep embedding, with the text or label where they modulate
+    c: Tensor  # (f) b d, conditioning vector: the timestep embedding, with the text or label where they modulate
     plan: Frames  # of attn1
     temporal_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
     rotary: Rotary | None = None  # of attn1
@@ -33,11 +33,25 @@ class DiTInputs(NamedTuple):
 
 
 class ShiftScaleGate(NamedTuple):
-    """One sub-layer's part of the adaLN vector: ``x + gate * layer(norm(x) * (1 + scale) + shift)``."""
+    """One sub-layer's part of the adaLN vector: ``x + gate * layer(norm(x) * (1 + scale) + shift)``.
+
+    b f 1 d each; f is 1 where all frames have one timestep.
+    """
 
     shift: Tensor
     scale: Tensor
     gate: Tensor | None = None  # none: one (adaLN without the zero)
+
+    @classmethod
+    def split(cls, vector: Tensor, parts: int, each: int) -> list[ShiftScaleGate]:
+        """Split an adaLN vector, (b c) or of every frame (f b c), into those of `parts` sub-layers."""
+        form = "b (p e d) -> p e b 1 1 d" if vector.ndim == 2 else "f b (p e d) -> p e b f 1 d"
+        return [cls(*value.unbind(0)) for value in rearrange(vector, form, p=parts, e=each).unbind(0)]
+
+    @property
+    def of_frame_0(self) -> ShiftScaleGate:
+        """The part of frame 0: that of tokens which belong to no frame."""
+        return ShiftScaleGate(*(None if y is None else y[:, :1] for y in self))  # type: ignore[arg-type]
 
     def modulate(self, normed: Tensor) -> Tensor:
         """Compute the sub-layer's input. Overwrites `normed` where no gradient needs it."""
@@ -70,10 +84,7 @@ class BlockModulation(nn.Module):
     def forward(self, c: Tensor, inject: Injection) -> dict[str, ShiftScaleGate]:
         c = nn.functional.silu(c)
         vector = inject(self.site, Modulation(self.linear(c), c)).vector
-        values = rearrange(vector, "b (p e d) -> p e b 1 1 d", p=len(self.parts), e=self.each).unbind(0)
-        return {
-            part: ShiftScaleGate(*value.unbind(0)) for part, value in zip(self.parts, values, strict=True)
-        }
+        return dict(zip(self.parts, ShiftScaleGate.split(vector, len(self.parts), self.each), strict=True))
 
 
 # ---- convolution -------------------------------------------------------------------------------------------
@@ -163,7 +174,8 @@ class DiTBlock(nn.Module):
             x = self.conv(x, shared.grid)
         x = mod["mlp"].add_residual(x, self.mlp(mod["mlp"].modulate(self.norm(x))))
         if self.in_context and text is not None:
-            text = mod["mlp"].add_residual(text, self.mlp(mod["mlp"].modulate(self.norm(text))))
+            own = mod["mlp"].of_frame_0
+            text = own.add_residual(text, self.mlp(own.modulate(self.norm(text))))
         return x, text
 
     def attend_across_frames(
@@ -179,13 +191,14 @@ class DiTBlock(nn.Module):
         h = mod.modulate(self.norm(x))
         if not self.in_context or text is None:
             return mod.add_residual(x, attention(h, h, shared.plan, inject, shared.rotary)), text
-        g, frames = mod.modulate(self.norm(text)), x.shape[1]
+        own, frames = mod.of_frame_0, x.shape[1]
+        g = own.modulate(self.norm(text))
         words = attention.project(g, g, seen_by_all(1))
         qkv = attention.project(h, h, shared.plan, shared.rotary)
         readers = ((),) * shared.isolated + seen_by_all(frames - shared.isolated)
         qkv = inject(attention.site, qkv.reading(replace(words.segments[0], frames=readers)))
         words = words.reading(replace(qkv.segments[0], frames=seen_by_all(1, frames)))
-        return mod.add_residual(x, attention.read(qkv)), mod.add_residual(text, attention.read(words))
+        return mod.add_residual(x, attention.read(qkv)), own.add_residual(text, attention.read(words))
 
     def attend_over_time(
         self, attention: Attention, mod: ShiftScaleGate, x: Tensor, shared: DiTInputs, inject: Injection

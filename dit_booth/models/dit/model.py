@@ -15,14 +15,16 @@ from dit_booth.inject import Injection, Latents, Modulation, Site, no_injection
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.blocks import BlockModulation, DiTBlock, DiTInputs, ShiftScaleGate, TokenConv
 from dit_booth.models.dit.config import SIZES, DiTConfig
-from dit_booth.models.layers import allow_einops_in_graph, timestep_embedding
+from dit_booth.models.layers import allow_einops_in_graph, frame_timesteps, timestep_embedding
 from dit_booth.models.positions import frame_embedding, grid_embedding, rotary_3d, rotary_frames
 
 __all__ = ["SIZES", "DiTConfig", "VideoDiT"]
 
 
 class VideoDiT(nn.Module):
-    """x (b f c h w) at timestep t (b,) in [0, 1000) with text, or class labels (b,) -> prediction (b f c h w).
+    """x (b f c h w) at timestep t in [0, 1000) with text, or class labels (b,) -> prediction (b f c h w).
+
+    t is one of each video (b,), or of each of its frames (b f).
 
     Frames are free in number, height and width if the patch divides them. By default, timestep and pooled text
     modulate every block through adaLN-Zero (DiT section 3.2) and no attention reads the text; see `DiTConfig`.
@@ -67,7 +69,9 @@ class VideoDiT(nn.Module):
             DiTBlock(f"blocks.{i}", config, config.parts(i), text_dim) for i in range(depth)
         )
         self.final_layer = FinalLayer(hidden, out_channels, config.patch)
-        self.entry = Site(name="latents.entry", port="latents", role="entry", dim=channels)
+        self.entry = Site(
+            name="latents.entry", port="latents", role="entry", dim=channels, embed=self.x_embedder.proj
+        )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=out_channels)
         self.initialise()
 
@@ -75,10 +79,12 @@ class VideoDiT(nn.Module):
         latents = inject(self.entry, Latents(x))
         height, width = latents.x.shape[-2:]
         frame_positions = range(-latents.context, latents.x.shape[1] - latents.context)
-        t_emb = self.t_embedder(t, x.dtype)  # b d
-        c = self.conditioning_vector(t_emb, text, inject)  # b d
+        by_frame = frame_timesteps(t, len(frame_positions) - latents.context, latents.context)
+        t_emb = self.t_embedder(by_frame, x.dtype)  # (f) b d
+        c = self.conditioning_vector(t_emb, text, inject)  # (f) b d
         shared = self.build_inputs(c, latents, frame_positions)
-        x, tokens = self.x_embedder(latents.x, frame_positions), self.text_tokens(text)  # b f n d; b 1 l d
+        x = self.x_embedder(latents.x, frame_positions, latents.added)  # b f n d
+        tokens = self.text_tokens(text)  # b 1 l d
         for i, block in enumerate(self.blocks):
             if i == self.frame_embedding_block:
                 x = x + frame_embedding(frame_positions, x.shape[-1], x.device).to(x.dtype)
@@ -87,7 +93,7 @@ class VideoDiT(nn.Module):
         return inject(self.exit, replace(latents, x=x)).x
 
     def conditioning_vector(self, t_emb: Tensor, text: Text | Tensor, inject: Injection) -> Tensor:
-        """Add the pooled text or the label, where they modulate the blocks, to the timestep embedding: (b d)."""
+        """Add the pooled text or the label, where they modulate the blocks, to the timestep embedding: (f) b d."""
         if self.text_site is not None:
             assert isinstance(text, Text)
             pooled = Modulation(self.text_embedder(text.pooled), text.pooled)
@@ -211,8 +217,11 @@ class PatchEmbed(nn.Module):
         self.patch, self.sincos = config.patch, config.positions == "sincos"
         self.with_frames = config.layout in ("factorised", "joint")
 
-    def forward(self, x: Tensor, frame_positions: range | None = None) -> Tensor:
-        """Latents (b f c h w), frames at `frame_positions` (default: from 0) -> tokens (b f n d)."""
+    def forward(self, x: Tensor, frame_positions: range | None = None, added: Tensor | None = None) -> Tensor:
+        """Latents (b f c h w), frames at `frame_positions` (default: from 0) -> tokens (b f n d).
+
+        added: b f d h w, of the tokens' grid, to add to the embedded patches.
+        """
         frames, height, width = x.shape[1], x.shape[-2], x.shape[-1]
         if height % self.patch or width % self.patch:
             raise ValueError(
@@ -220,6 +229,8 @@ class PatchEmbed(nn.Module):
                 " change dit.patch or data.size"
             )
         tokens: Tensor = self.proj(rearrange(x, "b f c h w -> (b f) c h w"))
+        if added is not None:
+            tokens = tokens + rearrange(added, "b f d h w -> (b f) d h w")
         rows, columns, hidden = height // self.patch, width // self.patch, tokens.shape[1]
         # The convolution's layout is channels first; without this copy every norm would copy.
         tokens = rearrange(tokens, "(b f) d h w -> b f (h w) d", f=frames).contiguous()
@@ -230,7 +241,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal embedding of t through two layers: (b,) -> (b d)."""
+    """Sinusoidal embedding of t through two layers: (...) -> (... d)."""
 
     def __init__(self, hidden: int, features: int = 256) -> None:
         super().__init__()
@@ -265,7 +276,7 @@ class FinalLayer(nn.Module):
         self.patch = patch
 
     def forward(self, x: Tensor, c: Tensor, height: int, width: int) -> Tensor:
-        shift, scale = rearrange(self.adaLN_modulation(c), "b (p d) -> p b 1 1 d", p=2)
-        x = self.linear(ShiftScaleGate(shift, scale).modulate(self.norm_final(x)))
+        (mod,) = ShiftScaleGate.split(self.adaLN_modulation(c), 1, 2)
+        x = self.linear(mod.modulate(self.norm_final(x)))
         p = self.patch
         return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", p=p, q=p, h=height // p, w=width // p)

@@ -25,7 +25,7 @@ from dit_booth.models.unet.config import UNetConfig
 class UNetInputs(NamedTuple):
     """Inputs that all blocks of one forward pass share."""
 
-    t_emb: Tensor  # b c, timestep embedding
+    t_emb: Tensor  # (f) b c, timestep embedding
     text: Tensor  # b l c
     plan: Frames  # of attn1
     inject: Injection
@@ -76,7 +76,7 @@ class PointwiseFrameConv(PointwiseConv):
 
 
 class TimestepEmbedding(nn.Module):
-    """t (b,) -> (b dim) through the `modulation` port, whose source is the sinusoidal embedding (b width)."""
+    """t (...) -> (... dim) through the `modulation` port, whose source is the sinusoidal embedding (... width)."""
 
     def __init__(self, name: str, width: int, dim: int) -> None:
         super().__init__()
@@ -122,7 +122,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, shared: UNetInputs) -> Tensor:
         y: Tensor = self.conv1(F.silu(self.norm1(x, shared.context)))
-        y = y + rearrange(self.time_emb_proj(F.silu(shared.t_emb)), "b c -> b 1 c 1 1")
+        t_emb = self.time_emb_proj(F.silu(shared.t_emb))
+        y = y + rearrange(t_emb, "b c -> b 1 c 1 1" if t_emb.ndim == 2 else "f b c -> b f c 1 1")
         y = self.conv2(F.silu(self.norm2(y, shared.context)))
         shortcut: Tensor = self.conv_shortcut(x)
         return shortcut + y

@@ -15,7 +15,7 @@ from dit_booth.attention import FramePlan
 from dit_booth.attention.plans import seen_by_all, with_context
 from dit_booth.inject import Injection, Latents, Site, no_injection
 from dit_booth.models.clip.encoders import Text
-from dit_booth.models.layers import Attention
+from dit_booth.models.layers import Attention, frame_timesteps
 from dit_booth.models.unet.blocks import (
     FrameConv,
     MidLevel,
@@ -36,9 +36,10 @@ __all__ = ["UNetConfig", "VideoUNet"]
 
 
 class VideoUNet(nn.Module):
-    """x (b f c h w) at timestep t (b,) in [0, 1000) with text -> prediction (b f c h w).
+    """x (b f c h w) at timestep t in [0, 1000) with text -> prediction (b f c h w).
 
-    The number of frames, height and width are free; t may be a float. ValueError: a shape does not fit.
+    t is one of each video (b,), or of each of its frames (b f). The number of frames, height and width are free; t may
+    be a float. ValueError: a shape does not fit.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -59,7 +60,9 @@ class VideoUNet(nn.Module):
             self.watermark_zero_out = PointwiseFrameConv(width, width)
         self.conv_norm_out = VideoNorm(config.norm_groups, width, eps=1e-5)
         self.conv_out = FrameConv(width, config.out_channels, kernel_size=3, padding=1)
-        self.entry = Site(name="latents.entry", port="latents", role="entry", dim=config.in_channels)
+        self.entry = Site(
+            name="latents.entry", port="latents", role="entry", dim=config.in_channels, embed=self.conv_in
+        )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=config.out_channels)
         self.initialise()
 
@@ -67,9 +70,11 @@ class VideoUNet(nn.Module):
         latents = inject(self.entry, Latents(x))
         x = latents.x
         self.validate(x, t, text.tokens)
-        t_emb = self.time_embedding(t, x.dtype, inject)  # b c
+        by_frame = frame_timesteps(t, x.shape[1] - latents.context, latents.context)
+        t_emb = self.time_embedding(by_frame, x.dtype, inject)  # (f) b c
         shared = self.build_inputs(t_emb, text, latents, inject)
-        skips = go_down(self.down_blocks, self.conv_in(x), shared)  # b f c h w, at falling resolution
+        x = self.conv_in(x) if latents.added is None else self.conv_in(x) + latents.added
+        skips = go_down(self.down_blocks, x, shared)  # b f c h w, at falling resolution
         x = self.mid_block(skips[-1], shared)
         x = go_up(self.up_blocks, x, skips, shared)
         if self.config.watermark:
@@ -127,8 +132,10 @@ class VideoUNet(nn.Module):
             raise ValueError(
                 f"x is {tuple(x.shape)}; give (b f c h w) with c = {channels} (unet.in_channels)"
             )
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t is {tuple(t.shape)}; give one timestep per video: ({x.shape[0]},)")
+        if t.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"t is {tuple(t.shape)}; give one timestep per video ({x.shape[0]},), or one per frame"
+            )
         if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[-1] != width:
             raise ValueError(
                 f"text.tokens is {tuple(tokens.shape)}; give (b l d) with b = {x.shape[0]}, the videos,"

@@ -1,4 +1,4 @@
-"""Given frames (LVDM): which they are, at what noise the network sees them, and how clips follow each other."""
+"""Known frames (LVDM): which they are, at what noise the network sees them, and how clips follow each other."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from dit_booth.diffusion import ObjectiveConfig, make_objective
 from dit_booth.diffusion.clip_sampling import (
     ClipModel,
     ClipSampler,
-    ClipSamplingConfig,
+    ClipsConfig,
+    Known,
     continuations,
     interpolate_frames,
     predict_frames,
     sparse_frames,
     windows,
 )
-from dit_booth.diffusion.frame_conditioning import (
-    FrameConditioningConfig,
-    conditioning_mask,
-    draw_condition,
+from dit_booth.diffusion.inversion import DDIMPath, sample_along
+from dit_booth.diffusion.known_frames import (
+    KnownFramesConfig,
+    draw_known,
+    known_mask,
     network_input,
     per_sample_l1,
     put_frames,
     training_pair,
 )
-from dit_booth.diffusion.inversion import DDIMPath
 from dit_booth.diffusion.objectives import EpsObjective
+from dit_booth.diffusion.samplers import Model
 
 torch.set_num_threads(1)
 
@@ -50,44 +52,44 @@ def frames_of(mask: Tensor) -> list[list[int]]:
 
 
 def test_a_draw_below_the_first_share_interpolates_below_the_sum_predicts() -> None:
-    config = FrameConditioningConfig(interpolation=0.3, prediction=0.5, previous=(1, 2))
+    config = KnownFramesConfig(interpolation=0.3, prediction=0.5, previous=(1, 2))
     uniform, previous = torch.tensor([0.29, 0.3, 0.79, 0.8]), torch.tensor([1, 1, 2, 2])
-    assert frames_of(conditioning_mask(config, uniform, previous, 5)) == [[0, 4], [0], [0, 1], []]
-    config = FrameConditioningConfig(interpolation=1.0, prediction=0.0, stride=3)
-    assert frames_of(conditioning_mask(config, uniform[:1], previous[:1], 8)) == [[0, 3, 6]]
+    assert frames_of(known_mask(config, uniform, previous, 5)) == [[0, 4], [0], [0, 1], []]
+    config = KnownFramesConfig(interpolation=1.0, prediction=0.0, stride=3)
+    assert frames_of(known_mask(config, uniform[:1], previous[:1], 8)) == [[0, 3, 6]]
 
 
 def test_drawn_masks_have_their_shares_and_every_clip_a_level() -> None:
-    config = FrameConditioningConfig(interpolation=0.2, prediction=0.5, previous=(1, 3), max_level=50)
-    mask, level = draw_condition(config, 4000, 6, seeded())
+    config = KnownFramesConfig(interpolation=0.2, prediction=0.5, previous=(1, 3), max_level=50)
+    mask, level = draw_known(config, 4000, 6, seeded())
     assert mask.shape == (4000, 6, 1, 1, 1) and level.shape == (4000,)
     share = {key: frames_of(mask).count(list(key)) / 4000 for key in ((0, 5), (0,), (0, 1, 2), ())}
     assert sum(share.values()) == 1
     for key, expected in {(0, 5): 0.2, (0,): 0.25, (0, 1, 2): 0.25, (): 0.3}.items():
         assert abs(share[key] - expected) < 0.03, key
     assert level.unique().tolist() == list(range(50))
-    again, _ = draw_condition(config, 4000, 6, seeded())
+    again, _ = draw_known(config, 4000, 6, seeded())
     assert torch.equal(mask, again)
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="their sum must be at most 1"):
-        FrameConditioningConfig(interpolation=0.9)
+        KnownFramesConfig(interpolation=0.9)
     with pytest.raises(ValueError, match=r"previous is \(\)"):
-        FrameConditioningConfig(previous=())
+        KnownFramesConfig(previous=())
     with pytest.raises(ValueError, match="max_level"):
-        FrameConditioningConfig(max_level=0)
+        KnownFramesConfig(max_level=0)
     with pytest.raises(ValueError, match="previous has 3, of clips with 3 frames"):
-        conditioning_mask(FrameConditioningConfig(), torch.zeros(1), torch.tensor([3]), 3)
+        known_mask(KnownFramesConfig(), torch.zeros(1), torch.tensor([3]), 3)
     with pytest.raises(ValueError, match="level"):
-        ClipSamplingConfig(level=1000)
+        ClipsConfig(level=1000)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "flow"])
-def test_given_frames_stand_at_their_own_level_with_their_own_noise(kind: Any) -> None:
+def test_known_frames_stand_at_their_own_level_with_their_own_noise(kind: Any) -> None:
     objective = make_objective(ObjectiveConfig(kind=kind))
     x0, eps, own = (video(2, 4, 3, 2, 2, seed=s) for s in range(3))
     t, level = (objective.from_timestep(torch.tensor(y)) for y in ([700.0, 300.0], [100.0, 20.0]))
@@ -114,27 +116,30 @@ def test_the_loss_is_the_mean_absolute_error_of_all_frames() -> None:
 
 
 class Copying:
-    """The exact network of still videos: x0 is the first given frame, or nothing is known and it is zero."""
+    """The exact network of still videos: x0 is the first known frame, or nothing is known and it is zero."""
 
     def __init__(self, objective: EpsObjective) -> None:
         self.objective = objective
-        self.calls: list[tuple[Tensor, Tensor | None]] = []
+        self.calls: list[tuple[Tensor, Known | None]] = []
 
-    def __call__(self, x: Tensor, t: Tensor, level: Tensor | None) -> Tensor:
-        self.calls.append((x, level))
-        latents, mask = x[:, :, :-1], x[:, :, -1:]
-        still = latents[:, :1] if level is not None else torch.zeros_like(latents[:, :1])
-        a, s = (self.objective.schedule.at(name, t, latents) for name in ("alpha", "sigma"))
-        assert mask.shape[2] == 1
-        return (latents - a * still) / s
+    def __call__(self, x: Tensor, t: Tensor, known: Known | None) -> Tensor:
+        self.calls.append((x, known))
+        still = torch.zeros_like(x[:, :1]) if known is None else x[:, :1]
+        a, s = (self.objective.schedule.at(name, t, x) for name in ("alpha", "sigma"))
+        return (x - a * still) / s
 
 
-def sampler(steps: int = 5, model: ClipModel | None = None, **options: Any) -> ClipSampler:
+def sampler(steps: int = 5, model: ClipModel | None = None, eta: float = 0.0, **options: Any) -> ClipSampler:
     objective = make_objective(ObjectiveConfig())
     assert isinstance(objective, EpsObjective)
-    config = ClipSamplingConfig(**{"eta": 0.0, "guidance": 0.0, **options})
+    config = ClipsConfig(**{"guidance": 0.0, **options})
     path = DDIMPath.of(objective.schedule.respace(str(steps)))
-    return ClipSampler(model or Copying(objective), objective, path, config, seeded(5))
+    generator = seeded(5)
+
+    def run(model: Model, noise: Tensor) -> Tensor:
+        return sample_along(path, model, noise, eta, generator)[-1]
+
+    return ClipSampler(model or Copying(objective), objective, run, config, generator)
 
 
 def test_a_still_video_goes_on() -> None:
@@ -143,12 +148,23 @@ def test_a_still_video_goes_on() -> None:
     assert made.shape == (2, 4 + 3 * 3, 3, 2, 2)
     assert (made - first[:, :1]).abs().max() < 0.15, "but for the noise of level 0 in each clip"
     assert torch.equal(made[:, :4], first)
-    assert predict_frames(sampler(), first, clips=2, overlap=3).shape[1] == 4 + 2
+    overlapping = predict_frames(sampler(level=0, overlap=3), first, clips=2)
+    assert overlapping.shape[1] == 4 + 2 and (overlapping - first[:, :1]).abs().max() < 0.15
+    with pytest.raises(ValueError, match=r"clips.overlap is 4, of clips with 4 frames"):
+        predict_frames(sampler(overlap=4), first, clips=1)
 
 
-def test_given_frames_come_back_before_each_prediction() -> None:
-    run = sampler(steps=4, level=100, eta=1.0)
-    run.extend(video(2, 4, 3, 2, 2), overlap=2)
+def test_a_clip_is_completed_around_any_frames() -> None:
+    still = video(2, 1, 3, 2, 2).expand(-1, 4, -1, -1, -1)
+    mask = torch.zeros(2, 4, 1, 1, 1)
+    mask[0, 0] = mask[1, [0, 2]] = 1
+    made = sampler(level=0).complete(still * mask, mask)
+    assert torch.equal(made * mask, still * mask) and (made - still).abs().max() < 0.15
+
+
+def test_known_frames_come_back_before_each_prediction() -> None:
+    run = sampler(steps=4, level=100, eta=1.0, overlap=2)
+    run.extend(video(2, 4, 3, 2, 2))
     inputs = [x for x, _ in run.model.calls]  # type: ignore[attr-defined]
     assert len(inputs) == 4
     assert all(torch.equal(x[:, :2], inputs[0][:, :2]) for x in inputs), "noised once for the clip"
@@ -159,24 +175,24 @@ def test_given_frames_come_back_before_each_prediction() -> None:
 def test_the_mask_says_which_frames_are_given_as_in_training(released: bool) -> None:
     """The released code tells the prediction model that all are."""
     run = sampler(steps=1, released=released)
-    run.extend(video(2, 4, 3, 2, 2), overlap=1)
+    run.extend(video(2, 4, 3, 2, 2))
     run.fill(video(2, 1, 3, 2, 2), video(2, 1, 3, 2, 2, seed=1), frames=5)
-    (extended, level), (filled, _) = run.model.calls  # type: ignore[attr-defined]
-    assert level.tolist() == [100, 100]
-    assert extended[0, :, -1, 0, 0].tolist() == ([1, 1, 1, 1] if released else [1, 0, 0, 0])
-    assert filled[0, :, -1, 0, 0].tolist() == [1, 0, 0, 0, 1]
+    (_, extended), (_, filled) = run.model.calls  # type: ignore[attr-defined]
+    assert extended.timestep.tolist() == [100, 100]
+    assert extended.shown[0].flatten().tolist() == ([1, 1, 1, 1] if released else [1, 0, 0, 0])
+    assert extended.mask[0].flatten().tolist() == [1, 0, 0, 0]
+    assert filled.shown[0].flatten().tolist() == [1, 0, 0, 0, 1]
 
 
 def test_guidance_moves_away_from_the_prediction_without_mask_and_level() -> None:
     run, plain = sampler(guidance=0.5), sampler()
-    given = run.give(video(2, 1, 3, 2, 2), mask := torch.tensor([1.0, 0, 0]).reshape(1, 3, 1, 1, 1), mask)
-    x, t = put_frames(video(2, 3, 3, 2, 2, seed=1), given.x, given.mask), torch.tensor([500, 500])
-    e, without = plain.predict(x, t, given), plain.predict(x, t, None)
-    torch.testing.assert_close(run.predict(x, t, given), e + 0.5 * (e - without))
-    calls = run.model.calls  # type: ignore[attr-defined]
-    (told, level), (bare, none) = calls
-    assert level is not None and none is None and not bare[:, :, -1].any() and told[:, 0, -1].all()
-    assert torch.equal(told[:, :, :-1], bare[:, :, :-1]), "both see the given frames"
+    known = run.lay(video(2, 1, 3, 2, 2), mask := torch.tensor([1.0, 0, 0]).reshape(1, 3, 1, 1, 1), mask)
+    x, t = put_frames(video(2, 3, 3, 2, 2, seed=1), known.x, known.mask), torch.tensor([500, 500])
+    e, without = plain.predict(x, t, known), plain.predict(x, t, None)
+    torch.testing.assert_close(run.predict(x, t, known), e + 0.5 * (e - without))
+    (told, mask_of_it), (bare, none) = run.model.calls  # type: ignore[attr-defined]
+    assert mask_of_it is known and none is None
+    assert torch.equal(told, bare), "both see the known frames"
     torch.testing.assert_close(run.predict(x, t, None), without)
 
 
