@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from dit_booth.attention import Clip
 from dit_booth.inject import AuxPrediction, Condition, Hidden, Noise, Recorder, Reference
 from dit_booth.models.clip.encoders import Prompt, TextEncoder
 from dit_booth.strategy import Strategies
@@ -44,13 +45,17 @@ class Injected(nn.Module):
         prompt: Prompt,
         reference: Reference | None = None,
         constant: Mapping[str, Condition] | None = None,
+        clip: Clip | None = None,
     ) -> Prediction:
-        """Predict; `constant` holds conditions of this reference made before (`constant_conditions`)."""
+        """Predict; `constant` holds conditions of this reference made before (`constant_conditions`).
+
+        clip: the frames of x in a longer video, and the cache of earlier ones; none: x is the whole video.
+        """
         conditions = dict(constant or {})
         if reference is not None:
             names = [name for name in self.active if name not in conditions]
             conditions |= self.conditions(t, reference, names)
-        inject = self.strategy.bind(self.active, conditions)
+        inject = self.strategy.bind(self.active, conditions, clip or Clip(range(x.shape[1])))
         output = self.backbone(x, t, self.text(prompt, inject), inject)
         aux_losses = [c.aux_loss for c in conditions.values() if c.aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else output.new_zeros(())

@@ -39,6 +39,7 @@ class HeadNorm(NamedTuple):
     norm_q: nn.Module
     norm_k: nn.Module
     rotary: Rotary | None
+    image_rotary: Rotary | None = None  # of a reference: one group
 
     def queries(self, q: Tensor) -> Tensor:
         q = self.norm_q(q)
@@ -47,6 +48,10 @@ class HeadNorm(NamedTuple):
     def keys(self, k: Tensor) -> Tensor:
         k = self.norm_k(k)
         return k if self.rotary is None else self.rotary.apply(k)
+
+    def image_keys(self, k: Tensor) -> Tensor:
+        k = self.norm_k(k)
+        return k if self.image_rotary is None else self.image_rotary.apply(k)
 
 
 class Projected(Segment):
@@ -108,13 +113,26 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, source: Tensor, frames: Frames, inject: Injection, rotary: Rotary | None = None
+        self,
+        x: Tensor,
+        source: Tensor,
+        frames: Frames,
+        inject: Injection,
+        rotary: Rotary | None = None,
+        image_rotary: Rotary | None = None,
     ) -> Tensor:
-        return self.read(inject(self.site, self.project(x, source, frames, rotary)))
+        return self.read(inject(self.site, self.project(x, source, frames, rotary, image_rotary)))
 
-    def project(self, x: Tensor, source: Tensor, frames: Frames, rotary: Rotary | None = None) -> QKV:
-        """Queries of x, keys and values of the source: the payload of the site."""
-        layer = HeadNorm(self.kernel, self.to_q(x), self.norm_q, self.norm_k, rotary)
+    def project(
+        self,
+        x: Tensor,
+        source: Tensor,
+        frames: Frames,
+        rotary: Rotary | None = None,
+        image_rotary: Rotary | None = None,
+    ) -> QKV:
+        """Queries of x, keys and values of the source: the payload of the site. image_rotary: of a reference's keys."""
+        layer = HeadNorm(self.kernel, self.to_q(x), self.norm_q, self.norm_k, rotary, image_rotary)
         own = Projected.later(
             lambda: layer.keys(self.split(self.to_k(source))), lambda: self.split(self.to_v(source)), frames
         )

@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from dit_booth.attention import FrameIndices
+
 
 def sincos(position: Tensor, dim: int) -> Tensor:
     """1-D sin-cos embedding of positions (n,): (n dim), sines first (ViT, MAE)."""
@@ -35,7 +37,7 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a cached table must serve training, too
 def grid_embedding(
-    height: int, width: int, dim: int, device: torch.device, frame_positions: range | None
+    height: int, width: int, dim: int, device: torch.device, frame_positions: FrameIndices | None
 ) -> Tensor:
     """Sin-cos embedding of every token's place and frame: (f n d), float32. Without frame positions: (1 n d)."""
     place = rearrange(sincos_2d(height, width, dim, device), "n d -> 1 n d")
@@ -44,9 +46,9 @@ def grid_embedding(
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def frame_embedding(frame_positions: range, dim: int, device: torch.device) -> Tensor:
+def frame_embedding(frame_positions: FrameIndices, dim: int, device: torch.device) -> Tensor:
     """Sin-cos embedding of the frames: (f 1 d), float32."""
-    position = torch.arange(frame_positions.start, frame_positions.stop, device=device)
+    position = torch.tensor(tuple(frame_positions), device=device)
     return rearrange(sincos(position, dim).float(), "f d -> f 1 d")
 
 
@@ -59,8 +61,7 @@ class Rotary(NamedTuple):
     def apply(self, x: Tensor) -> Tensor:
         """Rotate x (b g m k d): group i as frame i, token j as place j of the grid.
 
-        Groups with another number of tokens than the grid (a token bank) stay as they are; a single group (a
-        reference) is rotated as frame 0.
+        Groups with another number of tokens than the grid (a token bank) stay as they are.
         """
         groups = x.shape[1]
         if x.shape[2] != self.cos.shape[1] or groups > self.cos.shape[0]:
@@ -74,7 +75,7 @@ class Rotary(NamedTuple):
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def rotary_3d(
-    frame_positions: range, height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
+    frame_positions: FrameIndices, height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
 ) -> Rotary:
     """Angles of frame, row and column for heads of width `dim`: a third of the pairs each, the rest to the frame.
 
@@ -99,7 +100,12 @@ def rotary_3d(
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def rotary_frames(
-    frame_positions: range, dim: int, device: torch.device, dtype: torch.dtype, *, group_per_frame: bool
+    frame_positions: FrameIndices,
+    dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    group_per_frame: bool,
 ) -> Rotary:
     """Angles of the frame alone, for temporal attention, where the frames are one group (1 f 1 d/2).
 
@@ -109,9 +115,9 @@ def rotary_frames(
     return _rotary(rearrange(angle, "f p -> f 1 1 p" if group_per_frame else "f p -> 1 f 1 p"), dtype)
 
 
-def _angles(positions: range, pairs: int, device: torch.device) -> Tensor:
+def _angles(positions: FrameIndices, pairs: int, device: torch.device) -> Tensor:
     frequency = 10_000.0 ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
-    position = torch.arange(positions.start, positions.stop, device=device).double()
+    position = torch.tensor(tuple(positions), device=device).double()
     return rearrange(position, "n -> n 1") * frequency
 
 
