@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.attention import Clip, Frames, Segment, attend
+from dit_booth.attention import Clip, Frames, Segment, WindowFusion, attend
 from dit_booth.errors import suggest
 
 Port = Literal["prompt", "latents", "modulation", "qkv"]
@@ -206,6 +206,9 @@ class QKV:
         None  # b m, text attentions: True where the source's tokens stand for the subject
     )
     readers: tuple[bool, ...] | None = None  # query frames that read the image (`reference_at`); none: all
+    fusion: WindowFusion | None = (
+        None  # windows in which temporal attention reads; none: it reads all frames at once
+    )
 
     def heads(self, x: Tensor) -> Tensor:
         """Split a projection's output (b g m c) into this attention's heads (b g m k d). Values need no more."""
@@ -356,15 +359,17 @@ class Injection:
         for tap, image in taps:
             payload = tap(payload, image)
         if isinstance(payload, QKV) and payload.segments and self.clip is not None:
-            payload = self._read_past(site, payload, self.clip)
+            payload = self._in_clip(site, payload, self.clip)
         if isinstance(payload, PromptTokens) and self.taps:
             self.subject = payload.spans > 0
         if isinstance(payload, Latents) and payload.aux_prediction is not None:
             self.aux_prediction = payload.aux_prediction
         return payload
 
-    def _read_past(self, site: Site, qkv: QKV, clip: Clip) -> Any:
-        """Add the segment of past frames, under the keys and values that the taps have left to the clip's own."""
+    def _in_clip(self, site: Site, qkv: QKV, clip: Clip) -> Any:
+        """Let frames read past ones, under the keys and values that the taps have left to them, or in windows."""
+        if clip.fusion is not None and site.role == "temporal":
+            qkv = replace(qkv, fusion=clip.fusion)
         if clip.cache is None:
             return qkv
         return qkv.reading(*clip.cache.extend(site.name, site.role, qkv.segments[0], clip.frames))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_booth.attention.joint_softmax import Segment
 from dit_booth.attention.plans import FramePlan, Frames
+from dit_booth.attention.window_fusion import WindowFusion
 
 FrameIndices = range | tuple[int, ...]
 """Indices of frames in the whole video, rising."""
@@ -76,6 +78,13 @@ class FrameCache:
                 )
 
 
+class Riflex(NamedTuple):
+    """Rotary time for more frames than the training had (RIFLEx, arXiv 2502.15894, section 4)."""
+
+    trained: int  # frames of a training video: after about as many, the video begins to repeat
+    length: int  # frames of the video
+
+
 @dataclass(frozen=True)
 class Clip:
     """The frames of a pass by their indices in the video, rising: plans, positions and anchors follow the video.
@@ -87,6 +96,8 @@ class Clip:
 
     frames: FrameIndices
     cache: FrameCache | None = field(default=None, compare=False)
+    fusion: WindowFusion | None = None  # of temporal attention, for videos longer than those of the training
+    riflex: Riflex | None = None  # of the rotary time, likewise
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.frames, self.frames[1:], strict=False))

@@ -5,7 +5,9 @@ A field's docstring is its help on the command line. Every ValueError names the 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -271,12 +273,29 @@ class RunConfig:
         return self.out or f"runs/{self.strategy}-{self.backbone}-{self.fingerprint()}"
 
 
+ANCHORED = ("decoupled_attention", "elite_local", "in_context", "spatial_concat", "token_bank")
+LATER: dict[str, object] = {
+    "data.toyworld.scene": "short",
+    "start.window": 0,
+    "start.stride": 4,
+    "sample.riflex": 0,
+    **{f"{name}.reference_at": "all" for name in ANCHORED},
+    **{f"{name}.keyframe_every": 8 for name in ANCHORED},
+}
+"""Settings that came after the first runs: at these values they change nothing, and a run is as if without them."""
+
+
 def decisive(settings: Mapping[str, Any]) -> PlainDict:
     """Return the settings (`RunConfig.as_dict`, or a ``run.yaml``) that change a run's result.
 
-    Left out: folders, what only watches a run, and the sections of data sets that are not read.
+    Left out: folders, what only watches a run, the sections of data sets that are not read, and `LATER`.
     """
-    out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    out: PlainDict = copy.deepcopy(dict(settings))
+    for field, value in LATER.items():
+        *path, name = field.split(".")
+        section = functools.reduce(lambda at, key: at.get(key, {}), path, out)
+        if section.get(name) == value:
+            del section[name]
     for name in ("out", "store", "stop_after"):
         out.pop(name, None)
     data = out.get("data", {})

@@ -37,6 +37,11 @@ class FrameLayout(NamedTuple):
             across = with_context(across, context, one_way, readers)
             if in_time is not None or one_way or readers is not None:
                 in_time = with_context(in_time or seen_by_all(count, count), context, one_way, readers)
+        if clip.fusion is not None and in_time is not None:
+            raise ValueError(
+                "windows of temporal attention (freenoise) need temporal_plan all, and no reference before the video"
+                " (in_context); choose another plan or strategy, or another way to sample long videos"
+            )
         return cls(across, in_time, clip.positions(context))
 
 

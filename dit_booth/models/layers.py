@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from dit_booth.attention import Frames, Segment, attend
+from dit_booth.attention import Frames, Segment, attend, attend_in_windows
 from dit_booth.inject import QKV, Injection, Role, Site
 from dit_booth.models.positions import Rotary
 
@@ -145,7 +145,10 @@ class Attention(nn.Module):
         """The joint softmax over the segments, and what is added, through the output projection: (b f n c)."""
         if not qkv.segments:
             return qkv.x
-        y = attend(qkv.q, qkv.segments, qkv.layer.kernel)
+        if qkv.fusion is None:
+            y = attend(qkv.q, qkv.segments, qkv.layer.kernel)
+        else:
+            y = attend_in_windows(qkv.q, qkv.segments, qkv.fusion, qkv.layer.kernel)
         y = y if qkv.added is None else y + qkv.added
         out: Tensor = self.to_out(rearrange(y, "b f n k d -> b f n (k d)"))
         return out
