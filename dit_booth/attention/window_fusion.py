@@ -64,26 +64,35 @@ def fuse(parts: Tensor, starts: Sequence[int], frames: int) -> Tensor:
     return total / norm.clamp_min(1)
 
 
+def cut_windows(x: Tensor, starts: Sequence[int], count: int) -> Tensor:
+    """Copy windows of `count` frames: (b f ...) -> (b w n ...)."""
+    return torch.stack([x[:, start : start + count] for start in starts], dim=1)
+
+
 def attend_in_windows(
-    q: Tensor, segments: Sequence[Segment], fusion: WindowFusion, kernel: str = "auto"
+    q: Tensor,
+    segments: Sequence[Segment],
+    fusion: WindowFusion,
+    kernel: str = "auto",
+    *,
+    released: bool = False,
 ) -> Tensor:
     """Compute `attend` of queries (b 1 f k d) that form one group, in windows of the frames.
 
     The first segment has the frames' own keys and values (b 1 f k d) and is cut into windows; all of a further one is
-    read in every window.
+    read in every window. released: `WindowFusion.starts`.
     """
     frames = q.shape[2]
-    starts = fusion.starts(frames)
-    if len(starts) == 1:
+    starts = fusion.starts(frames, released=released)
+    if frames <= fusion.window:
         return attend(q, segments, kernel)
-    count = fusion.window
 
-    def windows(x: Tensor) -> Tensor:
-        return torch.stack([x[:, 0, start : start + count] for start in starts], dim=1)  # b w n k d
+    def cut(x: Tensor) -> Tensor:
+        return cut_windows(x[:, 0], starts, fusion.window)
 
-    cut = [s if s.query is None else replace(s, query=windows(s.query)) for s in segments]
+    asked = [s if s.query is None else replace(s, query=cut(s.query)) for s in segments]
     own = replace(
-        cut[0], k=windows(cut[0].k), v=windows(cut[0].v), frames=tuple((i,) for i in range(len(starts)))
+        asked[0], k=cut(asked[0].k), v=cut(asked[0].v), frames=tuple((i,) for i in range(len(starts)))
     )
-    others = [replace(s, frames=s.frames * len(starts)) for s in cut[1:]]
-    return fuse(attend(windows(q), (own, *others), kernel), starts, frames).unsqueeze(1)
+    others = [replace(s, frames=s.frames * len(starts)) for s in asked[1:]]
+    return fuse(attend(cut(q), (own, *others), kernel), starts, frames).unsqueeze(1)

@@ -169,6 +169,9 @@ class SampleConfig:
     """Videos sampled at once on a rank."""
     fps: int = 8
     """Frames per second of the written videos."""
+    riflex: int = 0
+    """For longer videos than those of the training: the training's number of frames, after which they would repeat; one
+    rotary frequency of time is lowered (RIFLEx, arXiv 2502.15894). 0: none is."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -178,6 +181,7 @@ class SampleConfig:
             seeds=SEED,
             batch_size="[1, 100000]",
             fps="[1, 1000]",
+            riflex="[0, 10000]",
         )
         for name in ("seeds", "references"):
             values: tuple[object, ...] = getattr(self, name)

@@ -16,6 +16,7 @@ class FrameLayout(NamedTuple):
     plan: Frames  # of attn1
     temporal_plan: Frames | None  # of attn_temp; none: every frame reads every frame
     positions: FrameIndices
+    clip: Clip
 
     @classmethod
     def build(cls, latents: Latents, plan: FramePlan, temporal_plan: FramePlan | None) -> FrameLayout:
@@ -42,7 +43,16 @@ class FrameLayout(NamedTuple):
                 "windows of temporal attention (freenoise) need temporal_plan all, and no reference before the video"
                 " (in_context); choose another plan or strategy, or another way to sample long videos"
             )
-        return cls(across, in_time, clip.positions(context))
+        return cls(across, in_time, clip.positions(context), clip)
+
+    @property
+    def added_positions(self) -> FrameIndices:
+        """Return the positions of embeddings that are added: in windows, frames go back and forth in the first one.
+
+        Rotary positions need no such thing: within a window, distances are those of the training.
+        """
+        fusion = self.clip.fusion
+        return self.positions if fusion is None else tuple(fusion.fold(frame) for frame in self.positions)
 
 
 def make_frame_cache(sites: Sequence[Site], plan: FramePlan, temporal_plan: FramePlan | None) -> FrameCache:

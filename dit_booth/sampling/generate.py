@@ -9,7 +9,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from dit_booth.attention import Clip, Riflex, WindowFusion
 from dit_booth.components import Components
+from dit_booth.diffusion.free_noise import reschedule
 from dit_booth.diffusion.guidance import Branch, GuidanceConfig
 from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.noise import randn
@@ -33,12 +35,14 @@ def generate(
     start: StartConfig = StartConfig(),  # noqa: B008 (frozen)
     use_image: bool = True,
     reuse: bool = True,
+    riflex: int = 0,
 ) -> Tensor:
     """Sample one video per row: (b f 3 h w) in [-1, 1].
 
     images: (b 3 s s) in [-1, 1]; `size` is (frames, height, width) in pixels. A row's noise depends on its seed
     alone, so a video is the same in every batch. Conditions that are the same at every timestep are made once; with
     `reuse` false they are made at every step, which gives the same videos. `start`: what the latents start from.
+    `riflex`: frames of the training, for longer videos of a model with rotary time; 0: its frequencies stay.
     ValueError: a size that the autoencoder or the backbone cannot cut.
     """
     device, dtype = images.device, next(components.model.parameters()).dtype
@@ -48,6 +52,7 @@ def generate(
     if height % factor or width % factor:
         raise ValueError(f"size is {height} x {width} pixels; the autoencoder needs multiples of {factor}")
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+    clip = clip_of(components, frames, start, riflex)
     batch, with_image = len(images), use_image and bool(components.model.active)
     passes = make_passes(components, guidance, images, captions, subjects, dtype, with_image)
     if reuse:
@@ -57,17 +62,34 @@ def generate(
         eps = None
         if (first := passes[0].reference) is not None:
             eps = randn((batch, *components.copies(first).shape[1:]), draws, device, dtype)
-        output = torch.cat([one.predict(components, x, timestep, eps) for one in passes])
+        shown = clip if x.shape[1] == frames else None  # a warp's first frame is a video of its own
+        output = torch.cat([one.predict(components, x, timestep, eps, shown) for one in passes])
         return guidance.combine(output.chunk(len(output) // batch))
 
     latents = randn((batch, frames, channels, height // factor, width // factor), draws, device, dtype)
     objective, step = components.objective, 0
+    if clip.fusion is not None:
+        latents = reschedule(latents, clip.fusion.window, clip.fusion.stride, draws)
     if start.kind == "warp":
         latents, step = warped_start(predict, objective, sampler, start, latents, draws)
     elif start.kind == "inversion":
         latents = inverted_video(components, sampler, latents)
     latents = sample(predict, objective, sampler, latents, draws, steps=range(step, sampler.steps))
     return components.autoencoder.decode(latents).clamp(-1, 1)
+
+
+def clip_of(components: Components, frames: int, start: StartConfig, riflex: int) -> Clip:
+    """Return all frames of a video as the network shall see them. ValueError: freenoise, and no temporal attention."""
+    long = Riflex(riflex, frames) if riflex else None
+    if start.kind != "freenoise":
+        return Clip(range(frames), riflex=long)
+    if not any(site.role == "temporal" for site in components.model.backbone.sites()):
+        raise ValueError(
+            "start.kind is freenoise, whose windows are of temporal attention, and the backbone has none (dit.layout"
+            " joint or image); use a factorised or interleaved one, or start.kind noise"
+        )
+    window = start.window or components.config.data.frames
+    return Clip(range(frames), fusion=WindowFusion(window, min(start.stride, window)), riflex=long)
 
 
 def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor) -> Tensor:
@@ -101,7 +123,14 @@ class Pass:
             return self
         return replace(self, constant=components.model.constant_conditions(self.reference))
 
-    def predict(self, components: Components, x: Tensor, timestep: Tensor, eps: Tensor | None) -> Tensor:
+    def predict(
+        self,
+        components: Components,
+        x: Tensor,
+        timestep: Tensor,
+        eps: Tensor | None,
+        clip: Clip | None = None,
+    ) -> Tensor:
         """Predict for this pass's rows: those of x (b f c h w), repeated for each branch."""
         rows, reference = len(self.prompt.ids) // len(x), self.reference
         x, timestep = (repeat(y, "b ... -> (r b) ...", r=rows) for y in (x, timestep))
@@ -111,7 +140,9 @@ class Pass:
             t = components.objective.from_timestep(timestep)
             noisy = components.objective.noise(components.copies(reference), t, eps)
             reference = replace(reference, noisy=noisy)
-        output: Tensor = components.model(x, timestep, self.prompt, reference, self.constant).output
+        output: Tensor = components.model(
+            x, timestep, self.prompt, reference, self.constant, clip=clip
+        ).output
         return output
 
 

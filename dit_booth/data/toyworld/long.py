@@ -46,7 +46,7 @@ LIGHTS: dict[str, tuple[Rgb, Rgb, str]] = {
     "warming": ((1.0, 1.0, 1.0), (1.0, 0.82, 0.62), "in ever warmer light"),
     "cooling": ((1.0, 1.0, 1.0), (0.66, 0.82, 1.0), "in ever colder light"),
 }
-"""Light -> gain of each channel in the first and in the last frame (at most 1: nothing clips), and the caption's words."""
+"""Light -> gain of each channel in the first and the last frame (at most 1: nothing clips), and the caption's words."""
 
 
 @dataclass(frozen=True, kw_only=True)

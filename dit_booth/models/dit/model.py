@@ -78,10 +78,13 @@ class VideoDiT(nn.Module):
         t_emb = self.t_embedder(t, x.dtype)  # b d
         c = self.conditioning_vector(t_emb, text, inject)  # b d
         shared = self.build_inputs(c, latents, frames)
-        x, tokens = self.x_embedder(latents.x, frames.positions), self.text_tokens(text)  # b f n d; b 1 l d
+        x, tokens = (
+            self.x_embedder(latents.x, frames.added_positions),
+            self.text_tokens(text),
+        )  # b f n d; b 1 l d
         for i, block in enumerate(self.blocks):
             if i == self.frame_embedding_block:
-                x = x + frame_embedding(frames.positions, x.shape[-1], x.device).to(x.dtype)
+                x = x + frame_embedding(frames.added_positions, x.shape[-1], x.device).to(x.dtype)
             x, tokens = self.run_block(i, block, x, tokens, shared, inject.inside(f"blocks.{i}"))
         x = self.final_layer(x, c if self.config.head_text else t_emb, height, width)
         return inject(self.exit, replace(latents, x=x)).x
@@ -117,15 +120,23 @@ class VideoDiT(nn.Module):
             grid=(height, width),
             isolated=context if latents.one_way else 0,
         )
+        riflex = frames.clip.riflex
         if self.config.positions == "sincos":
+            if riflex is not None:
+                raise ValueError(
+                    "sample.riflex changes rotary frequencies, but dit.positions is sincos; use a model with"
+                    " dit.positions rotary, or set sample.riflex to 0"
+                )
             return shared
         dim = self.config.shape.hidden // self.config.shape.heads
         rotary, image = (
-            rotary_3d(positions, height, width, dim, x.device, x.dtype)
+            rotary_3d(positions, height, width, dim, x.device, x.dtype, riflex)
             for positions in (frames.positions, range(-context, 1 - context))
         )
         per_frame = frames.temporal_plan is not None
-        temporal = rotary_frames(frames.positions, dim, x.device, x.dtype, group_per_frame=per_frame)
+        temporal = rotary_frames(
+            frames.positions, dim, x.device, x.dtype, group_per_frame=per_frame, riflex=riflex
+        )
         return shared._replace(rotary=rotary, image_rotary=image, temporal_rotary=temporal)
 
     def make_frame_cache(self) -> FrameCache:

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_booth.attention import FrameIndices, Frames
+from dit_booth.attention import FrameIndices, Frames, Riflex
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Modulation, Role, Site
 from dit_booth.models.layers import Attention, timestep_embedding
@@ -32,6 +32,7 @@ class UNetInputs(NamedTuple):
     context: int = 0  # leading frames outside the video
     temporal_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
     frame_positions: FrameIndices | None = None  # for rotary positions; none: attention knows no positions
+    riflex: Riflex | None = None
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -195,7 +196,12 @@ class TransformerBlock(nn.Module):
         if shared.frame_positions is not None:
             width = x.shape[-1] // self.attn_temp.heads
             rotary = rotary_frames(
-                shared.frame_positions, width, x.device, x.dtype, group_per_frame=not whole
+                shared.frame_positions,
+                width,
+                x.device,
+                x.dtype,
+                group_per_frame=not whole,
+                riflex=shared.riflex,
             )
         y = self.attn_temp(y, y, plan, shared.inject, rotary)
         return rearrange(y, f"{form} -> b f n c", b=x.shape[0])
@@ -222,7 +228,7 @@ class VideoTransformer(nn.Module):
         if shared.frame_positions is not None:
             width, image = y.shape[-1] // self.heads, range(-shared.context, 1 - shared.context)
             rotary = tuple(
-                rotary_3d(positions, h, w, width, x.device, x.dtype)
+                rotary_3d(positions, h, w, width, x.device, x.dtype, shared.riflex)
                 for positions in (shared.frame_positions, image)
             )
         for block in self.transformer_blocks:

@@ -79,9 +79,17 @@ class VideoUNet(nn.Module):
 
     def build_inputs(self, t_emb: Tensor, text: Text, latents: Latents, inject: Injection) -> UNetInputs:
         """Build the inputs that all blocks share."""
-        plan, temporal_plan, positions = FrameLayout.build(latents, self.plan, self.temporal_plan)
-        rotary = positions if self.config.positions == "rotary" else None
-        return UNetInputs(t_emb, text.tokens, plan, inject, latents.context, temporal_plan, rotary)
+        frames = FrameLayout.build(latents, self.plan, self.temporal_plan)
+        riflex = frames.clip.riflex
+        rotary = frames.positions if self.config.positions == "rotary" else None
+        if riflex is not None and rotary is None:
+            raise ValueError(
+                "sample.riflex changes rotary frequencies, but unet.positions is none; use a model with unet.positions"
+                " rotary, or set sample.riflex to 0"
+            )
+        return UNetInputs(
+            t_emb, text.tokens, frames.plan, inject, latents.context, frames.temporal_plan, rotary, riflex
+        )
 
     def make_frame_cache(self) -> FrameCache:
         """Return an empty cache of past frames, for one noise level. ValueError: a plan reads later frames.
