@@ -59,8 +59,9 @@ class StageConfig:
     """Share of further samples that lose the reference only, for separate guidance (InstructPix2Pix: 0.05 each)."""
     drop_text: float = 0.0
     """Share of further samples that lose the text only."""
-    frames: int = 0
-    """Train on this many consecutive frames of a video at a random offset: more subjects per second; 0: all frames."""
+    frames: int | tuple[int, ...] = 0
+    """Train on this many consecutive frames of a video at a random offset: more subjects per second; 0: all frames.
+    Several numbers, such as 4 8 16: each step draws one of them for all its videos."""
     single_frames: bool = False
     """Train on every frame as a video of its own: cheap pretraining on images."""
 
@@ -73,15 +74,24 @@ class StageConfig:
             **dict.fromkeys(("drop", "drop_image", "drop_text"), "[0, 1]"),
             frames="[0, 10000]",
         )
+        if not self.lengths or len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(
+                f"frames is {self.frames}; give one number, or several different ones such as 4 8 16"
+            )
         if self.drop + self.drop_image + self.drop_text > 1:
             raise ValueError(
                 f"drop {self.drop} + drop_image {self.drop_image} + drop_text {self.drop_text} is more than 1;"
                 " lower one of them"
             )
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Return the numbers of frames that a step may have; 0: all."""
+        return self.frames if isinstance(self.frames, tuple) else (self.frames,)
+
     def frames_of(self, video: int) -> int:
-        """Return the number of frames that the stage trains on, of a video of `video` frames."""
-        return min(self.frames or video, video)
+        """Return the number of frames that the stage trains on, the largest one, of a video of `video` frames."""
+        return max(min(length or video, video) for length in self.lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
