@@ -36,11 +36,6 @@ class WindowFusion:
             return starts
         return (*starts, max(last, 0))
 
-    def fold(self, frame: int) -> int:
-        """Return the position in the window of a frame that goes back and forth in it: 0 .. w-1 .. 0 ..."""
-        period = max(2 * (self.window - 1), 1)
-        return min(frame % period, period - frame % period)
-
 
 def triangle(count: int) -> Tensor:
     """Return a window's weights, 1 .. n/2, n/2 .. 1 (an odd n has one middle): `n`, int64."""

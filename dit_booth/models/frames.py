@@ -45,15 +45,6 @@ class FrameLayout(NamedTuple):
             )
         return cls(across, in_time, clip.positions(context), clip)
 
-    @property
-    def added_positions(self) -> FrameIndices:
-        """Return the positions of embeddings that are added: in windows, frames go back and forth in the first one.
-
-        Rotary positions need no such thing: within a window, distances are those of the training.
-        """
-        fusion = self.clip.fusion
-        return self.positions if fusion is None else tuple(fusion.fold(frame) for frame in self.positions)
-
 
 def make_frame_cache(sites: Sequence[Site], plan: FramePlan, temporal_plan: FramePlan | None) -> FrameCache:
     """Return an empty cache for one noise level of a backbone with these sites and plans.

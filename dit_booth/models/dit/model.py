@@ -79,12 +79,12 @@ class VideoDiT(nn.Module):
         c = self.conditioning_vector(t_emb, text, inject)  # b d
         shared = self.build_inputs(c, latents, frames)
         x, tokens = (
-            self.x_embedder(latents.x, frames.added_positions),
+            self.x_embedder(latents.x, frames.positions),
             self.text_tokens(text),
         )  # b f n d; b 1 l d
         for i, block in enumerate(self.blocks):
             if i == self.frame_embedding_block:
-                x = x + frame_embedding(frames.added_positions, x.shape[-1], x.device).to(x.dtype)
+                x = x + frame_embedding(frames.positions, x.shape[-1], x.device).to(x.dtype)
             x, tokens = self.run_block(i, block, x, tokens, shared, inject.inside(f"blocks.{i}"))
         x = self.final_layer(x, c if self.config.head_text else t_emb, height, width)
         return inject(self.exit, replace(latents, x=x)).x
