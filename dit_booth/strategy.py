@@ -96,9 +96,9 @@ class Strategy(nn.Module):
         self.config = config
         self.taps = nn.Module()  # a tree that mirrors the backbone's paths: taps.blocks.3.attn1
         self.attached: dict[str, nn.Module] = {}
-        self.at = EVERY_FRAME
+        self.reference_at = EVERY_FRAME
         if isinstance(config, AnchoredConfig):
-            self.at = ReferenceAt(config.reference_at, config.keyframe_every)
+            self.reference_at = ReferenceAt(config.reference_at, config.keyframe_every)
 
     def attach(self, site: Site, tap: M) -> M:
         """Put a tap at a site. Its parameters are named ``taps.<site>.<parameter>``: names stay reversible."""
@@ -180,9 +180,10 @@ class Strategies(nn.Module):
         taps: dict[str, list[Bound]] = {}
         for name in sorted(self.names, key=lambda name: self.part(name).order):
             if name in active:
-                condition, at = (conditions or {}).get(name, Condition()), self.part(name).at
+                condition = (conditions or {}).get(name, Condition())
+                at, frames = self.part(name).reference_at, None if clip is None else clip.frames
                 for site, tap in self.part(name).attached.items():
-                    image, frames = condition.image_at(site), None if clip is None else clip.frames
+                    image = condition.image_at(site)
                     here = tap if at.frames == "all" or image is None else TapAtFrames(tap, at, frames)
                     taps.setdefault(site, []).append((here, image))
         return Injection(taps, clip=clip)

@@ -33,9 +33,8 @@ class FrameCache:
 
     def __init__(self, plans: Mapping[str, FramePlan]) -> None:
         self.plans = dict(plans)
-        self.past: dict[
-            str, tuple[tuple[int, ...], Tensor, Tensor]
-        ] = {}  # site -> frames, k and v (b g m k d)
+        self.past: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = {}
+        """Site -> frames, and their keys and values (b g m k d)."""
         for plan in plans.values():
             plan.reads(0)
 
@@ -67,6 +66,11 @@ class FrameCache:
         return (Segment(k, v, read),) if any(read) else ()
 
     def _check(self, plan: FramePlan, frames: Sequence[int], past: Sequence[int]) -> None:
+        if past and frames[0] <= past[-1]:
+            raise ValueError(
+                f"the clip begins at frame {frames[0]}, but the cache has frame {past[-1]} already; pass every frame"
+                " once"
+            )
         here = {*frames, *past}
         for frame in frames:
             missing = [j for j in plan.reads(frame) if j not in here]

@@ -103,6 +103,9 @@ def test_a_frame_that_is_gone_and_a_plan_that_looks_ahead() -> None:
         ValueError, match=r"frame 5 reads frame 2 under plan 'window\(4\)', but the clip has .* 5 to 6"
     ):
         cache.extend("a", "cross_frame", own, (5, 6))
+    with pytest.raises(ValueError, match="the clip begins at frame 1, but the cache has frame 1 already"):
+        for _ in range(2):
+            cache.extend("b", "cross_frame", own, (0, 1) if not cache.past else (1, 2))
     with pytest.raises(ValueError, match="plan 'self\\+all' reads frames that come later"):
         FrameCache({"cross_frame": FramePlan("self+all")})
     with pytest.raises(ValueError, match=r"frame 0 reads frame 2 under plan 'sink\(3\)'"):
