@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from dit_booth.inject import QKV, Latents, Tap
@@ -25,7 +25,8 @@ class ReferenceAt(NamedTuple):
 EVERY_FRAME = ReferenceAt()
 
 
-class TapAtFrames(NamedTuple):
+@dataclass(frozen=True)
+class TapAtFrames:
     """A tap that gets payloads whose `readers` are the frames that the image reaches.
 
     frames: the video's indices of the pass's frames; none: all of the payload, from 0.

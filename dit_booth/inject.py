@@ -323,7 +323,7 @@ class Condition:
         return self.at.get(site, self.shared)
 
 
-Tap = nn.Module | Callable[[Any, Any], Any]
+Tap = Callable[[Any, Any], Any]
 """payload, image -> payload: a module that a strategy attached."""
 Bound = tuple[Tap, object]
 """A tap, and what its strategy made for it; None: no image."""

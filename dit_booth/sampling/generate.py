@@ -19,6 +19,7 @@ from dit_booth.diffusion.samplers import SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, warped_start
 from dit_booth.inject import Condition, Reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
+from dit_booth.models.layers import Attention
 
 
 @torch.no_grad()
@@ -83,7 +84,8 @@ def clip_of(components: Components, frames: int, start: StartConfig, riflex: int
     long = Riflex(riflex, frames) if riflex else None
     if start.kind != "freenoise":
         return Clip(range(frames), riflex=long)
-    if not any(site.role == "temporal" for site in components.model.backbone.sites()):
+    attentions = (m for m in components.model.backbone.modules() if isinstance(m, Attention))
+    if not any(attention.site.role == "temporal" for attention in attentions):
         raise ValueError(
             "start.kind is freenoise, whose windows are of temporal attention, and the backbone has none (dit.layout"
             " joint or image); use a factorised or interleaved one, or start.kind noise"
