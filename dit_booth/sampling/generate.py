@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from einops import rearrange, repeat
@@ -20,6 +22,8 @@ from dit_booth.diffusion.start import StartConfig, warped_start
 from dit_booth.inject import Condition, Reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 from dit_booth.models.layers import Attention
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -90,8 +94,21 @@ def clip_of(components: Components, frames: int, start: StartConfig, riflex: int
             "start.kind is freenoise, whose windows are of temporal attention, and the backbone has none (dit.layout"
             " joint or image); use a factorised or interleaved one, or start.kind noise"
         )
-    window = start.window or components.config.data.frames
+    trained = components.config.data.frames
+    window = start.window or trained
+    if window > trained:
+        _warn_of_window(window, trained)
     return Clip(range(frames), fusion=WindowFusion(window, min(start.stride, window)), riflex=long)
+
+
+@cache
+def _warn_of_window(window: int, trained: int) -> None:
+    """Warn once for each pair."""
+    log.warning(
+        "start.window is %d, but data.frames, of the training, is %d: windows are longer than what was learned",
+        window,
+        trained,
+    )
 
 
 def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor) -> Tensor:

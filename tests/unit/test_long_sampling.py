@@ -18,7 +18,7 @@ from dit_booth.diffusion.start import StartConfig
 from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.positions import riflex_frequencies, rotary_3d, rotary_frames
 from dit_booth.models.unet.model import UNetConfig
-from dit_booth.sampling.generate import generate
+from dit_booth.sampling.generate import clip_of, generate
 from dit_booth.testing import Trial, trial, worst
 from dit_booth.testing.tiny import SIZE
 
@@ -140,6 +140,15 @@ def test_freenoise_samples_long_videos_row_by_row(backbone: str) -> None:
     assert worst(sampled(run), video) > 1e-2
     by_default = sampled(run, start=replace(FREENOISE, window=0))  # data.frames: 3
     assert worst(by_default, sampled(run, start=replace(FREENOISE, window=3))) == 0 < worst(by_default, video)
+
+
+def test_a_window_longer_than_the_training_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    components = trial("none").components
+    for _ in range(2):
+        clip_of(components, 9, StartConfig(kind="freenoise", window=7), 0)
+    clip_of(components, 9, StartConfig(kind="freenoise", window=3, stride=2), 0)
+    (record,) = [r for r in caplog.records if "start.window" in r.message]
+    assert "start.window is 7, but data.frames, of the training, is 3" in record.message
 
 
 def test_freenoise_needs_temporal_attention_over_all_frames() -> None:
