@@ -14,7 +14,7 @@ argument. A port is narrow: a payload, never the layer itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.attention import Frames, Segment
+from dit_booth.attention import Clip, Frames, Segment, WindowFusion, attend
 from dit_booth.errors import suggest
 
 Port = Literal["prompt", "latents", "modulation", "qkv"]
@@ -121,6 +121,9 @@ class Latents:
     added: Tensor | None = None  # b f d h w, at the entry: added to the embedded x, as of further channels
     context: int = 0  # leading frames outside the video, at times before 0, that every frame reads
     one_way: bool = True  # whether those read only themselves, or everything
+    clip: Clip | None = None  # the frames' indices in a longer video; none: x is the whole video
+    readers: tuple[bool, ...] | None = None  # frames of the video that the image reaches; none: all
+    context_readers: tuple[bool, ...] | None = None  # frames of the video that read the context; none: all
     aux_prediction: AuxPrediction | None = (
         None  # at the exit: what is cut off the output, yet belongs to the loss
     )
@@ -165,6 +168,9 @@ class Layer(Protocol):
     def keys(self, k: Tensor) -> Tensor:
         """Apply QK-norm and rotary positions to keys in heads (b g m k d)."""
 
+    def image_keys(self, k: Tensor) -> Tensor:
+        """Apply QK-norm and the rotary position of a reference to keys in heads (b 1 m k d)."""
+
 
 @dataclass(frozen=True)
 class PlainLayer:
@@ -178,6 +184,9 @@ class PlainLayer:
 
     def keys(self, k: Tensor) -> Tensor:
         return k
+
+    def image_keys(self, k: Tensor) -> Tensor:
+        return self.keys(k)
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,10 @@ class QKV:
     subject: Tensor | None = (
         None  # b m, text attentions: True where the source's tokens stand for the subject
     )
+    readers: tuple[bool, ...] | None = None  # query frames that read the image (`reference_at`); none: all
+    fusion: WindowFusion | None = (
+        None  # windows in which temporal attention reads; none: it reads all frames at once
+    )
 
     def heads(self, x: Tensor) -> Tensor:
         """Split a projection's output (b g m c) into this attention's heads (b g m k d). Values need no more."""
@@ -207,8 +220,8 @@ class QKV:
     def keys(self, x: Tensor) -> Tensor:
         """Turn projected keys (b g m c) into this attention's keys (b g m k d), with its QK-norm and rotary positions.
 
-        Groups with as many tokens as a frame get the positions of the first g frames (a reference: of frame 0);
-        others, such as a token bank, get none.
+        Groups with as many tokens as a frame get the positions of the first g frames; others, such as a token bank,
+        get none.
         """
         return self.layer.keys(self.heads(x))
 
@@ -221,14 +234,27 @@ class QKV:
         return replace(self, segments=self.segments + segments)
 
     def reading_image(self, kv: KV, frames: Frames | None = None) -> QKV:
-        """Return a copy that reads the image's keys and values: every frame does, or as `frames` say."""
+        """Return a copy that reads the image's keys and values: the `readers` do, or as `frames` say."""
         return self.reading(self.image(kv, frames))
 
     def image(self, kv: KV, frames: Frames | None = None) -> Segment:
-        """Return the image's keys and values as a segment of one group, read with the image's queries."""
+        """Return the image's keys and values as a segment of one group, read with the image's queries.
+
+        Its position is that of frame 0 of the video (of the first context frame, where there is one).
+        """
         k, v = (rearrange(y, "b m c -> b 1 m c") for y in kv)
-        seen = ((0,),) * self.q.shape[1] if frames is None else frames
-        return Segment(self.keys(k), self.heads(v), seen, query=self.image_query)
+        if frames is None:
+            count = self.q.shape[1]
+            frames = tuple((0,) if reads else () for reads in self.readers or (True,) * count)
+        return Segment(self.layer.image_keys(self.heads(k)), self.heads(v), frames, query=self.image_query)
+
+    def attended_image(self, kv: KV) -> Tensor:
+        """Attend to the image alone, a softmax of its own (b f n k d): zero in frames that do not read it."""
+        if self.readers is None or all(self.readers):
+            return attend(self.q, (self.image(kv),), self.layer.kernel)
+        everywhere = replace(self, readers=None)
+        reads = self.q.new_tensor(self.readers)
+        return everywhere.attended_image(kv) * rearrange(reads, "f -> f 1 1 1")
 
     def adding(self, x: Tensor) -> QKV:
         """Return a copy with x (b f n k d) added to the attention's result."""
@@ -307,14 +333,17 @@ class Condition:
         return self.at.get(site, self.shared)
 
 
-Bound = tuple[nn.Module, object]
+Tap = Callable[[Any, Any], Any]
+"""payload, image -> payload: a module that a strategy attached."""
+Bound = tuple[Tap, object]
 """A tap, and what its strategy made for it; None: no image."""
 
 
 class Injection:
     """Taps bound to what their strategies made of the image; called by the backbone at every site.
 
-    A `local` injection serves the sites of one block and knows them by the last part of their names.
+    A `local` injection serves the sites of one block and knows them by the last part of their names. `clip`: the frames
+    of the pass, if they are part of a longer video.
     """
 
     def __init__(
@@ -324,8 +353,9 @@ class Injection:
         local: bool = False,
         subject: Tensor | None = None,
         known: Tensor | None = None,
+        clip: Clip | None = None,
     ) -> None:
-        self.taps, self.local = taps, local
+        self.taps, self.local, self.clip = taps, local, clip
         self.known = known  # b f 1 1 1, the video's known frames, for the taps at the entry
         self.subject = subject  # b l, the subject's tokens in the prompt, for the taps that read the text
         self.aux_prediction: AuxPrediction | None = (
@@ -344,11 +374,21 @@ class Injection:
             payload = marked
         for tap, image in taps:
             payload = tap(payload, image)
+        if isinstance(payload, QKV) and payload.segments and self.clip is not None:
+            payload = self._in_clip(site, payload, self.clip)
         if isinstance(payload, PromptTokens) and self.taps:
             self.subject = payload.spans > 0
         if isinstance(payload, Latents) and payload.aux_prediction is not None:
             self.aux_prediction = payload.aux_prediction
         return payload
+
+    def _in_clip(self, site: Site, qkv: QKV, clip: Clip) -> Any:
+        """Let frames read past ones, under the keys and values that the taps have left to them, or in windows."""
+        if clip.fusion is not None and site.role == "temporal":
+            qkv = replace(qkv, fusion=clip.fusion)
+        if clip.cache is None:
+            return qkv
+        return qkv.reading(*clip.cache.extend(site.name, site.role, qkv.segments[0], clip.frames))
 
     def inside(self, path: str) -> Injection:
         """Return the local injection of a block's sites.
@@ -358,7 +398,7 @@ class Injection:
         """
         if type(self).__call__ is not Injection.__call__:
             return self
-        return Injection(_below(path, self.taps), local=True, subject=self.subject)
+        return Injection(_below(path, self.taps), local=True, subject=self.subject, clip=self.clip)
 
 
 def _below(path: str, named: Mapping[str, T]) -> dict[str, T]:

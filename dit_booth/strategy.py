@@ -26,12 +26,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dit_booth.errors import suggest
+from dit_booth.anchors import EVERY_FRAME, At, ReferenceAt, TapAtFrames
+from dit_booth.attention import Clip
+from dit_booth.errors import check_number, suggest
 from dit_booth.inject import Bound, Condition, Hidden, Injection, Needs, Noise, Reference, Site, Sites
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,24 @@ ENTRY_POINTS = "dit_booth.strategies"
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
     """Options of a strategy; a subclass's fields become command-line options, their docstrings its help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchoredConfig(StrategyConfig):
+    """Options of a strategy whose image is read frame by frame; its taps find the frames in the payload's `readers`."""
+
+    reference_at: At = "all"
+    """Frames that the image reaches: the first, keyframes, or all; counted from the start of the whole video."""
+    keyframe_every: int = 8
+    """Distance of keyframes, for reference_at=keyframes."""
+
+    def check_anchors(self, section: str) -> None:
+        """Raise ValueError for a value that cannot be; `section` is the options' own."""
+        if self.reference_at not in get_args(At):
+            raise ValueError(
+                f"{section}.reference_at is {self.reference_at!r}; choose one of {', '.join(get_args(At))}"
+            )
+        check_number(f"{section}.keyframe_every", self.keyframe_every, "[1, 100000]")
 
 
 class Strategy(nn.Module):
@@ -78,6 +98,9 @@ class Strategy(nn.Module):
         self.config = config
         self.taps = nn.Module()  # a tree that mirrors the backbone's paths: taps.blocks.3.attn1
         self.attached: dict[str, nn.Module] = {}
+        self.reference_at = EVERY_FRAME
+        if isinstance(config, AnchoredConfig):
+            self.reference_at = ReferenceAt(config.reference_at, config.keyframe_every)
 
     def attach(self, site: Site, tap: M) -> M:
         """Put a tap at a site. Its parameters are named ``taps.<site>.<parameter>``: names stay reversible."""
@@ -155,18 +178,22 @@ class Strategies(nn.Module):
         active: Sequence[str],
         conditions: Mapping[str, Condition] | None = None,
         known: Tensor | None = None,
+        clip: Clip | None = None,
     ) -> Injection:
         """Bind the active strategies' taps to their conditions, or, without one, to no image.
 
-        known: b f 1 1 1, 1 in frames that are known.
+        known: b f 1 1 1, 1 in frames that are known. clip: the frames of the pass; none: a whole video.
         """
         taps: dict[str, list[Bound]] = {}
         for name in sorted(self.names, key=lambda name: self.part(name).order):
             if name in active:
                 condition = (conditions or {}).get(name, Condition())
+                at, frames = self.part(name).reference_at, None if clip is None else clip.frames
                 for site, tap in self.part(name).attached.items():
-                    taps.setdefault(site, []).append((tap, condition.image_at(site)))
-        return Injection(taps, known=known)
+                    image = condition.image_at(site)
+                    here = tap if at.frames == "all" or image is None else TapAtFrames(tap, at, frames)
+                    taps.setdefault(site, []).append((here, image))
+        return Injection(taps, known=known, clip=clip)
 
 
 # ---- registry -------------------------------------------------------------------------------------------------------

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_booth.attention import attend
 from dit_booth.errors import check_ranges
 from dit_booth.inject import KV, QKV, Condition, Hidden, Reference, Role, Site, Sites
-from dit_booth.strategy import Strategy, StrategyConfig, register
+from dit_booth.strategy import AnchoredConfig, Strategy, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoupledAttentionConfig(StrategyConfig):
+class DecoupledAttentionConfig(AnchoredConfig):
     scale: float = 1.0
     """Weight of the image's softmax; no parameter depends on it, so it may be another one when sampling."""
     tokens: int = 4
@@ -21,6 +20,7 @@ class DecoupledAttentionConfig(StrategyConfig):
     """Glob over the text attentions that also read the image (cross-frame ones where the backbone has none)."""
 
     def __post_init__(self) -> None:
+        self.check_anchors("decoupled_attention")
         check_ranges(self, "decoupled_attention", scale="[-1000, 1000]", tokens="[1, 4096]")
 
 
@@ -73,4 +73,4 @@ class ImageAttention(nn.Module):
     def forward(self, qkv: QKV, image: KV | None) -> QKV:
         if image is None:
             return qkv
-        return qkv.adding(self.scale * attend(qkv.q, (qkv.image(image),), qkv.layer.kernel))
+        return qkv.adding(self.scale * qkv.attended_image(image))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dit_booth.attention import attend
 from dit_booth.errors import check_ranges
 from dit_booth.inject import KV, QKV, Condition, Hidden, Reference, Role, Site, Sites
-from dit_booth.strategy import Strategy, StrategyConfig, alias, register
+from dit_booth.strategy import AnchoredConfig, Strategy, alias, register
 
 from .parts.mapper import LocalMapper
 
@@ -26,7 +26,7 @@ WHITE = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
-class EliteLocalConfig(StrategyConfig):
+class EliteLocalConfig(AnchoredConfig):
     scale: float = 1.0
     """Weight of what is read of the patches (lambda; ELITE samples with 0.8); no parameter depends on it."""
     width: int = 0
@@ -39,6 +39,7 @@ class EliteLocalConfig(StrategyConfig):
     """released: divide the subject's map by its maximum over the whole batch, not the sample (docs/fidelity.md)."""
 
     def __post_init__(self) -> None:
+        self.check_anchors("elite_local")
         check_ranges(self, "elite_local", scale="[-1000, 1000]", width="[0, 65536]", l1_weight="[0, 1000]")
         if self.compat not in ("", "released"):
             raise ValueError(f"elite_local.compat is {self.compat!r}: choose released, or leave it empty")
@@ -101,7 +102,7 @@ class LocalAttention(nn.Module):
     def forward(self, qkv: QKV, image: KV | None) -> QKV:
         if image is None:
             return qkv
-        read = self.scale * attend(qkv.q, (qkv.image(image),), qkv.layer.kernel)
+        read = self.scale * qkv.attended_image(image)
         if qkv.subject is None:  # no text attention: nothing says where the subject is
             return qkv.adding(read)
         return qkv.adding(read * self.subject_map(qkv, qkv.subject))

@@ -7,13 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_booth.inject import Condition, Hidden, Latents, Reference, Sites
-from dit_booth.strategy import Strategy, StrategyConfig, register
+from dit_booth.strategy import AnchoredConfig, Strategy, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class InContextConfig(StrategyConfig):
+class InContextConfig(AnchoredConfig):
     one_way: bool = True
     """The reference reads only itself; false: it reads the video, too."""
+
+    def __post_init__(self) -> None:
+        self.check_anchors("in_context")
 
 
 @register("in_context")
@@ -47,7 +50,8 @@ class Prepend(nn.Module):
         frame, x = image, latents.x
         if frame.shape[-2:] != x.shape[-2:]:  # a square image prompt before a wide video
             frame = F.interpolate(frame[:, 0], x.shape[-2:], mode="bilinear", antialias=True)[:, None]
-        return replace(latents, x=torch.cat([frame.to(x.dtype), x], dim=1), context=1, one_way=self.one_way)
+        x = torch.cat([frame.to(x.dtype), x], dim=1)
+        return replace(latents, x=x, context=1, one_way=self.one_way, context_readers=latents.readers)
 
 
 class Drop(nn.Module):

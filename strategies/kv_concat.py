@@ -5,22 +5,22 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from dit_booth.anchors import At
 from dit_booth.attention import FramePlan, Segment, attend
+from dit_booth.attention.cover import put, take
 from dit_booth.errors import check_ranges
 from dit_booth.inject import KV, QKV, Condition, Hidden, Needs, Reference, Site, Sites
-from dit_booth.strategy import Strategy, StrategyConfig, register
+from dit_booth.strategy import AnchoredConfig, Strategy, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVConcatConfig(StrategyConfig):
+class KVConcatConfig(AnchoredConfig):
     where: str = "*"
     """Glob over the cross-frame attentions that read the image."""
     update: Literal["first_frame_value", "direct"] = "first_frame_value"
     """The image updates the values of the frames it reaches (the paper), or those frames read it directly."""
-    reference_at: Literal["first", "keyframes", "all"] = "first"
-    """Frames that the image reaches."""
-    keyframe_every: int = 8
-    """Distance of keyframes, for reference_at=keyframes."""
+    reference_at: At = "first"
+    """Frames that the image reaches: the first (the paper), keyframes, or all; counted from the video's start."""
     reference_noise: Literal["matched", "clean"] = "matched"
     """Noise the reference to the video's timestep (the paper), or keep it clean."""
     reference_frames: int = 1
@@ -30,7 +30,8 @@ class KVConcatConfig(StrategyConfig):
     """Give the frames keys and values of their own to train (the paper), or keep the backbone's."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "kv_concat", keyframe_every="[1, 100000]", reference_frames="[1, 100000]")
+        self.check_anchors("kv_concat")
+        check_ranges(self, "kv_concat", reference_frames="[1, 100000]")
         if self.reference_frames > 1 and self.reference_noise == "clean":
             raise ValueError(
                 f"kv_concat.reference_frames is {self.reference_frames} with reference_noise=clean (all equal); use 1"
@@ -78,19 +79,23 @@ class ReferenceKV(nn.Module):
         qkv = replace(qkv, segments=(frames, *qkv.segments[1:]))
         if image is None:
             return qkv
-        count = qkv.q.shape[1]
-        every = {"first": count, "keyframes": self.config.keyframe_every, "all": 1}[self.config.reference_at]
         if self.config.update == "direct":
-            return qkv.reading_image(image, tuple((0,) if i % every == 0 else () for i in range(count)))
-        v_new = self.updated_values(qkv, frames, image, every)
+            return qkv.reading_image(image)
+        v_new = self.updated_values(qkv, frames, image)
         return replace(qkv, segments=(replace(frames, v=v_new), *qkv.segments[1:]))
 
-    def updated_values(self, qkv: QKV, frames: Segment, kv: KV, every: int) -> Tensor:
+    def updated_values(self, qkv: QKV, frames: Segment, kv: KV) -> Tensor:
         """Compute equation 5: V_i' = Attn(Q_i, [K_I; K_i], [V_I; V_i]) for the frames i that the image reaches."""
-        q, k, v = (x[:, ::every] for x in (qkv.q, frames.k, frames.v))
+        readers = qkv.readers or (True,) * qkv.q.shape[1]
+        reached = tuple((i,) for i, reads in enumerate(readers) if reads)
+        if not reached:  # a part of a long video between two keyframes
+            return frames.v
+        q, k, v = (take(x, reached) for x in (qkv.q, frames.k, frames.v))
         image = qkv.image(kv, ((0,),) * q.shape[1])
         if image.query is not None:
-            image = replace(image, query=image.query[:, ::every])
+            image = replace(image, query=take(image.query, reached))
         own = Segment(k, v, FramePlan("self").frames(q.shape[1]))
         values = attend(q, (image, own), qkv.layer.kernel).to(v.dtype)
-        return frames.v.slice_scatter(values, dim=1, step=every)
+        updated = frames.v.clone()
+        put(updated, reached, values)
+        return updated

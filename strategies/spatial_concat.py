@@ -8,13 +8,16 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dit_booth.inject import QKV, AuxPrediction, Condition, Hidden, Latents, Reference, Sites
-from dit_booth.strategy import Strategy, StrategyConfig, register
+from dit_booth.strategy import AnchoredConfig, Strategy, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpatialConcatConfig(StrategyConfig):
+class SpatialConcatConfig(AnchoredConfig):
     skip_text: bool = True
     """Leave the text attention out, as the paper does; false keeps the caption."""
+
+    def __post_init__(self) -> None:
+        self.check_anchors("spatial_concat")
 
 
 @register("spatial_concat")
@@ -37,12 +40,15 @@ class SpatialConcat(Strategy):
         return Condition(shared=reference.latent * rearrange(reference.present, "b -> b 1 1 1 1"))
 
 
-def below(latent: Tensor, x: Tensor) -> Tensor:
-    """Return the reference (b 1 c h w) in the size and number of the frames x (b f c h w)."""
+def below(latent: Tensor, x: Tensor, readers: tuple[bool, ...] | None) -> Tensor:
+    """Return the reference (b 1 c h w) in the size and number of the frames x (b f c h w); zeros where none reads."""
     picture = latent[:, 0]
     if picture.shape[-2:] != x.shape[-2:]:  # a square image prompt beside a wide video
         picture = F.interpolate(picture, x.shape[-2:], mode="bilinear", antialias=True)
-    return repeat(picture, "b c h w -> b f c h w", f=x.shape[1]).to(x.dtype)
+    pictures = repeat(picture, "b c h w -> b f c h w", f=x.shape[1]).to(x.dtype)
+    if readers is None:
+        return pictures
+    return pictures * rearrange(pictures.new_tensor(readers), "f -> f 1 1 1")
 
 
 class PutBelow(nn.Module):
@@ -51,7 +57,7 @@ class PutBelow(nn.Module):
     def forward(self, latents: Latents, image: Tensor | None) -> Latents:
         if image is None:
             return latents
-        return replace(latents, x=torch.cat([latents.x, below(image, latents.x)], dim=-2))
+        return replace(latents, x=torch.cat([latents.x, below(image, latents.x, latents.readers)], dim=-2))
 
 
 class CutBelow(nn.Module):
@@ -61,11 +67,12 @@ class CutBelow(nn.Module):
         if image is None:
             return latents
         frames, rest = latents.x.chunk(2, dim=-2)
-        return replace(latents, x=frames, aux_prediction=AuxPrediction(rest, below(image, frames)))
+        truth = below(image, frames, latents.readers)
+        return replace(latents, x=frames, aux_prediction=AuxPrediction(rest, truth))
 
 
 class SkipText(nn.Module):
-    """Skip the text attention (CatVTON): its output is its input."""
+    """Skip the text attention (CatVTON), whichever frames the image reaches: its output is its input."""
 
     def forward(self, qkv: QKV, image: Tensor | None) -> QKV:
         return qkv if image is None else qkv.skipped()

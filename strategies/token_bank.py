@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from dit_booth.errors import check_ranges
 from dit_booth.inject import KV, QKV, Condition, Hidden, Needs, Reference, Site, Sites
-from dit_booth.strategy import Strategy, StrategyConfig, register
+from dit_booth.strategy import AnchoredConfig, Strategy, register
 
 from .parts.resampler import AveragePool, Perceiver
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenBankConfig(StrategyConfig):
+class TokenBankConfig(AnchoredConfig):
     source: Literal["clip", "latent"] = "clip"
     """CLIP's patch states, or the reference's hidden state at each site (a pass through the backbone)."""
     kind: Literal["perceiver", "pool"] = "perceiver"
@@ -32,6 +32,7 @@ class TokenBankConfig(StrategyConfig):
     """Glob over the cross-frame attentions that read the bank."""
 
     def __post_init__(self) -> None:
+        self.check_anchors("token_bank")
         check_ranges(self, "token_bank", tokens="[1, 4096]", depth="[1, 100]")
 
 

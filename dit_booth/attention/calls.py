@@ -8,11 +8,8 @@ from operator import itemgetter
 
 from dit_booth.attention.cover import Index, Read, compute_cover, is_whole
 from dit_booth.attention.kernels.choice import Positions
-from dit_booth.attention.plans import Frames
+from dit_booth.attention.plans import UNLIMITED_FRAMES, Frames
 from dit_booth.attention.policy import Policy
-
-UNLIMITED_FRAMES = 1 << 30
-"""More frames than any video has."""
 
 
 class SizeClass(IntEnum):

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dit_booth.attention.calls import UNLIMITED_FRAMES, Calls, KernelCall, SizeClass, build_calls
+from dit_booth.attention.calls import Calls, KernelCall, SizeClass, build_calls
 from dit_booth.attention.cover import Index, Read, add, is_view, is_whole, lay_back, lay_out, put, take
 from dit_booth.attention.kernels.choice import JointKernel, Kernel, Positions, choose_kernel
-from dit_booth.attention.plans import Frames
+from dit_booth.attention.plans import UNLIMITED_FRAMES, Frames
 from dit_booth.attention.policy import OTHER, POLICIES, Policy
 from dit_booth.attention.tracing import allow_in_graph, constant
 

@@ -5,7 +5,9 @@ A field's docstring is its help on the command line. Every ValueError names the 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -59,8 +61,9 @@ class StageConfig:
     """Share of further samples that lose the reference only, for separate guidance (InstructPix2Pix: 0.05 each)."""
     drop_text: float = 0.0
     """Share of further samples that lose the text only."""
-    frames: int = 0
-    """Train on this many consecutive frames of a video at a random offset: more subjects per second; 0: all frames."""
+    frames: int | tuple[int, ...] = 0
+    """Train on this many consecutive frames of a video at a random offset: more subjects per second; 0: all frames.
+    Several numbers, such as 4 8 16: each step draws one of them for all its videos."""
     foreground: bool = False
     """Only the subject's positions count in the loss, by the data's masks (ELITE's local stage)."""
     single_frames: bool = False
@@ -75,15 +78,24 @@ class StageConfig:
             **dict.fromkeys(("drop", "drop_image", "drop_text"), "[0, 1]"),
             frames="[0, 10000]",
         )
+        if not self.lengths or len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(
+                f"frames is {self.frames}; give one number, or several different ones such as 4 8 16"
+            )
         if self.drop + self.drop_image + self.drop_text > 1:
             raise ValueError(
                 f"drop {self.drop} + drop_image {self.drop_image} + drop_text {self.drop_text} is more than 1;"
                 " lower one of them"
             )
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Return the numbers of frames that a step may have; 0: all."""
+        return self.frames if isinstance(self.frames, tuple) else (self.frames,)
+
     def frames_of(self, video: int) -> int:
-        """Return the number of frames that the stage trains on, of a video of `video` frames."""
-        return min(self.frames or video, video)
+        """Return the number of frames that the stage trains on, the largest one, of a video of `video` frames."""
+        return max(min(length or video, video) for length in self.lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +183,9 @@ class SampleConfig:
     """Videos sampled at once on a rank."""
     fps: int = 8
     """Frames per second of the written videos."""
+    riflex: int = 0
+    """For longer videos than those of the training: the training's number of frames, after which they would repeat; one
+    rotary frequency of time is lowered (RIFLEx, arXiv 2502.15894). 0: none is."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -180,6 +195,7 @@ class SampleConfig:
             seeds=SEED,
             batch_size="[1, 100000]",
             fps="[1, 1000]",
+            riflex="[0, 10000]",
         )
         for name in ("seeds", "references"):
             values: tuple[object, ...] = getattr(self, name)
@@ -277,12 +293,29 @@ class RunConfig:
         return self.out or f"runs/{self.strategy}-{self.backbone}-{self.fingerprint()}"
 
 
+ANCHORED = ("decoupled_attention", "elite_local", "in_context", "spatial_concat", "token_bank")
+LATER: dict[str, object] = {
+    "data.toyworld.scene": "short",
+    "start.window": 0,
+    "start.stride": 4,
+    "sample.riflex": 0,
+    **{f"{name}.reference_at": "all" for name in ANCHORED},
+    **{f"{name}.keyframe_every": 8 for name in ANCHORED},
+}
+"""Settings that came after the first runs: at these values they change nothing, and a run is as if without them."""
+
+
 def decisive(settings: Mapping[str, Any]) -> PlainDict:
     """Return the settings (`RunConfig.as_dict`, or a ``run.yaml``) that change a run's result.
 
-    Left out: folders, what only watches a run, and the sections of data sets that are not read.
+    Left out: folders, what only watches a run, the sections of data sets that are not read, and `LATER`.
     """
-    out = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
+    out: PlainDict = copy.deepcopy(dict(settings))
+    for field, value in LATER.items():
+        *path, name = field.split(".")
+        section = functools.reduce(lambda at, key: at.get(key, {}), path, out)
+        if section.get(name) == value:
+            del section[name]
     for name in ("out", "store", "stop_after"):
         out.pop(name, None)
     data = out.get("data", {})

@@ -8,7 +8,7 @@ from typing import Literal
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.image_prompt import Augment
 from dit_booth.data.readers.triplets import Check, Triplets, TripletsConfig, check_caption
-from dit_booth.data.toyworld import Describe, Split, Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Describe, Scene, Split, Toyworld, ToyworldConfig
 from dit_booth.errors import SEED, check_ranges
 
 DataKind = Literal["toyworld", "triplets"]
@@ -19,6 +19,8 @@ DATA_KINDS: tuple[DataKind, ...] = ("toyworld", "triplets")
 class ToyworldOptions:
     describe: Describe = "none"
     """Looks of the subject that a caption names; none leaves them to the image."""
+    scene: Scene = "short"
+    """short: one motion; long, for 128 frames and more: motion that reverses, drifting light, a bar that passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class DataConfig:
                 image_size=self.image_size or None,
                 seed=self.seed,
                 split=split,
+                scene=self.toyworld.scene,
                 describe=self.toyworld.describe,
             )
         )

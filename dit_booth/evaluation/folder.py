@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit_booth.data.image_prompt import as_image_prompt
-from dit_booth.data.toyworld import Identity
+from dit_booth.data.toyworld import as_identity
 from dit_booth.data.video import read_video, write_video
 from dit_booth.evaluation.case import Case, Control
 from dit_booth.files import read_table, replacing, within, write_text
@@ -110,7 +110,7 @@ def _case(folder: Path, row: VideoRow) -> Case:
     identity = json.loads(row.identity) if row.identity else None
     if identity is not None:
         try:
-            identity = asdict(Identity(**identity))
+            identity = asdict(as_identity(identity))
         except TypeError as error:
             raise ValueError(f"identity is not one of the toy world: {error}") from error
     control: Control = row.control  # type: ignore[assignment]  # checked in _row

@@ -21,6 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from dit_booth.evaluation.case import Case, Scorer, Values
+from dit_booth.evaluation.long_scene import under_scene_light
 from dit_booth.evaluation.segment import case_masks
 
 Array = NDArray[np.float64]
@@ -71,6 +72,7 @@ def motion_scores(case: Case, *, masks: Tensor | None = None) -> dict[str, Value
     }
 
 
+@under_scene_light
 def flicker_scores(case: Case) -> dict[str, Values]:
     """Return `flicker` alone, for the toy world, whose oracle tracks the exact pose."""
     return {"flicker": to_frame_before(background_flicker(case.video, case_masks(case).numpy()))}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dit_booth.evaluation.case import Case, Values
 from dit_booth.evaluation.check import check_pictures
+from dit_booth.evaluation.long_scene import under_scene_light
 from dit_booth.evaluation.segment import WHITE, case_masks, delta_e, subject_mask, subject_masks, to_lab
 
 Array = NDArray[np.float64]
@@ -93,6 +94,7 @@ def palette_distance(a: Palette, b: Palette) -> float:
     return max(0.0, float(plan.fun))
 
 
+@under_scene_light
 def palette_scores(case: Case) -> dict[str, Values]:
     """Score every frame: `palette` (Delta E 2000) and `subject_found` (0 or 1)."""
     found = case_masks(case)

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from dit_booth.attention import Clip
 from dit_booth.inject import (
     AuxPrediction,
     Condition,
@@ -53,16 +54,18 @@ class Injected(nn.Module):
         reference: Reference | None = None,
         constant: Mapping[str, Condition] | None = None,
         known: Tensor | None = None,
+        clip: Clip | None = None,
     ) -> Prediction:
         """Predict; `constant` holds conditions of this reference made before (`constant_conditions`).
 
         known: b f 1 1 1, 1 in frames of x that are known, for strategies that tell the network.
+        clip: the frames of x in a longer video, and the cache of earlier ones; none: x is the whole video.
         """
         conditions = dict(constant or {})
         if reference is not None:
             names = [name for name in self.active if name not in conditions]
             conditions |= self.conditions(timestep_of_reference(t), reference, names)
-        inject = self.strategy.bind(self.active, conditions, known)
+        inject = self.strategy.bind(self.active, conditions, known, clip or Clip(range(x.shape[1])))
         output = self.backbone(x, t, self.text(prompt, inject), inject)
         aux_losses = [c.aux_loss for c in conditions.values() if c.aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else output.new_zeros(())

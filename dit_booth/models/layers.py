@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from dit_booth.attention import Frames, Segment, attend
+from dit_booth.attention import Frames, Segment, attend, attend_in_windows
 from dit_booth.inject import QKV, Injection, Role, Site
 from dit_booth.models.positions import Rotary
 
@@ -55,6 +55,7 @@ class HeadNorm(NamedTuple):
     norm_q: nn.Module
     norm_k: nn.Module
     rotary: Rotary | None
+    image_rotary: Rotary | None = None  # of a reference: one group
 
     def queries(self, q: Tensor) -> Tensor:
         q = self.norm_q(q)
@@ -63,6 +64,10 @@ class HeadNorm(NamedTuple):
     def keys(self, k: Tensor) -> Tensor:
         k = self.norm_k(k)
         return k if self.rotary is None else self.rotary.apply(k)
+
+    def image_keys(self, k: Tensor) -> Tensor:
+        k = self.norm_k(k)
+        return k if self.image_rotary is None else self.image_rotary.apply(k)
 
 
 class Projected(Segment):
@@ -124,13 +129,26 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, source: Tensor, frames: Frames, inject: Injection, rotary: Rotary | None = None
+        self,
+        x: Tensor,
+        source: Tensor,
+        frames: Frames,
+        inject: Injection,
+        rotary: Rotary | None = None,
+        image_rotary: Rotary | None = None,
     ) -> Tensor:
-        return self.read(inject(self.site, self.project(x, source, frames, rotary)))
+        return self.read(inject(self.site, self.project(x, source, frames, rotary, image_rotary)))
 
-    def project(self, x: Tensor, source: Tensor, frames: Frames, rotary: Rotary | None = None) -> QKV:
-        """Queries of x, keys and values of the source: the payload of the site."""
-        layer = HeadNorm(self.kernel, self.to_q(x), self.norm_q, self.norm_k, rotary)
+    def project(
+        self,
+        x: Tensor,
+        source: Tensor,
+        frames: Frames,
+        rotary: Rotary | None = None,
+        image_rotary: Rotary | None = None,
+    ) -> QKV:
+        """Queries of x, keys and values of the source: the payload of the site. image_rotary: of a reference's keys."""
+        layer = HeadNorm(self.kernel, self.to_q(x), self.norm_q, self.norm_k, rotary, image_rotary)
         own = Projected.later(
             lambda: layer.keys(self.split(self.to_k(source))), lambda: self.split(self.to_v(source)), frames
         )
@@ -143,7 +161,10 @@ class Attention(nn.Module):
         """The joint softmax over the segments, and what is added, through the output projection: (b f n c)."""
         if not qkv.segments:
             return qkv.x
-        y = attend(qkv.q, qkv.segments, qkv.layer.kernel)
+        if qkv.fusion is None:
+            y = attend(qkv.q, qkv.segments, qkv.layer.kernel)
+        else:
+            y = attend_in_windows(qkv.q, qkv.segments, qkv.fusion, qkv.layer.kernel)
         y = y if qkv.added is None else y + qkv.added
         out: Tensor = self.to_out(rearrange(y, "b f n k d -> b f n (k d)"))
         return out

@@ -6,12 +6,15 @@ continue at the training spacing, nothing is interpolated (see docs/dit.md).
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from dit_booth.attention import FrameIndices, Riflex
 
 
 def sincos(position: Tensor, dim: int) -> Tensor:
@@ -35,7 +38,7 @@ def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a cached table must serve training, too
 def grid_embedding(
-    height: int, width: int, dim: int, device: torch.device, frame_positions: range | None
+    height: int, width: int, dim: int, device: torch.device, frame_positions: FrameIndices | None
 ) -> Tensor:
     """Sin-cos embedding of every token's place and frame: (f n d), float32. Without frame positions: (1 n d)."""
     place = rearrange(sincos_2d(height, width, dim, device), "n d -> 1 n d")
@@ -44,9 +47,9 @@ def grid_embedding(
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def frame_embedding(frame_positions: range, dim: int, device: torch.device) -> Tensor:
+def frame_embedding(frame_positions: FrameIndices, dim: int, device: torch.device) -> Tensor:
     """Sin-cos embedding of the frames: (f 1 d), float32."""
-    position = torch.arange(frame_positions.start, frame_positions.stop, device=device)
+    position = torch.tensor(tuple(frame_positions), device=device)
     return rearrange(sincos(position, dim).float(), "f d -> f 1 d")
 
 
@@ -59,8 +62,7 @@ class Rotary(NamedTuple):
     def apply(self, x: Tensor) -> Tensor:
         """Rotate x (b g m k d): group i as frame i, token j as place j of the grid.
 
-        Groups with another number of tokens than the grid (a token bank) stay as they are; a single group (a
-        reference) is rotated as frame 0.
+        Groups with another number of tokens than the grid (a token bank) stay as they are.
         """
         groups = x.shape[1]
         if x.shape[2] != self.cos.shape[1] or groups > self.cos.shape[0]:
@@ -74,9 +76,17 @@ class Rotary(NamedTuple):
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def rotary_3d(
-    frame_positions: range, height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
+    frame_positions: FrameIndices,
+    height: int,
+    width: int,
+    dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    riflex: Riflex | None = None,
 ) -> Rotary:
     """Angles of frame, row and column for heads of width `dim`: a third of the pairs each, the rest to the frame.
+
+    riflex: of the frame's frequencies.
 
     ValueError: an odd width, or one with no pair for each of the three axes.
     """
@@ -85,7 +95,7 @@ def rotary_3d(
             f"rotary positions need heads of an even width of 6 or more, not {dim}; change the number of heads"
         )
     each = dim // 6
-    frame = _angles(frame_positions, dim // 2 - 2 * each, device)
+    frame = _angles(frame_positions, dim // 2 - 2 * each, device, riflex)
     row, column = _angles(range(height), each, device), _angles(range(width), each, device)
     shape = (len(frame_positions), height, width)
     parts = (
@@ -99,20 +109,44 @@ def rotary_3d(
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def rotary_frames(
-    frame_positions: range, dim: int, device: torch.device, dtype: torch.dtype, *, group_per_frame: bool
+    frame_positions: FrameIndices,
+    dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    group_per_frame: bool,
+    riflex: Riflex | None = None,
 ) -> Rotary:
     """Angles of the frame alone, for temporal attention, where the frames are one group (1 f 1 d/2).
 
     group_per_frame: every frame is a group (f 1 1 d/2).
     """
-    angle = _angles(frame_positions, dim // 2, device)
+    angle = _angles(frame_positions, dim // 2, device, riflex)
     return _rotary(rearrange(angle, "f p -> f 1 1 p" if group_per_frame else "f p -> 1 f 1 p"), dtype)
 
 
-def _angles(positions: range, pairs: int, device: torch.device) -> Tensor:
+def _angles(
+    positions: FrameIndices, pairs: int, device: torch.device, riflex: Riflex | None = None
+) -> Tensor:
     frequency = 10_000.0 ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
-    position = torch.arange(positions.start, positions.stop, device=device).double()
+    if riflex is not None:
+        frequency = riflex_frequencies(frequency, riflex)
+    position = torch.tensor(tuple(positions), device=device).double()
     return rearrange(position, "n -> n 1") * frequency
+
+
+def riflex_frequencies(frequency: Tensor, riflex: Riflex) -> Tensor:
+    """Lower the intrinsic frequency so that a longer video stays within 90 % of one period (RIFLEx, eq. 8).
+
+    The intrinsic frequency is the one whose period is nearest the frame from which on the video would repeat. A video
+    no longer than those of the training keeps its frequencies. frequency: of every pair, in radians per frame.
+    """
+    if riflex.length <= riflex.trained:
+        return frequency
+    intrinsic = (2 * math.pi / frequency - riflex.trained).abs().argmin()
+    changed = frequency.clone()
+    changed[intrinsic] = 0.9 * 2 * math.pi / riflex.length
+    return changed
 
 
 def _rotary(angle: Tensor, dtype: torch.dtype) -> Rotary:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple, Self
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from dit_booth.attention import Clip, Riflex, WindowFusion
 from dit_booth.components import Components
 from dit_booth.diffusion.clip_sampling import ClipSampler, Known, continuations, predict_frames
+from dit_booth.diffusion.free_noise import reschedule
 from dit_booth.diffusion.guidance import Branch, GuidanceConfig
 from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.known_frames import frame_times
@@ -20,6 +24,9 @@ from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, warped_start
 from dit_booth.inject import Condition, Reference, timestep_of_reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
+from dit_booth.models.layers import Attention
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -37,6 +44,7 @@ def generate(
     known: KnownVideo | None = None,
     use_image: bool = True,
     reuse: bool = True,
+    riflex: int = 0,
 ) -> Tensor:
     """Sample one video per row: (b f 3 h w) in [-1, 1].
 
@@ -45,6 +53,7 @@ def generate(
     `reuse` false they are made at every step, which gives the same videos. `start`: what the latents start from.
     `known`: frames that stay, around which the others are sampled. With a strategy that tells the network which frames
     are known (LVDM), frames beyond those of the data are predicted clip by clip (section `clips`).
+    `riflex`: frames of the training, for longer videos of a model with rotary time; 0: its frequencies stay.
     ValueError: a size that the autoencoder or the backbone cannot cut, or an image prompt that is all white.
     """
     components.model.eval()
@@ -54,14 +63,17 @@ def generate(
         raise ValueError(f"size is {height} x {width} pixels; the autoencoder needs multiples of {factor}")
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     prompts, with_image = Prompts(images, captions, subjects), use_image and bool(components.model.active)
-    network = GuidedNetwork.build(components, guidance, prompts, draws, with_image=with_image, reuse=reuse)
+    count = clip_frames(components, frames)
+    clip = clip_of(components, count, start, riflex)
+    network = GuidedNetwork.build(
+        components, guidance, prompts, draws, clip, with_image=with_image, reuse=reuse
+    )
 
     def run(model: Model, noise: Tensor, step: int = 0) -> Tensor:
         return sample(model, components.objective, sampler, noise, draws, steps=range(step, sampler.steps))
 
     config = components.config.clips
     clips = ClipSampler(network.predict, components.objective, run, config, draws)
-    count = clip_frames(components, frames)
     if known is None:
         shape = (len(images), count, channels, height // factor, width // factor)
         noise = randn(shape, draws, images.device, network.dtype)
@@ -96,6 +108,34 @@ class KnownVideo(NamedTuple):
             )
 
 
+def clip_of(components: Components, frames: int, start: StartConfig, riflex: int) -> Clip:
+    """Return all frames of a video as the network shall see them. ValueError: freenoise, and no temporal attention."""
+    long = Riflex(riflex, frames) if riflex else None
+    if start.kind != "freenoise":
+        return Clip(range(frames), riflex=long)
+    attentions = (m for m in components.model.backbone.modules() if isinstance(m, Attention))
+    if not any(attention.site.role == "temporal" for attention in attentions):
+        raise ValueError(
+            "start.kind is freenoise, whose windows are of temporal attention, and the backbone has none (dit.layout"
+            " joint or image); use a factorised or interleaved one, or start.kind noise"
+        )
+    trained = components.config.data.frames
+    window = start.window or trained
+    if window > trained:
+        _warn_of_window(window, trained)
+    return Clip(range(frames), fusion=WindowFusion(window, min(start.stride, window)), riflex=long)
+
+
+@cache
+def _warn_of_window(window: int, trained: int) -> None:
+    """Warn once for each pair."""
+    log.warning(
+        "start.window is %d, but data.frames, of the training, is %d: windows are longer than what was learned",
+        window,
+        trained,
+    )
+
+
 def start_latents(
     network: GuidedNetwork, sampler: SamplerConfig, start: StartConfig, noise: Tensor
 ) -> tuple[Tensor, int]:
@@ -105,7 +145,8 @@ def start_latents(
         return warped_start(network.predict, objective, sampler, start, noise, network.draws)
     if start.kind == "inversion":
         return inverted_video(network.components, sampler, noise), 0
-    return noise, 0
+    fusion = network.clip.fusion
+    return noise if fusion is None else reschedule(noise, fusion.window, fusion.stride, network.draws), 0
 
 
 def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor) -> Tensor:
@@ -146,10 +187,11 @@ class Pass:
         timestep: Tensor,
         eps: Tensor | None,
         known: Tensor | None = None,
+        clip: Clip | None = None,
     ) -> Tensor:
         """Predict for this pass's rows: those of x (b f c h w), repeated for each branch.
 
-        known: b f 1 1 1, 1 in frames of x that are known.
+        known: b f 1 1 1, 1 in frames of x that are known. clip: the frames of x in a longer video; none: x is all.
         """
         rows, reference = len(self.prompt.ids) // len(x), self.reference
         x, timestep = (repeat(y, "b ... -> (r b) ...", r=rows) for y in (x, timestep))
@@ -160,7 +202,9 @@ class Pass:
             t = components.objective.from_timestep(timestep_of_reference(timestep))
             noisy = components.objective.noise(components.copies(reference), t, eps)
             reference = replace(reference, noisy=noisy)
-        output: Tensor = components.model(x, timestep, self.prompt, reference, self.constant, known).output
+        output: Tensor = components.model(
+            x, timestep, self.prompt, reference, self.constant, known, clip
+        ).output
         return output
 
 
@@ -181,6 +225,8 @@ class GuidedNetwork:
     passes: Sequence[Pass]
     draws: Sequence[torch.Generator]
     """One of each row: of the reference's noise, and of the sampler's."""
+    clip: Clip
+    """A whole video; passes over fewer frames are videos of their own."""
     dtype: torch.dtype
 
     @classmethod
@@ -190,6 +236,7 @@ class GuidedNetwork:
         guidance: GuidanceConfig,
         prompts: Prompts,
         draws: Sequence[torch.Generator],
+        clip: Clip,
         *,
         with_image: bool,
         reuse: bool,
@@ -201,7 +248,7 @@ class GuidedNetwork:
         passes = make_passes(components, guidance, *prompts, dtype, with_image)
         if reuse:
             passes = [one.with_constant_conditions(components) for one in passes]
-        return cls(components, guidance, passes, draws, dtype)
+        return cls(components, guidance, passes, draws, clip, dtype)
 
     def predict(self, x: Tensor, timestep: Tensor, known: Known | None = None) -> Tensor:
         """Predict at x (b f c h w), in which frames may be known; `timestep` (b,) is that of the others."""
@@ -211,7 +258,12 @@ class GuidedNetwork:
         if (first := self.passes[0].reference) is not None:
             shape = (len(x), *self.components.copies(first).shape[1:])
             eps = randn(shape, self.draws, x.device, x.dtype)
-        output = torch.cat([one.predict(self.components, x, timestep, eps, shown) for one in self.passes])
+        clip = (
+            self.clip if x.shape[1] == len(self.clip.frames) else None
+        )  # else, a warp's first frame, or a clip
+        output = torch.cat(
+            [one.predict(self.components, x, timestep, eps, shown, clip) for one in self.passes]
+        )
         return self.guidance.combine(output.chunk(len(output) // len(x)))
 
 

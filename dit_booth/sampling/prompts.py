@@ -132,6 +132,7 @@ def _generate(
         guidance=config.guidance,
         sampler=config.sampler,
         start=config.start,
+        riflex=config.sample.riflex,
         use_image=reference != "none",
     )
     return videos.float().cpu()

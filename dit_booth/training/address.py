@@ -118,9 +118,9 @@ def _common(config: RunConfig) -> PlainDict:
 
 def _strategies(config: RunConfig, active: tuple[str, ...]) -> PlainDict:
     """Return the active strategies, with their places in the sum and their options."""
-    options = config.options()
+    settings, options = decisive(config.as_dict()), config.options()
     return {
-        name: {"place": place, "options": asdict(options[name]) if name in options else {}}
+        name: {"place": place, "options": settings[name] if name in options else {}}
         for place, name in enumerate(active)
     }
 

@@ -20,6 +20,9 @@ from dit_booth.inject import Reference, timestep_of_reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 from dit_booth.models.injected import Prediction
 
+_LENGTH = 1
+"""Tells the draw of a step's length from those of its rows."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -58,6 +61,17 @@ def generator_of(*seeds: int) -> torch.Generator:
     """Return a generator that is a pure function of the seeds (seed, stage, step, ...): resuming repeats it."""
     seed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed % 2**63)
+
+
+def with_length(stage: StageConfig, *seeds: int) -> StageConfig:
+    """Return a stage's settings with one of its lengths, drawn for the seeds (seed, stage, step).
+
+    All videos of a step have this length, on every rank, and again after a resumption.
+    """
+    if len(stage.lengths) == 1:
+        return stage
+    draw = generator_of(*seeds, _LENGTH)
+    return replace(stage, frames=stage.lengths[int(torch.randint(len(stage.lengths), (), generator=draw))])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from dit_booth.data.example import Batch
 from dit_booth.training.address import Stage
 from dit_booth.training.distributed import Ranks
 from dit_booth.training.engine import grad_norm
-from dit_booth.training.inputs import generator_of, make_inputs
+from dit_booth.training.inputs import generator_of, make_inputs, with_length
 from dit_booth.training.metrics_logger import MetricsLogger
 from dit_booth.training.signals import Interrupted, reading, stop_signals
 from dit_booth.training.state import TrainState
@@ -74,9 +74,10 @@ def micro_step(state: TrainState, index: int, batch: Batch) -> tuple[float, floa
     """
     components, engine = state.components, state.engine
     draws = [generator_of(state.train.seed, state.stage.index, row) for row in state.loader.positions(index)]
-    with_image = bool(components.model.active)
+    with_image, step = bool(components.model.active), index // state.train.accumulation
+    options = with_length(state.options, state.train.seed, state.stage.index, step)
     inputs = make_inputs(
-        components, batch.to(engine.device), state.options, draws, state.dtype, with_image=with_image
+        components, batch.to(engine.device), options, draws, state.dtype, with_image=with_image
     )
     prediction = inputs.predict(engine)
     loss = inputs.loss(components.objective, prediction)

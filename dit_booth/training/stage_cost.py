@@ -50,7 +50,12 @@ class StageCost:
     ) -> StageCost:
         """Count parameters and FLOPs (on the first rank only), before DeepSpeed has the network."""
         count = sum(p.numel() for p in trained.values())
-        flops = count_flops(components, stage, dataset, dtype, ranks.device) if ranks.first else 0.0
+        flops = 0.0
+        if ranks.first:
+            lengths = [replace(stage, frames=length) for length in stage.lengths]
+            flops = statistics.fmean(
+                count_flops(components, one, dataset, dtype, ranks.device) for one in lengths
+            )
         reset_peak_memory(ranks.device)
         return cls(count, flops * components.config.train.batch_size, ranks)
 

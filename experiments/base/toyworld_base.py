@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from dit_booth.components import Components, build
 from dit_booth.config import RunConfig, StageName, TrainConfig
 from dit_booth.config.parse import parse
-from dit_booth.data.toyworld.world import Toyworld
+from dit_booth.data.toyworld import Toyworld
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 from dit_booth.models.weights import write
 from dit_booth.training.ema import Ema

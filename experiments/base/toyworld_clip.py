@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor, nn
 
 from dit_booth.data.example import Batch, Loader
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.models.clip.encoders import (
     ClipConfig,
     TextEncoder,

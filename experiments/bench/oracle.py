@@ -29,12 +29,11 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from dit_booth.data.example import Example
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.toyworld.looks import COLOUR_CONTRAST, COLOURS, Rgb
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
 from dit_booth.data.toyworld.world import (
     Identity,
-    Toyworld,
-    ToyworldConfig,
     render_video,
 )
 from dit_booth.evaluation.case import Case

@@ -50,6 +50,9 @@ FAMILIES = (
         "ddim_inversion",
         lambda info, tensors: {"inputs.x0_latent", "weights.Tm"} <= set(tensors),
     ),
+    Family(
+        "freenoise_cases", "freenoise", lambda info, tensors: any("_permutations" in name for name in tensors)
+    ),
     Family("catvton_cases", "catvton", lambda info, tensors: "inputs.condition_image" in tensors),
     Family(
         "unet_cases",

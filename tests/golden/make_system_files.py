@@ -350,3 +350,89 @@ def naive_warp(x: Tensor, dx: float, dy: float, size: int = 512) -> Tensor:
         for j in range(side):
             out[:, i, j] = x[:, nearest(i, dy), nearest(j, dx)]
     return out
+
+
+# ---- FreeNoise -----------------------------------------------------------------------------------------------------
+
+
+def freenoise_file(
+    *,
+    frames: int = 11,
+    window: int = 4,
+    stride: int = 3,
+    heads: int = 2,
+    dim_head: int = 3,
+    query_dim: int = 5,
+    batch: int = 2,
+    seed: int = 0,
+) -> File:
+    """A ``freenoise`` file: noise frame by frame, attention one query and one window at a time."""
+    random, tensors = Random(seed), dict[str, Tensor]()
+    steps = (frames - window) // stride
+    total = window + steps * stride  # the original needs whole steps
+    order = torch.Generator().manual_seed(seed)
+    shuffles = [torch.randperm(stride, generator=order) + k * stride for k in range(steps)]
+    noise = tensors["inputs.noise_a_initial"] = random.normal(1, 1, 2, total, 2, 2)
+    tensors["inputs.noise_a_permutations"] = torch.stack(shuffles)
+    source = list(range(total))
+    for k, shuffle in enumerate(shuffles):
+        for j, copied in enumerate(shuffle.tolist()):
+            source[window + k * stride + j] = source[copied]
+    tensors["outputs.noise_a_source_frame"] = torch.tensor(source)
+    tensors["outputs.noise_a_rescheduled"] = torch.stack([noise[:, :, :, i] for i in source], dim=3).double()
+    shape = {"heads": heads, "dim_head": dim_head, "query_dim": query_dim, "frames": frames, "window": window}
+    config = {"noise_a": {"bs": 1, "frames": total, "win": window, "stride": stride}}
+    for tag, relative in (("attn_plainly", False), ("attn_relative", True)):
+        config[tag] = {
+            **shape,
+            "stride": stride,
+            "relative_position": relative,
+            "temporal_length": window - 1,
+        }
+        tensors[f"inputs.{tag}_x"] = random.normal(batch, frames, query_dim)
+        inner = heads * dim_head
+        for name in ("to_q", "to_k", "to_v"):
+            tensors[f"weights.{tag}.{name}.weight"] = random.normal(inner, query_dim)
+        tensors[f"weights.{tag}.to_out.0.weight"] = 0.3 * random.normal(query_dim, inner)
+        tensors[f"weights.{tag}.to_out.0.bias"] = random.normal(query_dim)
+        for name in ("k", "v") if relative else ():
+            tensors[f"weights.{tag}.relative_position_{name}.embeddings_table"] = random.normal(
+                2 * window - 1, dim_head
+            )
+        given = {k: x.double() for k, x in tensors.items() if tag in k}
+        starts = [start for start in range(0, frames, stride) if start + window <= frames]
+        tensors[f"outputs.{tag}_views"] = torch.tensor([[start, start + window] for start in starts])
+        tensors[f"outputs.{tag}_weights"] = torch.tensor([min(i + 1, window - i) for i in range(window)])
+        tensors[f"outputs.{tag}_windowed"] = naive_windows(given, tag, config[tag], starts)
+    return {"source": "made by the tests", "config": config}, tensors
+
+
+def naive_windows(given: dict[str, Tensor], tag: str, config: dict[str, int], starts: list[int]) -> Tensor:
+    """One row, window, head and query after the other."""
+    x, w = given[f"inputs.{tag}_x"], {k.removeprefix(f"weights.{tag}."): v for k, v in given.items()}
+    heads, size, count, most = (config[k] for k in ("heads", "dim_head", "window", "temporal_length"))
+    rows = []
+    for row in x:
+        q, k, v = (row @ w[f"to_{y}.weight"].T for y in "qkv")
+        summed, shares = torch.zeros_like(q), [0.0] * len(row)
+        for start in starts:
+            for i in range(count):
+                weight = min(i + 1, count - i)
+                shares[start + i] += weight
+                for head in range(heads):
+                    part, query = slice(head * size, (head + 1) * size), q[start + i]
+                    scores, values = [], []
+                    for j in range(count):
+                        key, value = k[start + j, part], v[start + j, part]
+                        if config["relative_position"]:
+                            at = max(-most, min(most, j - i)) + most
+                            key = key + w["relative_position_k.embeddings_table"][at]
+                            value = value + w["relative_position_v.embeddings_table"][at]
+                        scores.append(float(query[part] @ key) / math.sqrt(size))
+                        values.append(value)
+                    exps = [math.exp(s - max(scores)) for s in scores]
+                    read = sum(e / sum(exps) * value for e, value in zip(exps, values, strict=True))
+                    summed[start + i, part] += weight * read
+        fused = torch.stack([s / max(share, 1.0) for s, share in zip(summed, shares, strict=True)])
+        rows.append(fused @ w["to_out.0.weight"].T + w["to_out.0.bias"])
+    return torch.stack(rows)

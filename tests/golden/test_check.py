@@ -17,7 +17,7 @@ import torch
 from check import main
 from files import HERE, read
 from make_files import attention_file, diffusion_file, mapper_file, unet_file, write
-from make_system_files import ddim_inversion_file, elite_file, text2video_file
+from make_system_files import ddim_inversion_file, elite_file, freenoise_file, text2video_file
 from safetensors.torch import save_file
 
 from dit_booth.models.unet.model import UNetConfig
@@ -68,6 +68,7 @@ def perturb(x: torch.Tensor) -> torch.Tensor:
         "elite",
         "ddim_inversion",
         "lvdm_conditioning",
+        "freenoise",
     ],
 )
 def test_each_output_that_is_off_by_a_thousandth_fails(
@@ -134,6 +135,11 @@ def test_a_nan_and_a_wrong_shape_fail(tmp_path: Path, capsys: pytest.CaptureFixt
         ),
         pytest.param(lambda: elite_file(), id="elite"),
         pytest.param(lambda: elite_file(heads=2, grid=4, batch=1, queries=9, seed=1), id="elite of one"),
+        pytest.param(lambda: freenoise_file(), id="freenoise"),
+        pytest.param(
+            lambda: freenoise_file(frames=13, window=5, stride=4, heads=1, batch=1, seed=1),
+            id="freenoise of one",
+        ),
         pytest.param(lambda: ddim_inversion_file(), id="ddim_inversion"),
         pytest.param(
             lambda: ddim_inversion_file(channels=4, frames=5, batch=2, seed=1), id="ddim_inversion of two"

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dit_booth.attention import FramePlan, Frames, Segment, attend
 from dit_booth.attention import joint_softmax as joint
-from dit_booth.attention.calls import UNLIMITED_FRAMES, SizeClass, build_calls
+from dit_booth.attention.calls import SizeClass, build_calls
 from dit_booth.attention.kernels import choice as kernels
 from dit_booth.attention.kernels.choice import check_kernel_name
-from dit_booth.attention.plans import seen_by_all, with_context
+from dit_booth.attention.plans import UNLIMITED_FRAMES, seen_by_all, with_context
 from dit_booth.attention.policy import CPU, CUDA, OTHER
 
 torch.set_num_threads(1)

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dit_booth.attention import FramePlan, Segment, attend
 from dit_booth.attention import joint_softmax as joint
-from dit_booth.attention.calls import UNLIMITED_FRAMES, SizeClass, build_calls
+from dit_booth.attention.calls import SizeClass, build_calls
 from dit_booth.attention.kernels import choice as kernels
 from dit_booth.attention.kernels import flex, packages, torch_ops
 from dit_booth.attention.kernels.choice import TABLE, choose_kernel
-from dit_booth.attention.plans import seen_by_all
+from dit_booth.attention.plans import UNLIMITED_FRAMES, seen_by_all
 from dit_booth.attention.policy import CUDA as CUDA_POLICY
 
 torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from dit_booth.config import (
     decisive,
 )
 from dit_booth.config.parse import parse
-from dit_booth.data.toyworld.world import Toyworld
+from dit_booth.data.toyworld import Toyworld
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig

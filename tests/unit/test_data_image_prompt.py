@@ -12,7 +12,7 @@ from PIL import Image
 
 from dit_booth.data.image_files import read_mask
 from dit_booth.data.image_prompt import Augment, as_image_prompt, load_image_prompt, pixel_box, prepare
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 
 torch.set_num_threads(1)
 

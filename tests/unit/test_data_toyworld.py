@@ -11,6 +11,7 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.toyworld.looks import (
     COLOUR_CONTRAST,
     COLOUR_JITTER,
@@ -25,8 +26,6 @@ from dit_booth.data.toyworld.world import (
     BACKGROUNDS,
     MOTIONS,
     Identity,
-    Toyworld,
-    ToyworldConfig,
     caption,
     render_prompt,
     render_video,

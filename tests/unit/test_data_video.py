@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.video import probe, read_video, write_gif, write_video
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit_booth.commands.evaluate import EvaluateArguments, evaluate, main
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.video import write_video
 from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.folder import write_videos

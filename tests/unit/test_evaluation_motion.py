@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from skimage import data, transform
 from torch import Tensor
 
-from dit_booth.data.toyworld.world import Identity, Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Identity, Toyworld, ToyworldConfig
 from dit_booth.evaluation.case import Case, Values
 from dit_booth.evaluation.catalogue import CATALOGUE
 from dit_booth.evaluation.motion import (

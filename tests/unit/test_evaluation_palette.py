@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.color import hsv2rgb, rgb2lab
 
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.evaluation.palette import Palette, palette, palette_distance, video_palette_distance
 
 torch.set_num_threads(1)

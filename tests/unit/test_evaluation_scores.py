@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.evaluation import score, summary
 from dit_booth.evaluation.case import Case, Values
 from dit_booth.evaluation.pixels import psnr, psnr_scores

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.evaluation.segment import WHITE, subject_mask
 
 torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,8 @@ from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import NULL_PROMPT
-from dit_booth.training.inputs import Inputs, generator_of, make_inputs
+from dit_booth.training.address import stages_of
+from dit_booth.training.inputs import Inputs, generator_of, make_inputs, with_length
 
 torch.set_num_threads(1)
 BATCH, FRAMES = 6, 3
@@ -253,3 +255,37 @@ def test_a_reference_holds_the_images_encodings() -> None:
     assert made.noisy is None, "until it is noised"
     assert torch.equal(components.copies(made), made.latent), "one copy unless a strategy needs more"
     assert made.latent.shape == (BATCH, 1, 27, 4, 4)
+
+
+# ---- several lengths -----------------------------------------------------------------------------------------------
+
+
+def test_each_step_draws_one_of_the_lengths_for_all_its_videos() -> None:
+    stage = StageConfig(frames=(1, 2, 0))
+    drawn = [with_length(stage, 0, 0, step).frames for step in range(60)]
+    assert set(drawn) == {1, 2, 0} and drawn == [with_length(stage, 0, 0, step).frames for step in range(60)]
+    assert drawn != [with_length(stage, 1, 0, step).frames for step in range(60)]
+    assert min(drawn.count(length) for length in (1, 2, 0)) > 8
+    for length in (1, 2, 0):
+        one = replace(stage, frames=length)
+        made = make_inputs(parts_of(), batch(), one, generator_of(0), torch.float32, False)
+        assert made.x_t.shape[1] == (length or batch().video.shape[1])
+    single = StageConfig(frames=2)
+    assert with_length(single, 0, 0, 5) is single and stage.frames_of(8) == 8 and single.frames_of(8) == 2
+
+
+@pytest.mark.parametrize(
+    ("frames", "says"),
+    [((2, 2), "give one number, or several"), ((), "give one number"), ((-1, 2), "use a whole")],
+)
+def test_lengths_that_cannot_be(frames: tuple[int, ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        StageConfig(frames=frames)
+
+
+def test_lengths_change_an_address_only_where_they_are_used() -> None:
+    runs = [RunConfig.create(strategy="kv_concat", stages={"fine": {"frames": n}}) for n in (0, 2, [2, 4])]
+    assert runs[2].stages.fine.frames == (2, 4) and RunConfig.create(runs[2].as_dict()) == runs[2]
+    addresses = [[stage.address for stage in stages_of(run)] for run in runs]
+    assert len({tuple(each) for each in addresses}) == 3
+    assert runs[0].as_dict()["stages"]["fine"]["frames"] == 0, "as it was before there were several"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from skimage.transform import AffineTransform, warp
 
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.learned.crops import (
     crop_subjects,

@@ -16,12 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_booth.data.example import Example
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.toyworld.looks import draw_looks
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES
 from dit_booth.data.toyworld.world import (
     Identity,
-    Toyworld,
-    ToyworldConfig,
     render_prompt,
     render_video,
     sample_identity,

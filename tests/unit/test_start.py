@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_booth.config.subject import SubjectConfig
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.video import write_video
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig

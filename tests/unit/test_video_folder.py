@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_booth.data.toyworld.world import Toyworld, ToyworldConfig
+from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.video import write_video
 from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.folder import VideoFolder, write_videos

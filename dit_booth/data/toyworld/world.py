@@ -2,34 +2,29 @@
 
 A subject is a shape, a texture, and two exact colours. The caption can name a subject's looks or leave them
 to the image; the exact colours, the texture's scale and its direction are never in the words, so that an
-image prompt always carries more than any caption. Every example is a pure function of `(seed, split, index)`.
+image prompt always carries more than any caption.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from dit_booth.data.example import Example, IdentityDict
+from dit_booth.data.example import IdentityDict
 from dit_booth.data.toyworld.looks import (
     COLOURS,
     Looks,
     Rgb,
-    Split,
     choose,
-    draw_looks,
     exact_colour,
 )
 from dit_booth.data.toyworld.shapes import SHAPES, TEXTURES, Plane, coverage
-
-Describe = Literal["none", "full", "mixed"]
 
 # Smallest distance in RGB between a subject and its background.
 BACKGROUND_CONTRAST = 0.5
@@ -92,83 +87,19 @@ class Identity:
     prompt_angle: float
     prompt_flip: bool
 
-
-@dataclass(frozen=True, kw_only=True)
-class ToyworldConfig:
-    """The toy world's options.
-
-    Attributes:
-        frames: frames per video.
-        size: side of the square video in pixels.
-        image_size: side of the image prompt in pixels; None: that of the video.
-        seed: seed of all examples.
-        split: `train`, `dev` or `test`: disjoint combinations of shape, texture and colours (`looks.split_of`).
-        length: number of examples; index `i` is the same example at every length.
-        describe: looks of the subject in the caption: `none`, `full`, or `mixed` (colours and
-            texture are each named with probability `describe_probability`).
-        describe_probability: see `describe`.
-    """
-
-    frames: int = 8
-    size: int = 32
-    image_size: int | None = None
-    seed: int = 0
-    split: Split = "train"
-    length: int = 1_000_000
-    describe: Describe = "none"
-    describe_probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        image_size = self.size if self.image_size is None else self.image_size
-        bounds = (("frames", self.frames, 1), ("size", self.size, 8), ("image_size", image_size, 8))
-        for name, value, low in (*bounds, ("seed", self.seed, 0), ("length", self.length, 1)):
-            if value < low:
-                raise ValueError(f"data.{name} is {value}; it must be at least {low}")
-        words = (("split", self.split, Split), ("toyworld.describe", self.describe, Describe))
-        for name, word, choices in words:
-            if word not in get_args(choices):
-                raise ValueError(f"data.{name} is {word!r}; choose one of {', '.join(get_args(choices))}")
-        if not 0 <= self.describe_probability <= 1:
-            raise ValueError(
-                f"data.toyworld.describe_probability is {self.describe_probability}; it must be in [0, 1]"
-            )
-
-
-class Toyworld:
-    """The toy world as a data set of `Example`s."""
-
-    def __init__(self, config: ToyworldConfig) -> None:
-        self.config = config
-
-    def __len__(self) -> int:
-        return self.config.length
-
-    def __getitem__(self, index: int) -> Example:
-        """Example `index`, a pure function of `(seed, split, index)` and the sizes.
-
-        Raises:
-            IndexError: `index` is not in [0, length).
-        """
-        config = self.config
-        if not 0 <= index < config.length:
-            raise IndexError(f"index is {index}; the toy world holds 0 to {config.length - 1} (data.length)")
-        rng = np.random.default_rng((config.seed, get_args(Split).index(config.split), index))
-        # Drawn first and always, so that the caption's options never change the scene.
-        named = (
-            rng.random(2) < {"none": 0.0, "full": 1.0, "mixed": config.describe_probability}[config.describe]
-        )
-        identity = sample_identity(rng, draw_looks(rng, config.split, index))
-        video, mask = render_video(identity, frames=config.frames, size=config.size)
-        return Example(
-            key=f"toyworld/{config.seed}/{config.split}/{index}",
-            video=video,
-            caption=caption(identity, colours=bool(named[0]), texture=bool(named[1])),
-            subject=identity.shape,
-            image=render_prompt(identity, size=config.image_size or config.size),
-            mask=mask,
-            mask_frames=config.frames,
-            identity=asdict(identity),
-        )
+    def poses(self, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return centre x, centre y, radius and angle at each `progress` in [0, 1] through the video, `f` each."""
+        along, size = progress, np.ones_like(progress)
+        match self.motion:
+            case "bouncing":  # from the floor (`start`) to the top (`end`) and back, twice
+                along = np.abs(np.sin(2 * math.pi * progress))
+            case "growing":
+                size = 0.65 + 0.55 * progress
+            case "shrinking":
+                size = 1.2 - 0.55 * progress
+        centre_x = self.start[0] + (self.end[0] - self.start[0]) * along
+        centre_y = self.start[1] + (self.end[1] - self.start[1]) * along
+        return centre_x, centre_y, self.radius * size, self.angle + self.turn * progress
 
 
 def caption(identity: Identity | IdentityDict, *, colours: bool, texture: bool) -> str:
@@ -177,14 +108,19 @@ def caption(identity: Identity | IdentityDict, *, colours: bool, texture: bool) 
     "plain" is left out beside a colour: a single colour implies it.
     """
     it = _identity(identity)
+    noun = noun_of(it, colours=colours, texture=texture)
+    return f"{noun} {MOTIONS[it.motion]} {BACKGROUNDS[it.background][1]}"
+
+
+def noun_of(it: Identity, *, colours: bool, texture: bool) -> str:
+    """Return the subject as captions name it, with its article."""
     looks: list[str] = []
     if colours:
         looks.append(it.colours[0] if it.texture == "plain" else f"{it.colours[0]} and {it.colours[1]}")
     if texture and not (it.texture == "plain" and colours):
         looks.append(it.texture)
     noun = " ".join((*looks, it.shape))
-    article = "an" if noun[0] in "aeiou" else "a"
-    return f"{article} {noun} {MOTIONS[it.motion]} {BACKGROUNDS[it.background][1]}"
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def sample_identity(rng: np.random.Generator, looks: Looks) -> Identity:
@@ -244,17 +180,25 @@ def render_video(identity: Identity | IdentityDict, *, frames: int, size: int) -
     Returns:
         The video, `f 3 h w` float32 in [-1, 1], and the subject's mask, `f h w` bool.
     """
-    it = _identity(identity)
-    progress = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
-    centre_x, centre_y, radius, angle = (_column(values) for values in _poses(it, progress))
+    video, alpha = render_scene(_identity(identity), progress_of(frames), size)
+    return torch.from_numpy(video * np.float32(2) - np.float32(1)), torch.from_numpy(alpha > 0.5)
+
+
+def progress_of(frames: int) -> np.ndarray:
+    """Return how far each frame is through a video of `frames` frames, in [0, 1]."""
+    return np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
+
+
+def render_scene(it: Identity, progress: np.ndarray, size: int) -> tuple[Plane, Plane]:
+    """Render subject and background at each `progress`: `f 3 h w` in [0, 1], and the subject's coverage `f h w`."""
+    centre_x, centre_y, radius, angle = (_column(values) for values in it.poses(progress))
     grid = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
     # Rows run down and the subject's y runs up.
     x, y = (grid[None, None, :] - centre_x) / radius, (centre_y - grid[None, :, None]) / radius
     cos, sin = np.cos(angle), np.sin(angle)
     alpha, colour = paint(it, cos * x + sin * y, cos * y - sin * x, pixels=radius * np.float32(size))
     ground = _ground(it, size)
-    video = ground + (colour - ground) * rearrange(alpha, "f h w -> f 1 h w")
-    return torch.from_numpy(video * np.float32(2) - np.float32(1)), torch.from_numpy(alpha > 0.5)
+    return ground + (colour - ground) * rearrange(alpha, "f h w -> f 1 h w"), alpha
 
 
 def render_prompt(identity: Identity | IdentityDict, *, size: int) -> Tensor:
@@ -310,21 +254,6 @@ def _path(rng: np.random.Generator, motion: str) -> tuple[float, tuple[float, fl
             return radius, (0.5, 0.5), (0.5, 0.5)
         case _:
             return radius, (across, other), (across, other)
-
-
-def _poses(it: Identity, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Centre x, centre y, radius and angle at each `progress` in [0, 1] through the video; each of shape `f`."""
-    along, size = progress, np.ones_like(progress)
-    match it.motion:
-        case "bouncing":  # from the floor (`start`) to the top (`end`) and back, twice
-            along = np.abs(np.sin(2 * math.pi * progress))
-        case "growing":
-            size = 0.65 + 0.55 * progress
-        case "shrinking":
-            size = 1.2 - 0.55 * progress
-    centre_x = it.start[0] + (it.end[0] - it.start[0]) * along
-    centre_y = it.start[1] + (it.end[1] - it.start[1]) * along
-    return centre_x, centre_y, it.radius * size, it.angle + it.turn * progress
 
 
 def _prompt_pose(it: Identity, x: Plane, y: Plane) -> tuple[Plane, Plane]:

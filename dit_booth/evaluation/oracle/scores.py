@@ -8,8 +8,9 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_booth.data.example import IdentityDict
-from dit_booth.data.toyworld.world import Identity
+from dit_booth.data.toyworld import Identity, as_identity
 from dit_booth.evaluation.case import Case, Values
+from dit_booth.evaluation.long_scene import under_scene_light
 from dit_booth.evaluation.oracle.pose import Array
 from dit_booth.evaluation.oracle.seen import FIT_SIDE, Plane, Seen, see
 from dit_booth.evaluation.oracle.shape import match_shapes, overlap_bounds
@@ -18,6 +19,7 @@ from dit_booth.evaluation.oracle.texture import name_textures
 from dit_booth.evaluation.segment import case_masks, delta_e, subject_masks, to_lab
 
 
+@under_scene_light
 def oracle_scores(case: Case) -> dict[str, Values]:
     """Score every frame of a toy-world video against its true subject; a case without an identity has no scores.
 
@@ -32,7 +34,7 @@ def oracle_scores(case: Case) -> dict[str, Values]:
     """
     if case.identity is None:
         return {}
-    identity, masks = Identity(**case.identity), case_masks(case)
+    identity, masks = as_identity(case.identity), case_masks(case)
     seen = see(case.video, masks, side=FIT_SIDE)
     found, visible = seen.found, seen.only(seen.found)
     floor, ceiling = overlap_bounds(identity.shape, seen.cover.shape[-1])
@@ -60,7 +62,7 @@ def track_subject(video: Tensor, identity: Identity | IdentityDict) -> Track:
     Raises:
         ValueError: the frames are not square.
     """
-    it = identity if isinstance(identity, Identity) else Identity(**identity)
+    it = as_identity(identity)
     seen = see(video, subject_masks(video), side=FIT_SIDE)
     if not seen.found.any():
         return Track(np.full((len(video), 4), np.nan), mirrored=False, turns=1)

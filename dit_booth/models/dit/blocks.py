@@ -24,6 +24,7 @@ class DiTInputs(NamedTuple):
     plan: Frames  # of attn1
     temporal_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
     rotary: Rotary | None = None  # of attn1
+    image_rotary: Rotary | None = None  # of attn1, for a reference's keys
     temporal_rotary: Rotary | None = None  # of attn_temp
     grid: tuple[int, int] = (0, 0)  # rows and columns of a frame's tokens
     isolated: int = 0  # leading frames that must not see the video, nor text that has seen it
@@ -190,11 +191,13 @@ class DiTBlock(nn.Module):
         """Cross-frame attention. In context, every frame reads the text, and the text reads itself and all frames."""
         h = mod.modulate(self.norm(x))
         if not self.in_context or text is None:
-            return mod.add_residual(x, attention(h, h, shared.plan, inject, shared.rotary)), text
+            return mod.add_residual(
+                x, attention(h, h, shared.plan, inject, shared.rotary, shared.image_rotary)
+            ), text
         own, frames = mod.of_frame_0, x.shape[1]
         g = own.modulate(self.norm(text))
         words = attention.project(g, g, seen_by_all(1))
-        qkv = attention.project(h, h, shared.plan, shared.rotary)
+        qkv = attention.project(h, h, shared.plan, shared.rotary, shared.image_rotary)
         readers = ((),) * shared.isolated + seen_by_all(frames - shared.isolated)
         qkv = inject(attention.site, qkv.reading(replace(words.segments[0], frames=readers)))
         words = words.reading(replace(qkv.segments[0], frames=seen_by_all(1, frames)))

@@ -9,12 +9,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_booth.attention import FramePlan
-from dit_booth.attention.plans import seen_by_all, with_context
+from dit_booth.attention import FrameCache, FrameIndices, FramePlan
 from dit_booth.inject import Injection, Latents, Modulation, Site, no_injection
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.blocks import BlockModulation, DiTBlock, DiTInputs, ShiftScaleGate, TokenConv
 from dit_booth.models.dit.config import SIZES, DiTConfig
+from dit_booth.models.frames import FrameLayout, make_frame_cache
 from dit_booth.models.layers import allow_einops_in_graph, frame_timesteps, timestep_embedding
 from dit_booth.models.positions import frame_embedding, grid_embedding, rotary_3d, rotary_frames
 
@@ -76,18 +76,18 @@ class VideoDiT(nn.Module):
         self.initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Text | Tensor, inject: Injection = no_injection) -> Tensor:
-        latents = inject(self.entry, Latents(x))
+        latents = inject(self.entry, Latents(x, clip=inject.clip))
         height, width = latents.x.shape[-2:]
-        frame_positions = range(-latents.context, latents.x.shape[1] - latents.context)
-        by_frame = frame_timesteps(t, len(frame_positions) - latents.context, latents.context)
+        frames = FrameLayout.build(latents, self.plan, self.temporal_plan)
+        by_frame = frame_timesteps(t, latents.x.shape[1] - latents.context, latents.context)
         t_emb = self.t_embedder(by_frame, x.dtype)  # (f) b d
         c = self.conditioning_vector(t_emb, text, inject)  # (f) b d
-        shared = self.build_inputs(c, latents, frame_positions)
-        x = self.x_embedder(latents.x, frame_positions, latents.added)  # b f n d
+        shared = self.build_inputs(c, latents, frames)
+        x = self.x_embedder(latents.x, frames.positions, latents.added)  # b f n d
         tokens = self.text_tokens(text)  # b 1 l d
         for i, block in enumerate(self.blocks):
             if i == self.frame_embedding_block:
-                x = x + frame_embedding(frame_positions, x.shape[-1], x.device).to(x.dtype)
+                x = x + frame_embedding(frames.positions, x.shape[-1], x.device).to(x.dtype)
             x, tokens = self.run_block(i, block, x, tokens, shared, inject.inside(f"blocks.{i}"))
         x = self.final_layer(x, c if self.config.head_text else t_emb, height, width)
         return inject(self.exit, replace(latents, x=x)).x
@@ -112,28 +112,44 @@ class VideoDiT(nn.Module):
         tokens: Tensor = embed(text.tokens)
         return rearrange(tokens, "b l c -> b 1 l c")
 
-    def build_inputs(self, c: Tensor, latents: Latents, frame_positions: range) -> DiTInputs:
-        """Build the inputs that all blocks share; context frames have positions below 0."""
+    def build_inputs(self, c: Tensor, latents: Latents, frames: FrameLayout) -> DiTInputs:
+        """Build the inputs that all blocks share."""
         x, context = latents.x, latents.context
-        frames = len(frame_positions) - context
-        plan = self.plan.frames(frames)
-        temporal_plan = None if self.temporal_plan is None else self.temporal_plan.frames(frames)
-        isolated = context if latents.one_way else 0
-        if context:
-            plan = with_context(plan, context, latents.one_way)
-            if temporal_plan or latents.one_way:
-                temporal_plan = with_context(
-                    temporal_plan or seen_by_all(frames, frames), context, latents.one_way
-                )
         height, width = (n // self.config.patch for n in x.shape[-2:])
-        shared = DiTInputs(c, plan, temporal_plan, grid=(height, width), isolated=isolated)
+        shared = DiTInputs(
+            c,
+            frames.plan,
+            frames.temporal_plan,
+            grid=(height, width),
+            isolated=context if latents.one_way else 0,
+        )
+        riflex = frames.clip.riflex
         if self.config.positions == "sincos":
+            if riflex is not None:
+                raise ValueError(
+                    "sample.riflex changes rotary frequencies, but dit.positions is sincos; use a model with"
+                    " dit.positions rotary, or set sample.riflex to 0"
+                )
             return shared
         dim = self.config.shape.hidden // self.config.shape.heads
-        rotary = rotary_3d(frame_positions, height, width, dim, x.device, x.dtype)
-        per_frame = temporal_plan is not None
-        temporal = rotary_frames(frame_positions, dim, x.device, x.dtype, group_per_frame=per_frame)
-        return shared._replace(rotary=rotary, temporal_rotary=temporal)
+        rotary, image = (
+            rotary_3d(positions, height, width, dim, x.device, x.dtype, riflex)
+            for positions in (frames.positions, range(-context, 1 - context))
+        )
+        per_frame = frames.temporal_plan is not None
+        temporal = rotary_frames(
+            frames.positions, dim, x.device, x.dtype, group_per_frame=per_frame, riflex=riflex
+        )
+        return shared._replace(rotary=rotary, image_rotary=image, temporal_rotary=temporal)
+
+    def make_frame_cache(self) -> FrameCache:
+        """Return an empty cache of past frames, for one noise level. ValueError: a plan or text reads later frames."""
+        if self.config.conditioning == "in_context":
+            raise ValueError(
+                "dit.conditioning is in_context: the text reads every frame, so past frames would change with later"
+                " ones; sample without a cache, or use adaln_zero, adaln or cross_attention"
+            )
+        return make_frame_cache(self.sites(), self.plan, self.temporal_plan)
 
     def run_block(
         self, i: int, block: nn.Module, x: Tensor, tokens: Tensor | None, shared: DiTInputs, inject: Injection
@@ -217,7 +233,9 @@ class PatchEmbed(nn.Module):
         self.patch, self.sincos = config.patch, config.positions == "sincos"
         self.with_frames = config.layout in ("factorised", "joint")
 
-    def forward(self, x: Tensor, frame_positions: range | None = None, added: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, frame_positions: FrameIndices | None = None, added: Tensor | None = None
+    ) -> Tensor:
         """Latents (b f c h w), frames at `frame_positions` (default: from 0) -> tokens (b f n d).
 
         added: b f d h w, of the tokens' grid, to add to the embedded patches.

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_booth.attention import Frames
+from dit_booth.attention import FrameIndices, Frames, Riflex
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Modulation, Role, Site
 from dit_booth.models.layers import Attention, timestep_embedding
@@ -31,7 +31,8 @@ class UNetInputs(NamedTuple):
     inject: Injection
     context: int = 0  # leading frames outside the video
     temporal_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
-    frame_positions: range | None = None  # for rotary positions; none: attention knows no positions
+    frame_positions: FrameIndices | None = None  # for rotary positions; none: attention knows no positions
+    riflex: Riflex | None = None
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -173,9 +174,15 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.attn_temp = UNetAttention(f"{name}.attn_temp", "temporal", dim, dim, config)
 
-    def forward(self, x: Tensor, shared: UNetInputs, rotary: Rotary | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        shared: UNetInputs,
+        rotary: Rotary | None = None,
+        image_rotary: Rotary | None = None,
+    ) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, y, shared.plan, shared.inject, rotary)
+        x = x + self.attn1(y, y, shared.plan, shared.inject, rotary, image_rotary)
         text = rearrange(shared.text, "b l c -> b 1 l c")
         x = x + self.attn2(self.norm2(x), text, seen_by_all(x.shape[1]), shared.inject)
         x = x + self.ff(self.norm3(x))
@@ -190,7 +197,12 @@ class TransformerBlock(nn.Module):
         if shared.frame_positions is not None:
             width = x.shape[-1] // self.attn_temp.heads
             rotary = rotary_frames(
-                shared.frame_positions, width, x.device, x.dtype, group_per_frame=not whole
+                shared.frame_positions,
+                width,
+                x.device,
+                x.dtype,
+                group_per_frame=not whole,
+                riflex=shared.riflex,
             )
         y = self.attn_temp(y, y, plan, shared.inject, rotary)
         return rearrange(y, f"{form} -> b f n c", b=x.shape[0])
@@ -213,10 +225,15 @@ class VideoTransformer(nn.Module):
         b, _, _, h, w = x.shape
         y: Tensor = self.norm(rearrange(x, "b f c h w -> (b f) c h w"))
         y = self.proj_in(rearrange(y, "(b f) c h w -> b f (h w) c", b=b))
-        width, positions = y.shape[-1] // self.heads, shared.frame_positions
-        rotary = rotary_3d(positions, h, w, width, x.device, x.dtype) if positions else None
+        rotary: tuple[Rotary, ...] = ()
+        if shared.frame_positions is not None:
+            width, image = y.shape[-1] // self.heads, range(-shared.context, 1 - shared.context)
+            rotary = tuple(
+                rotary_3d(positions, h, w, width, x.device, x.dtype, shared.riflex)
+                for positions in (shared.frame_positions, image)
+            )
         for block in self.transformer_blocks:
-            y = block(y, shared, rotary)
+            y = block(y, shared, *rotary)
         y = self.proj_out(y)
         return x + rearrange(y, "b f (h w) c -> b f c h w", h=h)
 

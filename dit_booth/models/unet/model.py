@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_booth.attention import FramePlan
-from dit_booth.attention.plans import seen_by_all, with_context
+from dit_booth.attention import FrameCache, FramePlan
 from dit_booth.inject import Injection, Latents, Site, no_injection
 from dit_booth.models.clip.encoders import Text
+from dit_booth.models.frames import FrameLayout, make_frame_cache
 from dit_booth.models.layers import Attention, frame_timesteps
 from dit_booth.models.unet.blocks import (
     FrameConv,
@@ -67,7 +67,7 @@ class VideoUNet(nn.Module):
         self.initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Text, inject: Injection = no_injection) -> Tensor:
-        latents = inject(self.entry, Latents(x))
+        latents = inject(self.entry, Latents(x, clip=inject.clip))
         x = latents.x
         self.validate(x, t, text.tokens)
         by_frame = frame_timesteps(t, x.shape[1] - latents.context, latents.context)
@@ -83,18 +83,25 @@ class VideoUNet(nn.Module):
         return inject(self.exit, replace(latents, x=x)).x
 
     def build_inputs(self, t_emb: Tensor, text: Text, latents: Latents, inject: Injection) -> UNetInputs:
-        """Build the inputs that all blocks share; context frames have positions below 0."""
-        context, frames = latents.context, latents.x.shape[1] - latents.context
-        plan = self.plan.frames(frames)
-        temporal_plan = None if self.temporal_plan is None else self.temporal_plan.frames(frames)
-        if context:
-            plan = with_context(plan, context, latents.one_way)
-            if temporal_plan or latents.one_way:
-                temporal_plan = with_context(
-                    temporal_plan or seen_by_all(frames, frames), context, latents.one_way
-                )
-        positions = range(-context, frames) if self.config.positions == "rotary" else None
-        return UNetInputs(t_emb, text.tokens, plan, inject, context, temporal_plan, positions)
+        """Build the inputs that all blocks share."""
+        frames = FrameLayout.build(latents, self.plan, self.temporal_plan)
+        riflex = frames.clip.riflex
+        rotary = frames.positions if self.config.positions == "rotary" else None
+        if riflex is not None and rotary is None:
+            raise ValueError(
+                "sample.riflex changes rotary frequencies, but unet.positions is none; use a model with unet.positions"
+                " rotary, or set sample.riflex to 0"
+            )
+        return UNetInputs(
+            t_emb, text.tokens, frames.plan, inject, latents.context, frames.temporal_plan, rotary, riflex
+        )
+
+    def make_frame_cache(self) -> FrameCache:
+        """Return an empty cache of past frames, for one noise level. ValueError: a plan reads later frames.
+
+        Group norms pool the clip's frames only, so clips equal the whole video up to their statistics.
+        """
+        return make_frame_cache(self.sites(), self.plan, self.temporal_plan)
 
     def watermark(self, x: Tensor, shared: UNetInputs) -> Tensor:
         """Compute VideoBooth's residual before the head: a small U-Net without attention (golden)."""
