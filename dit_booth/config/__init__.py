@@ -299,10 +299,14 @@ LATER: dict[str, object] = {
     "start.window": 0,
     "start.stride": 4,
     "sample.riflex": 0,
+    "objective.per_frame": False,
+    "clips": dataclasses.asdict(ClipsConfig()),
+    "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
+    **{f"stages.{name}.foreground": False for name in STAGES},
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
 }
-"""Settings that came after the first runs: at these values they change nothing, and a run is as if without them."""
+"""Settings and sections that came after the first runs: at these values they change nothing, and a run is as if without them."""
 
 
 def decisive(settings: Mapping[str, Any]) -> PlainDict:

@@ -69,20 +69,20 @@ class Stage:
 def stages_of(config: RunConfig) -> list[Stage]:
     """Return the stages of a run, in order. ValueError: an impossible stage, or missing start weights."""
     schedule, common, out = schedule_of(config), _common(config), list[Stage]()
+    settings_of = decisive(config.as_dict())["stages"]
     for index, name in enumerate(schedule):
         active = active_strategies(config, schedule, index)
-        settings = stage_config(config, name)
         own = {
             "parent": out[-1].address if out else None,
             "stage": name,
-            "settings": {**asdict(settings), "strategies": active},
+            "settings": {**settings_of[name], "strategies": active},
             "globs": _globs(config, name, active),
             "strategies": _strategies(config, active),
             **_plugins(config, active),
             **_known_frames(config, active),
             **(_subject(config) if name == "subject" else {}),
         }
-        out.append(Stage(index, name, settings.steps, active, digest({**common, **own})))
+        out.append(Stage(index, name, stage_config(config, name).steps, active, digest({**common, **own})))
     return out
 
 
