@@ -1,0 +1,93 @@
+"""Ask people which videos are better: make a page of pairs, collect answers, and analyse them.
+
+    dit-booth study power --systems 3 --prompts 12
+    dit-booth study make runs/a runs/b runs/c --out studies/first
+    dit-booth study serve studies/first
+    dit-booth study analyse studies/first
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dit_booth.commands.program import run_program
+from dit_booth.human.design import Design
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeArguments:
+    """Make the page that raters see, and the key that tells what it shows."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders, or folders with videos.csv; NAME=FOLDER gives a name. The first one is the baseline."""
+    out: str
+    """Folder of the study."""
+    design: Design = "all"
+    """Pairs: all of them, each system with the first one (baseline), or blocks of some systems for each prompt."""
+    block: int = 3
+    """Systems of a prompt in a design of blocks."""
+    raters: int = 20
+    """Number of lists: raters that the design is balanced for."""
+    pairs: int = 24
+    """Pairs that each rater sees, besides checks."""
+    prompts: int = 0
+    """Prompts to draw from those of the runs; 0: all."""
+    questions: tuple[str, ...] = ()
+    """Questions to ask, such as identity motion; empty: all of the texts."""
+    planted: int = 3
+    """Attention checks: pairs with an obviously worse video."""
+    repeats: int = 2
+    """Pairs that come again, sides swapped."""
+    min_seconds: float = 3.0
+    """Playback of a pair before it can be answered."""
+    texts: str = ""
+    """A YAML file with title, consent, instructions and questions; empty: the packaged one, copied to the study."""
+    post: str = ""
+    """Address that the page sends the answers to at the end; they can be saved as a file besides."""
+    beside: bool = False
+    """Put the videos beside the page rather than into it."""
+    max_mb: float = 20.0
+    """Largest page."""
+    seed: int = 0
+    """Seed of lists, sides and order."""
+
+
+StudyArguments = (
+    Annotated[MakeArguments, tyro.conf.subcommand("make")]
+    | Annotated[MakeArguments, tyro.conf.subcommand("make2")]
+)
+
+
+def main(argv: Sequence[str], prog: str | None = None) -> int:
+    """0: done; 1: an error, said in one line; 130: interrupted."""
+    return run_program(StudyArguments, study, argv, prog=prog, description=__doc__, level=logging.INFO)
+
+
+def study(arguments: MakeArguments) -> Iterator[str]:
+    """Do what was asked for, and iterate over lines that say what was done."""
+    yield from make(arguments)
+
+
+def make(arguments: MakeArguments) -> Iterator[str]:
+    """Write the study's folder. ValueError: see `make_study`, `read_systems` and `read_texts`."""
+    from dit_booth.human.key import KEY, PAGE, TEXTS
+    from dit_booth.human.page import Settings, make_study
+    from dit_booth.human.systems import read_systems
+    from dit_booth.human.texts import default_texts, read_texts
+
+    text = Path(arguments.texts).read_text() if arguments.texts else default_texts()
+    texts = read_texts(text, arguments.texts or TEXTS, arguments.questions)
+    names = ("design", "block", "raters", "pairs", "planted", "repeats", "seed", "min_seconds", "post", "beside", "max_mb")
+    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    systems = read_systems(arguments.runs, arguments.prompts, arguments.seed)
+    out = Path(arguments.out)
+    key = make_study(systems, texts, text, settings, out)
+    yield f"{out / PAGE}  {(out / PAGE).stat().st_size / 1e6:.2f} MB: give it to raters"
+    yield f"{out / KEY}  {len(key.systems)} systems, {len(key.prompts)} prompts, {len(key.lists)} lists: keep it"
+    yield f"{out / TEXTS}  edit it and give it with --texts"
