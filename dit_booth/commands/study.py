@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from dit_booth.commands.program import run_program
+from dit_booth.files import write_text
 from dit_booth.human.design import Design
 
 
@@ -58,9 +59,25 @@ class MakeArguments:
     """Seed of lists, sides and order."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnalyseArguments:
+    """Turn answers into preferences, strengths, agreement, and metrics' accuracy: a page, CSV and LaTeX."""
+
+    answers: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files that raters have saved, logs of `study serve`, or folders of them."""
+    study: str = ""
+    """Folder of the study; empty: the answers' own, or the one above."""
+    out: str = ""
+    """The page; empty: results.html in the study's folder. CSV and LaTeX lie beside it."""
+    min_planted: float = 0.75
+    """Share of planted pairs that a rater must get right, or is excluded."""
+    max_flips: float = 0.75
+    """Share of repeated answers that may name the other video."""
+
+
 StudyArguments = (
     Annotated[MakeArguments, tyro.conf.subcommand("make")]
-    | Annotated[MakeArguments, tyro.conf.subcommand("make2")]
+    | Annotated[AnalyseArguments, tyro.conf.subcommand("analyse")]
 )
 
 
@@ -69,9 +86,13 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
     return run_program(StudyArguments, study, argv, prog=prog, description=__doc__, level=logging.INFO)
 
 
-def study(arguments: MakeArguments) -> Iterator[str]:
+def study(arguments: MakeArguments | AnalyseArguments) -> Iterator[str]:
     """Do what was asked for, and iterate over lines that say what was done."""
-    yield from make(arguments)
+    match arguments:
+        case MakeArguments():
+            yield from make(arguments)
+        case AnalyseArguments():
+            yield from analyse(arguments)
 
 
 def make(arguments: MakeArguments) -> Iterator[str]:
@@ -91,3 +112,44 @@ def make(arguments: MakeArguments) -> Iterator[str]:
     yield f"{out / PAGE}  {(out / PAGE).stat().st_size / 1e6:.2f} MB: give it to raters"
     yield f"{out / KEY}  {len(key.systems)} systems, {len(key.prompts)} prompts, {len(key.lists)} lists: keep it"
     yield f"{out / TEXTS}  edit it and give it with --texts"
+
+
+def analyse(arguments: AnalyseArguments) -> Iterator[str]:
+    """Write the results. ValueError: no study, no answers, or nobody is left after the checks."""
+    from dit_booth.human.analyse import analyse as compute
+    from dit_booth.human.answers import find_files, read_answers
+    from dit_booth.human.exclude import Rules
+    from dit_booth.human.export import percent, to_csv, to_latex
+    from dit_booth.human.key import KEY, read_key
+    from dit_booth.human.predict import read_metrics
+    from dit_booth.human.result_page import make_result_page
+
+    paths = [Path(path) for path in arguments.answers]
+    folder = Path(arguments.study) if arguments.study else find_study(paths)
+    key = read_key(folder / KEY)
+    rules = Rules(min_planted=arguments.min_planted, max_flips=arguments.max_flips)
+    out = Path(arguments.out) if arguments.out else folder / "results.html"
+    if out.suffix != ".html":
+        raise ValueError(f"out is {arguments.out!r}; give the page's name a suffix .html")
+    results = compute(key, read_answers(key, find_files(paths)), rules, read_metrics(key, folder))
+    names = [system.name for system in key.systems]
+    yield f"{len(results.kept)} raters, {len(results.excluded)} excluded, {len(results.observations)} answers"
+    yield from (f"excluded: {one.rater.id[:8]}: {one.excluded}" for one in results.excluded)
+    yield from (f"refused: {where}: {reason}" for where, reason in results.collected.refused.items())
+    for p in results.preferences:
+        yield f"{p.question:10} {names[p.first]} over {names[p.second]}: {percent(p.rate)} %"
+    wanted = {".html": make_result_page(results), ".csv": to_csv(results), ".tex": to_latex(results)}
+    for suffix, text in wanted.items():
+        write_text(out.with_suffix(suffix), text)
+        yield str(out.with_suffix(suffix))
+
+
+def find_study(paths: Sequence[Path]) -> Path:
+    """Return the folder with the key, at or above the answers. ValueError: there is none."""
+    from dit_booth.human.key import KEY
+
+    near = [folder for path in paths for folder in (path, path.parent, path.resolve().parent.parent)]
+    found = next((folder for folder in near if (folder / KEY).is_file()), None)
+    if found is None:
+        raise ValueError(f"study: no {KEY} beside {paths[0]}; give the study's folder with --study")
+    return found

@@ -28,10 +28,11 @@ class KeyPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class KeySystem:
-    """A system, and its folder of videos relative to the key's."""
+    """A system, its folder of videos relative to the key's, and the noise seed of the videos that were taken."""
 
     name: str
     folder: str
+    noise_seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,7 +95,12 @@ def make_study(systems: Sequence[System], texts: Texts, text: str, settings: Set
             seed=settings.seed,
             design=settings.design,
             systems=tuple(
-                KeySystem(name=s.name, folder=os.path.relpath(s.folder.resolve(), out.resolve())) for s in systems
+                KeySystem(
+                    name=s.name,
+                    folder=os.path.relpath(s.folder.resolve(), out.resolve()),
+                    noise_seed=next(iter(s.videos.values())).noise_seed,
+                )
+                for s in systems
             ),
             prompts=tuple(
                 KeyPrompt(name=name, caption=row.caption, subject=row.subject)
