@@ -1,24 +1,28 @@
 """Ask people which videos are better: make a page of pairs, collect answers, and analyse them.
 
-    dit-booth study power --systems 3 --prompts 12
-    dit-booth study make runs/a runs/b runs/c --out studies/first
-    dit-booth study serve studies/first
-    dit-booth study analyse studies/first
+dit-booth study power --system-pairs 3 --prompts 12
+dit-booth study make runs/a runs/b runs/c --out studies/first
+dit-booth study serve studies/first
+dit-booth study analyse studies/first
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from dit_booth.commands.program import run_program
+from dit_booth.errors import check_number
 from dit_booth.files import write_text
 from dit_booth.human.design import Design
+from dit_booth.human.power import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +79,36 @@ class AnalyseArguments:
     """Share of repeated answers that may name the other video."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments:
+    """Hand out the page and collect answers, until Ctrl-C; started again, it goes on."""
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder of the study."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reached from this machine only, 0.0.0.0 from the network."""
+    port: int = 8765
+    """Port; 0: any free one."""
+    token: str = ""
+    """Part of the address that raters must know; empty: kept from the last start, or drawn."""
+    max_mb: float = 100.0
+    """Largest file of answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerArguments(Plan):
+    """Tell which preference a study detects, over numbers of raters and prompts, with a plot."""
+
+    detect: float = 0.6
+    """Share of preferences to find the number of raters for."""
+    out: str = "power.html"
+    """The page."""
+
+
 StudyArguments = (
     Annotated[MakeArguments, tyro.conf.subcommand("make")]
+    | Annotated[PowerArguments, tyro.conf.subcommand("power")]
+    | Annotated[ServeArguments, tyro.conf.subcommand("serve")]
     | Annotated[AnalyseArguments, tyro.conf.subcommand("analyse")]
 )
 
@@ -86,11 +118,15 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
     return run_program(StudyArguments, study, argv, prog=prog, description=__doc__, level=logging.INFO)
 
 
-def study(arguments: MakeArguments | AnalyseArguments) -> Iterator[str]:
+def study(arguments: MakeArguments | PowerArguments | ServeArguments | AnalyseArguments) -> Iterator[str]:
     """Do what was asked for, and iterate over lines that say what was done."""
     match arguments:
         case MakeArguments():
             yield from make(arguments)
+        case PowerArguments():
+            yield from power(arguments)
+        case ServeArguments():
+            yield from serve(arguments)
         case AnalyseArguments():
             yield from analyse(arguments)
 
@@ -104,14 +140,65 @@ def make(arguments: MakeArguments) -> Iterator[str]:
 
     text = Path(arguments.texts).read_text() if arguments.texts else default_texts()
     texts = read_texts(text, arguments.texts or TEXTS, arguments.questions)
-    names = ("design", "block", "raters", "pairs", "planted", "repeats", "seed", "min_seconds", "post", "beside", "max_mb")
-    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     systems = read_systems(arguments.runs, arguments.prompts, arguments.seed)
     out = Path(arguments.out)
     key = make_study(systems, texts, text, settings, out)
     yield f"{out / PAGE}  {(out / PAGE).stat().st_size / 1e6:.2f} MB: give it to raters"
     yield f"{out / KEY}  {len(key.systems)} systems, {len(key.prompts)} prompts, {len(key.lists)} lists: keep it"
     yield f"{out / TEXTS}  edit it and give it with --texts"
+
+
+def power(arguments: PowerArguments) -> Iterator[str]:
+    """Write the page of the power analysis. ValueError: a number is out of its range."""
+    from dit_booth.human.power import detectable, raters_needed
+    from dit_booth.human.power_page import make_power_page, power_table
+
+    check_number("detect", arguments.detect, "(0.5, 1]", whole=False)
+    plan = Plan(**{field.name: getattr(arguments, field.name) for field in fields(Plan)})
+    out = Path(arguments.out)
+    if out.suffix != ".html":
+        raise ValueError(f"out is {arguments.out!r}; give the page's name a suffix .html")
+    prompts, rows = power_table(plan)
+    yield "raters" + "".join(f"{f'{count} prompts':>14}" for count in prompts)
+    for raters, shares in rows:
+        yield f"{raters:6}" + "".join(f"{share:14.3f}" for share in shares)
+    found = detectable(plan)
+    yield f"{plan.raters} raters, {plan.prompts} prompts: {found.share:.3f}, standard error {found.stderr:.3f}"
+    needed = raters_needed(plan, arguments.detect)
+    yield f"{arguments.detect:g} needs {needed or 'more prompts: no number of'} raters"
+    write_text(out, make_power_page(plan))
+    yield str(out)
+
+
+def serve(arguments: ServeArguments) -> Iterator[str]:
+    """Serve until interrupted; the address is the first line. ValueError: a bad number or token, or no study."""
+    from dit_booth.human.key import ANSWERS
+    from dit_booth.human.serve import StudyServer
+
+    check_number("port", arguments.port, "[0, 65535]")
+    check_number("max_mb", arguments.max_mb, "(0, 100000]", whole=False)
+    folder = Path(arguments.folder)
+    token = keep_token(folder, arguments.token)
+    with StudyServer(
+        folder, host=arguments.host, port=arguments.port, token=token, max_mb=arguments.max_mb
+    ) as server:
+        yield f"{server.address}  give this address to raters; answers go to {folder / ANSWERS}; Ctrl-C stops"
+        sys.stdout.flush()
+        server.serve_forever()
+
+
+def keep_token(folder: Path, given: str) -> str:
+    """Return the token of the address: the given one, else that of the last start, else a new one. Stores it."""
+    file = folder / "token"
+    token = given or (file.read_text().strip() if file.is_file() else "") or secrets.token_urlsafe(16)
+    if not (8 <= len(token) <= 64 and all(c.isascii() and (c.isalnum() or c in "-_") for c in token)):
+        raise ValueError(f"token is {token!r}; use 8 to 64 letters, digits, - and _")
+    if not folder.is_dir():
+        raise ValueError(f"folder is {str(folder)!r}, which does not exist; make the study first")
+    write_text(file, token + "\n")
+    file.chmod(0o600)
+    return token
 
 
 def analyse(arguments: AnalyseArguments) -> Iterator[str]:

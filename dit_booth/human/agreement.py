@@ -99,12 +99,18 @@ def others_majority(own: Sequence[Observation]) -> list[float]:
 def estimate_learning(own: Sequence[Observation], lengths: Mapping[str, int]) -> Learning:
     """Compare the halves of each rater's list; lengths: trials of each rater's list."""
     majority = others_majority(own)
-    decided = [(o, float(o.value == m)) for o, m in zip(own, majority, strict=True) if o.value != 0.5 and m == m]
+    decided = [
+        (o, float(o.value == m)) for o, m in zip(own, majority, strict=True) if o.value != 0.5 and m == m
+    ]
     return Learning(
-        seconds_ratio=_change([(o, o.seconds) for o in own], lengths, lambda a, b: math.log(b / a) if a * b else math.nan),
+        seconds_ratio=_change([(o, o.seconds) for o in own], lengths, _log_ratio),
         ties=_change([(o, float(o.value == 0.5)) for o in own], lengths, lambda a, b: b - a),
         agreement=_change(decided, lengths, lambda a, b: b - a),
     )
+
+
+def _log_ratio(first: float, second: float) -> float:
+    return math.log(second / first) if first * second else math.nan
 
 
 def _change(

@@ -55,7 +55,9 @@ def analyse(key: Key, collected: Collected, rules: Rules, metrics: Values) -> Re
     checked = [check_rater(key, rater, rules) for rater in collected.raters.values()]
     raters = [one.rater for one in checked if not one.excluded]
     if not raters:
-        raise ValueError(f"all {len(checked)} raters are excluded, the first: {checked[0].excluded}; collect more answers")
+        raise ValueError(
+            f"all {len(checked)} raters are excluded, the first: {checked[0].excluded}; collect more answers"
+        )
     own = observations(key, raters)
     if not own:
         raise ValueError(f"{len(raters)} raters have answered checks only; collect more answers")
@@ -68,7 +70,9 @@ def analyse(key: Key, collected: Collected, rules: Rules, metrics: Values) -> Re
         checked=tuple(checked),
         observations=tuple(own),
         preferences=tuple(p for found in asked.values() for p in estimate_preferences(found)),
-        strengths={question: estimate_strengths(found, len(key.systems)) for question, found in asked.items()},
+        strengths={
+            question: estimate_strengths(found, len(key.systems)) for question, found in asked.items()
+        },
         alphas={question: estimate_alpha(found) for question, found in asked.items()},
         side=side_rate(own),
         learning=estimate_learning(own, {rater.id: len(rater.trials(key)) for rater in raters}),

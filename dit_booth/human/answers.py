@@ -1,4 +1,4 @@
-"""Answers of raters: read from the page's files and the server's log, checked, and the reasons why some do not count."""
+"""Answers of raters: read from the page's files and the server's log, and checked; what is refused has a reason."""
 
 from __future__ import annotations
 
@@ -92,7 +92,14 @@ def to_file(key: Key, rater: str, own: int, answers: Sequence[Answer]) -> str:
     """Return the text of a file as the page saves it."""
     plain = [vars(answer) for answer in answers]
     check = checksum(key, rater, own, answers)
-    found = {"format": FORMAT, "study": key.study, "rater": rater, "list": own, "answers": plain, "check": check}
+    found = {
+        "format": FORMAT,
+        "study": key.study,
+        "rater": rater,
+        "list": own,
+        "answers": plain,
+        "check": check,
+    }
     return json.dumps(found)
 
 
@@ -103,7 +110,9 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         inside = sorted([*path.glob("*.json"), *path.glob("*.jsonl")]) if path.is_dir() else [path]
         found += [file for file in inside if file.name != KEY]
     if not found:
-        raise ValueError(f"answers: no .json or .jsonl file in {', '.join(map(str, paths))}; name files or folders")
+        raise ValueError(
+            f"answers: no .json or .jsonl file in {', '.join(map(str, paths))}; name files or folders"
+        )
     return list(dict.fromkeys(found))
 
 
@@ -123,7 +132,9 @@ def read_answers(key: Key, files: Sequence[Path]) -> Collected:
             _add(collected, rater, own, answers)
     if not collected.raters:
         where, reason = next(iter(collected.refused.items()), (str(files[0]), "it is empty"))
-        raise ValueError(f"no answers can be taken: {where}: {reason}; give answers of the study {key.title!r}")
+        raise ValueError(
+            f"no answers can be taken: {where}: {reason}; give answers of the study {key.title!r}"
+        )
     return collected
 
 

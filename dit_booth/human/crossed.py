@@ -50,7 +50,9 @@ class Rate:
         return math.isfinite(self.low)
 
 
-def estimate_rate(values: Sequence[float], raters: Sequence[Hashable], prompts: Sequence[Hashable]) -> Rate | None:
+def estimate_rate(
+    values: Sequence[float], raters: Sequence[Hashable], prompts: Sequence[Hashable]
+) -> Rate | None:
     """Estimate the mean of values in [0, 1]; None without values.
 
     If all values are 0, or all 1, the interval is Clopper and Pearson's for as many independent answers as there are
@@ -70,7 +72,9 @@ def estimate_rate(values: Sequence[float], raters: Sequence[Hashable], prompts: 
     return Rate(mean=estimate.mean, low=max(0.0, estimate.low), high=min(1.0, estimate.high), **sizes)
 
 
-def fit_components(values: Sequence[float], raters: Sequence[Hashable], prompts: Sequence[Hashable]) -> Components:
+def fit_components(
+    values: Sequence[float], raters: Sequence[Hashable], prompts: Sequence[Hashable]
+) -> Components:
     """Fit the model to any number of values; an effect with one level only is left out."""
     y = np.asarray(values, dtype=np.float64)
     design = [d for d in (_indicators(raters), _indicators(prompts)) if d.shape[1] > 1]
@@ -82,7 +86,9 @@ def fit_components(values: Sequence[float], raters: Sequence[Hashable], prompts:
     fit = _Reml(y, design)
     start = np.full(len(design), -2.0)
     options = {"xatol": 0.01, "fatol": 1e-4}
-    found = minimize(fit.deviance, start, method="Nelder-Mead", bounds=[_RATIO] * len(design), options=options)
+    found = minimize(
+        fit.deviance, start, method="Nelder-Mead", bounds=[_RATIO] * len(design), options=options
+    )
     weight, mean, square = fit.solve(found.x)
     residual = square / (n - 1)
     ratios = np.exp(found.x) * (found.x > _RATIO[0] + 0.5)

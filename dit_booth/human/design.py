@@ -32,7 +32,9 @@ class Slot:
     swapped: bool
 
 
-def draw_cells(design: Design, systems: int, prompts: int, *, block: int, rng: np.random.Generator) -> list[Cell]:
+def draw_cells(
+    design: Design, systems: int, prompts: int, *, block: int, rng: np.random.Generator
+) -> list[Cell]:
     """Return the cells of a design.
 
     all: every pair of systems for every prompt. baseline: every system with the first one. blocks: `block` of the
@@ -147,11 +149,15 @@ def _insert_checks(slots: list[Slot], planted: int, repeats: int, rng: np.random
 
 def _check_numbers(cells: int, raters: int, pairs: int, planted: int, repeats: int) -> None:
     if not 1 <= pairs <= cells:
-        raise ValueError(f"pairs is {pairs}; the design has {cells} pairs of videos: use a number in [1, {cells}]")
+        raise ValueError(
+            f"pairs is {pairs}; the design has {cells} pairs of videos: use a number in [1, {cells}]"
+        )
     if raters < 1:
         raise ValueError(f"raters is {raters}; use at least 1")
     if planted < 0:
         raise ValueError(f"planted is {planted}; use 0 or more")
     most = pairs - (pairs + planted) // 2 if pairs > 1 else 0
     if not 0 <= repeats <= most:
-        raise ValueError(f"repeats is {repeats}; with {pairs} pairs and {planted} planted use a number in [0, {most}]")
+        raise ValueError(
+            f"repeats is {repeats}; with {pairs} pairs and {planted} planted use a number in [0, {most}]"
+        )

@@ -23,7 +23,18 @@ def _lines(results: Results) -> Iterator[list[str]]:
     names = [system.name for system in results.key.systems]
     for p in results.preferences:
         yield ["preference", p.question, names[p.first], names[p.second], *_rate(p.rate)]
-        yield ["ties", p.question, names[p.first], names[p.second], repr(p.ties), "", "", str(p.rate.answers), "", ""]
+        yield [
+            "ties",
+            p.question,
+            names[p.first],
+            names[p.second],
+            repr(p.ties),
+            "",
+            "",
+            str(p.rate.answers),
+            "",
+            "",
+        ]
     for question, strengths in results.strengths.items():
         for name, estimate in zip(names, strengths.systems, strict=True):
             yield ["strength", question, name, "", *_estimate(estimate)]
@@ -66,7 +77,10 @@ def to_latex(results: Results) -> str:
     pairs = dict.fromkeys((p.first, p.second) for p in results.preferences)
     by_place = {(p.first, p.second, p.question): p.rate for p in results.preferences}
     shares = [
-        [tex(f"{names[a]} over {names[b]}"), *(tex(percent(by_place.get((a, b, question)))) for question in questions)]
+        [
+            tex(f"{names[a]} over {names[b]}"),
+            *(tex(percent(by_place.get((a, b, question)))) for question in questions),
+        ]
         for a, b in pairs
     ]
     heads = [tex(question) for question in questions]

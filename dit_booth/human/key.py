@@ -97,11 +97,17 @@ def read_key(file: Path) -> Key:
             raise ValueError(f"has not the format {FORMAT}")
         key = _parse(found)
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error}); give the folder that `study make` wrote") from error
+        raise ValueError(
+            f"{file}: cannot be read ({error}); give the folder that `study make` wrote"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file}: no key of a study ({error}); give the folder that `study make` wrote") from error
+        raise ValueError(
+            f"{file}: no key of a study ({error}); give the folder that `study make` wrote"
+        ) from error
     if key.study != key.digest():
-        raise ValueError(f"{file}: was edited since `study make` wrote it; restore it, or make the study again")
+        raise ValueError(
+            f"{file}: was edited since `study make` wrote it; restore it, or make the study again"
+        )
     return key
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from dit_booth.data.video import probe
@@ -59,7 +59,9 @@ class Settings:
         check_number("seed", self.seed, "[0, 9223372036854775807]")
         check_number("min_seconds", self.min_seconds, "[0, 600]", whole=False)
         check_number("max_mb", self.max_mb, "(0, 1000]", whole=False)
-        if self.post and (urlsplit(self.post).scheme not in ("http", "https") or not urlsplit(self.post).netloc):
+        if self.post and (
+            urlsplit(self.post).scheme not in ("http", "https") or not urlsplit(self.post).netloc
+        ):
             raise ValueError(f"post is {self.post!r}; give an address such as https://lab.example/answers")
 
 
@@ -86,7 +88,9 @@ def make_study(systems: Sequence[System], texts: Texts, text: str, settings: Set
     lists = draw_lists(cells, pairs=settings.pairs, rng=rng, **numbers)
     with tempfile.TemporaryDirectory() as folder:
         sources = _sources(systems, cells, settings, Path(folder))
-        order = [int(index) for index in rng.permutation(len(sources))]  # a clip's number says nothing of its system
+        order = [
+            int(index) for index in rng.permutation(len(sources))
+        ]  # a clip's number says nothing of its system
         sources = [sources[index] for index in order]
         where = {(s.clip.system, s.clip.prompt, s.clip.intact): number for number, s in enumerate(sources)}
         planted = _planted_prompts(len(prompts), settings)
@@ -110,7 +114,11 @@ def make_study(systems: Sequence[System], texts: Texts, text: str, settings: Set
             clips=tuple(source.clip for source in sources),
             lists=tuple(tuple(_trial(slot, cells, where, planted) for slot in own) for own in lists),
         ).signed()
-        example = (planted[-1], where[None, planted[-1], True], where[None, planted[-1], False]) if planted else None
+        example = (
+            (planted[-1], where[None, planted[-1], True], where[None, planted[-1], False])
+            if planted
+            else None
+        )
         _write(key, systems[0], [source.file for source in sources], example, texts, settings, out)
     write_text(out / TEXTS, text)
     write_key(out / KEY, key)
@@ -129,7 +137,9 @@ def _planted_prompts(prompts: int, settings: Settings) -> list[int]:
     return list(range(settings.planted + 1))
 
 
-def _sources(systems: Sequence[System], cells: Sequence[Cell], settings: Settings, folder: Path) -> list[_Source]:
+def _sources(
+    systems: Sequence[System], cells: Sequence[Cell], settings: Settings, folder: Path
+) -> list[_Source]:
     """Return all clips of the page: those of the cells, and an intact and a broken one for each planted pair."""
     prompts = list(systems[0].videos)
     wanted = sorted({(system, cell.prompt) for cell in cells for system in (cell.first, cell.second)})
@@ -160,7 +170,10 @@ def _trial(
         pair = where[None, prompt, True], where[None, prompt, False]
     else:
         cell = cells[slot.index]
-        prompt, pair = cell.prompt, (where[cell.first, cell.prompt, True], where[cell.second, cell.prompt, True])
+        prompt, pair = (
+            cell.prompt,
+            (where[cell.first, cell.prompt, True], where[cell.second, cell.prompt, True]),
+        )
     left, right = reversed(pair) if slot.swapped else pair
     return Trial(kind=slot.kind, prompt=prompt, left=left, right=right)
 
@@ -187,13 +200,14 @@ def _write(
         name: [part.replace("{minutes}", str(minutes)) for part in texts.paragraphs(getattr(texts, name))]
         for name in ("consent", "instructions")
     }
+    embedded = {f"m{n}": base64.b64encode(file.read_bytes()).decode() for n, file in enumerate(files)}
     html = _template().render(
         title=texts.title,
         **text,
         example=example is not None,
         policy=_policy(settings.post),
         study=_script_json(_shown(key, system, texts, settings, example)),
-        media={} if settings.beside else {f"m{n}": base64.b64encode(f.read_bytes()).decode() for n, f in enumerate(files)},
+        media={} if settings.beside else embedded,
         css=Markup((ASSETS / "study.css").read_text()),
         js=Markup((ASSETS / "study.js").read_text()),
     )
@@ -204,8 +218,10 @@ def _write(
     write_text(out / PAGE, html)
 
 
-def _template() -> object:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string((ASSETS / "study.html").read_text())
 
 
@@ -234,7 +250,9 @@ def _shown_prompts(system: System) -> Iterator[dict[str, object]]:
     for name, row in system.videos.items():
         image, info = picture_cell([system.folder / row.image]), probe(system.file(name))
         if image.missing:
-            raise ValueError(f"the image of prompt {name!r}: {image.missing}; {system.folder / row.image} is needed")
+            raise ValueError(
+                f"the image of prompt {name!r}: {image.missing}; {system.folder / row.image} is needed"
+            )
         yield {
             "image": image.uri,
             "tiny_image": image.tiny,

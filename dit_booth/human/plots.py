@@ -39,7 +39,9 @@ def interval_plot(bars: Sequence[Bar], title: str, *, low: float, high: float, m
         body = [element("text", bar.label, x=x.start - 9, y=y + 4, text_anchor="end", class_="name")]
         if math.isfinite(bar.low):
             ends = (max(low, bar.low), min(high, bar.high))
-            body += [element("line", x1=x(ends[0]), x2=x(ends[1]), y1=y, y2=y, class_=f"bar {classes(bar.style)}")]
+            body += [
+                element("line", x1=x(ends[0]), x2=x(ends[1]), y1=y, y2=y, class_=f"bar {classes(bar.style)}")
+            ]
         body += [marker(bar.style, x(min(high, max(low, bar.mean))), y)]
         parts.append(element("g", *body))
     view = f"0 0 {_WIDTH:.0f} {bottom + 26:.0f}"
@@ -71,4 +73,5 @@ def curve_plot(curves: Sequence[Curve], x_label: str, y_label: str, *, low: floa
         taken.append(end)
         name = element("text", curve.label, x=x.end + 8, y=end, class_="name")
         parts.append(element("g", element("path", d=f"M{line}", class_=f"line {classes(curve.style)}"), name))
-    return element("svg", *parts, viewBox="0 0 620 296", role="img", aria_label=f"{y_label} against {x_label}", class_="plot")
+    title = f"{y_label} against {x_label}"
+    return element("svg", *parts, viewBox="0 0 620 296", role="img", aria_label=title, class_="plot")

@@ -17,7 +17,7 @@ from dit_booth.human.key import Key
 Values = Mapping[str, Mapping[tuple[int, int], float]]
 """Metric -> (system, prompt) -> value, of metrics with a better direction."""
 PEOPLE = "other raters"
-"""The most that a metric can reach: the majority of the others."""
+"""The majority of the others who saw a pair, for comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +70,16 @@ def _prediction(metric: str, values: Mapping[tuple[int, int], float], o: Observa
     return 0.5 + ahead / 2
 
 
-def _accuracy(metric: str, question: str, own: Sequence[Observation], predictions: Sequence[float]) -> Accuracy | None:
+def _accuracy(
+    metric: str, question: str, own: Sequence[Observation], predictions: Sequence[float]
+) -> Accuracy | None:
     both = [
         (o, 1 - abs(o.value - p))
         for o, p in zip(own, predictions, strict=True)
         if o.value != 0.5 and not math.isnan(p)
     ]
-    rate = estimate_rate([right for _, right in both], [o.rater for o, _ in both], [o.prompt for o, _ in both])
+    rate = estimate_rate(
+        [right for _, right in both], [o.rater for o, _ in both], [o.prompt for o, _ in both]
+    )
     label = metric if metric == PEOPLE else describe(metric).label
     return rate and Accuracy(metric=metric, label=label, question=question, rate=rate)

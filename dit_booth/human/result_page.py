@@ -13,14 +13,16 @@ from dit_booth.human.analyse import Results
 from dit_booth.human.export import percent
 from dit_booth.human.plots import Bar, interval_plot
 from dit_booth.human.texts import ASSETS
-from dit_booth.report.svg import MINUS
+from dit_booth.report.svg import DASH, MINUS
 
 _FEW_RATERS, _FEW_PROMPTS, _WEAK_ALPHA = 10, 8, 0.2
 
 
 def make_result_page(results: Results) -> str:
     """Render the page."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"percent": percent, "signed": _signed}
     style = (files("dit_booth.report") / "page" / "page.css").read_text()
     return environment.from_string((ASSETS / "result.html").read_text()).render(
@@ -44,10 +46,17 @@ def _plots(results: Results) -> Iterator[tuple[str, Markup, Markup]]:
             for number, (name, e) in enumerate(zip(names, strengths.systems, strict=True))
         ]
         bars.sort(key=lambda bar: -bar.mean)
-        reach = max(max(abs(v) for v in (b.mean, b.low, b.high) if math.isfinite(v)) for b in bars) * 1.05 or 1.0
+        reach = (
+            max(max(abs(v) for v in (b.mean, b.low, b.high) if math.isfinite(v)) for b in bars) * 1.05 or 1.0
+        )
         first = interval_plot(bars, f"strength: {question}", low=-reach, high=reach, middle=0)
         shares = [
-            Bar(label=f"{names[p.first]} over {names[p.second]}", mean=p.rate.mean, low=p.rate.low, high=p.rate.high)
+            Bar(
+                label=f"{names[p.first]} over {names[p.second]}",
+                mean=p.rate.mean,
+                low=p.rate.low,
+                high=p.rate.high,
+            )
             for p in results.preferences
             if p.question == question
         ]
@@ -65,7 +74,9 @@ def _accuracy_plots(results: Results) -> list[Markup]:
                 Bar(label=a.label, mean=a.rate.mean, low=a.rate.low, high=a.rate.high, style=int(number > 0))
                 for number, a in enumerate(found)
             ]
-            out.append(interval_plot(bars, f"share of answers predicted: {question}", low=0, high=1, middle=0.5))
+            out.append(
+                interval_plot(bars, f"share of answers predicted: {question}", low=0, high=1, middle=0.5)
+            )
     return out
 
 
@@ -79,14 +90,20 @@ def _caveats(results: Results) -> Iterator[str]:
         yield f"{len(results.excluded)} of {len(results.checked)} raters are excluded: were the instructions clear?"
     if results.side and results.side.known and not results.side.low <= 0.5 <= results.side.high:
         side = "right" if results.side.mean > 0.5 else "left"
-        yield f"Raters lean to the {side} side: {percent(results.side)} % of answers go to the right. Sides are balanced, so this weakens differences and does not shift them."
+        yield (
+            f"Raters lean to the {side} side: {percent(results.side)} % of answers go to the right. Sides are balanced,"
+            " so this weakens differences and does not shift them."
+        )
     weak = [question for question, alpha in results.alphas.items() if alpha.value < _WEAK_ALPHA]
     if weak:
         yield f"Raters agree little about {', '.join(weak)}."
     if results.collected.refused:
         yield f"{len(results.collected.refused)} files or lines were refused; see below."
-    yield f"{len(results.preferences)} preferences are shown without correction for their number: about one in twenty intervals misses."
+    yield (
+        f"{len(results.preferences)} preferences are shown without correction for their number: about one in twenty"
+        " intervals misses."
+    )
 
 
 def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", MINUS) if math.isfinite(value) else "–"
+    return f"{value:+.{digits}f}".replace("-", MINUS) if math.isfinite(value) else DASH

@@ -62,7 +62,9 @@ class SimulatedRater:
         return ("left", "tie", "right")[int(self.rng.choice(3, p=odds / odds.sum()))]
 
 
-def draw_raters(key: Key, population: Population, count: int, rng: np.random.Generator) -> list[SimulatedRater]:
+def draw_raters(
+    key: Key, population: Population, count: int, rng: np.random.Generator
+) -> list[SimulatedRater]:
     """Draw raters, and the effects of the prompts, which they share."""
     systems = len(key.systems)
     prompts = {q: rng.normal(0, population.prompt_sd, (len(key.prompts), systems)) for q in key.questions}

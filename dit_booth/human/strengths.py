@@ -2,9 +2,9 @@
 
     P(i beats j) : P(tie) : P(j beats i) = exp((a_i - a_j) / 2) : nu : exp((a_j - a_i) / 2)
 
-(Davidson, JASA 65, 1970). Strengths sum to 0. A weak normal prior keeps them finite where a system always wins; else its
-effect is far below the standard error. The model has no effects of raters and prompts: its strengths are those of the
-population's choices, averaged over both, and their standard errors come from the bootstrap.
+(Davidson, JASA 65, 1970). Strengths sum to 0. A weak normal prior keeps them finite where a system always wins; else
+its effect is far below the standard error. The model has no effects of raters and prompts: its strengths are those of
+the population's choices, averaged over both, and their standard errors come from the bootstrap.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def fit_davidson(counts: Array, pairs: Sequence[Pair], systems: int) -> tuple[Ar
         share /= share.sum(-1, keepdims=True)
         expected = einsum(share, features, "... p k, p k d -> ... p d")
         slope = einsum(counts - total[..., None] * share, features, "... p k, p k d -> ... d") - _PRIOR * x
-        second_moment = einsum(total[..., None] * share, features, features, "... p k, p k d, p k e -> ... d e")
+        second_moment = einsum(
+            total[..., None] * share, features, features, "... p k, p k d, p k e -> ... d e"
+        )
         outer = einsum(total, expected, expected, "... p, ... p d, ... p e -> ... d e")
         step = np.linalg.solve(second_moment - outer + _PRIOR * np.eye(systems + 1), slope[..., None])[..., 0]
         x = x + step / np.maximum(1, np.abs(step).max(-1, keepdims=True) / _LONGEST)
@@ -66,9 +68,9 @@ def fit_davidson(counts: Array, pairs: Sequence[Pair], systems: int) -> tuple[Ar
 def estimate_strengths(own: Sequence[Observation], systems: int, seed: int = 0) -> Strengths:
     """Estimate strengths with intervals over raters and prompts.
 
-    Three bootstraps resample raters, prompts, and single answers. As in `study.statistics`, the variances over raters and
-    over prompts both have the answers' own in them, which is subtracted once; a bootstrap of both at once would count it
-    three times (Owen, Annals of Applied Statistics 1, 2007).
+    Three bootstraps resample raters, prompts, and single answers. As in `study.statistics`, the variances over raters
+    and over prompts both have the answers' own in them, which is subtracted once; a bootstrap of both at once would
+    count it three times (Owen, Annals of Applied Statistics 1, 2007).
     """
     pairs = sorted({(o.first, o.second) for o in own})
     choice = {1.0: 0, 0.5: 1, 0.0: 2}

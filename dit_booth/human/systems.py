@@ -40,7 +40,9 @@ def read_systems(runs: Sequence[str], prompts: int = 0, seed: int = 0) -> list[S
         prompts, captions or lengths.
     """
     if len(runs) < 2:
-        raise ValueError(f"runs has {len(runs)} of the at least 2 that a comparison needs; name more run folders")
+        raise ValueError(
+            f"runs has {len(runs)} of the at least 2 that a comparison needs; name more run folders"
+        )
     systems = [_read(run) for run in runs]
     counts = Counter(system.name for system in systems)
     if twice := [name for name, count in counts.items() if count > 1]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 
 import yaml
 
@@ -55,7 +54,9 @@ def read_texts(text: str, where: str, questions: Sequence[str] = ()) -> Texts:
         raise ValueError(f"{where}: questions is {asked!r}; write `name: text` lines")
     for name, question in asked.items():
         if not isinstance(name, str) or not name.isidentifier() or not isinstance(question, str):
-            raise ValueError(f"{where}: question {name!r} is {question!r}; use a name such as motion, and a text")
+            raise ValueError(
+                f"{where}: question {name!r} is {question!r}; use a name such as motion, and a text"
+            )
     for name in questions:
         if name not in asked:
             raise ValueError(f"questions has {name!r}, which is not in {where}{suggest(name, asked)}")

@@ -14,8 +14,25 @@ from types import TracebackType
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-_KEYS = {" ": ("Space", 32), "ArrowLeft": ("ArrowLeft", 37), "ArrowDown": ("ArrowDown", 40),
-         "ArrowRight": ("ArrowRight", 39), "Backspace": ("Backspace", 8), "Tab": ("Tab", 9), "Enter": ("Enter", 13)}  # fmt: skip
+_KEYS = {" ": ("Space", 32), "ArrowLeft": ("ArrowLeft", 37), "ArrowDown": ("ArrowDown", 40)}
+_KEYS |= {
+    "ArrowRight": ("ArrowRight", 39),
+    "Backspace": ("Backspace", 8),
+    "Tab": ("Tab", 9),
+    "Enter": ("Enter", 13),
+}
+_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--mute-audio",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--autoplay-policy=no-user-gesture-required",
+    "--remote-debugging-pipe",
+)
 _PATIENCE = 60.0  # seconds
 
 
@@ -27,15 +44,15 @@ def find_browser() -> str | None:
 class Browser:
     """One page in a browser of its own, with an empty profile in `folder`; files that it saves go there too."""
 
-    def __init__(self, program: str, folder: Path, *, width: int = 1280, height: int = 800, phone: bool = False) -> None:
+    def __init__(
+        self, program: str, folder: Path, *, width: int = 1280, height: int = 800, phone: bool = False
+    ) -> None:
         self.folder, self._numbers = folder, itertools.count(1)
         self._events: list[dict[str, Any]] = []
         command_read, self._commands = os.pipe()
         self._replies, reply_write = os.pipe()
         self._rest = b""
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--mute-audio", "--no-first-run", "--hide-scrollbars"]
-        flags += ["--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required", "--disable-background-networking"]
-        flags += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}", "--remote-debugging-pipe"]
+        flags = [*_FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}"]
 
         def place() -> None:  # the protocol's pipes are 3 and 4
             first, second = os.dup(command_read), os.dup(reply_write)
@@ -104,7 +121,11 @@ class Browser:
     def complaints(self) -> list[str]:
         """Return exceptions and errors that the page has logged so far."""
         self.evaluate("0")
-        thrown = [e["params"]["exceptionDetails"] for e in self._events if e.get("method") == "Runtime.exceptionThrown"]
+        thrown = [
+            e["params"]["exceptionDetails"]
+            for e in self._events
+            if e.get("method") == "Runtime.exceptionThrown"
+        ]
         logged = [e["params"]["entry"] for e in self._events if e.get("method") == "Log.entryAdded"]
         return [str(e) for e in thrown] + [str(e) for e in logged if e["level"] == "error"]
 
@@ -132,7 +153,9 @@ class Browser:
         found = f"document.querySelector({json.dumps(selector)})"
         self.wait(f"!!{found}?.checkVisibility() && !{found}.disabled")
         self.evaluate(f"{found}.scrollIntoView({{block: 'nearest'}})")
-        box = self.evaluate(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({found}.getBoundingClientRect())")
+        box = self.evaluate(
+            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({found}.getBoundingClientRect())"
+        )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
@@ -141,7 +164,14 @@ class Browser:
         code, number = _KEYS.get(key, (key, ord(key[0])))
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=code, windowsVirtualKeyCode=number, text=text)
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=code,
+                windowsVirtualKeyCode=number,
+                text=text,
+            )
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]

@@ -12,7 +12,9 @@ from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.folder import write_videos
 
 
-def write_demo(folder: Path, name: str, noise: float, *, prompts: int, size: int = 64, frames: int = 8) -> Path:
+def write_demo(
+    folder: Path, name: str, noise: float, *, prompts: int, size: int = 64, frames: int = 8
+) -> Path:
     """Write a system's folder: the toy world's videos, with noise of its own."""
     world = Toyworld(ToyworldConfig(size=size, frames=frames, split="test"))
     cases = {}
