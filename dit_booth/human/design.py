@@ -8,7 +8,9 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+Index = NDArray[np.int64]
 Design = Literal["all", "baseline", "blocks"]
 Kind = Literal["pair", "repeat", "planted"]
 _SUBSETS = 4096  # candidates for a block, at most: more are drawn
@@ -99,9 +101,11 @@ def draw_lists(
     """
     _check_numbers(len(cells), raters, pairs, planted, repeats)
     shown, leaning = np.zeros(len(cells), dtype=int), np.zeros(len(cells), dtype=int)
+    prompt = np.array([cell.prompt for cell in cells])
+    pair = np.unique([(cell.first, cell.second) for cell in cells], axis=0, return_inverse=True)[1]
     lists = []
     for _ in range(raters):
-        chosen = _draw_rater(cells, shown, pairs, rng)
+        chosen = _draw_rater(prompt, pair, shown, pairs, rng)
         own = 0  # the rater's count of swapped minus not swapped
         slots = []
         for cell in rng.permutation(chosen):
@@ -115,15 +119,13 @@ def draw_lists(
     return lists
 
 
-def _draw_rater(cells: Sequence[Cell], shown: np.ndarray, pairs: int, rng: np.random.Generator) -> list[int]:
+def _draw_rater(prompt: Index, pair: Index, shown: Index, count: int, rng: np.random.Generator) -> list[int]:
     """Choose a rater's cells: the least shown first, then those whose prompt and pair the rater has least."""
-    prompt = np.array([cell.prompt for cell in cells])
-    pair = np.unique([(cell.first, cell.second) for cell in cells], axis=0, return_inverse=True)[1]
     prompts, both = np.zeros(prompt.max() + 1, dtype=int), np.zeros(pair.max() + 1, dtype=int)
-    taken = np.zeros(len(cells), dtype=bool)
+    taken = np.zeros(len(prompt), dtype=bool)
     chosen = []
-    for _ in range(pairs):
-        order = np.lexsort((rng.random(len(cells)), both[pair], prompts[prompt], shown, taken))
+    for _ in range(count):
+        order = np.lexsort((rng.random(len(prompt)), both[pair], prompts[prompt], shown, taken))
         cell = int(order[0])
         taken[cell] = True
         prompts[prompt[cell]] += 1

@@ -63,15 +63,11 @@ def curve_plot(curves: Sequence[Curve], x_label: str, y_label: str, *, low: floa
     x = Axis(low=min(xs), high=max(xs), start=58, end=470)
     y = Axis(low=low, high=high, start=250, end=34)
     parts = [frame(x, y, x_label, y_label, whole=True)]
-    taken: list[float] = []
-    for curve in curves:
-        inside = [(at, value) for at, value in curve.points if value <= high]
-        line = " L".join(f"{x(at):.1f},{y(value):.1f}" for at, value in inside)
-        end = y(inside[-1][1]) + 4
-        while any(abs(end - other) < 13 for other in taken):
-            end -= 13
-        taken.append(end)
-        name = element("text", curve.label, x=x.end + 8, y=end, class_="name")
+    last = -math.inf
+    for curve in sorted(curves, key=lambda curve: -curve.points[-1][1]):
+        line = " L".join(f"{x(at):.1f},{y(value):.1f}" for at, value in curve.points)
+        last = max(last + 14, y(curve.points[-1][1]) + 4)
+        name = element("text", curve.label, x=x.end + 8, y=last, class_="name")
         parts.append(element("g", element("path", d=f"M{line}", class_=f"line {classes(curve.style)}"), name))
     title = f"{y_label} against {x_label}"
     return element("svg", *parts, viewBox="0 0 620 296", role="img", aria_label=title, class_="plot")

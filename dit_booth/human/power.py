@@ -70,7 +70,8 @@ def detectable(plan: Plan) -> Detectable:
     residual = max(0.0, (1 - plan.ties) / 4 - plan.rater_sd**2 - plan.prompt_sd**2)
     prompts = min(plan.prompts, answers)
     parts = plan.rater_sd**2 / plan.raters, plan.prompt_sd**2 / prompts, residual / answers
-    free = plan.raters - 1, max(1.0, prompts - 1), max(1.0, answers - plan.raters - prompts + 1)
+    free = [plan.raters - 1, max(1.0, prompts - 1)]
+    free.append(max(*free, answers - sum(free) - 1))
     variance = sum(parts)
     df = variance**2 / sum(part**2 / own for part, own in zip(parts, free, strict=True))
     quantiles = stdtrit(df, 1 - plan.level / plan.comparisons / 2) + stdtrit(df, plan.power)
