@@ -85,7 +85,7 @@ def fit_components(
         return Components(estimate=unknown, rater=0.0, prompt=0.0, residual=0.0)
     fit = _Reml(y, design)
     start = np.full(len(design), -2.0)
-    options = {"xatol": 0.01, "fatol": 1e-4}
+    options = {"xatol": 0.05, "fatol": 1e-3}
     found = minimize(
         fit.deviance, start, method="Nelder-Mead", bounds=[_RATIO] * len(design), options=options
     )

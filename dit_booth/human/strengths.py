@@ -22,7 +22,7 @@ from dit_booth.study.statistics import Estimate, combine
 Array = NDArray[np.float64]
 Pair = tuple[int, int]
 _PRIOR = 0.01  # precision of strengths and log nu
-_STEPS, _LONGEST = 40, 2.0
+_STEPS, _LONGEST, _CLOSE = 40, 2.0, 1e-6
 REPLICATES = 400
 _BLOCK = 100  # replicates at once
 
@@ -45,21 +45,21 @@ def fit_davidson(counts: Array, pairs: Sequence[Pair], systems: int) -> tuple[Ar
         features[number, 0, first] = features[number, 2, second] = 0.5
         features[number, 0, second] = features[number, 2, first] = -0.5
         features[number, 1, systems] = 1.0
+    flat = rearrange(features, "p k d -> (p k) d")
+    squares = rearrange(flat[:, :, None] * flat[:, None, :], "n d e -> n (d e)")
     x = np.zeros((*counts.shape[:-2], systems + 1))
-    total = counts.sum(-1)
+    total = counts.sum(-1, keepdims=True)
     for _ in range(_STEPS):
-        logits = einsum(features, x, "p k d, ... d -> ... p k")
-        share = np.exp(logits - logits.max(-1, keepdims=True))
-        share /= share.sum(-1, keepdims=True)
+        odds = np.exp(rearrange(x @ flat.T, "... (p k) -> ... p k", k=3))
+        share = odds / odds.sum(-1, keepdims=True)
+        slope = rearrange(counts - total * share, "... p k -> ... (p k)") @ flat - _PRIOR * x
         expected = einsum(share, features, "... p k, p k d -> ... p d")
-        slope = einsum(counts - total[..., None] * share, features, "... p k, p k d -> ... d") - _PRIOR * x
-        second_moment = einsum(
-            total[..., None] * share, features, features, "... p k, p k d, p k e -> ... d e"
-        )
-        outer = einsum(total, expected, expected, "... p, ... p d, ... p e -> ... d e")
-        step = np.linalg.solve(second_moment - outer + _PRIOR * np.eye(systems + 1), slope[..., None])[..., 0]
+        moment = rearrange(total * share, "... p k -> ... (p k)") @ squares
+        moment = rearrange(moment, "... (d e) -> ... d e", d=systems + 1)
+        curvature = moment - np.swapaxes(total * expected, -1, -2) @ expected + _PRIOR * np.eye(systems + 1)
+        step = np.linalg.solve(curvature, slope[..., None])[..., 0]
         x = x + step / np.maximum(1, np.abs(step).max(-1, keepdims=True) / _LONGEST)
-        if np.abs(step).max() < 1e-8:
+        if np.abs(step).max() < _CLOSE:
             break
     strengths = x[..., :systems]
     return strengths - strengths.mean(-1, keepdims=True), np.exp(x[..., systems])

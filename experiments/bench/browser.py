@@ -130,8 +130,11 @@ class Browser:
         return [str(e) for e in thrown] + [str(e) for e in logged if e["level"] == "error"]
 
     def open(self, url: str) -> None:
-        self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+        """Load an address anew, also if only its fragment differs from the present one."""
+        for place in ("about:blank", url):
+            self.evaluate("window.leaving = true")
+            self.call("Page.navigate", url=place)
+            self.wait("document.readyState === 'complete' && !window.leaving")
 
     def evaluate(self, script: str) -> Any:
         """Return the value of a JavaScript expression; promises are waited for."""
