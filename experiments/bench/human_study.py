@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from scipy.optimize import brentq
 from tqdm import tqdm
 
 from dit_booth.data.toyworld import Toyworld, ToyworldConfig
@@ -150,7 +151,7 @@ def simulated_power(studies: int, seed: int = 0) -> tuple[float, float]:
     plan = Plan(raters=raters, prompts=prompts, pairs=prompts, system_pairs=1, ties=share(0)[1],
                 rater_sd=slope * sd * 2**0.5, prompt_sd=slope * sd * 2**0.5)  # fmt: skip
     wanted = detectable(plan).share
-    strength = next(s for s in np.linspace(0, 4, 2001) if share(s)[0] >= wanted)
+    strength = brentq(lambda strength: share(strength)[0] - wanted, 0, 20)
     people = replace(base, strengths={QUESTION: (strength / 2, -strength / 2)})
     hits = []
     for number in tqdm(range(studies), desc="power"):
