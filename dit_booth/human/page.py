@@ -88,10 +88,8 @@ def make_study(systems: Sequence[System], texts: Texts, text: str, settings: Set
     lists = draw_lists(cells, pairs=settings.pairs, rng=rng, **numbers)
     with tempfile.TemporaryDirectory() as folder:
         sources = _sources(systems, cells, settings, Path(folder))
-        order = [
-            int(index) for index in rng.permutation(len(sources))
-        ]  # a clip's number says nothing of its system
-        sources = [sources[index] for index in order]
+        # A clip's number says nothing of its system.
+        sources = [sources[index] for index in rng.permutation(len(sources))]
         where = {(s.clip.system, s.clip.prompt, s.clip.intact): number for number, s in enumerate(sources)}
         planted = _planted_prompts(len(prompts), settings)
         key = Key(

@@ -22,7 +22,7 @@ from dit_booth.evaluation.folder import write_videos
 from dit_booth.human.agreement import side_rate
 from dit_booth.human.analyse import estimate_preferences
 from dit_booth.human.crossed import Rate
-from dit_booth.human.design import draw_cells, draw_lists
+from dit_booth.human.design import Slot, draw_cells, draw_lists
 from dit_booth.human.exclude import observations
 from dit_booth.human.key import Clip, Key, KeyPrompt, KeySystem, Trial
 from dit_booth.human.power import Plan, detectable
@@ -81,15 +81,15 @@ def plain_key(
     clips = [Clip(prompt=p, system=s) for p in range(prompts) for s in range(systems)]
     clips += [Clip(prompt=p, intact=intact) for p in range(numbers["planted"]) for intact in (True, False)]
 
-    def trial(slot_kind: str, index: int, swapped: bool) -> Trial:
-        if slot_kind == "planted":
-            prompt, first = index, prompts * systems + 2 * index
+    def trial(slot: Slot) -> Trial:
+        if slot.kind == "planted":
+            prompt, first = slot.index, prompts * systems + 2 * slot.index
             pair = [first, first + 1]
         else:
-            cell = cells[index]
+            cell = cells[slot.index]
             prompt, pair = cell.prompt, [cell.prompt * systems + s for s in (cell.first, cell.second)]
-        left, right = reversed(pair) if swapped else pair
-        return Trial(kind=slot_kind, prompt=prompt, left=left, right=right)  # type: ignore[arg-type]
+        left, right = reversed(pair) if slot.swapped else pair
+        return Trial(kind=slot.kind, prompt=prompt, left=left, right=right)
 
     return Key(
         title="simulated",
@@ -99,7 +99,7 @@ def plain_key(
         prompts=tuple(KeyPrompt(name=str(p), caption="", subject="") for p in range(prompts)),
         questions=tuple(questions),
         clips=tuple(clips),
-        lists=tuple(tuple(trial(s.kind, s.index, s.swapped) for s in own) for own in lists),
+        lists=tuple(tuple(map(trial, own)) for own in lists),
     ).signed()
 
 

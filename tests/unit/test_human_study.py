@@ -444,7 +444,7 @@ def test_learning_and_side_bias_are_found():
 
 def test_intervals_cover_what_they_should():
     """A small version of experiments/bench/human_study.py, whose 200 studies are in docs/results/human_study.md."""
-    found = coverage(case("small", 10, 8, 12, (0.7, 0.0, -0.7), rater_sd=0.4, prompt_sd=0.4), 8)
+    found = coverage(case("small", 10, 8, 12, (0.7, 0.0, -0.7), rater_sd=0.4, prompt_sd=0.4), 16)
     assert found["preferences"] >= 0.85 and found["strengths"] >= 0.85 and found["side"] >= 0.8
     assert found["ranking"] > 0.6
 
