@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import tyro
 
@@ -105,6 +105,7 @@ class PowerArguments(Plan):
     """The page."""
 
 
+Arguments = MakeArguments | PowerArguments | ServeArguments | AnalyseArguments
 StudyArguments = (
     Annotated[MakeArguments, tyro.conf.subcommand("make")]
     | Annotated[PowerArguments, tyro.conf.subcommand("power")]
@@ -115,10 +116,11 @@ StudyArguments = (
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: done; 1: an error, said in one line; 130: interrupted."""
-    return run_program(StudyArguments, study, argv, prog=prog, description=__doc__, level=logging.INFO)
+    kind = cast("type[Arguments]", StudyArguments)  # tyro takes a union as subcommands
+    return run_program(kind, study, argv, prog=prog, description=__doc__, level=logging.INFO)
 
 
-def study(arguments: MakeArguments | PowerArguments | ServeArguments | AnalyseArguments) -> Iterator[str]:
+def study(arguments: Arguments) -> Iterator[str]:
     """Do what was asked for, and iterate over lines that say what was done."""
     match arguments:
         case MakeArguments():

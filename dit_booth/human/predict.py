@@ -81,5 +81,7 @@ def _accuracy(
     rate = estimate_rate(
         [right for _, right in both], [o.rater for o, _ in both], [o.prompt for o, _ in both]
     )
+    if rate is None:
+        return None
     label = metric if metric == PEOPLE else describe(metric).label
-    return rate and Accuracy(metric=metric, label=label, question=question, rate=rate)
+    return Accuracy(metric=metric, label=label, question=question, rate=rate)

@@ -77,7 +77,7 @@ def simulate_answers(key: Key, population: Population, count: int, rng: np.rando
     raters = []
     for number, simulated in enumerate(draw_raters(key, population, count, rng)):
         own = number % len(key.lists)
-        answers = {}
+        answers: dict[tuple[int, str], Answer] = {}
         for trial, shown in enumerate(key.lists[own]):
             for question in key.questions:
                 choice = simulated.choose(key, shown, question)
