@@ -114,7 +114,7 @@ def _degrees(design: Sequence[Array], variances: Array, residual: float, n: int)
     parts = [v * float(((d.sum(0) / n) ** 2).sum()) for d, v in zip(design, variances, strict=True)]
     free = [d.shape[1] - 1 for d in design]
     parts, free = [*parts, residual / n], [*free, max([*free, n - sum(free) - 1])]
-    return sum(parts) ** 2 / sum(part**2 / df for part, df in zip(parts, free, strict=True))
+    return float(sum(parts) ** 2 / sum(part**2 / df for part, df in zip(parts, free, strict=True)))
 
 
 class _Reml:

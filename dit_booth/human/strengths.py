@@ -81,9 +81,9 @@ def estimate_strengths(own: Sequence[Observation], systems: int, seed: int = 0) 
     rng = np.random.default_rng(seed)
     units: list[Sequence[object]] = [[o.rater for o in own], [o.prompt for o in own], range(len(own))]
     grouped = [_group(tables, unit) for unit in units]
-    variances = [_bootstrap(group, pairs, systems, rng) for group in grouped]
+    by_rater, by_prompt, single = (_bootstrap(group, pairs, systems, rng) for group in grouped)
     free = [max(1, len(group) - 1) for group in grouped]
-    stderr, df = combine(*variances, *free)
+    stderr, df = combine(by_rater, by_prompt, single, *free)
     known = len(grouped[0]) > 1 and len(grouped[1]) > 1
     return Strengths(
         systems=tuple(

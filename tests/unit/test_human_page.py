@@ -161,6 +161,7 @@ def served(study: Path, browser: Browser, key: Key, rater: SimulatedRater) -> Pa
     return study / "answers.jsonl"
 
 
+@pytest.mark.slow
 def test_raters_go_through_the_page_and_are_found(
     study: Path, browser: Browser, capsys: pytest.CaptureFixture[str]
 ):
