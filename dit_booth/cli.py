@@ -63,6 +63,12 @@ COMMANDS = {
         "make a page, CSV and LaTeX of runs or a study",
         "dit-booth report runs/sweeps/schedule",
     ),
+    "study": Command(
+        "dit_booth.commands.study",
+        "StudyArguments",
+        "ask people: a page of pairs, answers, analysis",
+        "dit-booth study make runs/a runs/b --out studies/first",
+    ),
     "strategies": Command(
         "dit_booth.commands.strategies",
         "StrategiesArguments",

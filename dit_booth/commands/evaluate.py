@@ -27,7 +27,7 @@ from dit_booth.errors import suggest
 from dit_booth.evaluation import learned, score, summary
 from dit_booth.evaluation.case import Scorer
 from dit_booth.evaluation.catalogue import describe
-from dit_booth.evaluation.folder import LEFT_OUT, VIDEOS, VideoFolder
+from dit_booth.evaluation.folder import LEFT_OUT, VideoFolder, find_list
 from dit_booth.evaluation.learned import Family
 from dit_booth.evaluation.learned.sets import SetScorer
 from dit_booth.evaluation.motion import flicker_scores, flow_scorer, motion_scores
@@ -212,17 +212,6 @@ def table(scores: Sequence[Score]) -> Iterator[str]:
             cells.append(f"{text:>22}")
         yield f"{f'{metric.label} {metric.unit}'.strip():28}" + "".join(cells)
     yield "mean +- standard error over prompts"
-
-
-def find_list(path: Path) -> Path:
-    """Return the CSV file of a run's folder, of a folder, or the file itself. ValueError: there is none."""
-    candidates = [path, path / VIDEOS, path / "samples" / VIDEOS]
-    found = next((file for file in candidates if file.is_file()), None)
-    if found is None:
-        raise ValueError(
-            f"{path} is no CSV file and has no {VIDEOS}; give a run's folder, or a folder whose {VIDEOS} lists videos"
-        )
-    return found
 
 
 def parse_weights(assignments: Sequence[str]) -> dict[str, str]:

@@ -77,6 +77,17 @@ class VideoFolder(Sequence[Case]):
             raise ValueError(f"{row.video}: {error}") from error
 
 
+def find_list(path: Path) -> Path:
+    """Return the CSV file of a run's folder, of a folder, or the file itself. ValueError: there is none."""
+    candidates = [path, path / VIDEOS, path / "samples" / VIDEOS]
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{path} is no CSV file and has no {VIDEOS}; give a run's folder, or a folder whose {VIDEOS} lists videos"
+        )
+    return found
+
+
 def read_rows(file: Path) -> list[VideoRow]:
     """Read ``videos.csv``. ValueError: a column or value is missing, or a path leaves the folder."""
     names = [field.name for field in fields(VideoRow)]

@@ -50,7 +50,7 @@ def to_csv(table: Table) -> str:
     empty = [""] * (len(header) - 5)
     absent = [[group.label, group.status, "0", "0", "0", *empty] for group in table.absent]
     rows, floors = ([_csv_row(table, row, costs) for row in part] for part in (table.rows, table.controls))
-    return _csv([header, *rows, *absent, *floors])
+    return csv_text([header, *rows, *absent, *floors])
 
 
 _DIFFERENCE = ("low", "high", "df", "p", "seeds_low", "seeds_high", "prompts_low", "prompts_high")
@@ -96,10 +96,11 @@ def contrasts_to_csv(contrasts: Contrasts) -> str:
             "" if contrasts.margin is None else repr(contrasts.margin),
         ]
         lines.append([*cells, _number(c.p_margin), _number(c.p_equivalent), c.verdict])
-    return _csv([header, *lines])
+    return csv_text([header, *lines])
 
 
-def _csv(lines: Sequence[Sequence[str]]) -> str:
+def csv_text(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as CSV."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(lines)
     return out.getvalue()
@@ -118,18 +119,18 @@ def to_latex(table: Table, notes: Sequence[str] = ()) -> str:
     absent = [[f"{_first(group.label)} ({group.status})", *["--"] * len(columns)] for group in table.absent]
     groups = [[*(_result_cells(table, row) for row in table.rows), *absent]]
     groups += [[_result_cells(table, row) for row in table.controls]] if table.controls else []
-    lines += _tabular([_head(m) for m in columns], groups)
+    lines += tabular([_head(m) for m in columns], groups)
     if table.baseline and table.others:
         lines += [
             "",
             f"% Differences to {' '.join(table.baseline.label.split())}, paired by seed and prompt.",
         ]
         rows = [_difference_cells(table, row) for row in table.others]
-        lines += _tabular([_head(m) for m in table.metrics], [rows])
+        lines += tabular([_head(m) for m in table.metrics], [rows])
     if table.contrasts is not None:
         metric = table.contrasts.metric
         lines += ["", "% Primary contrasts; p after Holm's correction."]
-        lines += _tabular([_head(metric), "$p$", "conclusion"], [_contrast_rows(table.contrasts)])
+        lines += tabular([_head(metric), "$p$", "conclusion"], [_contrast_rows(table.contrasts)])
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +150,7 @@ def p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _tabular(heads: Sequence[str], groups: Sequence[Sequence[Sequence[str]]]) -> list[str]:
+def tabular(heads: Sequence[str], groups: Sequence[Sequence[Sequence[str]]]) -> list[str]:
     """Return a table whose groups of rows are separated by rules."""
     body = [line for group in groups for line in (r"\midrule", *(" & ".join(row) + r" \\" for row in group))]
     return [

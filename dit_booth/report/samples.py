@@ -104,12 +104,13 @@ def _row(
         video_cell([point.samples.folder / video.video] if video else [], style)
         for point, video, style in zip(points, videos, styles, strict=True)
     ]
-    image = _picture([folder / video.image for folder, video in found if video.image])
+    image = picture_cell([folder / video.image for folder, video in found if video.image])
     truth = video_cell([folder / video.truth for folder, video in found if video.truth], -1)
     return SampleRow(caption=found[0][1].caption or found[0][1].prompt, cells=(image, truth, *cells))
 
 
-def _picture(files: Sequence[Path]) -> Cell:
+def picture_cell(files: Sequence[Path]) -> Cell:
+    """Return the first of the files that exists as PNG, at most 512 pixels large, or a cell that says why not."""
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return Cell(missing="not saved")

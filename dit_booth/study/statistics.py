@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtr, stdtrit
 
 Array = NDArray[np.float64]
-Over = Literal["seeds and prompts", "seeds", "prompts"]
+Over = Literal["seeds and prompts", "seeds", "prompts", "raters and prompts", "raters"]
 Scores = Mapping[int, Mapping[str, float]]
 """One metric of one row of the table: seed -> prompt -> value."""
 LEVEL = 0.95

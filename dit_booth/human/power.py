@@ -1,0 +1,92 @@
+"""Sizes of a human study: the smallest preference that it detects, with answers clustered by rater and by prompt.
+
+An answer about two systems is 1, 0.5 (a tie) or 0. Its share has the variance
+
+    rater_sd^2 / R + prompt_sd^2 / P + residual / N
+
+for R raters, P prompts and N answers (crossed random effects, as in the analysis). A share of 0.5 + d is detected with
+probability `power` by a two-sided test at level `level` if d = (t(1 - level / 2) + t(power)) SE, with Satterthwaite's
+degrees of freedom. More answers of the same raters about the same prompts make the last term small, and no other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from scipy.special import stdtrit
+
+from dit_booth.errors import check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study of `raters`, who each answer `pairs` of the `system_pairs` x `prompts` pairs of videos."""
+
+    raters: int = 20
+    """Raters who count: exclusions come on top."""
+    prompts: int = 12
+    """Prompts for which each pair of systems is compared."""
+    pairs: int = 24
+    """Pairs of videos for each rater."""
+    system_pairs: int = 3
+    """Pairs of systems: S (S - 1) / 2 of S systems, or S - 1 with one baseline."""
+    rater_sd: float = 0.1
+    """Standard deviation of the share over raters: at 0.1, two thirds are within 0.1 of the mean."""
+    prompt_sd: float = 0.15
+    """The same over prompts."""
+    ties: float = 0.2
+    """Share of ties."""
+    power: float = 0.8
+    """Probability to detect a preference of the size that is told."""
+    level: float = 0.05
+    """Level of the two-sided test."""
+    comparisons: int = 1
+    """Tests that the level is divided among (Bonferroni)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "", raters="[2, 100000]", prompts="[2, 100000]", pairs="[1, 100000]")
+        check_ranges(self, "", system_pairs="[1, 100000]", comparisons="[1, 100000]")
+        check_ranges(self, "", rater_sd="[0, 0.5]", prompt_sd="[0, 0.5]", ties="[0, 1)")
+        check_ranges(self, "", power="(0.05, 1)", level="(0, 0.5]")
+        if self.pairs > self.system_pairs * self.prompts:
+            raise ValueError(
+                f"pairs is {self.pairs}; there are {self.system_pairs * self.prompts} pairs of videos: use fewer"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detectable:
+    """The share that a plan detects (inf: none up to 1), its standard error, and answers to each pair of systems."""
+
+    share: float
+    stderr: float
+    answers: float
+
+
+def detectable(plan: Plan) -> Detectable:
+    """Return the smallest share above 0.5 that a plan detects."""
+    answers = plan.raters * plan.pairs / plan.system_pairs
+    residual = max(0.0, (1 - plan.ties) / 4 - plan.rater_sd**2 - plan.prompt_sd**2)
+    prompts = min(plan.prompts, answers)
+    parts = plan.rater_sd**2 / plan.raters, plan.prompt_sd**2 / prompts, residual / answers
+    free = [plan.raters - 1, max(1.0, prompts - 1)]
+    free.append(max(*free, answers - sum(free) - 1))
+    variance = sum(parts)
+    df = variance**2 / sum(part**2 / own for part, own in zip(parts, free, strict=True))
+    quantiles = stdtrit(df, 1 - plan.level / plan.comparisons / 2) + stdtrit(df, plan.power)
+    share = 0.5 + float(quantiles) * math.sqrt(variance)
+    return Detectable(share=share if share <= 1 else math.inf, stderr=math.sqrt(variance), answers=answers)
+
+
+def raters_needed(plan: Plan, share: float, most: int = 2000) -> int | None:
+    """Return the smallest number of raters that detects a share; None if `most` do not: more prompts are needed."""
+    if detectable(replace(plan, raters=most)).share > share:
+        return None
+    low, high = 2, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (
+            (low, middle) if detectable(replace(plan, raters=middle)).share <= share else (middle + 1, high)
+        )
+    return low
