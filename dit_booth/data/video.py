@@ -2,13 +2,16 @@
 
 FFmpeg decodes a truncated file without an error and stops early. So the header is compared with the file: an
 index that points beyond the file's end is an error before anything is decoded.
+
+PyAV is the decoder: `experiments/bench/data.py` compares it with others. Frames count in the order of presentation,
+whatever their timestamps are, and are turned upright as the file's display matrix says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
@@ -31,7 +34,7 @@ _X264 = {"crf": "18", "preset": "medium"}
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """A video file's header: number of frames, frames per second, and size in pixels."""
+    """A video file's header: number of frames, frames per second (average), and upright size in pixels."""
 
     frames: int
     fps: float
@@ -39,14 +42,28 @@ class VideoInfo:
     width: int
 
 
+def decoder() -> str:
+    """Return name and version of the decoder: another one may give other frames of the same file."""
+    codec = ".".join(map(str, av.library_versions["libavcodec"]))
+    return f"pyav {av.__version__}, libavcodec {codec}"
+
+
 def probe(path: str | Path) -> VideoInfo:
-    """Read a video's header, and check that the file is as long as the header says, without decoding.
+    """Read a video's header, and check that the file is as long as the header says; decodes one frame at most.
 
     Raises:
-        ValueError: the file is missing, is no video, or is truncated.
+        ValueError: the file is missing, is no video, is truncated, interlaced or transparent.
     """
     with _open(path) as container:
-        return _header(path, container)
+        info = _header(path, container)
+        frame = next(container.decode(video=0), None)  # the display matrix comes with it
+        if frame is None:
+            raise ValueError(f"{path}: no frame can be decoded; replace it, or leave it out")
+        if frame.interlaced_frame:
+            raise ValueError(f"{path}: is interlaced; deinterlace it (ffmpeg -vf yadif), or leave it out")
+        if frame.rotation % 180:
+            info = replace(info, height=info.width, width=info.height)
+        return info
 
 
 def read_video(
@@ -54,7 +71,8 @@ def read_video(
 ) -> NDArray[np.uint8]:
     """Decode frames `start`, `start + stride`, ... of a video.
 
-    The file is decoded in order from its beginning: this is exact for every codec, and seeking is not.
+    Decoding begins at the last keyframe before `start`, if the packets' timestamps tell where that is, else at the
+    beginning; frames are then found by their timestamps, so both give the same.
     Flipped bits that still decode are not detected (H.264 has no checksum); missing data is.
 
     Args:
@@ -82,17 +100,44 @@ def read_video(
             frames = max(0, -((start - info.frames) // stride))
         check_length(path, info, start=start, frames=frames, stride=stride)
         wanted = range(start, start + frames * stride, stride)
-        pictures, decoded = [], 0
-        for frame in container.decode(video=0):
-            if decoded in wanted:
-                pictures.append(frame.to_ndarray(format="rgb24"))
-            decoded += 1
-            if len(pictures) == frames:
-                return np.stack(pictures)
+        pictures, decoded = _decode(container, _seek(container, start) if start else 0, wanted)
+    if len(pictures) == frames:
+        return np.stack(pictures)
     raise ValueError(
         f"{path}: decoded {decoded} frames, expected {info.frames}; the file is truncated or damaged: "
         "replace it, or leave it out"
     )
+
+
+def _decode(container: InputContainer, first: int, wanted: range) -> tuple[list[NDArray[np.uint8]], int]:
+    """Decode from frame `first` on until all `wanted` frames are there; return them, and the frames passed."""
+    pictures: list[NDArray[np.uint8]] = []
+    number = first
+    for frame in container.decode(video=0):
+        if number in wanted:
+            pictures.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+        number += 1
+        if number > wanted[-1]:
+            break
+    return pictures, number
+
+
+def _seek(container: InputContainer, start: int) -> int:
+    """Move to the last keyframe at or before frame `start`; return the number of the frame there (0: no seeking)."""
+    stream = container.streams.video[0]
+    packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+    stamps = sorted(pts for pts, _ in packets if pts is not None)
+    container.seek(0)
+    if len(set(stamps)) < len(packets):  # missing or repeated timestamps say nothing about order
+        return 0
+    keys = [pts for pts, is_key in packets if is_key and pts is not None and pts <= stamps[start]]
+    if not keys or max(keys) == stamps[0]:
+        return 0
+    container.seek(max(keys), stream=stream)
+    landed = next(container.decode(stream), None)
+    exact = landed is not None and landed.pts == max(keys)  # not so in a container without an exact index
+    container.seek(max(keys) if exact else stamps[0], stream=stream)
+    return stamps.index(max(keys)) if exact else 0
 
 
 def check_length(path: str | Path, info: VideoInfo, *, start: int, frames: int, stride: int) -> None:
@@ -203,6 +248,8 @@ def _header(path: str | Path, container: InputContainer) -> VideoInfo:
     if not container.streams.video:
         raise ValueError(f"{path}: has no video stream; replace it, or leave it out")
     stream = container.streams.video[0]
+    if _is_transparent(stream):
+        raise ValueError(f"{path}: has an alpha channel; put it on a background, or leave it out")
     size = Path(path).stat().st_size
     present = sum(1 for entry in stream.index_entries if entry.pos + entry.size <= size)
     frames = stream.frames
@@ -216,3 +263,10 @@ def _header(path: str | Path, container: InputContainer) -> VideoInfo:
     if frames == 0 or stream.average_rate is None:
         raise ValueError(f"{path}: has no frames; replace it, or leave it out")
     return VideoInfo(frames=frames, fps=float(stream.average_rate), height=stream.height, width=stream.width)
+
+
+def _is_transparent(stream: VideoStream) -> bool:
+    """Return True if the pixels have an alpha channel, or a WebM file says that it keeps one beside them."""
+    layout = stream.codec_context.format
+    planes = layout.components if layout else ()
+    return stream.metadata.get("alpha_mode") == "1" or any(plane.is_alpha for plane in planes)
