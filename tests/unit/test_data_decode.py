@@ -15,7 +15,7 @@ from dit_booth.data.video import decoder, probe, read_video
 def ramp(frames: int, height: int = 32, width: int = 48) -> np.ndarray:
     """`f h w 3` uint8: each frame has its own grey level, and a bright left edge."""
     pictures = np.zeros((frames, height, width, 3), np.uint8)
-    pictures += (16 + 4 * np.arange(frames, dtype=np.uint8))[:, None, None, None]
+    pictures += (16 + 5 * np.arange(frames, dtype=np.uint8))[:, None, None, None]
     pictures[:, :, :8] = 250
     return pictures
 
@@ -47,7 +47,7 @@ def write(
 
 def levels(pictures: np.ndarray) -> list[int]:
     """The number of each frame of a ramp, from its grey level."""
-    return [round((int(p[:, 20:].mean()) - 16) / 4) for p in pictures]
+    return [round((int(p[:, 20:].mean()) - 16) / 5) for p in pictures]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "open.mp4", ramp(40), options={"x264-params": gop["x264-params"] + ":open-gop=1"})
     write(root / "variable.mp4", ramp(40), options=gop, stamps=irregular)
     write(root / "gop.mkv", ramp(40), options=gop)
-    write(root / "deep.mp4", ramp(12), pixels="yuv420p10le", options={"qp": "10"})
+    write(root / "deep.mp4", ramp(12), pixels="yuv420p10le", options={"qp": "4"})
     write(root / "odd.mp4", ramp(12, 33, 47), pixels="yuv444p")
     write(root / "turned.mp4", ramp(12), rotation=90)
     write(root / "interlaced.mp4", ramp(12), options={"x264-params": "interlaced=1"})
