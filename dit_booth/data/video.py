@@ -9,7 +9,8 @@ whatever their timestamps are, and are turned upright as the file's display matr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -115,11 +116,37 @@ def _decode(container: InputContainer, first: int, wanted: range) -> tuple[list[
     number = first
     for frame in container.decode(video=0):
         if number in wanted:
-            pictures.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+            pictures.append(_upright(frame))
         number += 1
         if number > wanted[-1]:
             break
     return pictures, number
+
+
+def stream_video(path: str | Path, *, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
+    """Iterate over all frames of a video, `h w 3`, scaled to a height and width, in little memory.
+
+    Raises:
+        ValueError: the file is missing or broken, or has fewer frames than its header says.
+    """
+    with _open(path) as container:
+        info, number = _header(path, container), 0
+        for frame in container.decode(video=0):
+            yield _upright(frame, size)
+            number += 1
+    if number < info.frames:
+        raise ValueError(
+            f"{path}: decoded {number} frames, expected {info.frames}; replace it, or leave it out"
+        )
+
+
+def _upright(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Return a frame's pixels, `h w 3`, turned as its display matrix says, and scaled to a height and width."""
+    turns = round(frame.rotation / 90)
+    if size is not None:
+        height, width = size if turns % 2 == 0 else size[::-1]
+        frame = frame.reformat(width=width, height=height, format="rgb24")
+    return np.rot90(frame.to_ndarray(format="rgb24"), turns)
 
 
 def _seek(container: InputContainer, start: int) -> int:
@@ -178,7 +205,27 @@ def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool =
     if not lossless:
         pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with replacing(path) as partial:
-        _encode(partial, pictures, Fraction(fps).limit_denominator(1001), lossless)
+        rate = Fraction(fps).limit_denominator(1001)
+        _encode(partial, pictures, pictures.shape[1:3], rate, lossless=lossless)
+
+
+def cut_video(source: str | Path, target: Path, *, start: int, end: int) -> None:
+    """Write frames `start` to `end` (exclusive) of a video as `write_video` does, in little memory.
+
+    Odd sides lose their last row or column.
+
+    Raises:
+        ValueError: the source is broken, or ends before `end`.
+    """
+    info = probe(source)
+    size = info.height - info.height % 2, info.width - info.width % 2
+    with _open(source) as container, replacing(target) as partial:
+        first = _seek(container, start) if start else 0
+        decoded = enumerate(container.decode(video=0), first)
+        frames = (_upright(frame)[: size[0], : size[1]] for n, frame in decoded if start <= n < end)
+        rate = Fraction(info.fps).limit_denominator(1001)
+        if _encode(partial, itertools.islice(frames, end - start), size, rate) < end - start:
+            raise ValueError(f"{source}: ends before frame {end}; it is truncated or damaged: leave it out")
 
 
 def write_gif(path: str | Path, video: Tensor, *, fps: float) -> None:
@@ -220,15 +267,27 @@ def _to_pixels(video: Tensor, fps: float) -> NDArray[np.uint8]:
     return rearrange((values.clamp(-1, 1) + 1) * 127.5, "f c h w -> f h w c").round().byte().numpy()
 
 
-def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction, lossless: bool) -> None:
+def _encode(
+    path: Path,
+    pictures: Iterable[NDArray[np.uint8]],
+    size: tuple[int, int],
+    rate: Fraction,
+    *,
+    lossless: bool = False,
+) -> int:
+    """Write frames (`h w 3`) of a height and width; return their number."""
+    count = 0
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         codec, options = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", _X264)
         stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
-        stream.height, stream.width = pictures.shape[1:3]
+        stream.height, stream.width = size
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+            count += 1
         container.mux(stream.encode(None))
+    return count
 
 
 @contextmanager

@@ -1,0 +1,60 @@
+"""Build data sets of your own videos, look at them, and encode them once for all trainings.
+
+    dit-booth data build --videos DIR --captions FILE --out DATA --segment.by grabcut --segment.folder BOXES
+    dit-booth data inspect DATA
+    dit-booth data cache DATA-CACHE --config my_run.yaml
+
+`dit-booth data build --help` and so on tell the options; docs/data.md, formats, filters and figures.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from dit_booth.commands.program import RESUMES, run_program
+from dit_booth.data.build.settings import BuildSettings
+from dit_booth.errors import suggest
+
+
+def main(argv: Sequence[str], prog: str | None = None) -> int:
+    """0: done; 1: an error, said in one line; 2: no such subcommand; 130: interrupted, resumable."""
+    words, name = list(argv), prog or "dit-booth data"
+    kind = words[0] if words else "--help"
+    if kind in ("-h", "--help"):
+        print(f"usage: {name} {{{','.join(KINDS)}}} [OPTIONS]\n\n{__doc__}")
+        raise SystemExit(0)
+    if kind not in KINDS:
+        print(f"error: {name} {kind!r} is no subcommand{suggest(kind, KINDS)}", file=sys.stderr)
+        return 2
+    return KINDS[kind](words[1:], f"{name} {kind}")
+
+
+def run_build(argv: Sequence[str], prog: str) -> int:
+    """Build a data set of videos and captions."""
+    return run_program(
+        BuildSettings,
+        build_set,
+        argv,
+        prog=prog,
+        description="Build a data set in VideoBooth's format of videos and captions; docs/data.md tells how.",
+        level=logging.INFO,
+        stopped=RESUMES,
+    )
+
+
+def build_set(settings: BuildSettings) -> Iterator[str]:
+    """Build, and iterate over the lines of the report. ValueError: it cannot be built."""
+    from dit_booth.data.build.build import build
+
+    report = build(settings)
+    yield from report.lines()
+    if not report.accepted:
+        raise ValueError(
+            "no triplet is left; --help tells the thresholds, and manifest.parquet what was measured"
+        )
+    yield f"{settings.out}: --data.kind triplets --data.triplets.root {settings.out}"
+
+
+KINDS: dict[str, Callable[[Sequence[str], str], int]] = {"build": run_build}
