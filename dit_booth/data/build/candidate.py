@@ -35,7 +35,7 @@ class Candidate:
         box: of the subject in the clip's first frame, `x0 y0 x1 y1` in pixels; score: the detector's.
         area: share of the frame that the mask covers. sides: sides of the frame that the box touches.
         motion: of the subject against the background, diagonals per second. change: between sampled frames.
-        sharpness: variance of the Laplacian in the box. hash: perceptual, 32 hex digits.
+        sharpness: steepness of its edges, in percent of its contrast. hash: perceptual, 32 hex digits.
         watermark: correlation with the watermark's edges.
         image_from: videoid of the clip that the image prompt is cut from, if it is another one.
         reasons: why it was rejected, empty for a triplet of the set; details: in a sentence.

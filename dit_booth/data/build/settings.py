@@ -62,12 +62,12 @@ class FilterSettings:
     """Largest share of the first frame that the mask may cover."""
     max_sides: int = 1
     """Sides of the frame that the subject's box may touch."""
-    min_motion: float = 0.01
+    min_motion: float = 0.005
     """Smallest motion of the subject against the background, in diagonals of the frame per second (optical flow)."""
     min_change: float = 0.5
     """Smallest change between sampled frames, mean over the pixels, of 255: below, the clip is a still."""
-    min_sharpness: float = 15.0
-    """Smallest variance of the Laplacian in the subject's box, of frame 0 at 256 pixels."""
+    min_sharpness: float = 18.0
+    """Smallest steepness of the subject's edges in percent of its contrast (Laplacian, first frame at 256 pixels)."""
     min_frames: int = 61
     """Smallest number of frames of a clip (16 frames at interval 4 need 61)."""
     max_distance: int = 6
@@ -86,7 +86,7 @@ class FilterSettings:
             max_sides="[0, 4]",
             min_motion="[0, 100]",
             min_change="[0, 255]",
-            min_sharpness="[0, 1000000000]",
+            min_sharpness="[0, 1000]",
             min_frames="[1, 1000000]",
             max_distance="[-1, 128]",
             max_watermark="[-1, 1]",
