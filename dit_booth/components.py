@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_booth.config import RunConfig, StageName
 from dit_booth.data.example import VideoDataset
-from dit_booth.data.readers.triplets import check_caption
+from dit_booth.data.readers.item import check_caption
 from dit_booth.data.subject import insert_before
 from dit_booth.data.toyworld import Split
 from dit_booth.diffusion.noise import Generators

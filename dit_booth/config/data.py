@@ -7,12 +7,14 @@ from typing import Literal
 
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.image_prompt import Augment
-from dit_booth.data.readers.triplets import Check, Triplets, TripletsConfig, check_caption
+from dit_booth.data.readers.formats import FormatName
+from dit_booth.data.readers.item import Check, check_caption
+from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 from dit_booth.data.toyworld import Describe, Split, Toyworld, ToyworldConfig
 from dit_booth.errors import SEED, check_ranges
 
-DataKind = Literal["toyworld", "triplets"]
-DATA_KINDS: tuple[DataKind, ...] = ("toyworld", "triplets")
+DataKind = Literal["toyworld", "triplets", "images"]
+DATA_KINDS: tuple[DataKind, ...] = ("toyworld", "triplets", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +26,21 @@ class ToyworldOptions:
 @dataclass(frozen=True, kw_only=True)
 class TripletsOptions:
     root: str = ""
-    """Folder with the CSV files, videos/ and masks/."""
-    csv: str = "*.csv"
-    """CSV files of the folder to train on."""
+    """Folder of the data set."""
+    format: Literal["videobooth", "webvid", "folder", "metadata", "shards"] = "videobooth"
+    """Format of the folder; docs/data.md describes them."""
+    csv: str = ""
+    """Files of the folder that list the examples to train on, a glob; empty: the format's, such as *.csv."""
     dev_csv: str = ""
-    """CSV files whose image prompts are sampled from while settings are chosen; empty: those trained on."""
+    """Files whose image prompts are sampled from while settings are chosen; empty: those trained on."""
     test_csv: str = ""
-    """CSV files whose image prompts are sampled from for published numbers; empty: those of dev_csv."""
+    """Files whose image prompts are sampled from for published numbers; empty: those of dev_csv."""
     stride: int = 4
     """Distance between the frames read (VideoBooth: 16 frames, every 4th)."""
     augment: bool = True
     """Flip, rotate and trim the image prompt in training, as VideoBooth does."""
+    cross_pair: bool = True
+    """Cut an image prompt from another clip of the subject where the data name one (column image_from)."""
     max_broken: int = 0
     """Broken videos that may be left out, with a warning; one more is an error."""
 
@@ -43,9 +49,23 @@ class TripletsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagesOptions:
+    root: str = ""
+    """Folder with picture.jpg, picture.txt (caption; second line: subject) and maybe picture.mask.png."""
+    augment: bool = True
+    """Flip, rotate and trim the image prompt in training, as VideoBooth does."""
+    max_broken: int = 0
+    """Broken pictures that may be left out, with a warning; one more is an error."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data.images", max_broken="[0, 1000000000]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     kind: DataKind = "toyworld"
-    """toyworld: procedural, no files. triplets: a folder in VideoBooth's format."""
+    """toyworld: procedural, no files. triplets: a folder of videos with captions and masks. images: one of pictures,
+    which are videos of one frame."""
     frames: int = 8
     """Frames of a video."""
     size: int = 32
@@ -58,6 +78,7 @@ class DataConfig:
     """Seed of the data."""
     toyworld: ToyworldOptions = ToyworldOptions()
     triplets: TripletsOptions = TripletsOptions()
+    images: ImagesOptions = ImagesOptions()
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -71,17 +92,27 @@ class DataConfig:
         )
         if 0 < self.image_size < 8:
             raise ValueError(f"data.image_size is {self.image_size}; use 8 or more, or 0 for data.size")
-        if self.kind == "triplets" and not self.triplets.root:
+        if self.kind != "toyworld" and not self.on_disk.root:
             raise ValueError(
-                "data.triplets.root is empty; data.kind=triplets needs the folder of the data set"
+                f"data.{self.kind}.root is empty; data.kind={self.kind} needs the folder of the data set"
             )
+
+    @property
+    def on_disk(self) -> TripletsOptions | ImagesOptions:
+        """The section of the chosen kind of data on disk."""
+        return self.images if self.kind == "images" else self.triplets
+
+    @property
+    def format(self) -> FormatName:
+        """The format of data on disk."""
+        return "images" if self.kind == "images" else self.triplets.format
 
     def build(self, split: Split = "train", check: Check = check_caption) -> VideoDataset:
         """Return the data set of a split: to train on, or one whose image prompts are sampled from (dev, test).
 
         check: raises ValueError at a caption of a file without its subject (`Triplets`).
         """
-        return self._toyworld(split) if self.kind == "toyworld" else self._triplets(split, check)
+        return self._toyworld(split) if self.kind == "toyworld" else self._on_disk(split, check)
 
     def _toyworld(self, split: Split) -> Toyworld:
         return Toyworld(
@@ -95,19 +126,27 @@ class DataConfig:
             )
         )
 
-    def _triplets(self, split: Split, check: Check) -> Triplets:
-        options = self.triplets
+    def lists(self, split: Split) -> str:
+        """Return the glob of the files that list a split; empty: all that the format has."""
+        if self.kind == "images":
+            return ""
+        dev = self.triplets.dev_csv or self.triplets.csv
+        return {"train": self.triplets.csv, "dev": dev, "test": self.triplets.test_csv or dev}[split]
+
+    def _on_disk(self, split: Split, check: Check) -> Triplets:
+        options = self.on_disk
         varied = options.augment and split == "train"
-        dev = options.dev_csv or options.csv
         return Triplets(
             TripletsConfig(
                 root=options.root,
-                csv={"train": options.csv, "dev": dev, "test": options.test_csv or dev}[split],
-                frames=self.frames,
-                stride=options.stride,
+                format=self.format,
+                csv=self.lists(split),
+                frames=1 if self.kind == "images" else self.frames,
+                stride=self.triplets.stride,
                 size=self.size,
                 image_size=self.image_size or None,
                 augment=Augment() if varied else Augment(flip=False, degrees=0.0, trim=0.0),
+                cross_pair=self.triplets.cross_pair,
                 max_broken=options.max_broken,
                 seed=self.seed,
             ),

@@ -1,4 +1,4 @@
-"""Fingerprint a data set by the names and sizes of the files that its CSV files list. Standard library only."""
+"""Fingerprint a data set by the names and sizes of its files. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def files_of(root: Path, list_file: Path) -> str:
     """
     status = list_file.stat()
     return _files_of(os.fspath(root.resolve()), os.fspath(list_file), status.st_size, status.st_mtime_ns)
+
+
+def files_below(root: Path) -> str:
+    """Hash the names and sizes of all files below a folder, for formats without lists of their own; see `files_of`."""
+    found = sorted(
+        f"{path.relative_to(root)} {path.stat().st_size}\n" for path in root.rglob("*") if path.is_file()
+    )
+    return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 @functools.cache

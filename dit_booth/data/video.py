@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dit_booth.data.media import Media, is_file, open_media, size_of
 from dit_booth.files import replacing
 
 # Visually lossless, and small enough for a web page.
@@ -49,7 +50,7 @@ def decoder() -> str:
     return f"pyav {av.__version__}, libavcodec {codec}"
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: str | Media) -> VideoInfo:
     """Read a video's header, and check that the file is as long as the header says; decodes one frame at most.
 
     Raises:
@@ -68,7 +69,7 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def read_video(
-    path: str | Path, *, start: int = 0, frames: int | None = None, stride: int = 1
+    path: str | Media, *, start: int = 0, frames: int | None = None, stride: int = 1
 ) -> NDArray[np.uint8]:
     """Decode frames `start`, `start + stride`, ... of a video.
 
@@ -77,7 +78,7 @@ def read_video(
     Flipped bits that still decode are not detected (H.264 has no checksum); missing data is.
 
     Args:
-        path: any file that FFmpeg reads.
+        path: any file that FFmpeg reads, or one in a tar archive.
         start: first frame, from 0.
         frames: number of frames; None: all that remain.
         stride: distance between frames.
@@ -123,7 +124,7 @@ def _decode(container: InputContainer, first: int, wanted: range) -> tuple[list[
     return pictures, number
 
 
-def stream_video(path: str | Path, *, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
+def stream_video(path: str | Media, *, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
     """Iterate over all frames of a video, `h w 3`, scaled to a height and width, in little memory.
 
     Raises:
@@ -167,7 +168,7 @@ def _seek(container: InputContainer, start: int) -> int:
     return stamps.index(max(keys)) if exact else 0
 
 
-def check_length(path: str | Path, info: VideoInfo, *, start: int, frames: int, stride: int) -> None:
+def check_length(path: str | Media, info: VideoInfo, *, start: int, frames: int, stride: int) -> None:
     """Raise an error if a video has fewer frames than a window needs.
 
     Raises:
@@ -209,7 +210,7 @@ def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool =
         _encode(partial, pictures, pictures.shape[1:3], rate, lossless=lossless)
 
 
-def cut_video(source: str | Path, target: Path, *, start: int, end: int) -> None:
+def cut_video(source: str | Media, target: Path, *, start: int, end: int) -> None:
     """Write frames `start` to `end` (exclusive) of a video as `write_video` does, in little memory.
 
     Odd sides lose their last row or column.
@@ -291,11 +292,12 @@ def _encode(
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[InputContainer]:
-    if not Path(path).is_file():
+def _open(path: str | Media) -> Iterator[InputContainer]:
+    media = Path(path) if isinstance(path, str) else path
+    if not is_file(media):
         raise ValueError(f"{path}: no such file; check the path")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(media) if isinstance(media, Path) else open_media(media)) as container:
             yield container
     except av.FFmpegError as error:
         raise ValueError(
@@ -303,13 +305,13 @@ def _open(path: str | Path) -> Iterator[InputContainer]:
         ) from error
 
 
-def _header(path: str | Path, container: InputContainer) -> VideoInfo:
+def _header(path: str | Media, container: InputContainer) -> VideoInfo:
     if not container.streams.video:
         raise ValueError(f"{path}: has no video stream; replace it, or leave it out")
     stream = container.streams.video[0]
     if _is_transparent(stream):
         raise ValueError(f"{path}: has an alpha channel; put it on a background, or leave it out")
-    size = Path(path).stat().st_size
+    size = size_of(Path(path) if isinstance(path, str) else path)
     present = sum(1 for entry in stream.index_entries if entry.pos + entry.size <= size)
     frames = stream.frames
     if frames == 0:  # Matroska stores no count: read the file once and count packets

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from dit_booth.config import PlainDict, RunConfig, StageName, decisive
 from dit_booth.config.parse import is_plugin
-from dit_booth.data.listing import files_of
+from dit_booth.data.listing import files_below, files_of
+from dit_booth.data.readers.formats import FORMATS
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
@@ -152,18 +153,22 @@ def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple
     return declared_globs(config, name, {strategy: classes[strategy] for strategy in active})
 
 
-def _data_files(config: RunConfig) -> Mapping[str, list[str]]:
-    """Return, for each CSV file of a data set on disk, its hash and that of the files it names."""
+def _data_files(config: RunConfig) -> Mapping[str, object]:
+    """Return, for data on disk, the decoder, and hashes of the files that list the examples and of those they name."""
     if config.data.kind == "toyworld":
         return {}
-    options = config.data.triplets
-    root = Path(options.root)
-    files = sorted(root.glob(options.csv))
-    if not files:
-        raise ValueError(
-            f"data.triplets.root is {options.root!r}, which has no file {options.csv!r} (data.triplets.csv)"
-        )
-    return {str(file.relative_to(root)): [content_of(file), files_of(root, file)] for file in files}
+    from dit_booth.data.video import decoder
+
+    root, name = Path(config.data.on_disk.root), config.data.format
+    files = FORMATS[name].files(root, config.data.lists("train"))
+    if name in ("videobooth", "webvid"):
+        listed = {str(file.relative_to(root)): [content_of(file), files_of(root, file)] for file in files}
+    else:
+        texts = [file for file in files if file.is_file() and file.suffix != ".tar"]
+        listed = {str(file.relative_to(root)): [content_of(file)] for file in texts} | {
+            "": [files_below(root)]
+        }
+    return {"decoder": decoder(), **listed}
 
 
 def _weights(config: RunConfig) -> str:

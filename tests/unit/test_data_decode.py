@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from odd_videos import ramp, write
 
 from dit_booth.data.video import decoder, probe, read_video
-
-
-def ramp(frames: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """`f h w 3` uint8: each frame has its own grey level, and a bright left edge."""
-    pictures = np.zeros((frames, height, width, 3), np.uint8)
-    pictures += (16 + 5 * np.arange(frames, dtype=np.uint8))[:, None, None, None]
-    pictures[:, :, :8] = 250
-    return pictures
-
-
-def write(
-    path: Path,
-    pictures: np.ndarray,
-    *,
-    codec: str = "libx264",
-    pixels: str = "yuv420p",
-    options: dict[str, str] | None = None,
-    stamps: list[int] | None = None,
-    rotation: int = 0,
-    interlaced: bool = False,
-) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options=options or {})
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], pixels
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = stamps[number] if stamps else 100 * number
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def levels(pictures: np.ndarray) -> list[int]:

@@ -60,7 +60,8 @@ def subject_motion(frames: list[Grey], mask: Mask) -> float:
     Flow is OpenCV's DIS (Kroeger et al. 2016). The background's is the median outside the mask, so a moving camera
     is no motion. The mask is known in the first frame, and moves on with the flow.
     """
-    return float(np.mean(list(motions(frames, mask)))) if len(frames) > 1 else 0.0
+    found = list(motions(frames, mask))
+    return float(np.mean(found)) if found else 0.0
 
 
 def motions(frames: list[Grey], mask: Mask) -> Iterator[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_booth.data.build.candidate import NO_NOUN, Candidate, Dropped
 from dit_booth.data.build.settings import NounSettings
-from dit_booth.data.readers.triplets import check_caption
+from dit_booth.data.readers.item import check_caption
 
 WORDS = """
 ends: in on at by with of from to into onto over under near through across along around behind beside between during
