@@ -23,7 +23,7 @@ MASKED = ("fine", "odd", "turned", "deep", "variable", "two", "large_mask")
 WRONG = {
     "truncated": "truncated",
     "empty": "not a readable video",
-    "no_frames": "no frame",
+    "no_frames": "not a readable video",
     "sound": "no video stream",
     "interlaced": "is interlaced",
     "alpha": "alpha channel",

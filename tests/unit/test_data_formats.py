@@ -224,10 +224,10 @@ def test_malformed_metadata(source: Path, tmp_path: Path, line: object, words: s
 def test_a_folder_whose_caption_is_missing_or_not_utf8(source: Path, tmp_path: Path) -> None:
     make_folder(source, tmp_path)
     (tmp_path / "deep" / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="a.txt: not UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8"):
         open_set(tmp_path, "folder")
     (tmp_path / "deep" / "a.txt").unlink()
-    with pytest.raises(ValueError, match="has no caption; write it into a.txt"):
+    with pytest.raises(ValueError, match=r"has no caption; write it into a\.txt"):
         open_set(tmp_path, "folder")
 
 

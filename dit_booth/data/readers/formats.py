@@ -1,7 +1,7 @@
 """Formats of data sets on disk. Each lists its examples as `Row`s; all give the same `Example`.
 
 videobooth  root/*.csv with videoid,page_dir,name (the caption) and maybe image_from;
-            root/videos/<page_dir>/<videoid>.mp4; root/masks/<videoid>/mask.json and mask_<value>.png, of the video's frame 0
+            root/videos/<page_dir>/<videoid>.mp4; of its frame 0, root/masks/<videoid>/mask.json and mask_<value>.png
 webvid      the same CSV files and videos; masks where there are some
 folder      clip.mp4, clip.txt (the caption; a second line names the subject), and maybe clip.png (the mask of frame 0)
 metadata    metadata.jsonl, .csv or .parquet with file_name (or video) and text (or caption, prompt), and maybe subject,
