@@ -12,8 +12,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
 
 from dit_booth.commands.program import RESUMES, run_program
+from dit_booth.config import RunConfig
 from dit_booth.data.build.settings import BuildSettings
 from dit_booth.errors import suggest
 
@@ -57,4 +65,35 @@ def build_set(settings: BuildSettings) -> Iterator[str]:
     yield f"{settings.out}: --data.kind triplets --data.triplets.root {settings.out}"
 
 
-KINDS: dict[str, Callable[[Sequence[str], str], int]] = {"build": run_build}
+def run_cache(argv: Sequence[str], prog: str) -> int:
+    """Encode the training data of a run once."""
+    from dit_booth.config.parse import parse
+
+    if not argv or argv[0].startswith("-"):
+        print(
+            f"usage: {prog} FOLDER [the options of dit-booth run]; docs/data.md tells more", file=sys.stderr
+        )
+        return 0 if {"-h", "--help"} & set(argv) else 1
+    return run_program(
+        Folder, partial(cache_set, argv[1:], parse), argv[:1], prog=prog, description=None, stopped=RESUMES
+    )
+
+
+@dataclass(frozen=True)
+class Folder:
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder of encoded data to write, or the data set to look at."""
+
+
+def cache_set(flags: Sequence[str], parse: Callable[..., RunConfig], into: Folder) -> Iterator[str]:
+    """Encode the training data of a run; iterate over lines. ValueError: see `encode_data`."""
+    from dit_booth.components import build
+    from dit_booth.training.encoded import encode_data
+
+    config = parse(flags, default_config="demo")
+    plain = replace(config, data=replace(config.data, cache=""))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield from encode_data(build(plain).to(device), Path(into.folder))
+
+
+KINDS: dict[str, Callable[[Sequence[str], str], int]] = {"build": run_build, "cache": run_cache}

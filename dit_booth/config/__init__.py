@@ -280,7 +280,7 @@ def decisive(settings: Mapping[str, Any]) -> PlainDict:
     for name in ("out", "store", "stop_after"):
         out.pop(name, None)
     data = out.get("data", {})
-    for name in ("workers", *(kind for kind in DATA_KINDS if kind != data.get("kind"))):
+    for name in ("workers", "cache", *(kind for kind in DATA_KINDS if kind != data.get("kind"))):
         data.pop(name, None)
     for name in ("checkpoint_every", "validate_every", "validate_examples", "validate_prompts"):
         out.get("train", {}).pop(name, None)

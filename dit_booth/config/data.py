@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.image_prompt import Augment
@@ -13,6 +15,8 @@ from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 from dit_booth.data.toyworld import Describe, Split, Toyworld, ToyworldConfig
 from dit_booth.errors import SEED, check_ranges
 
+CACHE_INDEX = "index.json"
+"""File that tells what a folder of encoded data holds."""
 DataKind = Literal["toyworld", "triplets", "images"]
 DATA_KINDS: tuple[DataKind, ...] = ("toyworld", "triplets", "images")
 
@@ -76,6 +80,10 @@ class DataConfig:
     """Processes that read the data, on each rank."""
     seed: int = 0
     """Seed of the data."""
+    variations: int = 0
+    """Variations of each image prompt in training, in turn by epoch; 0: a new one in every epoch. Data on disk only."""
+    cache: str = ""
+    """Folder of these data encoded once (dit-booth data cache); empty: read and encode the files in every step."""
     toyworld: ToyworldOptions = ToyworldOptions()
     triplets: TripletsOptions = TripletsOptions()
     images: ImagesOptions = ImagesOptions()
@@ -88,6 +96,7 @@ class DataConfig:
             size="[8, 8192]",
             image_size="[0, 8192]",
             workers="[0, 256]",
+            variations="[0, 1000000]",
             seed=SEED,
         )
         if 0 < self.image_size < 8:
@@ -95,6 +104,11 @@ class DataConfig:
         if self.kind != "toyworld" and not self.on_disk.root:
             raise ValueError(
                 f"data.{self.kind}.root is empty; data.kind={self.kind} needs the folder of the data set"
+            )
+
+        if self.cache and self.kind == "toyworld":
+            raise ValueError(
+                f"data.cache is {self.cache!r}, and data.kind toyworld has no files; leave it empty"
             )
 
     @property
@@ -126,6 +140,16 @@ class DataConfig:
             )
         )
 
+    def read_cache(self) -> dict[str, Any]:
+        """Return the index of the encoded data. ValueError: the folder has none."""
+        file = Path(self.cache, CACHE_INDEX)
+        if not file.is_file():
+            raise ValueError(
+                f"data.cache is {self.cache!r}, which has no {CACHE_INDEX}; make it: dit-booth data cache"
+            )
+        index: dict[str, Any] = json.loads(file.read_text())
+        return index
+
     def lists(self, split: Split) -> str:
         """Return the glob of the files that list a split; empty: all that the format has."""
         if self.kind == "images":
@@ -148,6 +172,7 @@ class DataConfig:
                 augment=Augment() if varied else Augment(flip=False, degrees=0.0, trim=0.0),
                 cross_pair=self.triplets.cross_pair,
                 max_broken=options.max_broken,
+                variations=self.variations,
                 seed=self.seed,
             ),
             check,

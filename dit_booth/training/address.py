@@ -85,6 +85,20 @@ def stages_of(config: RunConfig) -> list[Stage]:
     return out
 
 
+def encoding_address(config: RunConfig) -> str:
+    """Return the hash of all that the encoded training data depend on: files, decoder, settings, and encoders."""
+    settings = config.as_dict()
+    data = decisive(settings)["data"]
+    for name in ("dev_csv", "test_csv"):
+        data.get("triplets", {}).pop(name, None)
+    encoders = {
+        section: {k: v for k, v in settings[section].items() if k not in (*names, "chunk")}
+        for section, names in BY_CONTENT.items()
+    }
+    contents = [_local_or_hub(config.clip.pretrained), _local_or_hub(config.autoencoder.path)]
+    return digest({"data": data, "files": _data_files(config), "contents": contents, **encoders})
+
+
 def digest(value: object, length: int = 12) -> str:
     """Return the first hex digits of a hash of plain containers."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]

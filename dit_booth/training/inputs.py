@@ -17,6 +17,7 @@ from dit_booth.diffusion.objectives import Objective
 from dit_booth.inject import Reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 from dit_booth.models.injected import Prediction
+from dit_booth.training.encoded import EncodedBatch
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def generator_of(*seeds: int) -> torch.Generator:
 @torch.no_grad()
 def make_inputs(
     components: Components,
-    batch: Batch,
+    batch: Batch | EncodedBatch,
     stage: StageConfig,
     generator: Generators,
     dtype: torch.dtype,
@@ -76,13 +77,17 @@ def make_inputs(
     captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
     subjects = [None if d else s or None for s, d in zip(batch.subjects, no_text, strict=True)]
     prompt = components.tokenize(captions, subjects)
-    x0 = components.autoencoder.encode(video, generator)
+    encoded = isinstance(batch, EncodedBatch)
+    x0 = (
+        batch.posterior.draw(video, generator).float()
+        if encoded
+        else components.autoencoder.encode(video, generator)
+    )
     shape, reference = x0.shape, None
     fixed, t = t, per_row(components.objective.sample_t, len(batch), generator) if t is None else t
     t = t.to(x0.device)
     if with_image:
-        images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
-        reference = components.reference(images, dtype, generator)
+        reference = make_reference(components, batch, no_image, dtype, generator)
         clean = components.copies(reference)
         noisy = components.objective.noise(clean, t, randn_like(clean, generator))
         reference = replace(reference, noisy=noisy)
@@ -91,6 +96,20 @@ def make_inputs(
     eps = randn(shape, generator, x0.device, x0.dtype).reshape(x0.shape)  # a row's frames are one draw
     x_t = components.objective.noise(x0, t, eps).to(dtype)
     return Inputs(x_t, components.objective.timestep(t), prompt, reference, x0, eps, t)
+
+
+def make_reference(
+    components: Components,
+    batch: Batch | EncodedBatch,
+    no_image: Tensor,
+    dtype: torch.dtype,
+    generator: Generators,
+) -> Reference:
+    """Return the image prompts as strategies see them; rows in `no_image` (b, bool) have the zero image."""
+    if isinstance(batch, EncodedBatch):
+        return batch.reference(no_image, dtype, generator)
+    images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
+    return components.reference(images, dtype, generator)
 
 
 def _crop(video: Tensor, frames: int, generator: Generators) -> Tensor:

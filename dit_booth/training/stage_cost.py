@@ -20,7 +20,7 @@ from torch import nn
 from dit_booth.components import Components
 from dit_booth.config import PlainDict, RunConfig, StageConfig
 from dit_booth.cost.flops import Flops
-from dit_booth.data.example import VideoDataset, collate
+from dit_booth.data.example import VideoDataset, stack
 from dit_booth.files import read_lines, write_text
 from dit_booth.training.address import Stage
 from dit_booth.training.distributed import Ranks
@@ -85,7 +85,7 @@ def count_flops(
     They are counted on a copy, which gets the gradients.
     """
     probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
-    batch = collate([dataset[0]]).to(device)
+    batch = stack(dataset, [dataset[0]]).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         inputs = make_inputs(probe, batch, stage, generator_of(0), dtype, with_image=bool(probe.model.active))
         with Flops() as counter:

@@ -42,6 +42,7 @@ class TripletsConfig:
         augment: variation of the image prompt in training.
         cross_pair: cut an image prompt from another clip where the data name one (column `image_from`).
         max_broken: number of broken examples that are left out with a warning; more are an error.
+        variations: number of variations of an example in training, in turn by epoch; 0: a new one in every epoch.
         seed: seed of all random draws.
     """
 
@@ -56,12 +57,18 @@ class TripletsConfig:
     augment: Augment = field(default_factory=Augment)
     cross_pair: bool = True
     max_broken: int = 0
+    variations: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         bounds = [(name, getattr(self, name), 1) for name in ("frames", "stride")]
         bounds += [("size", min(self.height_width), 8), ("image_size", self.prompt_size, 8)]
-        for name, value, low in (*bounds, ("max_broken", self.max_broken, 0), ("seed", self.seed, 0)):
+        for name, value, low in (
+            *bounds,
+            ("max_broken", self.max_broken, 0),
+            ("variations", self.variations, 0),
+            ("seed", self.seed, 0),
+        ):
             if value < low:
                 raise ValueError(f"data.{name} is {value}; it must be at least {low}")
 
@@ -105,7 +112,8 @@ class Triplets:
 
     def at(self, index: int, epoch: int) -> Example:
         """Example `index` as varied for training in `epoch`."""
-        return self._load(index, np.random.default_rng((self.config.seed, index, epoch)))
+        number = epoch % self.config.variations if self.config.variations else epoch
+        return self._load(index, np.random.default_rng((self.config.seed, index, number)))
 
     def _load(self, index: int, rng: np.random.Generator | None) -> Example:
         if not 0 <= index < len(self.items):
