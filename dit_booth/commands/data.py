@@ -24,6 +24,7 @@ from dit_booth.commands.program import RESUMES, run_program
 from dit_booth.config import RunConfig
 from dit_booth.data.build.settings import BuildSettings
 from dit_booth.errors import suggest
+from dit_booth.files import write_text
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
@@ -82,7 +83,7 @@ def run_cache(argv: Sequence[str], prog: str) -> int:
 @dataclass(frozen=True)
 class Folder:
     folder: Annotated[str, tyro.conf.Positional]
-    """Folder of encoded data to write, or the data set to look at."""
+    """Folder of encoded data to write."""
 
 
 def cache_set(flags: Sequence[str], parse: Callable[..., RunConfig], into: Folder) -> Iterator[str]:
@@ -96,4 +97,37 @@ def cache_set(flags: Sequence[str], parse: Callable[..., RunConfig], into: Folde
     yield from encode_data(build(plain).to(device), Path(into.folder))
 
 
-KINDS: dict[str, Callable[[Sequence[str], str], int]] = {"build": run_build, "cache": run_cache}
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    folder: Annotated[str, tyro.conf.Positional]
+    """A data set that dit-booth data build has made."""
+    out: str = ""
+    """The page; empty: inspect.html in the folder."""
+    limit: int = 1000
+    """Clips on the page, at most."""
+    workers: int = 0
+    """Processes; 0: one for each core."""
+
+
+def run_inspect(argv: Sequence[str], prog: str) -> int:
+    """Write the page of a built data set."""
+    return run_program(
+        InspectArguments, inspect_set, argv, prog=prog, description="Write a page that shows a data set."
+    )
+
+
+def inspect_set(arguments: InspectArguments) -> Iterator[str]:
+    """Write the page; iterate over lines. ValueError: the folder was not built by this program."""
+    from dit_booth.data.build.inspect import make_page
+
+    page = make_page(Path(arguments.folder), limit=arguments.limit, workers=arguments.workers)
+    file = Path(arguments.out or Path(arguments.folder, "inspect.html"))
+    write_text(file, page)
+    yield f"{file}: {file.stat().st_size / 2**20:.1f} MiB"
+
+
+KINDS: dict[str, Callable[[Sequence[str], str], int]] = {
+    "build": run_build,
+    "inspect": run_inspect,
+    "cache": run_cache,
+}

@@ -244,3 +244,39 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     words = ["build", "--videos", str(tmp_path / "none"), "--captions", "c", "--out", str(tmp_path / "o")]
     assert main([*words, "--segment.folder", str(tmp_path)]) == 1
     assert "is not a folder" in capsys.readouterr().err
+
+
+# The page
+
+
+def test_the_page_shows_every_measured_clip_and_is_self_contained(
+    built: Report, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(clips / "set"), "--workers", "1"]) == 0
+    page = (clips / "set" / "inspect.html").read_text()
+    assert str(clips / "set" / "inspect.html") in capsys.readouterr().out
+    assert "src=http" not in page and "@import" not in page and 'src="http' not in page
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    measured = [c for c in built.candidates if c.hash]
+    assert [row["videoid"] for row in data["rows"]] == [c.videoid for c in measured]
+    assert all(row["clip"].startswith("data:image/webp") and row["still"] for row in data["rows"])
+    assert {dial["setting"] for dial in data["dials"]} <= set(vars(settings_of(clips).filters))
+    assert "truncated" in page, "what was rejected before is listed"
+    first, second = (measured[0].videoid, measured[1].videoid)
+    assert main(["inspect", str(clips / "set"), "--workers", "1", "--limit", "1"]) == 0
+    page = (clips / "set" / "inspect.html").read_text()
+    assert f'"{first}"' in page and f'"{second}"' not in page and "are not on this page" in page
+
+
+def test_a_caption_cannot_end_the_pages_script(tmp_path: Path) -> None:
+    from markupsafe import Markup
+
+    from dit_booth.data.build import inspect
+
+    assert "</script><b>" not in inspect.embed({"caption": "</script><b>"})
+    assert isinstance(inspect.embed({}), Markup)
+
+
+def test_a_folder_that_was_not_built_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "has no manifest.parquet" in capsys.readouterr().err
