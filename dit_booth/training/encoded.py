@@ -22,7 +22,6 @@ from tqdm import tqdm
 from dit_booth.components import Components
 from dit_booth.config import RunConfig
 from dit_booth.config.data import CACHE_INDEX
-from dit_booth.data.example import Example
 from dit_booth.data.readers.triplets import Triplets
 from dit_booth.files import remove_partials, write_text
 from dit_booth.inject import Reference
@@ -246,35 +245,36 @@ def encode_shard(
 ) -> dict[str, Tensor]:
     """Return the tensors of a file: a video of each example, and all variations of its image prompt."""
     out: dict[str, Tensor] = {}
-    for variation in range(variations):
-        for first in range(members.start, members.stop, rows):
-            numbers = list(range(first, min(first + rows, members.stop)))
-            examples = [dataset.at(number, variation) for number in numbers]
-            examples += examples[-1:] * (rows - len(numbers))  # the last batch is as large as the others
-            images = torch.stack([example.image for example in examples]).to(components.device)
-            seen = see(components, images)
-            for place, number in enumerate(numbers):
-                row = seen.map(lambda tensor, place=place: tensor[place])  # type: ignore[misc]
-                out |= {f"{number}.{variation}.{name}": value for name, value in row.tensors().items()}
-            if variation == 0:
-                out |= encode_videos(components, examples, numbers)
-            if members.start == first == variation == 0:
-                zero = see(components, torch.zeros_like(images)).map(lambda tensor: tensor[0])
-                out |= {f"zero.{name}": value for name, value in zero.tensors().items()}
+    for first in range(members.start, members.stop, rows):
+        numbers = list(range(first, min(first + rows, members.stop)))
+        filled = numbers + numbers[-1:] * (rows - len(numbers))  # the last batch is as large as the others
+        out |= encode_videos(components, [dataset[number].video for number in filled], numbers)
+        for variation in range(variations):
+            images = torch.stack([dataset.image_at(number, variation) for number in filled])
+            out |= rows_of(see(components, images), [f"{number}.{variation}" for number in numbers])
+    if members.start == 0:
+        out |= rows_of(see(components, torch.zeros_like(images)), ["zero"])
     return {name: tensor.cpu().clone() for name, tensor in out.items()}
 
 
+def rows_of(seen: Seen, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors of the first rows of a batch, by their names."""
+    return {
+        f"{name}.{key}": tensor[i] for i, name in enumerate(names) for key, tensor in seen.tensors().items()
+    }
+
+
 def encode_videos(
-    components: Components, examples: Sequence[Example], numbers: Sequence[int]
+    components: Components, videos: Sequence[Tensor], numbers: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Return the moments of videos by the examples' numbers."""
-    video = torch.stack([example.video for example in examples]).to(components.device)
-    moments = components.autoencoder.moments(video)
+    """Return the moments of videos (f 3 h w) by the examples' numbers."""
+    moments = components.autoencoder.moments(torch.stack(list(videos)).to(components.device))
     return {f"{number}.video": moments[place] for place, number in enumerate(numbers)}
 
 
 def see(components: Components, images: Tensor) -> Seen:
     """Encode image prompts (b 3 s s)."""
+    images = images.to(components.device)
     states = components.image_encoder(images)
     moments = components.autoencoder.moments(rearrange(images, "b c h w -> b 1 c h w"))
     return Seen(image=images, moments=moments, states=states.states, embedding=states.embedding)

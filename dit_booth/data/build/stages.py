@@ -20,6 +20,8 @@ from dit_booth.files import read_lines
 
 log = logging.getLogger(__name__)
 
+VERSION = 1
+"""Raise it with a change of the code after which a stage of equal input and settings results in something else."""
 Work = Callable[[Candidate], list[Candidate]]
 """One step: a candidate becomes one or more. ValueError, `Dropped` if the reason is known: it is rejected."""
 
@@ -34,7 +36,7 @@ def run_stage(
 
     work: a function that can be pickled. settings: plain containers, all that `work` depends on.
     """
-    kept = Results(folder / f"{name}-{digest(settings)}.jsonl")
+    kept = Results(folder / f"{name}-{digest([VERSION, settings])}.jsonl")
     waiting = [c for c in candidates if not c.reasons and c.digest() not in kept.rows]
     done = tqdm(total=len(waiting), desc=name, unit="clip", disable=not waiting)
     with done, kept:

@@ -162,8 +162,7 @@ def load_item(
             read_rgb(row.video)[None] if row.still else read_video(row.video, frames=frames, stride=stride)
         )
         mask = item.read_mask(pictures[0])
-        frame, cutout = (pictures[0], mask) if prompt is item else prompt.first_frame()
-        image = prepare(frame, size=image_size, mask=cutout, box=prompt.box, augment=augment, rng=rng)
+        image = cut_prompt(prompt, (pictures[0], mask) if prompt is item else None, image_size, augment, rng)
         _, height, width, _ = pictures.shape
         box = pixel_box(item.box, mask, height=height, width=width)
         shown = np.zeros((height, width), bool) if mask is None else mask
@@ -181,6 +180,18 @@ def load_item(
         mask=masks,
         mask_frames=1,
     )
+
+
+def cut_prompt(
+    item: Item,
+    seen: tuple[Pixels, Mask | None] | None,
+    size: int,
+    augment: Augment | None,
+    rng: np.random.Generator | None,
+) -> Tensor:
+    """Cut an image prompt (`3 s s`) out of an item's first frame; `seen`: that frame and its mask, if known."""
+    frame, mask = seen or item.first_frame()
+    return prepare(frame, size=size, mask=mask, box=item.box, augment=augment, rng=rng)
 
 
 def fit(

@@ -14,11 +14,21 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from dit_booth.data.example import Example
 from dit_booth.data.image_prompt import Augment
 from dit_booth.data.readers.formats import FORMATS, FormatName
-from dit_booth.data.readers.item import Check, Escapes, Item, Row, check_caption, check_row, load_item
+from dit_booth.data.readers.item import (
+    Check,
+    Escapes,
+    Item,
+    Row,
+    check_caption,
+    check_row,
+    cut_prompt,
+    load_item,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,26 +122,44 @@ class Triplets:
 
     def at(self, index: int, epoch: int) -> Example:
         """Example `index` as varied for training in `epoch`."""
-        number = epoch % self.config.variations if self.config.variations else epoch
-        return self._load(index, np.random.default_rng((self.config.seed, index, number)))
+        return self._load(index, self._draws(index, epoch))
+
+    def image_at(self, index: int, epoch: int) -> Tensor:
+        """Image prompt of example `index` in `epoch`, `3 s s`, as `at` gives it, without reading the whole video."""
+        rng, item = self._draws(index, epoch), self.items[index]
+        self._stride(rng)  # drawn before the image is
+        try:
+            return cut_prompt(self._prompt_of(item), None, self.config.prompt_size, self.config.augment, rng)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"example {item.row.key}: {error}") from error
 
     def _load(self, index: int, rng: np.random.Generator | None) -> Example:
         if not 0 <= index < len(self.items):
             raise IndexError(f"index is {index}; the data set holds 0 to {len(self.items) - 1}")
         config, item = self.config, self.items[index]
-        stride = config.stride
-        if rng is not None and config.vary_stride:
-            stride = int(rng.integers(1, config.stride + 1))
         return load_item(
             item,
-            self.prompts.get(item.row.image_from, item) if config.cross_pair else item,
+            self._prompt_of(item),
             frames=config.frames,
-            stride=stride,
+            stride=self._stride(rng),
             size=config.height_width,
             image_size=config.prompt_size,
             augment=None if rng is None else config.augment,
             rng=rng,
         )
+
+    def _draws(self, index: int, epoch: int) -> np.random.Generator:
+        number = epoch % self.config.variations if self.config.variations else epoch
+        return np.random.default_rng((self.config.seed, index, number))
+
+    def _stride(self, rng: np.random.Generator | None) -> int:
+        varied = rng is not None and self.config.vary_stride
+        return (
+            int(rng.integers(1, self.config.stride + 1)) if rng is not None and varied else self.config.stride
+        )
+
+    def _prompt_of(self, item: Item) -> Item:
+        return self.prompts.get(item.row.image_from, item) if self.config.cross_pair else item
 
 
 def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Item], dict[str, str]]:
