@@ -146,14 +146,14 @@ def build(config: RunConfig) -> Components:
     """
     torch.manual_seed(config.train.seed)
     text, tower = build_clip(config.clip)
-    image_encoder: ImageEncoder | None = tower
+    image_encoder: ImageEncoder | None = None
     autoencoder: Autoencoder | None = None
     if config.data.cache:
-        dims = Dims(*config.data.read_cache()["dims"], config.data.frames)
-        image_encoder = None
+        width, embed_dim, channels = config.data.read_cache()["dims"]
     else:
-        autoencoder = build_autoencoder(config.autoencoder)
-        dims = Dims(tower.width, tower.embed_dim, autoencoder.channels, config.data.frames)
+        image_encoder, autoencoder = tower, build_autoencoder(config.autoencoder)
+        width, embed_dim, channels = tower.width, tower.embed_dim, autoencoder.channels
+    dims = Dims(width, embed_dim, channels, config.data.frames)
     backbone = build_backbone(
         config.network, channels=dims.latent_channels, text_dim=text.width, text_embed_dim=text.embed_dim
     )

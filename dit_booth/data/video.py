@@ -297,7 +297,8 @@ def _open(path: str | Media) -> Iterator[InputContainer]:
     if not is_file(media):
         raise ValueError(f"{path}: no such file; check the path")
     try:
-        with av.open(str(media) if isinstance(media, Path) else open_media(media)) as container:
+        source = str(media) if isinstance(media, Path) else open_media(media)
+        with av.open(source, mode="r") as container:
             yield container
     except av.FFmpegError as error:
         raise ValueError(

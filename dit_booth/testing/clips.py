@@ -132,11 +132,11 @@ def panned(rng: np.random.Generator, shifts: NDArray[np.float64], size: tuple[in
 def watermark(size: tuple[int, int]) -> Frames:
     """Return the picture of a watermark in the middle of a frame, `h w 1` in [0, 1]."""
     height, width = size
-    canvas = np.zeros((height, width), np.uint8)
+    canvas: NDArray[np.uint8] = np.zeros((height, width), np.uint8)
     scale, thickness = width / 320, max(1, round(width / 160))
     place = (round(0.12 * width), round(0.55 * height))
     cv2.putText(canvas, "sample stock", place, cv2.FONT_HERSHEY_SIMPLEX, scale * 1.1, 255, thickness)
-    return rearrange(canvas.astype(np.float32) / 255, "h w -> h w 1")
+    return rearrange((canvas / 255).astype(np.float32), "h w -> h w 1")
 
 
 def watermark_picture(size: tuple[int, int]) -> NDArray[np.uint8]:

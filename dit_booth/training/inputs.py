@@ -77,12 +77,10 @@ def make_inputs(
     captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
     subjects = [None if d else s or None for s, d in zip(batch.subjects, no_text, strict=True)]
     prompt = components.tokenize(captions, subjects)
-    encoded = isinstance(batch, EncodedBatch)
-    x0 = (
-        batch.posterior.draw(video, generator).float()
-        if encoded
-        else components.autoencoder.encode(video, generator)
-    )
+    if isinstance(batch, EncodedBatch):  # its video holds moments
+        x0 = batch.posterior.draw(video, generator).float()
+    else:
+        x0 = components.autoencoder.encode(video, generator)
     shape, reference = x0.shape, None
     fixed, t = t, per_row(components.objective.sample_t, len(batch), generator) if t is None else t
     t = t.to(x0.device)

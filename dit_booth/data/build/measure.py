@@ -69,13 +69,19 @@ def motions(frames: list[Grey], mask: Mask) -> Iterator[float]:
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     diagonal = float(np.hypot(*frames[0].shape))
     for before, after in pairwise(frames):
-        flow: Flow = dis.calc(before, after, None)
+        flow = compute_flow(dis, before, after)
         around = ~cv2.dilate(mask.astype(np.uint8), np.ones((7, 7), np.uint8)).astype(bool)
         if not mask.any() or not around.any():
             return
         ground = np.median(flow[around], axis=0)
         yield float(np.linalg.norm(flow[mask] - ground, axis=1).mean()) / diagonal
-        mask = moved(mask, dis.calc(after, before, None))
+        mask = moved(mask, compute_flow(dis, after, before))
+
+
+def compute_flow(dis: cv2.DISOpticalFlow, before: Grey, after: Grey) -> Flow:
+    """Return the flow that leads from one frame to another, `h w 2` in pixels."""
+    flow: Flow = np.zeros((*before.shape, 2), np.float32)
+    return np.asarray(dis.calc(before, after, flow), np.float32)
 
 
 def moved(mask: Mask, back: Flow) -> Mask:
@@ -130,4 +136,5 @@ def read_watermark(file: str) -> Flow:
 def edges(picture: Pixels) -> Flow:
     """Return the magnitude of the gradient, `h w`."""
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    return cv2.magnitude(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+    across, down = cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)
+    return np.asarray(cv2.magnitude(across, down), np.float32)

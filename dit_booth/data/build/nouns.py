@@ -65,7 +65,7 @@ def by_rules(caption: str, _: str = "") -> list[str]:
     A phrase without a determiner counts if it is the first. Good for captions such as stock videos have; spaCy knows
     more.
     """
-    nouns = []
+    nouns: list[str] = []
     for clause in re.split(r"[^\w\s'-]+", caption):
         phrase: list[str] = []
         for word in [*clause.split(), "is"]:

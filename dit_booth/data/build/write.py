@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from dit_booth.data.build.candidate import Candidate
 from dit_booth.data.build.nouns import singulars
@@ -118,7 +119,7 @@ def read_manifest(out: Path) -> list[Candidate]:
     ]
 
 
-def import_duckdb():  # type: ignore[no-untyped-def]
+def import_duckdb() -> Any:
     """Return the module DuckDB, which writes and reads Parquet. ValueError: it is not installed."""
     try:
         import duckdb
