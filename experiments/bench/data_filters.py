@@ -70,7 +70,7 @@ def figures(plan: Sequence[Defect], candidates: Sequence[Candidate]) -> list[tup
     this defect too, as a large subject touches the border. The caption's "ground" has no mask in any clip.
     """
     reasons = {c.videoid: c.reasons for c in candidates if c.subject != "ground"}
-    out = []
+    out: list[tuple[str, float, float, int]] = []
     for name in DEFECTS[1:]:
         planted = {f"clip{i}" for i, defect in enumerate(plan) if defect == name}
         sound = {f"clip{i}" for i, defect in enumerate(plan) if defect == "none"}
