@@ -11,6 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
+LISTS = {"videobooth": "*.csv", "webvid": "*.csv", "metadata": "metadata.*", "shards": "*.tar"}
+"""Glob of the files that list a format's examples; the folder itself does in formats that are not named here."""
+
+
+def list_files(root: Path, format: str, glob: str = "") -> list[Path]:
+    """Return the files that list a data set's examples, by a glob or the format's own; the folder if there is none."""
+    pattern = glob or LISTS.get(format, "")
+    return sorted(root.glob(pattern)) if pattern else [root]
+
+
+def files_named(root: Path, format: str, list_file: Path) -> str:
+    """Hash the names and sizes of the files that a list names, as far as the format tells, else of the whole folder."""
+    return files_of(root, list_file) if LISTS.get(format) == "*.csv" else files_below(root)
+
+
 def files_of(root: Path, list_file: Path) -> str:
     """Hash the names and sizes of the videos and masks that a CSV file in VideoBooth's format lists.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dit_booth.config import PlainDict, RunConfig, StageName, decisive
 from dit_booth.config.parse import is_plugin
-from dit_booth.data.listing import files_below, files_of
+from dit_booth.data.listing import files_named
 from dit_booth.data.readers.formats import FORMATS
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
@@ -174,14 +174,12 @@ def _data_files(config: RunConfig) -> Mapping[str, object]:
     from dit_booth.data.video import decoder
 
     root, name = Path(config.data.on_disk.root), config.data.format
-    files = FORMATS[name].files(root, config.data.lists("train"))
-    if name in ("videobooth", "webvid"):
-        listed = {str(file.relative_to(root)): [content_of(file), files_of(root, file)] for file in files}
-    else:
-        texts = [file for file in files if file.is_file() and file.suffix != ".tar"]
-        listed = {str(file.relative_to(root)): [content_of(file)] for file in texts} | {
-            "": [files_below(root)]
-        }
+    listed = {}
+    for file in FORMATS[name].files(root, config.data.lists("train")):
+        read = (
+            [content_of(file)] if file.is_file() and file.suffix != ".tar" else []
+        )  # a shard counts by its size
+        listed[str(file.relative_to(root))] = [*read, files_named(root, name, file)]
     return {"decoder": decoder(), **listed}
 
 

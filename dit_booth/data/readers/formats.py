@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_booth.data.image_files import Box
+from dit_booth.data.listing import LISTS, list_files
 from dit_booth.data.media import Media, Member, members_of, open_media
 from dit_booth.data.readers.item import Row, safe
 from dit_booth.files import read_table
@@ -35,18 +36,17 @@ VIDEO_NAMES, CAPTION_NAMES = ("file_name", "video", "video_path"), ("text", "cap
 
 @dataclass(frozen=True)
 class Format:
-    """A format: the files that list its examples (a glob; empty: the folder itself does), and their reader."""
+    """A format: its name, and the reader of a file that lists examples (or of the folder, `listing.LISTS`)."""
 
-    lists: str
+    name: FormatName
     read: Callable[[Path, Path], Iterable[Row]]
 
     def files(self, root: Path, glob: str) -> list[Path]:
         """Return the files that list examples. ValueError: there are none."""
-        pattern = glob or self.lists
-        files = sorted(root.glob(pattern)) if pattern else [root]
+        files = list_files(root, self.name, glob)
         if not files:
             raise ValueError(
-                f"data.triplets.csv is {pattern!r}, and {root} has no such file; name the files that list the examples"
+                f"data.triplets.csv is {glob or LISTS[self.name]!r}, and {root} has no such file; name the files that list the examples"
             )
         return files
 
@@ -217,11 +217,12 @@ def describe_sample(archive: Path, stem: str, parts: Mapping[str, Member]) -> tu
     return *parse_text(where, open_media(parts[".txt"]).read()), None
 
 
-FORMATS: dict[FormatName, Format] = {
-    "videobooth": Format("*.csv", read_videobooth),
-    "webvid": Format("*.csv", read_webvid),
-    "folder": Format("", read_folder),
-    "metadata": Format("metadata.*", read_metadata),
-    "shards": Format("*.tar", read_shard),
-    "images": Format("", read_images),
+READERS: dict[FormatName, Callable[[Path, Path], Iterable[Row]]] = {
+    "videobooth": read_videobooth,
+    "webvid": read_webvid,
+    "folder": read_folder,
+    "metadata": read_metadata,
+    "shards": read_shard,
+    "images": read_images,
 }
+FORMATS = {name: Format(name, read) for name, read in READERS.items()}
