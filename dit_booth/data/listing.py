@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
 LISTS = {"videobooth": "*.csv", "webvid": "*.csv", "metadata": "metadata.*", "shards": "*.tar"}
 """Glob of the files that list a format's examples; the folder itself does in formats that are not named here."""
 

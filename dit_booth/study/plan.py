@@ -32,7 +32,7 @@ from dit_booth.study.description import (
 if TYPE_CHECKING:
     from dit_booth.config import RunConfig
 
-FORMAT = 3
+FORMAT = 4
 WEIGHTS_AND_DATA = (
     "weights",
     "strategy_weights",

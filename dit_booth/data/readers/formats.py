@@ -46,7 +46,8 @@ class Format:
         files = list_files(root, self.name, glob)
         if not files:
             raise ValueError(
-                f"data.triplets.csv is {glob or LISTS[self.name]!r}, and {root} has no such file; name the files that list the examples"
+                f"data.triplets.csv is {glob or LISTS[self.name]!r}, and {root} has no such file; "
+                "name the files that list the examples"
             )
         return files
 
