@@ -33,6 +33,12 @@ COMMANDS = {
         "sample from a run or the embedded pipeline",
         'dit-booth sample toyworld --image star.png --caption "a star is spinning on snow" --subject star',
     ),
+    "data": Command(
+        "dit_booth.commands.data",
+        "BuildSettings",
+        "build a data set of your videos, inspect it, encode it once",
+        "dit-booth data build --videos DIR --captions FILE --out DATA --segment.folder MASKS",
+    ),
     "personalise": Command(
         "dit_booth.commands.personalise",
         "PersonaliseArguments",

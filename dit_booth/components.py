@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_booth.config import RunConfig, StageName
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.image_prompt import shows_subject
-from dit_booth.data.readers.triplets import check_caption
+from dit_booth.data.readers.item import check_caption
 from dit_booth.data.subject import insert_before
 from dit_booth.data.toyworld import Split
 from dit_booth.diffusion.noise import Generators
@@ -33,21 +33,37 @@ from dit_booth.models.weights import part, write
 
 @dataclass
 class Components:
-    """All that a run is made of. Only `model` trains; the others are frozen and hold no state."""
+    """All that a run is made of. Only `model` trains; the others are frozen and hold no state.
+
+    The autoencoder and the image encoder of a run on encoded data (`data.cache`) are built when they are first used.
+    """
 
     config: RunConfig
     model: Injected
-    autoencoder: Autoencoder
-    image_encoder: ImageEncoder
+    built_autoencoder: Autoencoder | None
+    built_image_encoder: ImageEncoder | None
     objective: Objective
     loaded: frozenset[str] = frozenset()
     """Names of the strategies' parameters that `weights` or `strategy_weights` had; others are at their start."""
 
     def to(self, device: torch.device) -> Self:
         """Move all components to a device, in place."""
-        for module in (self.model, self.autoencoder, self.image_encoder):
-            module.to(device)
+        for module in (self.model, self.built_autoencoder, self.built_image_encoder):
+            if module is not None:
+                module.to(device)
         return self
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        if self.built_autoencoder is None:
+            self.built_autoencoder = build_autoencoder(self.config.autoencoder).to(self.device)
+        return self.built_autoencoder
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        if self.built_image_encoder is None:
+            self.built_image_encoder = build_clip(self.config.clip)[1].to(self.device)
+        return self.built_image_encoder
 
     @property
     def device(self) -> torch.device:
@@ -143,13 +159,19 @@ def build(config: RunConfig) -> Components:
     Then the strategies take what `config.weights` has for them, and what `config.strategy_weights` have, in order.
     """
     torch.manual_seed(config.train.seed)
-    text, image_encoder = build_clip(config.clip)
-    autoencoder = build_autoencoder(config.autoencoder)
+    text, tower = build_clip(config.clip)
+    image_encoder: ImageEncoder | None = None
+    autoencoder: Autoencoder | None = None
+    if config.data.cache:
+        width, embed_dim, channels = config.data.read_cache()["dims"]
+    else:
+        image_encoder, autoencoder = tower, build_autoencoder(config.autoencoder)
+        width, embed_dim, channels = tower.width, tower.embed_dim, autoencoder.channels
+    dims = Dims(width, embed_dim, channels, config.data.frames)
     backbone = build_backbone(
-        config.network, channels=autoencoder.channels, text_dim=text.width, text_embed_dim=text.embed_dim
+        config.network, channels=dims.latent_channels, text_dim=text.width, text_embed_dim=text.embed_dim
     )
     taps = load_pretrained(backbone, text, config.weights, config.backbone)
-    dims = Dims(image_encoder.width, image_encoder.embed_dim, autoencoder.channels, config.data.frames)
     model = assemble(backbone, text, config.strategy, dims, options=config.options(), seed=config.train.seed)
     loaded = load_strategy_weights(model.strategy, taps, f"weights={config.weights}", optional=True)
     for source in config.strategy_weights:

@@ -12,7 +12,7 @@ from dit_booth.comparison.subjects import Subject
 from dit_booth.components import Components, build
 from dit_booth.config import RunConfig, StageConfig, StageName
 from dit_booth.cost.flops import Flops
-from dit_booth.data.example import collate
+from dit_booth.data.example import stack
 from dit_booth.diffusion.start import StartConfig
 from dit_booth.errors import suggest
 from dit_booth.files import CONFIGS, locate, packaged
@@ -135,7 +135,7 @@ def base_throughput(config: RunConfig, ranks: Ranks) -> float:
     dtype = dtype_of(engine_settings(config, ranks))
     set_trainable(components.model, ("backbone.*",), ())
     flops = count_flops(components, stage, dataset, dtype, ranks.device) * config.train.batch_size
-    batch = collate([dataset[index] for index in range(config.train.batch_size)]).to(ranks.device)
+    batch = stack(dataset, [dataset[index] for index in range(config.train.batch_size)]).to(ranks.device)
     components.model.to(dtype)
     return throughput(forward_backward(components, stage, batch, dtype), flops)
 

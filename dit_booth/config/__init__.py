@@ -300,13 +300,14 @@ LATER: dict[str, object] = {
     "start.stride": 4,
     "sample.riflex": 0,
     "objective.per_frame": False,
+    "data.variations": 0,
     "clips": dataclasses.asdict(ClipsConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
     **{f"stages.{name}.foreground": False for name in STAGES},
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
 }
-"""Settings and sections that came after the first runs: at these values they change nothing, and a run is as if without them."""
+"""Settings and sections that came after the first runs: at these values a run is as if without them."""
 
 
 def decisive(settings: Mapping[str, Any]) -> PlainDict:
@@ -323,7 +324,7 @@ def decisive(settings: Mapping[str, Any]) -> PlainDict:
     for name in ("out", "store", "stop_after"):
         out.pop(name, None)
     data = out.get("data", {})
-    for name in ("workers", *(kind for kind in DATA_KINDS if kind != data.get("kind"))):
+    for name in ("workers", "cache", *(kind for kind in DATA_KINDS if kind != data.get("kind"))):
         data.pop(name, None)
     for name in ("checkpoint_every", "validate_every", "validate_examples", "validate_prompts"):
         out.get("train", {}).pop(name, None)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from dit_booth.data.example import VideoDataset
 from dit_booth.data.image_prompt import Augment
-from dit_booth.data.readers.triplets import Check, Triplets, TripletsConfig, check_caption
+from dit_booth.data.readers.formats import FormatName
+from dit_booth.data.readers.item import Check, check_caption
+from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 from dit_booth.data.toyworld import Describe, Scene, Split, Toyworld, ToyworldConfig
 from dit_booth.errors import SEED, check_ranges
 
-DataKind = Literal["toyworld", "triplets"]
-DATA_KINDS: tuple[DataKind, ...] = ("toyworld", "triplets")
+CACHE_INDEX = "index.json"
+"""File that tells what a folder of encoded data holds."""
+DataKind = Literal["toyworld", "triplets", "images"]
+DATA_KINDS: tuple[DataKind, ...] = ("toyworld", "triplets", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +32,21 @@ class ToyworldOptions:
 @dataclass(frozen=True, kw_only=True)
 class TripletsOptions:
     root: str = ""
-    """Folder with the CSV files, videos/ and masks/."""
-    csv: str = "*.csv"
-    """CSV files of the folder to train on."""
+    """Folder of the data set."""
+    format: Literal["videobooth", "webvid", "folder", "metadata", "shards"] = "videobooth"
+    """Format of the folder; docs/data.md describes them."""
+    csv: str = ""
+    """Files of the folder that list the examples to train on, a glob; empty: the format's, such as *.csv."""
     dev_csv: str = ""
-    """CSV files whose image prompts are sampled from while settings are chosen; empty: those trained on."""
+    """Files whose image prompts are sampled from while settings are chosen; empty: those trained on."""
     test_csv: str = ""
-    """CSV files whose image prompts are sampled from for published numbers; empty: those of dev_csv."""
+    """Files whose image prompts are sampled from for published numbers; empty: those of dev_csv."""
     stride: int = 4
     """Distance between the frames read (VideoBooth: 16 frames, every 4th)."""
     augment: bool = True
     """Flip, rotate and trim the image prompt in training, as VideoBooth does."""
+    cross_pair: bool = True
+    """Cut an image prompt from another clip of the subject where the data name one (column image_from)."""
     max_broken: int = 0
     """Broken videos that may be left out, with a warning; one more is an error."""
 
@@ -45,9 +55,23 @@ class TripletsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagesOptions:
+    root: str = ""
+    """Folder with picture.jpg, picture.txt (caption; second line: subject) and maybe picture.mask.png."""
+    augment: bool = True
+    """Flip, rotate and trim the image prompt in training, as VideoBooth does."""
+    max_broken: int = 0
+    """Broken pictures that may be left out, with a warning; one more is an error."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data.images", max_broken="[0, 1000000000]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     kind: DataKind = "toyworld"
-    """toyworld: procedural, no files. triplets: a folder in VideoBooth's format."""
+    """toyworld: procedural, no files. triplets: a folder of videos with captions and masks. images: one of pictures,
+    which are videos of one frame."""
     frames: int = 8
     """Frames of a video."""
     size: int = 32
@@ -58,8 +82,13 @@ class DataConfig:
     """Processes that read the data, on each rank."""
     seed: int = 0
     """Seed of the data."""
+    variations: int = 0
+    """Variations of each image prompt in training, in turn by epoch; 0: a new one in every epoch. Data on disk only."""
+    cache: str = ""
+    """Folder of these data encoded once (dit-booth data cache); empty: read and encode the files in every step."""
     toyworld: ToyworldOptions = ToyworldOptions()
     triplets: TripletsOptions = TripletsOptions()
+    images: ImagesOptions = ImagesOptions()
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -69,21 +98,37 @@ class DataConfig:
             size="[8, 8192]",
             image_size="[0, 8192]",
             workers="[0, 256]",
+            variations="[0, 1000000]",
             seed=SEED,
         )
         if 0 < self.image_size < 8:
             raise ValueError(f"data.image_size is {self.image_size}; use 8 or more, or 0 for data.size")
-        if self.kind == "triplets" and not self.triplets.root:
+        if self.kind != "toyworld" and not self.on_disk.root:
             raise ValueError(
-                "data.triplets.root is empty; data.kind=triplets needs the folder of the data set"
+                f"data.{self.kind}.root is empty; data.kind={self.kind} needs the folder of the data set"
             )
+
+        if self.cache and self.kind == "toyworld":
+            raise ValueError(
+                f"data.cache is {self.cache!r}, and data.kind toyworld has no files; leave it empty"
+            )
+
+    @property
+    def on_disk(self) -> TripletsOptions | ImagesOptions:
+        """The section of the chosen kind of data on disk."""
+        return self.images if self.kind == "images" else self.triplets
+
+    @property
+    def format(self) -> FormatName:
+        """The format of data on disk."""
+        return "images" if self.kind == "images" else self.triplets.format
 
     def build(self, split: Split = "train", check: Check = check_caption) -> VideoDataset:
         """Return the data set of a split: to train on, or one whose image prompts are sampled from (dev, test).
 
         check: raises ValueError at a caption of a file without its subject (`Triplets`).
         """
-        return self._toyworld(split) if self.kind == "toyworld" else self._triplets(split, check)
+        return self._toyworld(split) if self.kind == "toyworld" else self._on_disk(split, check)
 
     def _toyworld(self, split: Split) -> Toyworld:
         return Toyworld(
@@ -98,20 +143,39 @@ class DataConfig:
             )
         )
 
-    def _triplets(self, split: Split, check: Check) -> Triplets:
-        options = self.triplets
+    def read_cache(self) -> dict[str, Any]:
+        """Return the index of the encoded data. ValueError: the folder has none."""
+        file = Path(self.cache, CACHE_INDEX)
+        if not file.is_file():
+            raise ValueError(
+                f"data.cache is {self.cache!r}, which has no {CACHE_INDEX}; make it: dit-booth data cache"
+            )
+        index: dict[str, Any] = json.loads(file.read_text())
+        return index
+
+    def lists(self, split: Split) -> str:
+        """Return the glob of the files that list a split; empty: all that the format has."""
+        if self.kind == "images":
+            return ""
+        dev = self.triplets.dev_csv or self.triplets.csv
+        return {"train": self.triplets.csv, "dev": dev, "test": self.triplets.test_csv or dev}[split]
+
+    def _on_disk(self, split: Split, check: Check) -> Triplets:
+        options = self.on_disk
         varied = options.augment and split == "train"
-        dev = options.dev_csv or options.csv
         return Triplets(
             TripletsConfig(
                 root=options.root,
-                csv={"train": options.csv, "dev": dev, "test": options.test_csv or dev}[split],
-                frames=self.frames,
-                stride=options.stride,
+                format=self.format,
+                csv=self.lists(split),
+                frames=1 if self.kind == "images" else self.frames,
+                stride=self.triplets.stride,
                 size=self.size,
                 image_size=self.image_size or None,
                 augment=Augment() if varied else Augment(flip=False, degrees=0.0, trim=0.0),
+                cross_pair=self.triplets.cross_pair,
                 max_broken=options.max_broken,
+                variations=self.variations,
                 seed=self.seed,
             ),
             check,

@@ -178,6 +178,18 @@ class AugmentedDataset(Protocol):
     def at(self, index: int, epoch: int) -> Example: ...
 
 
+@runtime_checkable
+class Collates(Protocol):
+    """A data set whose rows are stacked by a function of its own."""
+
+    def collate(self, rows: Sequence[Any], /) -> Any: ...
+
+
+def stack(dataset: VideoDataset, rows: Sequence[Any]) -> Any:
+    """Stack rows of a data set into a batch, by its own function if it has one, else by `collate`."""
+    return dataset.collate(rows) if isinstance(dataset, Collates) else collate(rows)
+
+
 class Loader:
     """An endless, seeded, resumable stream of batches.
 
@@ -260,8 +272,8 @@ class Loader:
         pairs = self.indices(number)
         try:
             if isinstance(self.dataset, AugmentedDataset):
-                return collate([self.dataset.at(index, epoch) for index, epoch in pairs])
-            return collate([self.dataset[index] for index, _ in pairs])
+                return cast(Batch, stack(self.dataset, [self.dataset.at(*pair) for pair in pairs]))
+            return cast(Batch, stack(self.dataset, [self.dataset[index] for index, _ in pairs]))
         except (ValueError, OSError) as error:
             raise ValueError(f"batch {number} of rank {self.rank} cannot be read: {error}") from error
 

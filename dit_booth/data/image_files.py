@@ -18,6 +18,8 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dit_booth.data.media import Media, is_file, open_media
+
 Box = tuple[float, float, float, float]
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -52,7 +54,7 @@ class MaskEntry:
     box: Box
 
 
-def read_rgb(path: str | Path) -> Pixels:
+def read_rgb(path: str | Media) -> Pixels:
     """Read an RGB image, rotated as its EXIF orientation says.
 
     Returns:
@@ -71,7 +73,7 @@ def read_rgb(path: str | Path) -> Pixels:
         return np.array(ImageOps.exif_transpose(image))
 
 
-def read_mask(path: str | Path, *, height: int, width: int) -> Mask:
+def read_mask(path: str | Media, *, height: int, width: int) -> Mask:
     """Read a mask for an image of the given size; the foreground may have any single value (1, 255).
 
     Returns:
@@ -134,13 +136,15 @@ def _parse_entry(item: EntryJson) -> MaskEntry:
     )
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Media) -> Image.Image:
     """Open and decode an image file. Raises ValueError, naming the file, for one that is missing or broken."""
-    if not Path(path).is_file():
+    media = Path(path) if isinstance(path, str) else path
+    if not is_file(media):
         raise ValueError(f"{path}: no such file; check the path")
     try:
-        image = Image.open(path)
-        image.load()
+        with open_media(media) as stream:
+            image = Image.open(stream)
+            image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error}); replace it, or leave it out") from error
     return image

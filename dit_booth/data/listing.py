@@ -1,4 +1,4 @@
-"""Fingerprint a data set by the names and sizes of the files that its CSV files list. Standard library only."""
+"""Fingerprint a data set by the names and sizes of its files. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+LISTS = {"videobooth": "*.csv", "webvid": "*.csv", "metadata": "metadata.*", "shards": "*.tar"}
+"""Glob of the files that list a format's examples; the folder itself does in formats that are not named here."""
+
+
+def list_files(root: Path, format: str, glob: str = "") -> list[Path]:
+    """Return the files that list a data set's examples, by a glob or the format's own; the folder if there is none."""
+    pattern = glob or LISTS.get(format, "")
+    return sorted(root.glob(pattern)) if pattern else [root]
+
+
+def files_named(root: Path, format: str, list_file: Path) -> str:
+    """Hash the names and sizes of the files that a list names, as far as the format tells, else of the whole folder."""
+    return files_of(root, list_file) if LISTS.get(format) == "*.csv" else files_below(root)
+
 
 def files_of(root: Path, list_file: Path) -> str:
     """Hash the names and sizes of the videos and masks that a CSV file in VideoBooth's format lists.
@@ -20,6 +34,14 @@ def files_of(root: Path, list_file: Path) -> str:
     """
     status = list_file.stat()
     return _files_of(os.fspath(root.resolve()), os.fspath(list_file), status.st_size, status.st_mtime_ns)
+
+
+def files_below(root: Path) -> str:
+    """Hash the names and sizes of all files below a folder, for formats without lists of their own; see `files_of`."""
+    found = sorted(
+        f"{path.relative_to(root)} {path.stat().st_size}\n" for path in root.rglob("*") if path.is_file()
+    )
+    return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 @functools.cache

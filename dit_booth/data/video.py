@@ -2,13 +2,17 @@
 
 FFmpeg decodes a truncated file without an error and stops early. So the header is compared with the file: an
 index that points beyond the file's end is an error before anything is decoded.
+
+PyAV is the decoder: `experiments/bench/data.py` compares it with others. Frames count in the order of presentation,
+whatever their timestamps are, and are turned upright as the file's display matrix says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
@@ -23,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dit_booth.data.media import Media, is_file, open_media, size_of
 from dit_booth.files import replacing
 
 # Visually lossless, and small enough for a web page.
@@ -31,7 +36,7 @@ _X264 = {"crf": "18", "preset": "medium"}
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """A video file's header: number of frames, frames per second, and size in pixels."""
+    """A video file's header: number of frames, frames per second (average), and upright size in pixels."""
 
     frames: int
     fps: float
@@ -39,26 +44,41 @@ class VideoInfo:
     width: int
 
 
-def probe(path: str | Path) -> VideoInfo:
-    """Read a video's header, and check that the file is as long as the header says, without decoding.
+def decoder() -> str:
+    """Return name and version of the decoder: another one may give other frames of the same file."""
+    codec = ".".join(map(str, av.library_versions["libavcodec"]))
+    return f"pyav {av.__version__}, libavcodec {codec}"
+
+
+def probe(path: str | Media) -> VideoInfo:
+    """Read a video's header, and check that the file is as long as the header says; decodes one frame at most.
 
     Raises:
-        ValueError: the file is missing, is no video, or is truncated.
+        ValueError: the file is missing, is no video, is truncated, interlaced or transparent.
     """
     with _open(path) as container:
-        return _header(path, container)
+        info = _header(path, container)
+        frame = next(container.decode(video=0), None)  # the display matrix comes with it
+        if frame is None:
+            raise ValueError(f"{path}: no frame can be decoded; replace it, or leave it out")
+        if frame.interlaced_frame:
+            raise ValueError(f"{path}: is interlaced; deinterlace it (ffmpeg -vf yadif), or leave it out")
+        if frame.rotation % 180:
+            info = replace(info, height=info.width, width=info.height)
+        return info
 
 
 def read_video(
-    path: str | Path, *, start: int = 0, frames: int | None = None, stride: int = 1
+    path: str | Media, *, start: int = 0, frames: int | None = None, stride: int = 1
 ) -> NDArray[np.uint8]:
     """Decode frames `start`, `start + stride`, ... of a video.
 
-    The file is decoded in order from its beginning: this is exact for every codec, and seeking is not.
+    Decoding begins at the last keyframe before `start`, if the packets' timestamps tell where that is, else at the
+    beginning; frames are then found by their timestamps, so both give the same.
     Flipped bits that still decode are not detected (H.264 has no checksum); missing data is.
 
     Args:
-        path: any file that FFmpeg reads.
+        path: any file that FFmpeg reads, or one in a tar archive.
         start: first frame, from 0.
         frames: number of frames; None: all that remain.
         stride: distance between frames.
@@ -82,20 +102,73 @@ def read_video(
             frames = max(0, -((start - info.frames) // stride))
         check_length(path, info, start=start, frames=frames, stride=stride)
         wanted = range(start, start + frames * stride, stride)
-        pictures, decoded = [], 0
-        for frame in container.decode(video=0):
-            if decoded in wanted:
-                pictures.append(frame.to_ndarray(format="rgb24"))
-            decoded += 1
-            if len(pictures) == frames:
-                return np.stack(pictures)
+        pictures, decoded = _decode(container, _seek(container, start) if start else 0, wanted)
+    if len(pictures) == frames:
+        return np.stack(pictures)
     raise ValueError(
         f"{path}: decoded {decoded} frames, expected {info.frames}; the file is truncated or damaged: "
         "replace it, or leave it out"
     )
 
 
-def check_length(path: str | Path, info: VideoInfo, *, start: int, frames: int, stride: int) -> None:
+def _decode(container: InputContainer, first: int, wanted: range) -> tuple[list[NDArray[np.uint8]], int]:
+    """Decode from frame `first` on until all `wanted` frames are there; return them, and the frames passed."""
+    pictures: list[NDArray[np.uint8]] = []
+    number = first
+    for frame in container.decode(video=0):
+        if number in wanted:
+            pictures.append(_upright(frame))
+        number += 1
+        if number > wanted[-1]:
+            break
+    return pictures, number
+
+
+def stream_video(path: str | Media, *, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
+    """Iterate over all frames of a video, `h w 3`, scaled to a height and width, in little memory.
+
+    Raises:
+        ValueError: the file is missing or broken, or has fewer frames than its header says.
+    """
+    with _open(path) as container:
+        info, number = _header(path, container), 0
+        for frame in container.decode(video=0):
+            yield _upright(frame, size)
+            number += 1
+    if number < info.frames:
+        raise ValueError(
+            f"{path}: decoded {number} frames, expected {info.frames}; replace it, or leave it out"
+        )
+
+
+def _upright(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Return a frame's pixels, `h w 3`, turned as its display matrix says, and scaled to a height and width."""
+    turns = round(frame.rotation / 90)
+    if size is not None:
+        height, width = size if turns % 2 == 0 else size[::-1]
+        frame = frame.reformat(width=width, height=height, format="rgb24")
+    return np.rot90(frame.to_ndarray(format="rgb24"), turns)
+
+
+def _seek(container: InputContainer, start: int) -> int:
+    """Move to the last keyframe at or before frame `start`; return the number of the frame there (0: no seeking)."""
+    stream = container.streams.video[0]
+    packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+    stamps = sorted(pts for pts, _ in packets if pts is not None)
+    container.seek(0)
+    if len(set(stamps)) < len(packets):  # missing or repeated timestamps say nothing about order
+        return 0
+    keys = [pts for pts, is_key in packets if is_key and pts is not None and pts <= stamps[start]]
+    if not keys or max(keys) == stamps[0]:
+        return 0
+    container.seek(max(keys), stream=stream)
+    landed = next(container.decode(stream), None)
+    exact = landed is not None and landed.pts == max(keys)  # not so in a container without an exact index
+    container.seek(max(keys) if exact else stamps[0], stream=stream)
+    return stamps.index(max(keys)) if exact else 0
+
+
+def check_length(path: str | Media, info: VideoInfo, *, start: int, frames: int, stride: int) -> None:
     """Raise an error if a video has fewer frames than a window needs.
 
     Raises:
@@ -133,7 +206,27 @@ def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool =
     if not lossless:
         pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with replacing(path) as partial:
-        _encode(partial, pictures, Fraction(fps).limit_denominator(1001), lossless)
+        rate = Fraction(fps).limit_denominator(1001)
+        _encode(partial, pictures, pictures.shape[1:3], rate, lossless=lossless)
+
+
+def cut_video(source: str | Media, target: Path, *, start: int, end: int) -> None:
+    """Write frames `start` to `end` (exclusive) of a video as `write_video` does, in little memory.
+
+    Odd sides lose their last row or column.
+
+    Raises:
+        ValueError: the source is broken, or ends before `end`.
+    """
+    info = probe(source)
+    size = info.height - info.height % 2, info.width - info.width % 2
+    with _open(source) as container, replacing(target) as partial:
+        first = _seek(container, start) if start else 0
+        decoded = enumerate(container.decode(video=0), first)
+        frames = (_upright(frame)[: size[0], : size[1]] for n, frame in decoded if start <= n < end)
+        rate = Fraction(info.fps).limit_denominator(1001)
+        if _encode(partial, itertools.islice(frames, end - start), size, rate) < end - start:
+            raise ValueError(f"{source}: ends before frame {end}; it is truncated or damaged: leave it out")
 
 
 def write_gif(path: str | Path, video: Tensor, *, fps: float) -> None:
@@ -175,23 +268,37 @@ def _to_pixels(video: Tensor, fps: float) -> NDArray[np.uint8]:
     return rearrange((values.clamp(-1, 1) + 1) * 127.5, "f c h w -> f h w c").round().byte().numpy()
 
 
-def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction, lossless: bool) -> None:
+def _encode(
+    path: Path,
+    pictures: Iterable[NDArray[np.uint8]],
+    size: tuple[int, int],
+    rate: Fraction,
+    *,
+    lossless: bool = False,
+) -> int:
+    """Write frames (`h w 3`) of a height and width; return their number."""
+    count = 0
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         codec, options = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", _X264)
         stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
-        stream.height, stream.width = pictures.shape[1:3]
+        stream.height, stream.width = size
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
         for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+            count += 1
         container.mux(stream.encode(None))
+    return count
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[InputContainer]:
-    if not Path(path).is_file():
+def _open(path: str | Media) -> Iterator[InputContainer]:
+    media = Path(path) if isinstance(path, str) else path
+    if not is_file(media):
         raise ValueError(f"{path}: no such file; check the path")
     try:
-        with av.open(str(path)) as container:
+        source = str(media) if isinstance(media, Path) else open_media(media)
+        with av.open(source, mode="r") as container:
             yield container
     except av.FFmpegError as error:
         raise ValueError(
@@ -199,11 +306,13 @@ def _open(path: str | Path) -> Iterator[InputContainer]:
         ) from error
 
 
-def _header(path: str | Path, container: InputContainer) -> VideoInfo:
+def _header(path: str | Media, container: InputContainer) -> VideoInfo:
     if not container.streams.video:
         raise ValueError(f"{path}: has no video stream; replace it, or leave it out")
     stream = container.streams.video[0]
-    size = Path(path).stat().st_size
+    if _is_transparent(stream):
+        raise ValueError(f"{path}: has an alpha channel; put it on a background, or leave it out")
+    size = size_of(Path(path) if isinstance(path, str) else path)
     present = sum(1 for entry in stream.index_entries if entry.pos + entry.size <= size)
     frames = stream.frames
     if frames == 0:  # Matroska stores no count: read the file once and count packets
@@ -216,3 +325,10 @@ def _header(path: str | Path, container: InputContainer) -> VideoInfo:
     if frames == 0 or stream.average_rate is None:
         raise ValueError(f"{path}: has no frames; replace it, or leave it out")
     return VideoInfo(frames=frames, fps=float(stream.average_rate), height=stream.height, width=stream.width)
+
+
+def _is_transparent(stream: VideoStream) -> bool:
+    """Return True if the pixels have an alpha channel, or a WebM file says that it keeps one beside them."""
+    layout = stream.codec_context.format
+    planes = layout.components if layout else ()
+    return stream.metadata.get("alpha_mode") == "1" or any(plane.is_alpha for plane in planes)

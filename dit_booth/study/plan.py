@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from dit_booth.data.listing import files_of
+from dit_booth.data.listing import files_named, list_files
 from dit_booth.files import CONFIGS, PACKAGE, locate, write_text
 from dit_booth.study.description import (
     NOISE_SEEDS,
@@ -32,7 +32,7 @@ from dit_booth.study.description import (
 if TYPE_CHECKING:
     from dit_booth.config import RunConfig, SampleReference
 
-FORMAT = 3
+FORMAT = 4
 WEIGHTS_AND_DATA = (
     "weights",
     "strategy_weights",
@@ -295,7 +295,7 @@ def _kept(file: Path, description: Description) -> list[Point] | None:
     if kept.get("format") != FORMAT or kept["description"] != json.loads(json.dumps(description.as_dict())):
         return None
     if kept["inputs"] != _stamps(list(kept["inputs"])) or kept["data"] != _data(
-        entry[:2] for entry in kept["data"]
+        entry[:3] for entry in kept["data"]
     ):
         return None
     return [
@@ -328,22 +328,27 @@ def _code_folders() -> list[Path]:
 
 
 def _lists(points: list[Point]) -> list[list[str]]:
-    """Return (folder, CSV file) of all data sets in files."""
-    roots = {
-        (
-            str(_lookup(point.settings, "data.triplets.root")),
-            str(_lookup(point.settings, "data.triplets.csv")),
-        )
-        for point in points
-        if _lookup(point.settings, "data.kind") != "toyworld"
-    }
-    return [[root, str(file)] for root, csv in sorted(roots) for file in sorted(Path(root).glob(csv))]
+    """Return (folder, format, file that lists examples) of all data sets in files."""
+    roots = set()
+    for point in points:
+        if (kind := _lookup(point.settings, "data.kind")) == "images":
+            roots.add((str(_lookup(point.settings, "data.images.root")), "images", ""))
+        elif kind != "toyworld":
+            names = ("root", "format", "csv")
+            root, name, csv = (str(_lookup(point.settings, f"data.triplets.{field}")) for field in names)
+            roots.add((root, name, csv))
+    return [
+        [root, name, str(file)]
+        for root, name, csv in sorted(roots)
+        for file in list_files(Path(root), name, csv)
+    ]
 
 
 def _data(lists: Iterable[list[str]]) -> list[list[str]]:
-    """Add to each (folder, CSV file) the hash of the files that it names."""
+    """Add to each (folder, format, list) the hash of the files that it names."""
     return [
-        [root, file, files_of(Path(root), Path(file)) if Path(file).is_file() else ""] for root, file in lists
+        [root, name, file, files_named(Path(root), name, Path(file)) if Path(file).exists() else ""]
+        for root, name, file in lists
     ]
 
 

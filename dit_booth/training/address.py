@@ -19,7 +19,8 @@ from pathlib import Path
 
 from dit_booth.config import PlainDict, RunConfig, StageName, decisive
 from dit_booth.config.parse import is_plugin
-from dit_booth.data.listing import files_of
+from dit_booth.data.listing import files_named
+from dit_booth.data.readers.formats import FORMATS
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
@@ -84,6 +85,20 @@ def stages_of(config: RunConfig) -> list[Stage]:
         }
         out.append(Stage(index, name, stage_config(config, name).steps, active, digest({**common, **own})))
     return out
+
+
+def encoding_address(config: RunConfig) -> str:
+    """Return the hash of all that the encoded training data depend on: files, decoder, settings, and encoders."""
+    settings = config.as_dict()
+    data = decisive(settings)["data"]
+    for name in ("dev_csv", "test_csv"):
+        data.get("triplets", {}).pop(name, None)
+    encoders = {
+        section: {k: v for k, v in settings[section].items() if k not in (*names, "chunk")}
+        for section, names in BY_CONTENT.items()
+    }
+    contents = [_local_or_hub(config.clip.pretrained), _local_or_hub(config.autoencoder.path)]
+    return digest({"data": data, "files": _data_files(config), "contents": contents, **encoders})
 
 
 def digest(value: object, length: int = 12) -> str:
@@ -161,18 +176,20 @@ def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple
     return declared_globs(config, name, {strategy: classes[strategy] for strategy in active})
 
 
-def _data_files(config: RunConfig) -> Mapping[str, list[str]]:
-    """Return, for each CSV file of a data set on disk, its hash and that of the files it names."""
+def _data_files(config: RunConfig) -> Mapping[str, object]:
+    """Return, for data on disk, the decoder, and hashes of the files that list the examples and of those they name."""
     if config.data.kind == "toyworld":
         return {}
-    options = config.data.triplets
-    root = Path(options.root)
-    files = sorted(root.glob(options.csv))
-    if not files:
-        raise ValueError(
-            f"data.triplets.root is {options.root!r}, which has no file {options.csv!r} (data.triplets.csv)"
-        )
-    return {str(file.relative_to(root)): [content_of(file), files_of(root, file)] for file in files}
+    from dit_booth.data.video import decoder
+
+    root, name = Path(config.data.on_disk.root), config.data.format
+    listed = {}
+    for file in FORMATS[name].files(root, config.data.lists("train")):
+        read = (
+            [content_of(file)] if file.is_file() and file.suffix != ".tar" else []
+        )  # a shard counts by its size
+        listed[str(file.relative_to(root))] = [*read, files_named(root, name, file)]
+    return {"decoder": decoder(), **listed}
 
 
 def _weights(config: RunConfig) -> str:

@@ -19,6 +19,7 @@ from dit_booth.diffusion.objectives import Objective, foreground_weight
 from dit_booth.inject import Reference, timestep_of_reference
 from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
 from dit_booth.models.injected import Prediction
+from dit_booth.training.encoded import EncodedBatch
 
 _LENGTH = 1
 """Tells the draw of a step's length from those of its rows."""
@@ -77,7 +78,7 @@ def with_length(stage: StageConfig, *seeds: int) -> StageConfig:
 @torch.no_grad()
 def make_inputs(
     components: Components,
-    batch: Batch,
+    batch: Batch | EncodedBatch,
     stage: StageConfig,
     generator: Generators,
     dtype: torch.dtype,
@@ -104,7 +105,10 @@ def make_inputs(
     captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
     subjects = [None if d else s or None for s, d in zip(batch.subjects, no_text, strict=True)]
     prompt = components.tokenize(captions, subjects)
-    x0 = components.autoencoder.encode(video, generator)
+    if isinstance(batch, EncodedBatch):  # its video holds moments
+        x0 = batch.posterior.draw(video, generator).float()
+    else:
+        x0 = components.autoencoder.encode(video, generator)
     shape, reference = x0.shape, None
     fixed, t = t, _draw_t(components, len(batch), frames, generator) if t is None else t
     t, known = t.to(x0.device), None
@@ -112,9 +116,7 @@ def make_inputs(
         known, level = (y.to(x0.device) for y in draw_known(config.known, len(batch), frames, generator))
         t = frame_times(t, objective.from_timestep(level), known)
     if with_image:
-        components.check_images(batch.image, batch.keys)
-        images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
-        reference = components.reference(images, dtype, generator)
+        reference = make_reference(components, batch, no_image, dtype, generator)
         clean = components.copies(reference)
         noisy = objective.noise(clean, timestep_of_reference(t), randn_like(clean, generator))
         reference = replace(reference, noisy=noisy)
@@ -128,7 +130,26 @@ def make_inputs(
     return Inputs(x_t, objective.timestep(t), prompt, reference, x0, eps, t, known, region)
 
 
-def _crop(batch: Batch, stage: StageConfig, generator: Generators) -> tuple[Tensor, Tensor]:
+def make_reference(
+    components: Components,
+    batch: Batch | EncodedBatch,
+    no_image: Tensor,
+    dtype: torch.dtype,
+    generator: Generators,
+) -> Reference:
+    """Return the image prompts as strategies see them; rows in `no_image` (b, bool) have the zero image.
+
+    ValueError: an image prompt is all white.
+    """
+    if isinstance(batch, EncodedBatch):
+        components.check_images(batch.seen.image, batch.keys)
+        return batch.reference(no_image, dtype, generator)
+    components.check_images(batch.image, batch.keys)
+    images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
+    return components.reference(images, dtype, generator)
+
+
+def _crop(batch: Batch | EncodedBatch, stage: StageConfig, generator: Generators) -> tuple[Tensor, Tensor]:
     """Return videos (b f 3 h w) and masks (b f h w), cropped to the consecutive frames that the stage asks for."""
     count = batch.video.shape[1]
     frames = stage.frames_of(count)

@@ -20,10 +20,11 @@ from torch import nn
 from dit_booth.components import Components
 from dit_booth.config import PlainDict, RunConfig, StageConfig
 from dit_booth.cost.flops import Flops
-from dit_booth.data.example import Batch, VideoDataset, collate
+from dit_booth.data.example import Batch, VideoDataset, stack
 from dit_booth.files import read_lines, write_text
 from dit_booth.training.address import Stage
 from dit_booth.training.distributed import Ranks
+from dit_booth.training.encoded import EncodedBatch
 from dit_booth.training.inputs import generator_of, make_inputs
 from dit_booth.training.metrics_logger import METRICS
 
@@ -92,14 +93,14 @@ def count_flops(
     probe = components
     if any(p.device != device or p.dtype != dtype for p in components.model.parameters()):
         probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
-    step = forward_backward(probe, stage, collate([dataset[0]]).to(device), dtype)
+    step = forward_backward(probe, stage, stack(dataset, [dataset[0]]).to(device), dtype)
     with Flops() as counter:
         step()
     return float(counter.total)
 
 
 def forward_backward(
-    components: Components, stage: StageConfig, batch: Batch, dtype: torch.dtype
+    components: Components, stage: StageConfig, batch: Batch | EncodedBatch, dtype: torch.dtype
 ) -> Callable[[], None]:
     """Return a call that computes a batch's loss and its gradients, and leaves none; its inputs are encoded already."""
     model, device = components.model, components.device

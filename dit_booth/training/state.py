@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from dit_booth.training import checkpoint
 from dit_booth.training.address import Stage
 from dit_booth.training.distributed import Ranks
 from dit_booth.training.ema import Ema
+from dit_booth.training.encoded import EncodedData
 from dit_booth.training.engine import Engine, compile_backbone, engine_settings, make_engine
 from dit_booth.training.metrics_logger import MetricsLogger
 from dit_booth.training.stage import set_trainable, stage_config, trainable_globs
@@ -62,7 +64,9 @@ class TrainState:
         options, model.active = stage_config(config, stage.name), stage.active
         globs = trainable_globs(config, model, stage.name, stage.active)
         parameters = set_trainable(model, globs, stage.active)
-        dataset, settings = components.stage_data(stage.name, prior), engine_settings(config, ranks)
+        cached = bool(config.data.cache) and stage.name != "subject"
+        dataset: Any = EncodedData(config) if cached else components.stage_data(stage.name, prior)
+        settings = engine_settings(config, ranks)
         cost = StageCost.of(components, options, dataset, parameters, ranks, dtype_of(settings))
         if config.train.compile:
             compile_backbone(model.backbone, settings)

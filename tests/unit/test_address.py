@@ -199,7 +199,7 @@ def test_weights_count_by_content(tmp_path: Path, usual: dict[str, str]) -> None
 
 def test_lists_of_data_count_by_content(tmp_path: Path) -> None:
     flags = ["--data.kind", "triplets", "--data.triplets.root", str(tmp_path)]
-    with pytest.raises(ValueError, match=r"which has no file '\*\.csv'"):
+    with pytest.raises(ValueError, match=r"has no such file"):
         addresses(*flags)
     rows = [("videoid", "page_dir", "name"), ("1", "page", "a dog runs")]
     for name in ("train", "heldout"):

@@ -17,7 +17,8 @@ from PIL import Image
 from dit_booth.config import DataConfig, TripletsOptions
 from dit_booth.data.example import Loader
 from dit_booth.data.image_prompt import Augment
-from dit_booth.data.readers.triplets import Triplets, TripletsConfig, check_caption, fit
+from dit_booth.data.readers.item import check_caption, fit
+from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 from dit_booth.data.video import write_video
 from dit_booth.models.clip.tokenizer import check_subject
 

@@ -1,7 +1,7 @@
 """Autoencoders applied frame by frame: lossless space-to-depth, AutoencoderKL, AutoencoderTiny."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dit_booth.models.autoencoder.config import AutoencoderConfig
+from dit_booth.models.autoencoder.posterior import Draws, Posterior
 from dit_booth.models.weights import load_strictly, read_folder
 
 STEM = "diffusion_pytorch_model"
 """Name of diffusers' weights files, without the suffix."""
-Draws = torch.Generator | Sequence[torch.Generator] | None
-"""Random generators: one for the batch, one per row, or torch's global one."""
 
 
 class Autoencoder(nn.Module, ABC):
@@ -24,14 +23,21 @@ class Autoencoder(nn.Module, ABC):
 
     channels: int
     factor: int
+    posterior: Posterior
 
     @abstractmethod
+    def moments(self, video: Tensor) -> Tensor:
+        """Encode a video (b f 3 h w, [-1, 1]) as what `posterior` makes latents of (b f c' h/factor w/factor).
+
+        ValueError: wrong shape, or a side that `factor` does not divide.
+        """
+
     def encode(self, video: Tensor, generator: Draws = None) -> Tensor:
         """Encode a video (b f 3 h w, [-1, 1]) as latents (b f c h/factor w/factor).
 
-        `generator` (one, or one per row) samples the posterior (`kl` only). ValueError: wrong shape, or a side that
-        `factor` does not divide.
+        `generator` (one, or one per row) samples the posterior (`kl` only). ValueError: see `moments`.
         """
+        return self.posterior.draw(self.moments(video), generator).to(video.dtype)
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -66,10 +72,10 @@ class PixelAutoencoder(Autoencoder):
         super().__init__()
         if patch < 1:
             raise ValueError(f"AutoencoderConfig.patch = {patch} must be at least 1")
-        self.channels, self.factor = 3 * patch**2, patch
+        self.channels, self.factor, self.posterior = 3 * patch**2, patch, Posterior()
         self.eval()
 
-    def encode(self, video: Tensor, generator: Draws = None) -> Tensor:
+    def moments(self, video: Tensor) -> Tensor:
         self._check_video(video)
         return rearrange(video, "b f c (h p) (w q) -> b f (c p q) h w", p=self.factor, q=self.factor)
 
@@ -93,33 +99,23 @@ class DiffusersAutoencoder(Autoencoder):
         self.vae: Any = vae.requires_grad_(False)
         config: Any = vae.config
         self.kl = hasattr(vae, "quant_conv")
-        self.sample, self.chunk = sample, chunk
+        self.chunk = chunk
         self.channels = config.latent_channels
         widths = config.block_out_channels if self.kl else config.encoder_block_out_channels
         self.factor = 2 ** (len(widths) - 1)
-        self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        self.posterior = Posterior(kl=self.kl, sample=sample, scale=scale, shift=shift)
         self.eval()
 
-    def encode(self, video: Tensor, generator: Draws = None) -> Tensor:
+    def moments(self, video: Tensor) -> Tensor:
         self._check_video(video)
-        z = self._chunked(
-            self._moments if self.kl else self._tiny_latents, rearrange(video, "b f c h w -> (b f) c h w")
-        )
-        if self.kl:
-            from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-            posterior = DiagonalGaussianDistribution(z)
-            draws: Any = generator
-            if isinstance(generator, Sequence):  # diffusers takes a list of one generator per frame
-                draws = [row for row in generator for _ in range(video.shape[1])]
-            z = posterior.sample(draws) if self.sample else posterior.mode()
-        z = (z - self.shift) * self.scale
-        latents: Tensor = rearrange(z, "(b f) c h w -> b f c h w", b=len(video)).to(video.dtype)
-        return latents
+        frames = rearrange(video, "b f c h w -> (b f) c h w")
+        z = self._chunked(self._moments if self.kl else self._tiny_latents, frames)
+        return rearrange(z, "(b f) c h w -> b f c h w", b=len(video))
 
     def decode(self, latents: Tensor) -> Tensor:
         self._check_latents(latents)
-        z = rearrange(latents, "b f c h w -> (b f) c h w") / self.scale + self.shift
+        z = rearrange(latents, "b f c h w -> (b f) c h w") / self.posterior.scale + self.posterior.shift
         frames = self._chunked(lambda x: self.vae.decode(x).sample, z)
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(latents)).to(latents.dtype)
 

@@ -1,0 +1,156 @@
+"""The page that shows a built data set: playing clips, masks, image prompts, distributions, filters to try."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from einops import rearrange
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from dit_booth.data.build.candidate import Candidate
+from dit_booth.data.build.stages import one_thread
+from dit_booth.data.build.write import read_manifest
+from dit_booth.data.image_files import Mask, Pixels, read_mask
+from dit_booth.data.image_prompt import prepare
+from dit_booth.data.video import read_video
+
+SIDE, PLAYED = 144, 8
+"""Longer side of the pictures in pixels, and frames of a playing clip."""
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A measure that a filter has a threshold for: its field, the setting, and which side is kept."""
+
+    field: str
+    setting: str
+    label: str
+    keep: str
+
+
+DIALS = (
+    Dial("area", "min_area", "share of the frame that the mask covers, at least", "above"),
+    Dial("area", "max_area", "share of the frame that the mask covers, at most", "below"),
+    Dial("sides", "max_sides", "sides of the frame that the box touches, at most", "below"),
+    Dial("motion", "min_motion", "motion against the background, diagonals per second, at least", "above"),
+    Dial("change", "min_change", "change between frames, of 255, at least", "above"),
+    Dial("sharpness", "min_sharpness", "steepness of edges, percent of contrast, at least", "above"),
+)
+
+
+def make_page(out: Path, *, limit: int, workers: int) -> str:
+    """Return the page of a built set, of at most `limit` candidates that have a mask, in the order of the manifest.
+
+    Raises:
+        ValueError: the folder was not built by `build`.
+    """
+    candidates = read_manifest(out)
+    settings = yaml.safe_load((out / "build.yaml").read_text())
+    measured = [c for c in candidates if c.hash]
+    shown = measured[:limit]
+    work = partial(picture, videos=settings["videos"], masks=str(out / "build" / "masks"))
+    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=one_thread) as pool:
+        pictures = list(
+            tqdm(pool.map(work, shown, chunksize=4), desc="pictures", total=len(shown), unit="clip")
+        )
+    rows = [{**summary(c), **p} for c, p in zip(shown, pictures, strict=True)]
+    dials = [{**asdict(dial), "value": settings["filters"][dial.setting]} for dial in DIALS]
+    data = {"rows": rows, "dials": dials}
+    return render(
+        title=out.name,
+        total=len(candidates),
+        accepted=sum(not c.reasons for c in candidates),
+        unmeasured=[c for c in candidates if not c.hash],
+        left_out=len(measured) - len(shown),
+        data=embed(data),
+    )
+
+
+def embed(data: object) -> Markup:
+    """Return JSON to stand in a script: a caption must not end it."""
+    return Markup(json.dumps(data).replace("<", "\\u003c"))
+
+
+def summary(candidate: Candidate) -> dict[str, Any]:
+    """Return what the page's script needs of a candidate."""
+    fields = ("videoid", "caption", "subject", "area", "sides", "motion", "change", "sharpness", "details")
+    row = asdict(candidate)
+    return {**{name: row[name] for name in fields}, "reasons": list(candidate.reasons)}
+
+
+def picture(candidate: Candidate, *, videos: str, masks: str) -> dict[str, str]:
+    """Return a playing clip, and the masked first frame beside the image prompt, as data URLs; none if unreadable."""
+    path, length = Path(videos, candidate.video), candidate.end - candidate.start
+    stride = max(1, length // PLAYED)
+    try:
+        frames = read_video(path, start=candidate.start, frames=min(PLAYED, length), stride=stride)
+        _, height, width, _ = frames.shape
+        mask = read_mask(Path(masks, f"{candidate.name}.png"), height=height, width=width)
+        prompt = prepare(frames[0], size=SIDE, mask=mask, box=candidate.box)
+    except (ValueError, OSError) as error:
+        return {"clip": "", "still": "", "error": str(error)}
+    image = ((rearrange(prompt, "c h w -> h w c") + 1) * 127.5).round().byte().numpy()
+    still = beside(shrink(overlay(frames[0], mask)), image)
+    pause = round(1000 * stride / candidate.fps)
+    first, *others = [Image.fromarray(shrink(frame)) for frame in frames]
+    animation = {"save_all": True, "append_images": others, "duration": pause, "loop": 0}
+    return {
+        "clip": data_url(first, "WEBP", quality=55, method=2, **animation),
+        "still": data_url(Image.fromarray(still), "JPEG", quality=72),
+    }
+
+
+def overlay(frame: Pixels, mask: Mask) -> Pixels:
+    """Return a frame whose background is faded, and the mask's outline drawn."""
+    faded = (0.35 * frame + 0.65 * 255).astype(np.uint8)
+    out = np.where(mask[..., None], frame, faded)
+    inner = mask.copy()
+    wide = max(1, max(mask.shape) // 160)
+    for axis in (0, 1):
+        for step in (-wide, wide):
+            inner &= np.roll(mask, step, axis)
+    out[mask & ~inner] = (213, 94, 0)
+    return out
+
+
+def shrink(frame: Pixels) -> Pixels:
+    """Scale a frame to `SIDE` pixels on its longer side."""
+    scale = SIDE / max(frame.shape[:2])
+    size = max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale))
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+
+
+def beside(left: Pixels, right: Pixels) -> NDArray[np.uint8]:
+    """Put two pictures side by side, on white."""
+    canvas = np.full((max(len(left), len(right)), left.shape[1] + right.shape[1] + 4, 3), 255, np.uint8)
+    canvas[: len(left), : left.shape[1]] = left
+    canvas[: len(right), left.shape[1] + 4 :] = right
+    return canvas
+
+
+def data_url(image: Image.Image, format: str, **options: Any) -> str:
+    stream = io.BytesIO()
+    image.save(stream, format=format, **options)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def render(**context: Any) -> str:
+    folder = files("dit_booth.data.build") / "page"
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    parts = {name: Markup((folder / f"inspect.{name}").read_text()) for name in ("css", "js")}
+    return environment.from_string((folder / "inspect.html").read_text()).render(**parts, **context)
