@@ -368,7 +368,7 @@ class Injection:
             qkv: QKV = payload
             named: Any = replace(qkv, subject=self.subject)
             payload = named
-        if taps and site.role == "entry" and isinstance(payload, Latents):
+        if self.known is not None and site.role == "entry" and isinstance(payload, Latents):
             latents: Latents = payload
             marked: Any = replace(latents, known=self.known)
             payload = marked
