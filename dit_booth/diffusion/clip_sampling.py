@@ -64,8 +64,19 @@ def sparse_frames(frames: int, interpolated: int) -> int:
 
 
 def continuations(frames: int, clip: int, overlap: int = 1) -> int:
-    """Return how many clips follow the first one for at least `frames`, each adding `clip` - `overlap`."""
-    return max(ceil((frames - clip) / (clip - overlap)), 0)
+    """Return how many clips follow the first one for at least `frames`, each adding `clip` - `overlap`.
+
+    ValueError: some must follow, and the overlap is a whole clip.
+    """
+    if frames <= clip:
+        return 0
+    check_overlap(overlap, clip)
+    return ceil((frames - clip) / (clip - overlap))
+
+
+def check_overlap(overlap: int, clip: int) -> None:
+    if overlap >= clip:
+        raise ValueError(f"clips.overlap is {overlap}, of clips with {clip} frames: give fewer")
 
 
 def windows(sparse: int, released: bool = False) -> int:
@@ -113,8 +124,7 @@ class ClipSampler:
         ValueError: those are the whole clip.
         """
         overlap, frames = self.config.overlap, clip.shape[1]
-        if overlap >= frames:
-            raise ValueError(f"clips.overlap is {overlap}, of clips with {frames} frames: give fewer")
+        check_overlap(overlap, frames)
         places = torch.zeros_like(clip[:1, :, :1, :1, :1])
         places[:, :overlap] = 1
         shown = torch.ones_like(places) if self.config.released else places
