@@ -214,7 +214,7 @@ def test_a_plan_reaches_its_length() -> None:
                 assert clip + more * (clip - overlap) >= sparse
                 assert more == 0 or clip + (more - 1) * (clip - overlap) < sparse
             assert continuations(frames, frames, overlap=frames) == 0
-            with pytest.raises(ValueError, match="clips.overlap is 3, of clips with 3 frames"):
+            with pytest.raises(ValueError, match=r"clips.overlap is 3, of clips with 3 frames"):
                 continuations(frames + 3, 3, overlap=3)
             assert windows(sparse) == sparse - 1 and windows(sparse + 3, released=True) == -(-sparse // 3)
 
