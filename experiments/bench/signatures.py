@@ -161,8 +161,9 @@ def of_text2video_zero(settings: SignatureArguments) -> list[Sign]:
         settings={"dit": {"plan": "self"}, "unet": {"plan": "self"}},
     )
     return [
-        Sign(system="text2video_zero", claim="with the warp it moves more", quantity="optical flow", expected=1,
-             ours=scores_of(whole, "flow"), theirs=scores_of(still, "flow")),
+        Sign(system="text2video_zero", claim="with the warp it moves more", expected=1,
+             quantity="speed of the subject, sides per frame",
+             ours=scores_of(whole, "speed"), theirs=scores_of(still, "speed")),
         Sign(system="text2video_zero", claim="reading frame 0 keeps its subject", expected=-1,
              quantity="palette of later frames to frame 0, ΔE",
              ours=by_subject(whole, change), theirs=by_subject(apart, change)),
