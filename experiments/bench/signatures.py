@@ -34,6 +34,7 @@ from dit_booth.study.statistics import Scores, differences, paired_difference
 from dit_booth.training.distributed import Ranks, start, stop
 from experiments.bench.measure import write_lines
 
+System = Literal["dreambooth", "textual_inversion", "tune_a_video", "text2video_zero", "elite"]
 CLASS_IMAGES = 8
 Values = dict[int, dict[str, float]]
 """Training seed -> subject's prompt -> value: `statistics.Scores` to be filled."""
@@ -63,7 +64,7 @@ class SignatureArguments:
 class Sign:
     """A claim as `ours` minus `theirs` of one quantity; `expected`: the sign of that difference by the paper."""
 
-    system: str
+    system: System
     claim: str
     quantity: str
     expected: Literal[-1, 1]
@@ -182,7 +183,7 @@ def of_elite(settings: SignatureArguments) -> list[Sign]:
     ]  # fmt: skip
 
 
-SIGNS: Mapping[str, Callable[[SignatureArguments], list[Sign]]] = {
+SIGNS: Mapping[System, Callable[[SignatureArguments], list[Sign]]] = {
     "dreambooth": of_dreambooth,
     "textual_inversion": of_textual_inversion,
     "text2video_zero": of_text2video_zero,
