@@ -141,7 +141,7 @@ class Pipeline(Components):
             guidance=guidance,
             sampler=sampler,
             start=config.start,
-            riflex=config.sample.riflex,
+            long=config.sample.long,
             use_image=shown is not None,
         )[0]
         return Video.from_tensor(video, fps=config.sample.fps, text=text, image=shown)
