@@ -39,12 +39,13 @@ class LongConfig:
         check_ranges(self, "sample.long", **counts, stride="[1, 10000]")
         if self.kind == "freenoise" and 0 < self.window < self.stride:
             raise ValueError(
-                f"sample.long.stride is {self.stride}, more than sample.long.window {self.window}; frames would lie in no"
-                " window: make it smaller"
+                f"sample.long.stride is {self.stride}, more than sample.long.window {self.window}; frames would lie in"
+                " no window: make it smaller"
             )
-        if self.interpolated == 1 or self.interpolated == 2:
+        if self.interpolated in (1, 2):
             raise ValueError(
-                f"sample.long.interpolated is {self.interpolated}; give at least 3, two ends and a frame between them, or 0"
+                f"sample.long.interpolated is {self.interpolated}; give at least 3, two ends and a frame between them,"
+                " or 0"
             )
 
     def window_of(self, trained: int) -> int:

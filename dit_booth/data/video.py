@@ -6,7 +6,7 @@ index that points beyond the file's end is an error before anything is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +27,7 @@ from dit_booth.files import replacing
 
 # Visually lossless, and small enough for a web page.
 _X264 = {"crf": "18", "preset": "medium"}
+_INDEX_FIRST = {"movflags": "+faststart"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,9 @@ def check_length(path: str | Path, info: VideoInfo, *, start: int, frames: int, 
         )
 
 
-def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool = False) -> None:
+def write_video(
+    path: str | Path, video: Tensor, *, fps: float, lossless: bool = False, joinable: bool = False
+) -> None:
     """Write an H.264 mp4 that every browser plays (yuv420p, index first).
 
     The format needs even sides: an odd side is padded by repeating its last row or column. The file appears
@@ -120,6 +123,7 @@ def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool =
         video: `f 3 h w` in [-1, 1]; values beyond are clamped.
         fps: frames per second.
         lossless: keep every pixel (RGB, quantizer 0), of odd sides too; for programs: few browsers play such a file.
+        joinable: no frame refers to later ones, so that `join_videos` can put the file before or after others.
 
     Raises:
         ValueError: the path is not an .mp4 file, or the video has the wrong shape, is not finite, or `fps` is not
@@ -133,7 +137,26 @@ def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool =
     if not lossless:
         pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with replacing(path) as partial:
-        _encode(partial, pictures, Fraction(fps).limit_denominator(1001), lossless)
+        _encode(partial, pictures, Fraction(fps).limit_denominator(1001), lossless, joinable)
+
+
+def join_videos(path: Path, parts: Sequence[Path]) -> None:
+    """Write videos after each other into one .mp4 file, without encoding them again; it appears when it is complete.
+
+    parts: written by `write_video` with ``joinable=True``, with equal sizes and frame rates.
+    """
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4", options=_INDEX_FIRST) as joined:
+        stream, start = None, 0
+        for part in parts:
+            with _open(part) as container:
+                source = container.streams.video[0]
+                stream = stream or joined.add_stream_from_template(source)
+                for packet in container.demux(source):
+                    if packet.dts is None or packet.pts is None:  # the end of the file
+                        continue
+                    packet.dts, packet.pts, packet.stream = packet.dts + start, packet.pts + start, stream
+                    joined.mux(packet)
+                start += source.duration or 0
 
 
 def write_gif(path: str | Path, video: Tensor, *, fps: float) -> None:
@@ -175,9 +198,10 @@ def _to_pixels(video: Tensor, fps: float) -> NDArray[np.uint8]:
     return rearrange((values.clamp(-1, 1) + 1) * 127.5, "f c h w -> f h w c").round().byte().numpy()
 
 
-def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction, lossless: bool) -> None:
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+def _encode(path: Path, pictures: NDArray[np.uint8], rate: Fraction, lossless: bool, joinable: bool) -> None:
+    with av.open(str(path), "w", format="mp4", options=_INDEX_FIRST) as container:
         codec, options = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", _X264)
+        options = options | {"bf": "0"} if joinable else options
         stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"

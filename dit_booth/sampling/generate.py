@@ -26,6 +26,7 @@ from dit_booth.sampling.long import (
     LatentSampler,
     Predicted,
     Queue,
+    State,
     warn_of_timesteps,
     warn_of_window,
 )
@@ -125,13 +126,31 @@ class FrameSampler:
             )
         return cls(components, Whole(network, sampler, frames, shape, start, known))
 
+    @property
+    def frames(self) -> int:
+        """Frames of the whole video."""
+        return self.latents.frames
+
+    @property
+    def done(self) -> int:
+        """Frames that are made."""
+        return self.latents.done
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `restore` needs to go on after the last frames."""
+        return {name: tensor.clone() for name, tensor in self.latents.state().items()}
+
+    def restore(self, state: State) -> None:
+        """Go on from a state, with the frames that would have followed."""
+        self.latents.restore(state)
+
     def __iter__(self) -> Self:
         return self
 
     @torch.no_grad()
     def __next__(self) -> Tensor:
         """Sample the next frames."""
-        if self.latents.done == self.latents.frames:
+        if self.done == self.frames:
             raise StopIteration
         latents = self.latents.next_block()
         return self.components.autoencoder.decode(latents).clamp(-1, 1)
@@ -168,7 +187,8 @@ def check_long(
         return
     if frames <= long.prefix:
         raise ValueError(
-            f"frames is {frames}, no more than the {long.prefix} of sample.long.prefix; sample more, or lower the prefix"
+            f"frames is {frames}, no more than the {long.prefix} of sample.long.prefix; sample more, or lower"
+            " the prefix"
         )
     if not components.config.objective.per_frame:
         warn_of_timesteps(kind)

@@ -92,9 +92,11 @@ class PastFrames:
 
     def add(self, start: int, latents: Tensor) -> None:
         """Keep finished frames (b k c h w) from `start` on, and drop those that no later frame is given."""
-        self.latents.update(enumerate(latents.unbind(1), start))
+        every = self.latents | dict(enumerate(latents.unbind(1), start))
         kept = self.before(start + latents.shape[1])
-        self.latents = {frame: self.latents[frame] for frame in kept if frame in self.latents}
+        self.latents = {
+            frame: every[frame].clone() for frame in kept if frame in every
+        }  # not a chunk's memory
 
     def stack(self, frames: Sequence[int]) -> Tensor:
         """Return the latents of frames (b m c h w)."""
