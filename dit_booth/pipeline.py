@@ -106,7 +106,7 @@ class Pipeline(Components):
     ) -> Iterator[NDArray[np.uint8]]:
         """Iterate over a video's frames (k h w 3) as they are finished, some at a time. Arguments: those of a call.
 
-        Memory does not grow with the video where it is made from its beginning on: `long` chunks, diffusion_forcing, lvdm.
+        Memory does not grow with the video where it is made from its beginning on: chunks, diffusion_forcing, lvdm.
         """
         call = self._call(image, text, **options)
         for frames in call.sampler(self):

@@ -35,7 +35,7 @@ class Pass:
         return replace(self, constant=components.model.constant_conditions(self.reference))
 
     def with_conditions_at(self, components: Components, timestep: Tensor, eps: Tensor | None) -> Pass:
-        """Return a copy with all conditions made, of the reference at a timestep (b,), for each branch."""
+        """Return a copy with all conditions made, of the reference at a timestep (b,): no later pass needs it."""
         if self.reference is None:
             return self
         timestep = self._by_branch(timestep)
@@ -43,7 +43,7 @@ class Pass:
         model = components.model
         names = [name for name in model.active if name not in self.constant]
         made = model.conditions(timestep, reference, names)
-        return replace(self, constant={**self.constant, **made})
+        return replace(self, reference=None, constant={**self.constant, **made})
 
     def predict(
         self,

@@ -1,6 +1,6 @@
 """A video file that is written while its frames are sampled, and goes on after an interruption.
 
-Beside ``x.mp4`` lies, until the video is complete, a folder ``x.mp4.parts``: finished frames as videos of their own, and
+Until ``x.mp4`` is complete, the folder ``x.mp4.parts`` lies beside it: finished frames as videos of their own, and
 ``state.safetensors``: what sampling goes on from, with the hashes of those videos and of all settings. An interruption
 joins what is there into ``x.mp4``.
 """
