@@ -233,7 +233,8 @@ class _Call:
         """Return a digest of all that the video depends on."""
         options = [asdict(part) for part in (self.guidance, self.sampling, self.long)]
         about = [self.text, self.subject, self.seed, self.size, options, pipeline.config.as_dict()]
-        return hash_of([about, fingerprint(pipeline.model)], self.image)
+        models = [pipeline.model, *([pipeline.interpolator.model] if pipeline.interpolator else [])]
+        return hash_of([about, *map(fingerprint, models)], self.image)
 
 
 def load(

@@ -109,11 +109,13 @@ class FrameSampler:
             )
         check_long(components, frames, start, long, known)
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        prompts, with_image = Prompts(images, captions, subjects), use_image and bool(components.model.active)
-        clip = clip_of(components, frames, long)
-        network = GuidedNetwork.build(
-            components, guidance, prompts, draws, clip, with_image=with_image, reuse=reuse
-        )
+        prompts, clip = Prompts(images, captions, subjects), clip_of(components, frames, long)
+
+        def network_of(parts: Components) -> GuidedNetwork:
+            shown = use_image and bool(parts.model.active)
+            return GuidedNetwork.build(parts, guidance, prompts, draws, clip, with_image=shown, reuse=reuse)
+
+        network = network_of(components)
         shape = (channels, height // factor, width // factor)
         kinds = {"chunks": Chunks, "diffusion_forcing": Queue}
         if long.kind in kinds:
@@ -121,8 +123,10 @@ class FrameSampler:
         if long.kind == "lvdm":
             clips = clip_sampler(network, sampler)
             first = None if known is None else completed(network, clips, known)
+            other = components.interpolator
+            fill = clips if other is None else clip_sampler(network_of(other), sampler)
             return cls(
-                components, Predicted(network, sampler, frames, shape, clips, first, long.interpolated)
+                components, Predicted(network, sampler, frames, shape, clips, fill, first, long.interpolated)
             )
         return cls(components, Whole(network, sampler, frames, shape, start, known))
 

@@ -281,11 +281,12 @@ class Predicted(LatentSampler):
         frames: int,
         shape: tuple[int, int, int],
         clips: ClipSampler,
+        between: ClipSampler,
         first: Tensor | None,
         interpolated: int,
     ) -> None:
         super().__init__(network, sampler, frames, shape)
-        self.clips, self.first, self.interpolated = clips, first, interpolated
+        self.clips, self.between, self.first, self.interpolated = clips, between, first, interpolated
         self.clip: Tensor | None = None  # b f c h w, the last one that was predicted
         self.sparse: Tensor | None = None  # b g c h w, frames to interpolate between
 
@@ -299,7 +300,7 @@ class Predicted(LatentSampler):
         if left == 1:
             return self.sparse[:, :1]
         start, end, self.sparse = self.sparse[:, :1], self.sparse[:, 1:2], self.sparse[:, 1:]
-        return self.clips.fill(start, end, self.interpolated)[:, :-1][:, :left]
+        return self.between.fill(start, end, self.interpolated)[:, :-1][:, :left]
 
     def predict(self) -> Tensor:
         """Return the frames of the first clip, or the new ones of a clip that continues the last one."""
