@@ -155,7 +155,7 @@ class Pipeline(Components):
         height, width = size if isinstance(size, tuple) else (size, size)
         for name, value, interval in (
             ("seed", seed, SEED),
-            ("frames", frames, "[1, 1000000]"),
+            ("frames", frames, "[1, 10000]"),
             ("size", height, "[1, 65536]"),
             ("size", width, "[1, 65536]"),
         ):

@@ -44,6 +44,7 @@ class KnownFramesConfig:
             "known",
             interpolation="[0, 1]",
             prediction="[0, 1]",
+            previous="[1, 100000]",
             stride="[0, 100000]",
             max_level="[1, 1000]",
         )
@@ -52,8 +53,8 @@ class KnownFramesConfig:
                 f"known: interpolation={self.interpolation} and prediction={self.prediction} "
                 "are probabilities of one draw; their sum must be at most 1"
             )
-        if not self.previous or min(self.previous) < 1:
-            raise ValueError(f"known.previous is {self.previous}: give numbers of at least 1")
+        if not self.previous:
+            raise ValueError("known.previous is (): give a number of at least 1")
 
 
 # ---- the frames that are known -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 
 from dit_booth.config import (
     DataConfig,
+    LongConfig,
     RunConfig,
     SampleConfig,
     StageConfig,
@@ -23,7 +24,9 @@ from dit_booth.config import (
 )
 from dit_booth.config.parse import parse
 from dit_booth.data.toyworld import Toyworld
+from dit_booth.diffusion.clip_sampling import ClipsConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
+from dit_booth.diffusion.known_frames import KnownFramesConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.files import packaged
@@ -78,6 +81,7 @@ def test_a_value_that_cannot_work_is_refused_with_field_value_and_fix(build, wor
 SECTIONS = [
     *(TripletsOptions, DataConfig, StageConfig, TrainConfig, SampleConfig, ObjectiveConfig, SamplerConfig),
     *(GuidanceConfig, DiTConfig, UNetConfig, ClipConfig, AutoencoderConfig, SubjectConfig, StartConfig),
+    *(KnownFramesConfig, ClipsConfig, LongConfig),
 ]
 
 
