@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dit_booth.errors import check_ranges
 
@@ -19,7 +19,8 @@ class LongConfig:
     of frames at rising noise levels (FIFO, arXiv 2405.11473); freenoise: all frames at once, with shuffled noise and
     temporal attention in windows (arXiv 2310.15169); lvdm: clips predicted from known frames (section clips)."""
     window: int = 0
-    """Frames that one pass sees, as many as a training video has (freenoise: those of a window); 0: data.frames."""
+    """Frames that one pass sees, as many as a training video has (freenoise: those of a window); 0: the
+    longest crop of the run's stages, or data.frames."""
     prefix: int = 2
     """chunks: clean past frames that a chunk continues from; diffusion_forcing: frames of the window that come before
     those which a pass denoises (FIFO: 0; its lookahead: half a window)."""
@@ -35,6 +36,10 @@ class LongConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for values that cannot work."""
+        if self.kind not in get_args(LongKind):
+            raise ValueError(
+                f"sample.long.kind is {self.kind!r}; choose one of {', '.join(get_args(LongKind))}"
+            )
         counts = dict.fromkeys(("window", "prefix", "interpolated", "riflex"), "[0, 10000]")
         check_ranges(self, "sample.long", **counts, stride="[1, 10000]")
         if self.kind == "freenoise" and 0 < self.window < self.stride:
@@ -54,6 +59,6 @@ class LongConfig:
         if self.kind in ("chunks", "diffusion_forcing") and self.prefix >= window:
             raise ValueError(
                 f"sample.long.prefix is {self.prefix}, but a pass sees {window} frames (sample.long.window, else"
-                " data.frames); give fewer, so that it has new ones"
+                " those of the training); give fewer, so that it has new ones"
             )
         return window

@@ -31,6 +31,7 @@ from dit_booth.sampling.long import (
     warn_of_window,
 )
 from dit_booth.sampling.network import GuidedNetwork, Pass, Prompts
+from dit_booth.training.stage import frames_of_training
 
 
 def generate(
@@ -167,7 +168,7 @@ def check_long(
 
     ValueError: naming the option.
     """
-    kind, trained = long.kind, components.config.data.frames
+    kind, trained = long.kind, frames_of_training(components.config)
     if kind == "none":
         return
     if start.kind != "noise":
@@ -218,7 +219,7 @@ def clip_of(components: Components, frames: int, long: LongConfig) -> Clip:
 
     ValueError: freenoise, and no temporal attention.
     """
-    trained = components.config.data.frames
+    trained = frames_of_training(components.config)
     riflex = Riflex(long.riflex, frames) if long.riflex else None
     if long.kind == "freenoise":
         return Clip(range(frames), fusion=_fusion(components, long), riflex=riflex)
@@ -233,7 +234,7 @@ def _fusion(components: Components, long: LongConfig) -> WindowFusion:
             "sample.long.kind is freenoise, whose windows are of temporal attention, and the backbone has none"
             " (dit.layout joint or image); use a factorised or interleaved one, or another kind"
         )
-    window = long.window_of(components.config.data.frames)
+    window = long.window_of(frames_of_training(components.config))
     return WindowFusion(window, min(long.stride, window))
 
 

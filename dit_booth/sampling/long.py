@@ -20,6 +20,7 @@ from dit_booth.diffusion.noise import compute_dtype, randn
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
 from dit_booth.models.assemble import Backbone
 from dit_booth.sampling.network import GuidedNetwork
+from dit_booth.training.stage import frames_of_training
 
 log = logging.getLogger(__name__)
 State = Mapping[str, Tensor]
@@ -70,6 +71,11 @@ class LatentSampler(ABC):
         """Take the sampler's steps from `step` on."""
         objective, steps = self.network.components.objective, range(step, self.sampler.steps)
         return sample(model, objective, self.sampler, noise, self.network.draws, steps=steps)
+
+
+def window_of(network: GuidedNetwork, long: LongConfig) -> int:
+    """Return the frames that one pass sees. ValueError: the prefix leaves no new ones."""
+    return long.window_of(frames_of_training(network.components.config))
 
 
 # ---- frames that are finished and still read ---------------------------------------------------------------
@@ -133,7 +139,7 @@ class Chunks(LatentSampler):
         long: LongConfig,
     ) -> None:
         super().__init__(network, sampler, frames, shape)
-        self.window, self.prefix = long.window_of(network.components.config.data.frames), long.prefix
+        self.window, self.prefix = window_of(network, long), long.prefix
         backbone = cast(Backbone, network.components.model.backbone)
         self.past = PastFrames(backbone, long.prefix)
         self.plans = _cache_of(backbone) if long.cache else None
@@ -206,7 +212,7 @@ class Queue(LatentSampler):
         long: LongConfig,
     ) -> None:
         super().__init__(network, sampler, frames, shape)
-        self.window, self.prefix = long.window_of(network.components.config.data.frames), long.prefix
+        self.window, self.prefix = window_of(network, long), long.prefix
         self.steps = FrameSteps(network.components.objective, sampler)
         self.past = PastFrames(cast(Backbone, network.components.model.backbone), long.prefix)
         self.queue: Tensor | None = None  # b s c h w; its first frame is that after the finished ones
@@ -305,7 +311,7 @@ class Predicted(LatentSampler):
     def predict(self) -> Tensor:
         """Return the frames of the first clip, or the new ones of a clip that continues the last one."""
         if self.clip is None:
-            frames = min(self.network.components.config.data.frames, self.frames)
+            frames = len(self.network.clip.frames)
             self.clip = self.clips.sample(self.noise(frames)) if self.first is None else self.first
             return self.clip
         self.clip = self.clips.extend(self.clip)
@@ -330,7 +336,7 @@ class Predicted(LatentSampler):
 def warn_of_window(window: int, trained: int) -> None:
     """Warn once for each pair of a window and a training's frames."""
     log.warning(
-        "sample.long.window is %d, but data.frames, of the training, is %d: the network never saw as many frames",
+        "sample.long.window is %d, but the training's videos have %d frames: the network never saw as many",
         window,
         trained,
     )

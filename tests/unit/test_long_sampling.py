@@ -148,7 +148,7 @@ def test_a_window_longer_than_the_training_is_one_warning(caplog: pytest.LogCapt
         check_long(trial("none").components, 9, StartConfig(), replace(FREENOISE, window=7), None)
     check_long(trial("none").components, 9, StartConfig(), replace(FREENOISE, window=3), None)
     (record,) = [r for r in caplog.records if "sample.long.window" in r.message]
-    assert "sample.long.window is 7, but data.frames, of the training, is 3" in record.message
+    assert "sample.long.window is 7, but the training's videos have 3 frames" in record.message
 
 
 def test_freenoise_needs_temporal_attention_over_all_frames() -> None:
