@@ -116,20 +116,10 @@ class FrameSampler:
             shown = use_image and bool(parts.model.active)
             return GuidedNetwork.build(parts, guidance, prompts, draws, clip, with_image=shown, reuse=reuse)
 
-        network = network_of(components)
+        network, other = network_of(components), components.interpolator
         shape = (channels, height // factor, width // factor)
-        kinds = {"chunks": Chunks, "diffusion_forcing": Queue}
-        if long.kind in kinds:
-            return cls(components, kinds[long.kind](network, sampler, frames, shape, long))
-        if long.kind == "lvdm":
-            clips = clip_sampler(network, sampler)
-            first = None if known is None else completed(network, clips, known)
-            other = components.interpolator
-            fill = clips if other is None else clip_sampler(network_of(other), sampler)
-            return cls(
-                components, Predicted(network, sampler, frames, shape, clips, fill, first, long.interpolated)
-            )
-        return cls(components, Whole(network, sampler, frames, shape, start, known))
+        between = network if other is None or long.kind != "lvdm" else network_of(other)
+        return cls(components, make_sampler(network, between, sampler, frames, shape, start, long, known))
 
     @property
     def frames(self) -> int:
@@ -159,6 +149,31 @@ class FrameSampler:
             raise StopIteration
         latents = self.latents.next_block()
         return self.components.autoencoder.decode(latents).clamp(-1, 1)
+
+
+def make_sampler(
+    network: GuidedNetwork,
+    between: GuidedNetwork,
+    sampler: SamplerConfig,
+    frames: int,
+    shape: tuple[int, int, int],
+    start: StartConfig,
+    long: LongConfig,
+    known: KnownVideo | None,
+) -> LatentSampler:
+    """Build the sampler of a kind of long videos; `between`: the network that interpolates (lvdm)."""
+    match long.kind:
+        case "chunks":
+            return Chunks(network, sampler, frames, shape, long)
+        case "diffusion_forcing":
+            return Queue(network, sampler, frames, shape, long)
+        case "lvdm":
+            clips = clip_sampler(network, sampler)
+            first = None if known is None else completed(network, clips, known)
+            fill = clip_sampler(between, sampler)
+            return Predicted(network, sampler, frames, shape, clips, fill, first, long.interpolated)
+        case _:
+            return Whole(network, sampler, frames, shape, start, known)
 
 
 def check_long(

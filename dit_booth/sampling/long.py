@@ -100,9 +100,8 @@ class PastFrames:
         """Keep finished frames (b k c h w) from `start` on, and drop those that no later frame is given."""
         every = self.latents | dict(enumerate(latents.unbind(1), start))
         kept = self.before(start + latents.shape[1])
-        self.latents = {
-            frame: every[frame].clone() for frame in kept if frame in every
-        }  # not a chunk's memory
+        # copies, or each would hold its chunk's memory
+        self.latents = {frame: every[frame].clone() for frame in kept if frame in every}
 
     def stack(self, frames: Sequence[int]) -> Tensor:
         """Return the latents of frames (b m c h w)."""
