@@ -85,7 +85,7 @@ class Parts:
         self.hashes = json.loads(metadata["parts"])
         for part, written in zip(self.files(), self.hashes, strict=True):
             self._check(part, written)
-        if self.joined_file.is_file():
+        if self.joined_file.is_file() and self.path.is_file():
             self._check(self.path, self.joined_file.read_text())
         frames.restore(state)
 
@@ -114,10 +114,12 @@ class Parts:
         self.hashes = hashes
 
     def join(self) -> None:
-        """Write the finished parts to the path, and the hash of what is there."""
-        if self.hashes:
-            join_videos(self.path, self.files())
-            write_text(self.joined_file, _hash(self.path))
+        """Write the finished parts to the path, and the hash of what is there; without any, leave nothing."""
+        if not self.hashes:
+            shutil.rmtree(self.folder)
+            return
+        join_videos(self.path, self.files())
+        write_text(self.joined_file, _hash(self.path))
 
     def finish(self) -> None:
         """Write the video to the path, and remove the parts."""

@@ -335,6 +335,8 @@ def test_an_interrupted_file_plays_and_resumes_to_the_same_video(
 ) -> None:
     run, path, whole = runs["chunks"], tmp_path / "a.mp4", tmp_path / "whole.mp4"
     write_while_sampling(whole, sampler_of(run, CHUNKS), fps=8, key="k")
+    interrupt(path, sampler_of(run, CHUNKS), 0)
+    assert list(tmp_path.iterdir()) == [whole]
     interrupt(path, sampler_of(run, CHUNKS), 2)
     assert len(read_video(path)) == 6 and (tmp_path / "a.mp4.parts").is_dir()
     write_while_sampling(path, sampler_of(run, CHUNKS), fps=8, key="k")
