@@ -1,6 +1,6 @@
 """Long videos on the CPU: seconds per frame and peak memory by the number of frames, both backbones.
 
-    python -m experiments.bench.long                                  # five to ten minutes
+    python -m experiments.bench.long                                  # ten minutes
     python -m experiments.bench.long --table docs/results/long_cpu.md
 
 The embedded pipelines write videos of 32 x 32 pixels to a file while they sample (`Pipeline.write`), in few steps:
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class LongArguments:
     """Write this Markdown page, and the rows beside it under the same name."""
     threads: int = 1
     """Threads of the CPU."""
-    rounds: int = 2
+    rounds: int = 1
     """Runs of every job, interleaved; the best one counts."""
     peak: str = ""
     """Run this one job and print the process's peak memory (what the bench starts for itself)."""
@@ -75,7 +76,9 @@ def measure(options: LongArguments) -> list[Row]:
     for backbone in PIPELINES:
         for way in WAYS:
             short, long = (name_of(backbone, way, frames) for frames in TIMED)
-            times = interleaved({n: job(n) for n in (short, long)}, options.rounds, torch.device("cpu"))
+            jobs = {n: job(n) for n in (short, long)}
+            jobs[short]()  # warm up
+            times = interleaved(jobs, options.rounds, torch.device("cpu"), 0, time.process_time)
             seconds = [times[n].best / frames for n, frames in zip((short, long), TIMED, strict=True)]
             peaks = [peak_of_process(MODULE, name_of(backbone, way, n), options.threads) for n in HELD]
             row: Row = {
@@ -98,8 +101,8 @@ def page(rows: list[Row]) -> str:
         "",
         f"`python -m {MODULE} --table ...` on {first['device']}, {first['threads']} threads, PyTorch {first['torch']},"
         f" load {first['load']}. The embedded pipelines, 32 x 32 pixels, without an image; {WAYS['chunks'][1]} steps in"
-        f" chunks, {WAYS['diffusion_forcing'][1]} in the queue. Times are the best of the rounds, encoding included;"
-        " memory is the peak resident set of a process that writes one video.",
+        f" chunks, {WAYS['diffusion_forcing'][1]} in the queue. Seconds are those of the processor, the best of the"
+        " rounds, encoding included; memory is the peak resident set of a process that writes one video.",
         "",
         f"| backbone | way | s per frame, {TIMED[0]} | {TIMED[1]} | ratio | peak MiB, {HELD[0]} | {HELD[1]} | ratio |",
         "|---|---|---|---|---|---|---|---|",
