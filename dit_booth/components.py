@@ -45,6 +45,8 @@ class Components:
     objective: Objective
     loaded: frozenset[str] = frozenset()
     """Names of the strategies' parameters that `weights` or `strategy_weights` had; others are at their start."""
+    interpolator: Components | None = None
+    """A model of its own for the clips between predicted frames (LVDM); none: this one. Autoencoders must be equal."""
 
     def to(self, device: torch.device) -> Self:
         """Move all components to a device, in place."""

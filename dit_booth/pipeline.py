@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dit_booth.components import Components, build
-from dit_booth.config import RunConfig
+from dit_booth.config import LongConfig, RunConfig
+from dit_booth.config.long import LongKind
 from dit_booth.data.image_input import ImageLike, MaskLike
 from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.errors import SEED, check_number, suggest
 from dit_booth.files import write_text
-from dit_booth.models.fingerprint import warn_of_another_base
+from dit_booth.models.fingerprint import fingerprint, warn_of_another_base
 from dit_booth.models.weights import ASSETS, load_strictly, read
-from dit_booth.sampling.generate import generate
+from dit_booth.sampling.generate import FrameSampler
+from dit_booth.sampling.stream import hash_of, write_while_sampling
 from dit_booth.sampling.video import Video
 from dit_booth.training.stage import active_strategies, schedule_of
 
@@ -84,7 +89,46 @@ class Pipeline(Components):
         write_text(folder / "finished", "")
         return folder
 
-    def __call__(
+    def __call__(self, image: ImageLike | None, text: str, **options: Unpack[CallOptions]) -> Video:
+        """Sample a video of the image's subject.
+
+        image: a path, PIL image, array or tensor (`as_image_prompt`); None: from the text alone.
+        text: what the video shows, with the subject's words in it.
+        options: see `CallOptions`.
+        ValueError: the text lacks the subject, or a value cannot work.
+        """
+        call = self._call(image, text, **options)
+        video = torch.cat([frames[0] for frames in call.sampler(self)])
+        return Video.from_tensor(video, fps=self.config.sample.fps, text=text, image=call.image)
+
+    def stream(
+        self, image: ImageLike | None, text: str, **options: Unpack[CallOptions]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Iterate over a video's frames (k h w 3) as they are finished, some at a time. Arguments: those of a call.
+
+        Memory does not grow with the video where it is made from its beginning on: chunks, diffusion_forcing, lvdm.
+        """
+        call = self._call(image, text, **options)
+        for frames in call.sampler(self):
+            yield Video.from_tensor(frames[0], fps=self.config.sample.fps).frames
+
+    def write(
+        self, path: str | Path, image: ImageLike | None, text: str, **options: Unpack[CallOptions]
+    ) -> Path:
+        """Write a video to an .mp4 file while it is made. Arguments: those of a call.
+
+        Ctrl-C leaves what is finished, and the same call goes on from there (`dit_booth.sampling.stream`).
+        """
+        path = Path(path)
+        call = self._call(image, text, **options)
+        write_while_sampling(path, call.sampler(self), fps=self.config.sample.fps, key=call.key(self))
+        return path
+
+    def image_prompt(self, image: ImageLike, mask: MaskLike | None = None) -> Tensor:
+        """Return an image as the networks see it: 3 s s in [-1, 1]."""
+        return as_image_prompt(image, size=self.config.data.image_size or self.config.data.size, mask=mask)
+
+    def _call(
         self,
         image: ImageLike | None,
         text: str,
@@ -97,17 +141,9 @@ class Pipeline(Components):
         guidance: float | GuidanceConfig | None = None,
         sampler: SamplerConfig | None = None,
         steps: int | None = None,
-    ) -> Video:
-        """Sample a video of the image's subject.
-
-        image: a path, PIL image, array or tensor (`as_image_prompt`); None: from the text alone.
-        text: what the video shows, with the subject's words in it.
-        subject: the words of the text that the image stands for; needed by strategies that replace them.
-        mask: of the subject; without one, and without transparency in the image, the whole image is taken.
-        frames, size (a side, or height and width, in pixels), guidance (a scale, or `GuidanceConfig`), sampler, steps:
-            default: as in the run.
-        ValueError: the text lacks the subject, or a value cannot work.
-        """
+        long: LongKind | LongConfig | None = None,
+    ) -> _Call:
+        """Check the arguments of a call, and fill in the run's defaults."""
         data, config = self.config.data, self.config
         if not text.strip():
             raise ValueError("text is empty; write what the video shows, such as 'a star is spinning'")
@@ -128,29 +164,77 @@ class Pipeline(Components):
             guidance = config.guidance if guidance is None else GuidanceConfig(scale=guidance)
         sampler = sampler or config.sampler
         sampler = sampler if steps is None else replace(sampler, steps=steps)
-        side = data.image_size or data.size
-        shown = None if image is None else as_image_prompt(image, size=side, mask=mask)
-        prompt = torch.zeros(3, side, side) if shown is None else shown
-        video = generate(
-            self,
-            prompt[None].to(self.device),
-            [text],
-            [subject or None],
-            [seed],
-            size=(frames, height, width),
-            guidance=guidance,
-            sampler=sampler,
-            start=config.start,
-            riflex=config.sample.riflex,
-            use_image=shown is not None,
-        )[0]
-        return Video.from_tensor(video, fps=config.sample.fps, text=text, image=shown)
+        if not isinstance(long, LongConfig):
+            long = config.sample.long if long is None else replace(config.sample.long, kind=long)
+        shown = None if image is None else self.image_prompt(image, mask)
+        return _Call(shown, text, subject or None, seed, (frames, height, width), guidance, sampler, long)
 
     @property
     def replaces_words(self) -> bool:
         """True if an active strategy puts the image in the place of the subject's words."""
         words = {site.name for site in self.model.text.sites()}
         return any(words & self.model.strategy.part(name).attached.keys() for name in self.model.active)
+
+
+class CallOptions(TypedDict, total=False):
+    """Options of a call; default: as in the run."""
+
+    subject: str | None
+    """The words of the text that the image stands for; needed by strategies that replace them."""
+    mask: MaskLike | None
+    """Of the subject; without one, and without transparency in the image, the whole image is taken."""
+    seed: int
+    """0 by default."""
+    frames: int | None
+    size: int | tuple[int, int] | None
+    """A side, or height and width, in pixels."""
+    guidance: float | GuidanceConfig | None
+    """A scale, or all options."""
+    sampler: SamplerConfig | None
+    steps: int | None
+    """Of the sampler."""
+    long: LongKind | LongConfig | None
+    """How more frames than the training's are made (docs/long.md): a kind, or all options."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What one video depends on, besides the pipeline."""
+
+    image: Tensor | None  # 3 s s in [-1, 1]
+    text: str
+    subject: str | None
+    seed: int
+    size: tuple[int, int, int]
+    guidance: GuidanceConfig
+    sampling: SamplerConfig
+    long: LongConfig
+
+    def sampler(self, pipeline: Pipeline) -> FrameSampler:
+        """Prepare the sampling. ValueError: a value cannot work."""
+        data = pipeline.config.data
+        side = data.image_size or data.size
+        image = torch.zeros(3, side, side) if self.image is None else self.image
+        return FrameSampler.build(
+            pipeline,
+            image[None].to(pipeline.device),
+            [self.text],
+            [self.subject],
+            [self.seed],
+            size=self.size,
+            guidance=self.guidance,
+            sampler=self.sampling,
+            start=pipeline.config.start,
+            long=self.long,
+            use_image=self.image is not None,
+        )
+
+    def key(self, pipeline: Pipeline) -> str:
+        """Return a digest of all that the video depends on."""
+        options = [asdict(part) for part in (self.guidance, self.sampling, self.long)]
+        about = [self.text, self.subject, self.seed, self.size, options, pipeline.config.as_dict()]
+        models = [pipeline.model, *([pipeline.interpolator.model] if pipeline.interpolator else [])]
+        return hash_of([about, *map(fingerprint, models)], self.image)
 
 
 def load(

@@ -1,6 +1,6 @@
 """Cross-frame attention: one exact joint softmax over a list of segments, on flash kernels, never concatenated."""
 
-from dit_booth.attention.clip import Clip, FrameCache, FrameIndices, Riflex
+from dit_booth.attention.clip import Clip, FrameCache, FrameIndices, PrefixCache, Riflex
 from dit_booth.attention.joint_softmax import Segment, attend
 from dit_booth.attention.plans import FramePlan, Frames
 from dit_booth.attention.window_fusion import WindowFusion, attend_in_windows
@@ -11,6 +11,7 @@ __all__ = [
     "FrameIndices",
     "FramePlan",
     "Frames",
+    "PrefixCache",
     "Riflex",
     "Segment",
     "WindowFusion",

@@ -65,6 +65,10 @@ class FrameCache:
         read = ((),) * context + plan.between(frames, past)
         return (Segment(k, v, read),) if any(read) else ()
 
+    def reaches(self, plan: FramePlan, frame: int) -> bool:
+        """Return True if a frame of a clip reads past frames that are here."""
+        return True  # or it is an error (`extend`)
+
     def _check(self, plan: FramePlan, frames: Sequence[int], past: Sequence[int]) -> None:
         if past and frames[0] <= past[-1]:
             raise ValueError(
@@ -80,6 +84,39 @@ class FrameCache:
                     f" {frames[0]} to {frames[-1]} and the cache {list(past)}; make clips longer, and pass"
                     " them in order"
                 )
+
+
+class PrefixCache(FrameCache):
+    """Keys and values of a prefix: past frames that one pass computes, and that passes over later frames read.
+
+    The first pass is that of the prefix, the further ones, any number, are of frames after it, and change nothing. Then
+    a pass equals the one over prefix and frames together. Frames that the prefix lacks are not read.
+
+    Args:
+        plans: as those of `FrameCache`.
+        prefix: the prefix's frames.
+    """
+
+    def __init__(self, plans: Mapping[str, FramePlan], prefix: Sequence[int]) -> None:
+        super().__init__(plans)
+        self.prefix = tuple(prefix)
+
+    def extend(self, site: str, role: str, own: Segment, frames: Sequence[int]) -> tuple[Segment, ...]:
+        """Keep the keys and values in the prefix's pass; return the segment that later frames read, if there is one."""
+        plan = self.plans.get(role)
+        if plan is None:
+            return ()
+        context = len(own.frames) - len(frames)
+        if site not in self.past:
+            assert tuple(frames) == self.prefix, "the first pass is that of the prefix"
+            self.past[site] = self.prefix, own.k[:, context:], own.v[:, context:]
+            return ()
+        _, k, v = self.past[site]
+        read = ((),) * context + plan.between(frames, self.prefix)
+        return (Segment(k, v, read),) if any(read) else ()
+
+    def reaches(self, plan: FramePlan, frame: int) -> bool:
+        return frame not in self.prefix and bool(plan.between((frame,), self.prefix)[0])
 
 
 class Riflex(NamedTuple):
@@ -112,10 +149,11 @@ class Clip:
 
     def visible(self, plan: FramePlan) -> Frames:
         """Return the frames of the clip that each of its frames reads, as positions in the clip."""
-        read = plan.between(self.frames, self.frames)
-        if self.cache is not None:  # what is missing here is in the cache
-            return read
-        return tuple(places or (i,) for i, places in enumerate(read))
+        read, cache = plan.between(self.frames, self.frames), self.cache
+        return tuple(
+            places or (() if cache is not None and cache.reaches(plan, frame) else (i,))
+            for i, (frame, places) in enumerate(zip(self.frames, read, strict=True))
+        )
 
     def positions(self, context: int) -> FrameIndices:
         """Return the positions of the frames, after those of a context, which has negative ones."""

@@ -4,16 +4,16 @@
     dit-booth sample toyworld --split test --videos 82
     dit-booth sample runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
     dit-booth sample toyworld --image star.png --caption "a star is spinning on snow" --subject star
+    dit-booth sample toyworld --image star.png --caption "a star is spinning" --subject star --frames 256 --long chunks
 
 Videos for prompts of the data are measured; of your own image there are a video and a contact sheet.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,10 +21,12 @@ import tyro
 
 from dit_booth.commands.program import run_program
 from dit_booth.config import SampleReference
+from dit_booth.config.long import LongKind
 from dit_booth.config.parse import merge
 from dit_booth.pipeline import Pipeline
 from dit_booth.sampling.measure import measure
 from dit_booth.sampling.prompts import requests_of, sample_prompts
+from dit_booth.sampling.video import Video
 from dit_booth.training.distributed import Ranks, start, stop
 
 
@@ -48,6 +50,11 @@ class SampleArguments:
     """The text for --image."""
     subject: str = ""
     """The words of the caption that the image stands for."""
+    frames: int = 0
+    """Frames of the video of --image, which is written while it is made; Ctrl-C and the same command resumes. 0: as the
+    run's."""
+    long: LongKind | Literal[""] = ""
+    """How videos with more frames than the training's are made (sample.long.kind); empty: as the run has it."""
     out: str = ""
     """Folder of the videos; empty: in the run's folder, or runs/samples-<name>."""
     set: tuple[str, ...] = ()
@@ -64,8 +71,12 @@ def sample(arguments: SampleArguments) -> Iterator[str]:
 
     ValueError: no such run, or --image has no caption with its subject.
     """
-    if (arguments.caption or arguments.subject or arguments.mask) and not arguments.image:
-        raise ValueError("--image is missing; --caption, --subject and --mask are for an image of your own")
+    if (arguments.caption or arguments.subject or arguments.mask or arguments.frames) and not arguments.image:
+        raise ValueError(
+            "--image is missing; --caption, --subject, --mask and --frames are for an image of your own"
+        )
+    if arguments.long:
+        arguments = replace(arguments, set=(*arguments.set, f"sample.long.kind={arguments.long}"))
     pipeline = Pipeline.load(arguments.run, settings=nested(arguments.set))
     if arguments.image:
         for seed in arguments.seeds:
@@ -103,22 +114,27 @@ def folder_of(arguments: SampleArguments) -> Path:
 def sample_image(pipeline: Pipeline, arguments: SampleArguments, seed: int) -> Path:
     """Sample one video of a user's image and caption; return its path. A contact sheet is written beside it."""
     image = None if arguments.references == ("none",) else arguments.image
-    video = pipeline(
+    mask = arguments.mask or None
+    frames = [f"{arguments.frames}frames"] if arguments.frames else []
+    name = "-".join([f"{Path(arguments.image).stem}-seed{seed}", *frames, *arguments.set])
+    path = pipeline.write(
+        folder_of(arguments) / "samples-own-image" / f"{name}.mp4",
         image,
         arguments.caption,
         subject=arguments.subject or None,
-        mask=arguments.mask or None,
+        mask=mask,
         seed=seed,
+        frames=arguments.frames or None,
     )
-    name = "-".join([f"{Path(arguments.image).stem}-seed{seed}", *arguments.set])
-    path = video.save(folder_of(arguments) / "samples-own-image" / f"{name}.mp4")
-    video.save(path.with_suffix(".png"))
+    shown = None if image is None else pipeline.image_prompt(image, mask)
+    stride = max(1, arguments.frames // 64)
+    Video.read(path, text=arguments.caption, image=shown, stride=stride).save(path.with_suffix(".png"))
     return path
 
 
 def sample_set(pipeline: Pipeline, arguments: SampleArguments, ranks: Ranks) -> dict[str, object]:
     """Sample and measure prompts of the data; return the means by control, and where the files are."""
-    sample = dataclasses.replace(
+    sample = replace(
         pipeline.config.sample,
         seeds=arguments.seeds,
         references=arguments.references,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_booth.config.data import DATA_KINDS, DataConfig, DataKind, ToyworldOptions, TripletsOptions
+from dit_booth.config.long import LongConfig
 from dit_booth.config.subject import SubjectConfig
 from dit_booth.diffusion.clip_sampling import ClipsConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
@@ -183,9 +184,7 @@ class SampleConfig:
     """Videos sampled at once on a rank."""
     fps: int = 8
     """Frames per second of the written videos."""
-    riflex: int = 0
-    """For longer videos than those of the training: the training's number of frames, after which they would repeat; one
-    rotary frequency of time is lowered (RIFLEx, arXiv 2502.15894). 0: none is."""
+    long: LongConfig = LongConfig()
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -195,7 +194,6 @@ class SampleConfig:
             seeds=SEED,
             batch_size="[1, 100000]",
             fps="[1, 1000]",
-            riflex="[0, 10000]",
         )
         for name in ("seeds", "references"):
             values: tuple[object, ...] = getattr(self, name)
@@ -296,9 +294,7 @@ class RunConfig:
 ANCHORED = ("decoupled_attention", "elite_local", "in_context", "spatial_concat", "token_bank")
 LATER: dict[str, object] = {
     "data.toyworld.scene": "short",
-    "start.window": 0,
-    "start.stride": 4,
-    "sample.riflex": 0,
+    "sample.long": dataclasses.asdict(LongConfig()),
     "objective.per_frame": False,
     "data.variations": 0,
     "clips": dataclasses.asdict(ClipsConfig()),
@@ -336,6 +332,7 @@ __all__ = [
     "STAGES",
     "DataConfig",
     "DataKind",
+    "LongConfig",
     "PlainDict",
     "RunConfig",
     "SampleConfig",

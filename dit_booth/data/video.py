@@ -10,7 +10,7 @@ whatever their timestamps are, and are turned upright as the file's display matr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -32,6 +32,7 @@ from dit_booth.files import replacing
 
 # Visually lossless, and small enough for a web page.
 _X264 = {"crf": "18", "preset": "medium"}
+_INDEX_FIRST = {"movflags": "+faststart"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,9 @@ def check_length(path: str | Media, info: VideoInfo, *, start: int, frames: int,
         )
 
 
-def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool = False) -> None:
+def write_video(
+    path: str | Path, video: Tensor, *, fps: float, lossless: bool = False, joinable: bool = False
+) -> None:
     """Write an H.264 mp4 that every browser plays (yuv420p, index first).
 
     The format needs even sides: an odd side is padded by repeating its last row or column. The file appears
@@ -193,6 +196,7 @@ def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool =
         video: `f 3 h w` in [-1, 1]; values beyond are clamped.
         fps: frames per second.
         lossless: keep every pixel (RGB, quantizer 0), of odd sides too; for programs: few browsers play such a file.
+        joinable: no frame refers to later ones, so that `join_videos` can put the file before or after others.
 
     Raises:
         ValueError: the path is not an .mp4 file, or the video has the wrong shape, is not finite, or `fps` is not
@@ -207,7 +211,7 @@ def write_video(path: str | Path, video: Tensor, *, fps: float, lossless: bool =
         pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with replacing(path) as partial:
         rate = Fraction(fps).limit_denominator(1001)
-        _encode(partial, pictures, pictures.shape[1:3], rate, lossless=lossless)
+        _encode(partial, pictures, pictures.shape[1:3], rate, lossless=lossless, joinable=joinable)
 
 
 def cut_video(source: str | Media, target: Path, *, start: int, end: int) -> None:
@@ -227,6 +231,25 @@ def cut_video(source: str | Media, target: Path, *, start: int, end: int) -> Non
         rate = Fraction(info.fps).limit_denominator(1001)
         if _encode(partial, itertools.islice(frames, end - start), size, rate) < end - start:
             raise ValueError(f"{source}: ends before frame {end}; it is truncated or damaged: leave it out")
+
+
+def join_videos(path: Path, parts: Sequence[Path]) -> None:
+    """Write videos after each other into one .mp4 file, without encoding them again; it appears when it is complete.
+
+    parts: written by `write_video` with ``joinable=True``, with equal sizes and frame rates.
+    """
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4", options=_INDEX_FIRST) as joined:
+        stream, start = None, 0
+        for part in parts:
+            with _open(part) as container:
+                source = container.streams.video[0]
+                stream = stream or joined.add_stream_from_template(source)
+                for packet in container.demux(source):
+                    if packet.dts is None or packet.pts is None:  # the end of the file
+                        continue
+                    packet.dts, packet.pts, packet.stream = packet.dts + start, packet.pts + start, stream
+                    joined.mux(packet)
+                start += source.duration or 0
 
 
 def write_gif(path: str | Path, video: Tensor, *, fps: float) -> None:
@@ -275,11 +298,13 @@ def _encode(
     rate: Fraction,
     *,
     lossless: bool = False,
+    joinable: bool = False,
 ) -> int:
     """Write frames (`h w 3`) of a height and width; return their number."""
     count = 0
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with av.open(str(path), "w", format="mp4", options=_INDEX_FIRST) as container:
         codec, options = ("libx264rgb", {"qp": "0"}) if lossless else ("libx264", _X264)
+        options = options | {"bf": "0"} if joinable else options
         stream = cast(VideoStream, container.add_stream(codec, rate=rate, options=options))
         stream.height, stream.width = size
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"

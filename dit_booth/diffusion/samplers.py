@@ -239,19 +239,24 @@ def _full(x: Tensor, t: float) -> Tensor:
 
 
 def euler_step(
-    x0: Tensor, x_t: Tensor, t: float, s: float, eta: float = 0.0, noise: Tensor | None = None
+    x0: Tensor,
+    x_t: Tensor,
+    t: float | Tensor,
+    s: float | Tensor,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """x_t + (s - t) v with v = (x_t - x0) / t, written so that s = 0 gives exactly x0.
 
     Without noise that is (1 - s) x0 + s eps. With it, the share eta^2 (1 - ((1 - t) s / ((1 - s) t))^2) of the variance
     of s eps is fresh (DDIM, Song et al., 2021, eqs. 12 and 16, with the flow's signal 1 - t and noise t).
+    t, s: numbers, or tensors that broadcast against x_t.
     """
     if noise is None:
         return x0 + (s / t) * (x_t - x0)
     share = eta**2 * (1 - ((1 - t) * s / ((1 - s) * t)) ** 2)
     eps = (x_t - (1 - t) * x0) / t
-    kept: float = (1 - share) ** 0.5
-    fresh: float = share**0.5
+    kept, fresh = (1 - share) ** 0.5, share**0.5
     return (1 - s) * x0 + s * (kept * eps + fresh * noise)
 
 

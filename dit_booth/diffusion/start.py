@@ -19,29 +19,18 @@ from dit_booth.errors import check_ranges
 class StartConfig:
     """What a video's latents start from."""
 
-    kind: Literal["noise", "warp", "inversion", "freenoise"] = "noise"
+    kind: Literal["noise", "warp", "inversion"] = "noise"
     """noise; warp: the latents of frame 0, sampled in part, moved, and noised again (Text2Video-Zero); inversion: the
-    noise that samples subject.video (Tune-A-Video); freenoise: for videos longer than those of the training, shuffled
-    copies of the first frames' noise, and temporal attention in windows (FreeNoise)."""
+    noise that samples subject.video (Tune-A-Video)."""
     denoised: float = 0.12
     """warp: share of the steps that frame 0 takes before it is moved (Text2Video-Zero: t0 = 44 of 50)."""
     renoised: float = 0.06
     """warp: share of the steps after which the moved frames go on (Text2Video-Zero: t1 = 47 of 50)."""
     motion: tuple[float, float] = (12.0, 12.0)
     """warp: motion per frame to the left and up, in pixels of an image of 512 (Text2Video-Zero: 12, 12)."""
-    window: int = 0
-    """freenoise: frames of a window, as many as a training video has (FreeNoise: 16); 0: data.frames."""
-    stride: int = 4
-    """freenoise: distance of the windows, and frames that are shuffled together."""
 
     def __post_init__(self) -> None:
-        counts = {"window": "[0, 10000]", "stride": "[1, 10000]"}
-        check_ranges(self, "start", denoised="[0, 1)", renoised="[0, 1)", motion="[-512, 512]", **counts)
-        if 0 < self.window < self.stride:
-            raise ValueError(
-                f"start.stride is {self.stride}, more than start.window {self.window}; frames would lie in no window:"
-                " make it smaller"
-            )
+        check_ranges(self, "start", denoised="[0, 1)", renoised="[0, 1)", motion="[-512, 512]")
         if self.renoised > self.denoised:
             raise ValueError(
                 f"start.renoised is {self.renoised}, more than start.denoised {self.denoised}; moved frames get noise"

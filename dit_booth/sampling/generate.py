@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import NamedTuple, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Required, Self, TypedDict, Unpack
 
 import torch
 from einops import rearrange, repeat
@@ -14,83 +12,206 @@ from torch import Tensor
 
 from dit_booth.attention import Clip, Riflex, WindowFusion
 from dit_booth.components import Components
-from dit_booth.diffusion.clip_sampling import ClipSampler, Known, continuations, predict_frames
+from dit_booth.config import LongConfig
+from dit_booth.diffusion.clip_sampling import ClipSampler
 from dit_booth.diffusion.free_noise import reschedule
-from dit_booth.diffusion.guidance import Branch, GuidanceConfig
+from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.inversion import invert
-from dit_booth.diffusion.known_frames import frame_times
-from dit_booth.diffusion.noise import randn
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, warped_start
-from dit_booth.inject import Condition, Reference, timestep_of_reference
-from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
+from dit_booth.models.clip.encoders import NULL_PROMPT
 from dit_booth.models.layers import Attention
+from dit_booth.sampling.long import (
+    Chunks,
+    LatentSampler,
+    Predicted,
+    Queue,
+    State,
+    warn_of_timesteps,
+    warn_of_window,
+)
+from dit_booth.sampling.network import GuidedNetwork, Pass, Prompts
+from dit_booth.training.stage import frames_of_training
 
-log = logging.getLogger(__name__)
 
-
-@torch.no_grad()
 def generate(
     components: Components,
     images: Tensor,
     captions: Sequence[str],
     subjects: Sequence[str | None],
     seeds: Sequence[int],
-    *,
-    size: tuple[int, int, int],
-    guidance: GuidanceConfig,
-    sampler: SamplerConfig,
-    start: StartConfig = StartConfig(),  # noqa: B008 (frozen)
-    known: KnownVideo | None = None,
-    use_image: bool = True,
-    reuse: bool = True,
-    riflex: int = 0,
+    **options: Unpack[SamplingOptions],
 ) -> Tensor:
-    """Sample one video per row: (b f 3 h w) in [-1, 1].
+    """Sample one video per row: (b f 3 h w) in [-1, 1]. Arguments: see `FrameSampler.build`."""
+    sampler = FrameSampler.build(components, images, captions, subjects, seeds, **options)
+    return torch.cat(list(sampler), dim=1)
 
-    images: (b 3 s s) in [-1, 1]; `size` is (frames, height, width) in pixels. A row's noise depends on its seed
-    alone, so a video is the same in every batch. Conditions that are the same at every timestep are made once; with
-    `reuse` false they are made at every step, which gives the same videos. `start`: what the latents start from.
-    `known`: frames that stay, around which the others are sampled. With a strategy that tells the network which frames
-    are known (LVDM), frames beyond those of the data are predicted clip by clip (section `clips`).
-    `riflex`: frames of the training, for longer videos of a model with rotary time; 0: its frequencies stay.
-    ValueError: a size that the autoencoder or the backbone cannot cut, or an image prompt that is all white.
+
+class SamplingOptions(TypedDict, total=False):
+    """Options of `generate`."""
+
+    size: Required[tuple[int, int, int]]
+    """Frames, height and width, in pixels."""
+    guidance: Required[GuidanceConfig]
+    sampler: Required[SamplerConfig]
+    start: StartConfig
+    """What the latents start from."""
+    long: LongConfig
+    """How videos with more frames than those of the training are made."""
+    known: KnownVideo | None
+    """Frames that stay, around which the others are sampled."""
+    use_image: bool
+    reuse: bool
+    """Make conditions that are the same at every timestep once; false: at every step, which gives the same videos."""
+
+
+@dataclass
+class FrameSampler:
+    """Iterator over the frames of videos, some at a time: (b k 3 h w) in [-1, 1].
+
+    Its state, of bounded size, can be saved between two of them.
     """
-    components.model.eval()
-    frames, height, width = size
-    factor, channels = components.autoencoder.factor, components.autoencoder.channels
-    if height % factor or width % factor:
-        raise ValueError(f"size is {height} x {width} pixels; the autoencoder needs multiples of {factor}")
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    prompts, with_image = Prompts(images, captions, subjects), use_image and bool(components.model.active)
-    count = clip_frames(components, frames)
-    clip = clip_of(components, count, start, riflex)
-    network = GuidedNetwork.build(
-        components, guidance, prompts, draws, clip, with_image=with_image, reuse=reuse
-    )
 
-    def run(model: Model, noise: Tensor, step: int = 0) -> Tensor:
-        return sample(model, components.objective, sampler, noise, draws, steps=range(step, sampler.steps))
+    components: Components
+    latents: LatentSampler
 
-    config = components.config.clips
-    clips = ClipSampler(network.predict, components.objective, run, config, draws)
-    if known is None:
-        shape = (len(images), count, channels, height // factor, width // factor)
-        noise = randn(shape, draws, images.device, network.dtype)
-        latents = run(network.predict, *start_latents(network, sampler, start, noise))
-    else:
-        known.check(len(images), count)
-        latents = clips.complete(
-            components.autoencoder.encode(known.video, draws).to(network.dtype), known.mask
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls,
+        components: Components,
+        images: Tensor,
+        captions: Sequence[str],
+        subjects: Sequence[str | None],
+        seeds: Sequence[int],
+        *,
+        size: tuple[int, int, int],
+        guidance: GuidanceConfig,
+        sampler: SamplerConfig,
+        start: StartConfig = StartConfig(),  # noqa: B008 (frozen)
+        long: LongConfig = LongConfig(),  # noqa: B008 (frozen)
+        known: KnownVideo | None = None,
+        use_image: bool = True,
+        reuse: bool = True,
+    ) -> Self:
+        """Prepare the sampling of one video per row.
+
+        images: (b 3 s s) in [-1, 1]. A row's noise depends on its seed alone, so a video is the same in every batch.
+        The other arguments: see `SamplingOptions`.
+        ValueError: a size that the autoencoder or the backbone cannot cut, an image prompt that is all white, or a way
+        to make long videos that this model or this many frames do not allow.
+        """
+        components.model.eval()
+        frames, height, width = size
+        factor, channels = components.autoencoder.factor, components.autoencoder.channels
+        if height % factor or width % factor:
+            raise ValueError(
+                f"size is {height} x {width} pixels; the autoencoder needs multiples of {factor}"
+            )
+        check_long(components, frames, start, long, known)
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        prompts, clip = Prompts(images, captions, subjects), clip_of(components, frames, long)
+
+        def network_of(parts: Components) -> GuidedNetwork:
+            shown = use_image and bool(parts.model.active)
+            return GuidedNetwork.build(parts, guidance, prompts, draws, clip, with_image=shown, reuse=reuse)
+
+        network, other = network_of(components), components.interpolator
+        shape = (channels, height // factor, width // factor)
+        between = network if other is None or long.kind != "lvdm" else network_of(other)
+        return cls(components, make_sampler(network, between, sampler, frames, shape, start, long, known))
+
+    @property
+    def frames(self) -> int:
+        """Frames of the whole video."""
+        return self.latents.frames
+
+    @property
+    def done(self) -> int:
+        """Frames that are made."""
+        return self.latents.done
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `restore` needs to go on after the last frames."""
+        return {name: tensor.clone() for name, tensor in self.latents.state().items()}
+
+    def restore(self, state: State) -> None:
+        """Go on from a state, with the frames that would have followed."""
+        self.latents.restore(state)
+
+    def __iter__(self) -> Self:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        """Sample the next frames."""
+        if self.done == self.frames:
+            raise StopIteration
+        latents = self.latents.next_block()
+        return self.components.autoencoder.decode(latents).clamp(-1, 1)
+
+
+def make_sampler(
+    network: GuidedNetwork,
+    between: GuidedNetwork,
+    sampler: SamplerConfig,
+    frames: int,
+    shape: tuple[int, int, int],
+    start: StartConfig,
+    long: LongConfig,
+    known: KnownVideo | None,
+) -> LatentSampler:
+    """Build the sampler of a kind of long videos; `between`: the network that interpolates (lvdm)."""
+    match long.kind:
+        case "chunks":
+            return Chunks(network, sampler, frames, shape, long)
+        case "diffusion_forcing":
+            return Queue(network, sampler, frames, shape, long)
+        case "lvdm":
+            clips = clip_sampler(network, sampler)
+            first = None if known is None else completed(network, clips, known)
+            fill = clip_sampler(between, sampler)
+            return Predicted(network, sampler, frames, shape, clips, fill, first, long.interpolated)
+        case _:
+            return Whole(network, sampler, frames, shape, start, known)
+
+
+def check_long(
+    components: Components, frames: int, start: StartConfig, long: LongConfig, known: KnownVideo | None
+) -> None:
+    """Check that a video of `frames` frames can be made so; warn of what the network never saw in its training.
+
+    ValueError: naming the option.
+    """
+    kind, trained = long.kind, frames_of_training(components.config)
+    if kind == "none":
+        return
+    if start.kind != "noise":
+        raise ValueError(
+            f"start.kind is {start.kind}, of all frames at once, but sample.long.kind is {kind}; set one of them to"
+            " its default (noise, none)"
         )
-    latents = predict_frames(clips, latents, continuations(frames, count, config.overlap))[:, :frames]
-    return components.autoencoder.decode(latents).clamp(-1, 1)
-
-
-def clip_frames(components: Components, frames: int) -> int:
-    """Return the frames of the first clip: all, or those of the data where the network can predict the others."""
-    predicts = components.model.strategy.reads_known_frames(components.model.active)
-    return min(frames, components.config.data.frames) if predicts else frames
+    if known is not None and kind != "lvdm":
+        raise ValueError(f"known frames are given, but sample.long.kind is {kind}; use none or lvdm")
+    if kind == "lvdm":
+        if not components.model.strategy.reads_known_frames(components.model.active):
+            raise ValueError(
+                "sample.long.kind is lvdm, but no active strategy tells the network which frames are known; train with"
+                " strategy lvdm, or use another kind"
+            )
+        return
+    window = long.window_of(trained)
+    if window > trained:
+        warn_of_window(window, trained)
+    if kind == "freenoise":
+        return
+    if frames <= long.prefix:
+        raise ValueError(
+            f"frames is {frames}, no more than the {long.prefix} of sample.long.prefix; sample more, or lower"
+            " the prefix"
+        )
+    if not components.config.objective.per_frame:
+        warn_of_timesteps(kind)
 
 
 class KnownVideo(NamedTuple):
@@ -108,32 +229,68 @@ class KnownVideo(NamedTuple):
             )
 
 
-def clip_of(components: Components, frames: int, start: StartConfig, riflex: int) -> Clip:
-    """Return all frames of a video as the network shall see them. ValueError: freenoise, and no temporal attention."""
-    long = Riflex(riflex, frames) if riflex else None
-    if start.kind != "freenoise":
-        return Clip(range(frames), riflex=long)
+def clip_of(components: Components, frames: int, long: LongConfig) -> Clip:
+    """Return the frames of a first pass: the whole video's, or the first clip's.
+
+    ValueError: freenoise, and no temporal attention.
+    """
+    trained = frames_of_training(components.config)
+    riflex = Riflex(long.riflex, frames) if long.riflex else None
+    if long.kind == "freenoise":
+        return Clip(range(frames), fusion=_fusion(components, long), riflex=riflex)
+    counts = {"chunks": long.window or trained, "lvdm": trained}
+    return Clip(range(min(frames, counts.get(long.kind, frames))), riflex=riflex)
+
+
+def _fusion(components: Components, long: LongConfig) -> WindowFusion:
     attentions = (m for m in components.model.backbone.modules() if isinstance(m, Attention))
     if not any(attention.site.role == "temporal" for attention in attentions):
         raise ValueError(
-            "start.kind is freenoise, whose windows are of temporal attention, and the backbone has none (dit.layout"
-            " joint or image); use a factorised or interleaved one, or start.kind noise"
+            "sample.long.kind is freenoise, whose windows are of temporal attention, and the backbone has none"
+            " (dit.layout joint or image); use a factorised or interleaved one, or another kind"
         )
-    trained = components.config.data.frames
-    window = start.window or trained
-    if window > trained:
-        _warn_of_window(window, trained)
-    return Clip(range(frames), fusion=WindowFusion(window, min(start.stride, window)), riflex=long)
+    window = long.window_of(frames_of_training(components.config))
+    return WindowFusion(window, min(long.stride, window))
 
 
-@cache
-def _warn_of_window(window: int, trained: int) -> None:
-    """Warn once for each pair."""
-    log.warning(
-        "start.window is %d, but data.frames, of the training, is %d: windows are longer than what was learned",
-        window,
-        trained,
-    )
+class Whole(LatentSampler):
+    """All frames at once."""
+
+    def __init__(
+        self,
+        network: GuidedNetwork,
+        sampler: SamplerConfig,
+        frames: int,
+        shape: tuple[int, int, int],
+        start: StartConfig,
+        known: KnownVideo | None,
+    ) -> None:
+        super().__init__(network, sampler, frames, shape)
+        self.start, self.known = start, known
+
+    def block(self) -> Tensor:
+        network = self.network
+        if self.known is not None:
+            return completed(network, clip_sampler(network, self.sampler), self.known)
+        noise, step = start_latents(network, self.sampler, self.start, self.noise(self.frames))
+        return self.run(network.predict, noise, step)
+
+
+def clip_sampler(network: GuidedNetwork, sampler: SamplerConfig) -> ClipSampler:
+    """Return the sampler of clips with known frames (section `clips`)."""
+    objective, draws = network.components.objective, network.draws
+
+    def run(model: Model, noise: Tensor) -> Tensor:
+        return sample(model, objective, sampler, noise, draws)
+
+    return ClipSampler(network.predict, objective, run, network.components.config.clips, draws)
+
+
+def completed(network: GuidedNetwork, clips: ClipSampler, known: KnownVideo) -> Tensor:
+    """Sample the latents of a clip around its known frames. ValueError: they are not those of a clip."""
+    known.check(len(network.draws), len(network.clip.frames))
+    latents = network.components.autoencoder.encode(known.video, network.draws)
+    return clips.complete(latents.to(network.dtype), known.mask)
 
 
 def start_latents(
@@ -164,133 +321,3 @@ def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor)
 
     noise = invert(predict, components.objective, sampler, x0)
     return repeat(noise, "1 f c h w -> b f c h w", b=len(like))
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass through the network in a step: the rows of one or more branches of guidance."""
-
-    prompt: Prompt
-    reference: Reference | None
-    constant: Mapping[str, Condition] = field(default_factory=dict)
-
-    def with_constant_conditions(self, components: Components) -> Pass:
-        """Return a copy with the conditions that are the same at every timestep."""
-        if self.reference is None:
-            return self
-        return replace(self, constant=components.model.constant_conditions(self.reference))
-
-    def predict(
-        self,
-        components: Components,
-        x: Tensor,
-        timestep: Tensor,
-        eps: Tensor | None,
-        known: Tensor | None = None,
-        clip: Clip | None = None,
-    ) -> Tensor:
-        """Predict for this pass's rows: those of x (b f c h w), repeated for each branch.
-
-        known: b f 1 1 1, 1 in frames of x that are known. clip: the frames of x in a longer video; none: x is all.
-        """
-        rows, reference = len(self.prompt.ids) // len(x), self.reference
-        x, timestep = (repeat(y, "b ... -> (r b) ...", r=rows) for y in (x, timestep))
-        known = None if known is None else repeat(known, "b ... -> (r b) ...", r=rows)
-        if reference is not None:
-            assert eps is not None
-            eps = repeat(eps, "b ... -> (r b) ...", r=rows)
-            t = components.objective.from_timestep(timestep_of_reference(timestep))
-            noisy = components.objective.noise(components.copies(reference), t, eps)
-            reference = replace(reference, noisy=noisy)
-        output: Tensor = components.model(
-            x, timestep, self.prompt, reference, self.constant, known, clip
-        ).output
-        return output
-
-
-class Prompts(NamedTuple):
-    """What videos are sampled of, a row each."""
-
-    images: Tensor  # b 3 s s in [-1, 1]
-    captions: Sequence[str]
-    subjects: Sequence[str | None]
-
-
-@dataclass(frozen=True)
-class GuidedNetwork:
-    """The network as a sampler sees it: guided, for a batch of prompts."""
-
-    components: Components
-    guidance: GuidanceConfig
-    passes: Sequence[Pass]
-    draws: Sequence[torch.Generator]
-    """One of each row: of the reference's noise, and of the sampler's."""
-    clip: Clip
-    """A whole video; passes over fewer frames are videos of their own."""
-    dtype: torch.dtype
-
-    @classmethod
-    def build(
-        cls,
-        components: Components,
-        guidance: GuidanceConfig,
-        prompts: Prompts,
-        draws: Sequence[torch.Generator],
-        clip: Clip,
-        *,
-        with_image: bool,
-        reuse: bool,
-    ) -> Self:
-        """Encode the prompts. ValueError: an image prompt that is all white."""
-        if with_image:
-            components.check_images(prompts.images, prompts.captions)
-        dtype = next(components.model.parameters()).dtype
-        passes = make_passes(components, guidance, *prompts, dtype, with_image)
-        if reuse:
-            passes = [one.with_constant_conditions(components) for one in passes]
-        return cls(components, guidance, passes, draws, clip, dtype)
-
-    def predict(self, x: Tensor, timestep: Tensor, known: Known | None = None) -> Tensor:
-        """Predict at x (b f c h w), in which frames may be known; `timestep` (b,) is that of the others."""
-        eps, shown = None, None
-        if known is not None:
-            timestep, shown = frame_times(timestep, known.timestep, known.mask), known.shown
-        if (first := self.passes[0].reference) is not None:
-            shape = (len(x), *self.components.copies(first).shape[1:])
-            eps = randn(shape, self.draws, x.device, x.dtype)
-        clip = (
-            self.clip if x.shape[1] == len(self.clip.frames) else None
-        )  # else, a warp's first frame, or a clip
-        output = torch.cat(
-            [one.predict(self.components, x, timestep, eps, shown, clip) for one in self.passes]
-        )
-        return self.guidance.combine(output.chunk(len(output) // len(x)))
-
-
-def make_passes(
-    components: Components,
-    guidance: GuidanceConfig,
-    images: Tensor,
-    captions: Sequence[str],
-    subjects: Sequence[str | None],
-    dtype: torch.dtype,
-    use_image: bool,
-) -> list[Pass]:
-    """Return the passes of every step; their rows are those of guidance's branches, in order.
-
-    Without its text a branch has the null prompt, without its image the zero image, as rows that training drops have;
-    with ``guidance.unconditional=omit`` it has no image at all, hence a pass of its own.
-    """
-
-    def one(branches: Sequence[Branch], with_image: bool) -> Pass:
-        words = [word for b in branches for word in (captions if b.text else [NULL_PROMPT] * len(images))]
-        named = [name for b in branches for name in (subjects if b.text else [None] * len(images))]
-        pictures = torch.cat([images if b.image else torch.zeros_like(images) for b in branches])
-        reference = components.reference(pictures, dtype) if with_image else None
-        return Pass(components.tokenize(words, named), reference)
-
-    branches = guidance.branches()
-    if guidance.unconditional == "zero_image":
-        return [one(branches, use_image)]
-    groups = [[b for b in branches if b.image is image] for image in (True, False)]
-    return [one(group, use_image and group[0].image) for group in groups if group]

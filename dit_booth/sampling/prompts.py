@@ -132,7 +132,7 @@ def _generate(
         guidance=config.guidance,
         sampler=config.sampler,
         start=config.start,
-        riflex=config.sample.riflex,
+        long=config.sample.long,
         use_image=reference != "none",
     )
     return videos.float().cpu()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dit_booth.data.video import write_gif, write_video
+from dit_booth.data.video import probe, read_video, write_gif, write_video
 from dit_booth.sampling.contact_sheet import SheetRow, draw_contact_sheet
 
 
@@ -41,6 +41,13 @@ class Video:
         frames = rearrange(_to_uint8(video), "f c h w -> f h w c")
         seen = None if image is None else rearrange(_to_uint8(image), "c h w -> h w c")
         return cls(frames=frames, fps=fps, text=text, image=seen)
+
+    @classmethod
+    def read(cls, path: str | Path, *, text: str = "", image: Tensor | None = None, stride: int = 1) -> Video:
+        """Read every `stride`-th frame of a file, with the image prompt that it was made of, `3 s s` in [-1, 1]."""
+        seen = None if image is None else rearrange(_to_uint8(image), "c h w -> h w c")
+        fps = round(probe(path).fps)
+        return cls(frames=read_video(path, stride=stride), fps=fps, text=text, image=seen)
 
     @property
     def tensor(self) -> Tensor:

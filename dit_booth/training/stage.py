@@ -25,6 +25,13 @@ def schedule_of(config: RunConfig) -> tuple[StageName, ...]:
     return tuple(stage for stage in STAGES if stage in trained and stage in ("coarse", "fine"))
 
 
+def frames_of_training(config: RunConfig) -> int:
+    """Return the most frames that a video of the run's stages has: ``data.frames``, or the longest crop."""
+    stages = [stage_config(config, name) for name in schedule_of(config)]
+    lengths = [stage.frames_of(config.data.frames) for stage in stages if not stage.single_frames]
+    return max(lengths, default=config.data.frames)
+
+
 def active_strategies(config: RunConfig, schedule: Sequence[StageName], index: int) -> tuple[str, ...]:
     """Return a stage's active strategies: as configured, or those that it or an earlier stage trains."""
     stage, classes = stage_config(config, schedule[index]), find(config.strategy)

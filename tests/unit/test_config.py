@@ -10,6 +10,7 @@ import pytest
 
 from dit_booth.config import (
     DataConfig,
+    LongConfig,
     RunConfig,
     SampleConfig,
     StageConfig,
@@ -80,7 +81,7 @@ def test_a_value_that_cannot_work_is_refused_with_field_value_and_fix(build, wor
 SECTIONS = [
     *(TripletsOptions, DataConfig, StageConfig, TrainConfig, SampleConfig, ObjectiveConfig, SamplerConfig),
     *(GuidanceConfig, DiTConfig, UNetConfig, ClipConfig, AutoencoderConfig, SubjectConfig, StartConfig),
-    *(KnownFramesConfig, ClipsConfig),
+    *(KnownFramesConfig, ClipsConfig, LongConfig),
 ]
 
 

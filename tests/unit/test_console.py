@@ -33,8 +33,9 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no strategy matches 'kv'" in capsys.readouterr().err
     assert main(["models", "vit"]) == 1
     assert "no model matches 'vit'" in capsys.readouterr().err
-    assert main(["sample", "toyworld", "--caption", "a star"]) == 1
-    assert "--image is missing" in capsys.readouterr().err
+    for given in (["--caption", "a star"], ["--frames", "9"]):
+        assert main(["sample", "toyworld", *given]) == 1
+        assert "--image is missing" in capsys.readouterr().err
 
 
 def test_settings_to_sample_with_are_nested() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import dit, measure, side_by_side, unet
+from experiments.bench import dit, long, measure, side_by_side, unet
 from experiments.bench.side_by_side import Row, SideBySideArguments
 
 
@@ -49,6 +49,12 @@ def test_the_pages_hold_the_bars_and_the_figures() -> None:
     latte = row("interleaved")
     assert dit.more(latte) == {"latte_over_it": 1.19}
     assert "| interleaved | 1.50 | 1.25 | 1.19 | 900 |" in dit.page([latte | dit.more(latte)])
+
+
+def test_the_page_of_long_videos_holds_their_ratios() -> None:
+    figures = {"seconds_per_frame": [0.5, 0.45], "peak_mib": [800.0, 820.0]}
+    page = long.page([row("") | {"backbone": "dit", "way": "chunks"} | figures])
+    assert "| dit | chunks | 0.500 | 0.450 | 0.90 | 800 | 820 | 1.02 |" in page
 
 
 def test_the_dits_job_is_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

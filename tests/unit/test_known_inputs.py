@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_booth.components import Components
-from dit_booth.config import StageConfig
+from dit_booth.config import LongConfig, StageConfig
 from dit_booth.data.example import Batch, collate
 from dit_booth.diffusion.clip_sampling import ClipsConfig
 from dit_booth.diffusion.known_frames import KnownFramesConfig
@@ -226,13 +226,14 @@ def video(
 
 def test_further_frames_are_predicted_clip_by_clip() -> None:
     components = parts_of()
-    first, long = video(components), video(components, 8)
+    lvdm = LongConfig(kind="lvdm")
+    first, long = video(components), video(components, 8, long=lvdm)
     assert long.shape == (2, 8, 3, 12, 12)
     assert torch.equal(long[:, :FRAMES], first), "clips follow a first one without known frames"
     assert worst(long[:, FRAMES : 2 * FRAMES - 1], first[:, 1:]) > 1e-3
-    assert worst(long[1:], video(components, 8, rows=slice(1, 2))) < 1e-4, "a row is its own"
+    assert worst(long[1:], video(components, 8, rows=slice(1, 2), long=lvdm)) < 1e-4, "a row is its own"
     config = replace(components.config, clips=ClipsConfig(overlap=2))
-    assert worst(video(replace(components, config=config), 8)[:, FRAMES:], long[:, FRAMES:]) > 1e-3
+    assert worst(video(replace(components, config=config), 8, long=lvdm)[:, FRAMES:], long[:, FRAMES:]) > 1e-3
     whole = parts_of("none")
     assert video(whole, 8).shape == long.shape, "without known frames a video is one clip"
 

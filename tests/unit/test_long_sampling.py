@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_booth.attention import Clip, Riflex, Segment, WindowFusion, attend, attend_in_windows
+from dit_booth.config import LongConfig
 from dit_booth.diffusion.free_noise import draw_permutations, reschedule, source_frames
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
@@ -18,13 +19,13 @@ from dit_booth.diffusion.start import StartConfig
 from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.positions import riflex_frequencies, rotary_3d, rotary_frames
 from dit_booth.models.unet.model import UNetConfig
-from dit_booth.sampling.generate import clip_of, generate
+from dit_booth.sampling.generate import check_long, generate
 from dit_booth.testing import Trial, trial, worst
 from dit_booth.testing.tiny import SIZE
 
 torch.set_num_threads(1)
 F64 = torch.float64
-FREENOISE = StartConfig(kind="freenoise", window=4, stride=2)
+FREENOISE = LongConfig(kind="freenoise", window=4, stride=2)
 ROTARY: dict[str, Any] = {"dit": DiTConfig(depth=1, hidden=32, heads=2, positions="rotary")}
 
 
@@ -134,34 +135,33 @@ def sampled(run: Trial, rows: slice = slice(0, 2), frames: int = 9, **options: A
 @pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 def test_freenoise_samples_long_videos_row_by_row(backbone: str) -> None:
     run = trial("kv_concat", backbone)
-    video = sampled(run, start=FREENOISE)
+    video = sampled(run, long=FREENOISE)
     assert video.shape == (2, 9, 3, SIZE, SIZE) and torch.isfinite(video).all()
-    assert worst(sampled(run, slice(1, 2), start=FREENOISE)[0], video[1]) < 1e-3
+    assert worst(sampled(run, slice(1, 2), long=FREENOISE)[0], video[1]) < 1e-3
     assert worst(sampled(run), video) > 1e-2
-    by_default = sampled(run, start=replace(FREENOISE, window=0))  # data.frames: 3
-    assert worst(by_default, sampled(run, start=replace(FREENOISE, window=3))) == 0 < worst(by_default, video)
+    by_default = sampled(run, long=replace(FREENOISE, window=0))  # data.frames: 3
+    assert worst(by_default, sampled(run, long=replace(FREENOISE, window=3))) == 0 < worst(by_default, video)
 
 
 def test_a_window_longer_than_the_training_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    components = trial("none").components
     for _ in range(2):
-        clip_of(components, 9, StartConfig(kind="freenoise", window=7), 0)
-    clip_of(components, 9, StartConfig(kind="freenoise", window=3, stride=2), 0)
-    (record,) = [r for r in caplog.records if "start.window" in r.message]
-    assert "start.window is 7, but data.frames, of the training, is 3" in record.message
+        check_long(trial("none").components, 9, StartConfig(), replace(FREENOISE, window=7), None)
+    check_long(trial("none").components, 9, StartConfig(), replace(FREENOISE, window=3), None)
+    (record,) = [r for r in caplog.records if "sample.long.window" in r.message]
+    assert "sample.long.window is 7, but the training's videos have 3 frames" in record.message
 
 
 def test_freenoise_needs_temporal_attention_over_all_frames() -> None:
-    with pytest.raises(ValueError, match=r"start\.kind is freenoise.*dit\.layout joint or image"):
-        sampled(trial("none", "dit-joint"), start=FREENOISE)
+    with pytest.raises(ValueError, match=r"sample\.long\.kind is freenoise.*dit\.layout joint or image"):
+        sampled(trial("none", "dit-joint"), long=FREENOISE)
     planned = {"dit": DiTConfig(depth=1, hidden=32, heads=2, temporal_plan="window(2)")}
     for run in (trial("none", **planned), trial("in_context")):
         with pytest.raises(
             ValueError, match=r"\(freenoise\) need temporal_plan all, and no reference before"
         ):
-            sampled(run, start=FREENOISE)
-    with pytest.raises(ValueError, match=r"start\.stride is 4, more than start\.window 2"):
-        StartConfig(kind="freenoise", window=2)
+            sampled(run, long=FREENOISE)
+    with pytest.raises(ValueError, match=r"sample\.long\.stride is 4, more than sample\.long\.window 2"):
+        LongConfig(kind="freenoise", window=2)
 
 
 def test_riflex_lowers_the_frequency_that_repeats_after_a_training_video() -> None:
@@ -182,17 +182,19 @@ def test_riflex_lowers_the_frequency_that_repeats_after_a_training_video() -> No
 @torch.no_grad()
 def test_riflex_is_an_option_of_sampling_for_backbones_with_rotary_time() -> None:
     run = trial("none", **ROTARY)
-    assert torch.equal(sampled(run, riflex=9), sampled(run)), "no longer than the training's"
-    assert worst(sampled(run, riflex=3), sampled(run)) > 1e-4
+    assert torch.equal(sampled(run, long=LongConfig(riflex=9)), sampled(run)), "no longer than the training's"
+    assert worst(sampled(run, long=LongConfig(riflex=3)), sampled(run)) > 1e-4
     unet = trial(
         "none",
         "unet",
         unet=replace(trial("none", "unet").components.config.unet, positions="rotary", heads=1),
     )
-    assert worst(sampled(unet, riflex=3), sampled(unet)) > 1e-5
+    assert worst(sampled(unet, long=LongConfig(riflex=3)), sampled(unet)) > 1e-5
     for backbone, field in (
         ("dit-factorised", "dit.positions is sincos"),
         ("unet", "unet.positions is none"),
     ):
-        with pytest.raises(ValueError, match=rf"sample\.riflex changes rotary frequencies, but {field}"):
-            sampled(trial("none", backbone), riflex=3)
+        with pytest.raises(
+            ValueError, match=rf"sample\.long\.riflex changes rotary frequencies, but {field}"
+        ):
+            sampled(trial("none", backbone), long=LongConfig(riflex=3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dit_booth.config import RunConfig
 from dit_booth.models.registry import MODELS, create_model, list_models
 from dit_booth.models.weights import ASSETS, read
 from dit_booth.pipeline import EMBEDDED, Pipeline
+from dit_booth.sampling.video import Video
 
 TEXT = "a star is spinning on snow"
 SHORT = {"sampler": {"steps": 2}}
@@ -168,3 +170,21 @@ def test_the_readmes_first_lines_run(
     picture.save("star.png")
     exec(lines, {})
     assert (tmp_path / "star.mp4").is_file()
+
+
+def test_a_video_is_streamed_and_written_as_it_is_called(
+    pipe: Pipeline, picture: Image.Image, tmp_path: Path
+) -> None:
+    call: Any = {"subject": "star", "seed": 1, "frames": 12, "long": "chunks"}
+    video = pipe(picture, TEXT, **call)
+    blocks = list(pipe.stream(picture, TEXT, **call))
+    assert [len(block) for block in blocks] == [8, 4] and np.array_equal(np.concatenate(blocks), video.frames)
+    path = pipe.write(tmp_path / "a.mp4", picture, TEXT, **call)
+    read = Video.read(path, text=TEXT, stride=2)
+    assert read.fps == 8 and len(read) == 6
+    far = [np.abs(read.frames.mean(-1) - video.frames[at::2].mean(-1)).mean() for at in (0, 1)]
+    assert far[0] < 4 < far[1], "the encoder's loss, less than a frame's change"
+    with pytest.raises(ValueError, match=r"path is 'a\.gif'; a video is written as an .mp4 file"):
+        pipe.write("a.gif", picture, TEXT, **call)
+    with pytest.raises(ValueError, match=r"sample\.long\.kind is 'rings'; choose one of none, chunks"):
+        pipe(picture, TEXT, **{**call, "long": "rings"})

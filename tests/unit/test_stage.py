@@ -22,6 +22,7 @@ from dit_booth.training.ema import Ema
 from dit_booth.training.stage import (
     active_strategies,
     check_starts,
+    frames_of_training,
     schedule_of,
     set_trainable,
     trainable_globs,
@@ -76,6 +77,14 @@ def test_schedule_and_active_strategies_follow_from_what_is_trained(
     config = config_of(strategy)
     assert schedule_of(config) == schedule
     assert [active_strategies(config, schedule, i) for i in range(len(schedule))] == active
+
+
+def test_a_training_has_as_many_frames_as_its_longest_crop() -> None:
+    crops = StagesConfig(coarse=StageConfig(frames=1), fine=StageConfig(frames=(1, 2)))
+    assert frames_of_training(config_of(BOTH, stages=crops)) == 2
+    assert frames_of_training(config_of(BOTH)) == frames_of_training(config_of("none")) == 3
+    images = config_of(BOTH, stages=crops, schedule=("images", "coarse"))
+    assert frames_of_training(images) == 1, "single frames are not videos"
 
 
 def test_a_configured_schedule_is_taken_as_it_is() -> None:

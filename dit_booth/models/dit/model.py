@@ -127,8 +127,8 @@ class VideoDiT(nn.Module):
         if self.config.positions == "sincos":
             if riflex is not None:
                 raise ValueError(
-                    "sample.riflex changes rotary frequencies, but dit.positions is sincos; use a model with"
-                    " dit.positions rotary, or set sample.riflex to 0"
+                    "sample.long.riflex changes rotary frequencies, but dit.positions is sincos; use a model with"
+                    " dit.positions rotary, or set sample.long.riflex to 0"
                 )
             return shared
         dim = self.config.shape.hidden // self.config.shape.heads

@@ -89,8 +89,8 @@ class VideoUNet(nn.Module):
         rotary = frames.positions if self.config.positions == "rotary" else None
         if riflex is not None and rotary is None:
             raise ValueError(
-                "sample.riflex changes rotary frequencies, but unet.positions is none; use a model with unet.positions"
-                " rotary, or set sample.riflex to 0"
+                "sample.long.riflex changes rotary frequencies, but unet.positions is none; use a model with"
+                " unet.positions rotary, or set sample.long.riflex to 0"
             )
         return UNetInputs(
             t_emb, text.tokens, frames.plan, inject, latents.context, frames.temporal_plan, rotary, riflex
