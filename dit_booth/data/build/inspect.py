@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
@@ -23,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_booth.data.build.candidate import Candidate
-from dit_booth.data.build.stages import one_thread
+from dit_booth.data.build.stages import processes
 from dit_booth.data.build.write import read_manifest
 from dit_booth.data.image_files import Mask, Pixels, read_mask
 from dit_booth.data.image_prompt import prepare
@@ -64,7 +63,7 @@ def make_page(out: Path, *, limit: int, workers: int) -> str:
     measured = [c for c in candidates if c.hash]
     shown = measured[:limit]
     work = partial(picture, videos=settings["videos"], masks=str(out / "build" / "masks"))
-    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=one_thread) as pool:
+    with processes(workers or os.cpu_count() or 1) as pool:
         pictures = list(
             tqdm(pool.map(work, shown, chunksize=4), desc="pictures", total=len(shown), unit="clip")
         )

@@ -81,10 +81,7 @@ def run_all(
 
 def in_pool(items: dict[int, Candidate], step: Work, workers: int) -> Iterator[tuple[int, list[Candidate]]]:
     """Iterate over (number, result) from a pool of processes. BrokenProcessPool: one of them was killed."""
-    context = multiprocessing.get_context(
-        "fork"
-    )  # as torch's loader: no second import of what is loaded here
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=one_thread) as pool:
+    with processes(workers) as pool:
         futures: dict[Future[list[Candidate]], int] = {
             pool.submit(step, item): number for number, item in list(items.items())
         }
@@ -96,8 +93,18 @@ def in_pool(items: dict[int, Candidate], step: Work, workers: int) -> Iterator[t
             raise
 
 
-def one_thread() -> None:
-    """Let the processes of a pool share the cores: one thread each."""
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Return a pool of processes for steps of the build.
+
+    They are forked from a process without threads, which has imported what the steps need: a fork of this one may wait
+    for ever for a thread of OpenCV or PyTorch that it does not have.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cv2", "torch", "dit_booth.data.build.build"])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+
+
+def _one_thread() -> None:
     import cv2
     import torch
 
