@@ -37,7 +37,7 @@ OF_LAYOUTS = [
 ]
 COMPILED_SUMS = (
     "none",
-    "spatial_concat",  # it trains projections of the backbone, some of which others replace
+    "spatial_concat+lvdm",  # they train projections of the backbone, some of which others replace
     "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection",
     "in_context+elite_local+lora+textual_inversion",
 )
