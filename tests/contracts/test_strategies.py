@@ -37,7 +37,8 @@ OF_LAYOUTS = [
 ]
 COMPILED_SUMS = (
     "none",
-    "spatial_concat+lvdm",  # they train projections of the backbone, some of which others replace
+    "lvdm",  # it trains the whole backbone, of which others leave out a part
+    "spatial_concat",  # it trains projections of the backbone, some of which others replace
     "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection",
     "in_context+elite_local+lora+textual_inversion",
 )
