@@ -1,6 +1,6 @@
 """Ask people which videos are better: make a page of pairs, collect answers, and analyse them.
 
-dit-booth study power --system-pairs 3 --prompts 12
+dit-booth study power --systems 3 --prompts 12
 dit-booth study make runs/a runs/b runs/c --out studies/first
 dit-booth study serve studies/first
 dit-booth study analyse studies/first

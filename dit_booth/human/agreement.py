@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_booth.human.crossed import Rate, estimate_rate
+from dit_booth.human.crossed import Rate, estimate_rate, indicators
 from dit_booth.human.exclude import Observation
 from dit_booth.study.statistics import LEVEL, Estimate
 
@@ -83,8 +83,23 @@ def krippendorff(table: Array, *, ordinal: bool = True) -> float:
 
 
 def side_rate(own: Sequence[Observation]) -> Rate | None:
-    """Estimate the share of answers for the right side, a tie counting half; 0.5 without a bias."""
-    return estimate_rate([o.right for o in own], [o.rater for o in own], [o.prompt for o in own])
+    """Estimate the share of answers for the right side, a tie counting half; 0.5 without a bias.
+
+    Sides are balanced, so preferences hardly move the mean, but they would be taken for noise without an effect of each
+    pair of videos that changes its sign with the side. Answers to one trial depend on each other: they are averaged.
+    """
+    trials: dict[tuple[str, int], list[Observation]] = defaultdict(list)
+    for o in own:
+        trials[o.rater, o.trial].append(o)
+    looks = [found[0] for found in trials.values()]
+    sign = np.array([[1.0 if o.swapped else -1.0] for o in looks])
+    rate = estimate_rate(
+        [float(np.mean([o.right for o in found])) for found in trials.values()],
+        [o.rater for o in looks],
+        [o.prompt for o in looks],
+        [indicators([o.cell for o in looks]) * sign] if looks else [],
+    )
+    return rate and replace(rate, answers=len(own))
 
 
 def others_majority(own: Sequence[Observation]) -> list[float]:

@@ -1,6 +1,6 @@
-"""The mean of answers with crossed random effects of rater and prompt, by restricted maximum likelihood.
+"""The mean of answers with crossed random effects, such as rater and prompt, by restricted maximum likelihood.
 
-    value = mean + rater + prompt + residual
+    value = mean + rater + prompt + ... + residual
 
 Each rater sees some of the prompts only, so `study.statistics.crossed`, which wants nearly complete tables, is too wide
 here: its intervals cover 98 to 100 % in tables a third full. statsmodels' MixedLM fits the same model, and does not
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from dit_booth.study.statistics import LEVEL, Estimate
+from dit_booth.study.statistics import LEVEL, Estimate, satterthwaite
 
 Array = NDArray[np.float64]
 _RATIO = (-9.0, 4.0)  # bounds of the log of a variance ratio
@@ -26,11 +26,10 @@ _RATIO = (-9.0, 4.0)  # bounds of the log of a variance ratio
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """The mean with its interval, and the variances of raters, prompts and the residual."""
+    """The mean with its interval, and the variances of the effects and of the residual."""
 
     estimate: Estimate
-    rater: float
-    prompt: float
+    effects: tuple[float, ...]
     residual: float
 
 
@@ -50,10 +49,19 @@ class Rate:
         return math.isfinite(self.low)
 
 
+def indicators(levels: Sequence[Hashable]) -> Array:
+    """Return an effect, `n levels`: 1 where a value has a level."""
+    numbers = {level: number for number, level in enumerate(dict.fromkeys(levels))}
+    return np.eye(len(numbers))[[numbers[level] for level in levels]]
+
+
 def estimate_rate(
-    values: Sequence[float], raters: Sequence[Hashable], prompts: Sequence[Hashable]
+    values: Sequence[float],
+    raters: Sequence[Hashable],
+    prompts: Sequence[Hashable],
+    others: Sequence[Array] = (),
 ) -> Rate | None:
-    """Estimate the mean of values in [0, 1]; None without values.
+    """Estimate the mean of values in [0, 1]; None without values. `others`: effects besides rater and prompt.
 
     If all values are 0, or all 1, the interval is Clopper and Pearson's for as many independent answers as there are
     raters or prompts, whichever is less.
@@ -66,55 +74,47 @@ def estimate_rate(
         bound = ((1 - LEVEL) / 2) ** (1 / min(sizes["raters"], sizes["prompts"]))
         low, high = (bound, 1.0) if values[0] else (0.0, 1 - bound)
         return Rate(mean=mean, low=low, high=high, **sizes)
-    estimate = fit_components(values, raters, prompts).estimate
+    estimate = fit_components(values, [indicators(raters), indicators(prompts), *others]).estimate
     if not estimate.known:
         return Rate(mean=estimate.mean, low=math.nan, high=math.nan, **sizes)
     return Rate(mean=estimate.mean, low=max(0.0, estimate.low), high=min(1.0, estimate.high), **sizes)
 
 
-def fit_components(
-    values: Sequence[float], raters: Sequence[Hashable], prompts: Sequence[Hashable]
-) -> Components:
-    """Fit the model to any number of values; an effect with one level only is left out."""
-    y = np.asarray(values, dtype=np.float64)
-    design = [d for d in (_indicators(raters), _indicators(prompts)) if d.shape[1] > 1]
-    named = [name for name, own in (("rater", raters), ("prompt", prompts)) if len(set(own)) > 1]
-    n = len(y)
+def fit_components(values: Sequence[float], effects: Sequence[Array]) -> Components:
+    """Fit the model to `n` values and effects `n levels`; an effect with one level only is left out."""
+    y, n = np.asarray(values, dtype=np.float64), len(values)
+    used = [number for number, effect in enumerate(effects) if effect.shape[1] > 1]
+    design = [effects[number] for number in used]
+    variances = np.zeros(len(effects))
     if n < 2 or not design or y.min() == y.max():
         unknown = Estimate(mean=float(y.mean()), stderr=math.nan, df=0, over="raters and prompts")
-        return Components(estimate=unknown, rater=0.0, prompt=0.0, residual=0.0)
+        return Components(estimate=unknown, effects=tuple(variances), residual=0.0)
     fit = _Reml(y, design)
-    start = np.full(len(design), -2.0)
-    options = {"xatol": 0.05, "fatol": 1e-3}
     found = minimize(
-        fit.deviance, start, method="Nelder-Mead", bounds=[_RATIO] * len(design), options=options
+        fit.deviance,
+        np.full(len(design), -2.0),
+        method="Nelder-Mead",
+        bounds=[_RATIO] * len(design),
+        options={"xatol": 0.05, "fatol": 1e-3},
     )
     weight, mean, square = fit.solve(found.x)
     residual = square / (n - 1)
-    ratios = np.exp(found.x) * (found.x > _RATIO[0] + 0.5)
-    variances = dict(zip(named, map(float, residual * ratios), strict=True))
+    variances[used] = residual * np.exp(found.x) * (found.x > _RATIO[0] + 0.5)
     estimate = Estimate(
         mean=mean,
         stderr=math.sqrt(residual / weight),
-        df=_degrees(design, residual * ratios, residual, n),
+        df=_degrees(design, variances[used], residual),
         over="raters and prompts",
     )
-    parts = {"rater": variances.get("rater", 0.0), "prompt": variances.get("prompt", 0.0)}
-    return Components(estimate=estimate, residual=float(residual), **parts)
+    return Components(estimate=estimate, effects=tuple(map(float, variances)), residual=float(residual))
 
 
-def _indicators(levels: Sequence[Hashable]) -> Array:
-    """Return `n levels`: 1 where a value has a level."""
-    numbers = {level: number for number, level in enumerate(dict.fromkeys(levels))}
-    return np.eye(len(numbers))[[numbers[level] for level in levels]]
-
-
-def _degrees(design: Sequence[Array], variances: Array, residual: float, n: int) -> float:
-    """Return Satterthwaite's degrees of freedom for the parts of the plain mean's variance."""
+def _degrees(design: Sequence[Array], variances: Array, residual: float) -> float:
+    """Return Satterthwaite's degrees of freedom over the parts of the plain mean's variance."""
+    n = len(design[0])
     parts = [v * float(((d.sum(0) / n) ** 2).sum()) for d, v in zip(design, variances, strict=True)]
     free = [d.shape[1] - 1 for d in design]
-    parts, free = [*parts, residual / n], [*free, max([*free, n - sum(free) - 1])]
-    return float(sum(parts) ** 2 / sum(part**2 / df for part, df in zip(parts, free, strict=True)))
+    return float(satterthwaite([*parts, residual / n], [*free, max([*free, n - sum(free) - 1])]))
 
 
 class _Reml:

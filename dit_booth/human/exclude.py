@@ -50,10 +50,15 @@ class Observation:
     first: int
     second: int
     value: float
-    right: float
-    """1 if the right side was chosen, 0 the left, 0.5 a tie."""
+    swapped: bool
+    """True if the first system was on the right."""
     trial: int
     seconds: float
+
+    @property
+    def right(self) -> float:
+        """Return 1 if the right side was chosen, 0 for the left, 0.5 for a tie."""
+        return self.value if self.swapped else 1 - self.value
 
     @property
     def cell(self) -> tuple[int, int, int]:
@@ -108,7 +113,8 @@ def observations(key: Key, raters: Sequence[Rater]) -> list[Observation]:
 def _observation(key: Key, rater: Rater, trial: Trial, answer: Answer) -> Observation:
     left, right = key.clips[trial.left].system, key.clips[trial.right].system
     assert left is not None and right is not None
-    choice = answer.choice if left < right else _FLIP[answer.choice]
+    swapped = left > right
+    choice = _FLIP[answer.choice] if swapped else answer.choice
     return Observation(
         rater=rater.id,
         question=answer.question,
@@ -116,7 +122,7 @@ def _observation(key: Key, rater: Rater, trial: Trial, answer: Answer) -> Observ
         first=min(left, right),
         second=max(left, right),
         value={"left": 1.0, "tie": 0.5, "right": 0.0}[choice],
-        right={"left": 0.0, "tie": 0.5, "right": 1.0}[answer.choice],
+        swapped=swapped,
         trial=answer.trial,
         seconds=answer.ms / 1000,
     )

@@ -17,7 +17,7 @@ from einops import einsum, rearrange, repeat
 from numpy.typing import NDArray
 
 from dit_booth.human.exclude import Observation
-from dit_booth.study.statistics import Estimate, combine
+from dit_booth.study.statistics import Estimate, satterthwaite
 
 Array = NDArray[np.float64]
 Pair = tuple[int, int]
@@ -68,9 +68,9 @@ def fit_davidson(counts: Array, pairs: Sequence[Pair], systems: int) -> tuple[Ar
 def estimate_strengths(own: Sequence[Observation], systems: int, seed: int = 0) -> Strengths:
     """Estimate strengths with intervals over raters and prompts.
 
-    Three bootstraps resample raters, prompts, and single answers. As in `study.statistics`, the variances over raters
-    and over prompts both have the answers' own in them, which is subtracted once; a bootstrap of both at once would
-    count it three times (Owen, Annals of Applied Statistics 1, 2007).
+    Three bootstraps resample raters, prompts, and single answers. The variances over raters and over prompts both have
+    the answers' own in them; what exceeds it is the part of raters, or of prompts. A bootstrap of both at once would
+    count the answers' own three times (Owen, Annals of Applied Statistics 1, 2007).
     """
     pairs = sorted({(o.first, o.second) for o in own})
     choice = {1.0: 0, 0.5: 1, 0.0: 2}
@@ -82,8 +82,8 @@ def estimate_strengths(own: Sequence[Observation], systems: int, seed: int = 0) 
     units: list[Sequence[object]] = [[o.rater for o in own], [o.prompt for o in own], range(len(own))]
     grouped = [_group(tables, unit) for unit in units]
     by_rater, by_prompt, single = (_bootstrap(group, pairs, systems, rng) for group in grouped)
-    free = [max(1, len(group) - 1) for group in grouped]
-    stderr, df = combine(by_rater, by_prompt, single, *free)
+    parts = [np.maximum(0, by_rater - single), np.maximum(0, by_prompt - single), single]
+    stderr, df = np.sqrt(sum(parts)), satterthwaite(parts, [max(1, len(group) - 1) for group in grouped])
     known = len(grouped[0]) > 1 and len(grouped[1]) > 1
     return Strengths(
         systems=tuple(

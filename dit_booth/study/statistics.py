@@ -201,6 +201,14 @@ def combine(
     return np.sqrt(np.maximum(total, larger)), df
 
 
+def satterthwaite(parts: Sequence[ArrayLike], free: Sequence[float]) -> Array:
+    """Return the degrees of freedom of a sum of variance estimates with `free` each; 0 where all are 0."""
+    values = [np.asarray(part, dtype=np.float64) for part in parts]
+    total = np.sum(values, axis=0)
+    spread = np.sum([value**2 / df for value, df in zip(values, free, strict=True)], axis=0)
+    return np.divide(total**2, spread, out=np.zeros_like(total), where=spread > 0)
+
+
 def fill(table: Array) -> tuple[Array | None, int]:
     """Return the table with missing cells from the additive fit, and the residual's degrees of freedom.
 

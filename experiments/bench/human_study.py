@@ -22,7 +22,7 @@ from dit_booth.evaluation.folder import write_videos
 from dit_booth.human.agreement import side_rate
 from dit_booth.human.analyse import estimate_preferences
 from dit_booth.human.crossed import Rate
-from dit_booth.human.design import Slot, draw_cells, draw_lists
+from dit_booth.human.design import Design, Slot, draw_cells, draw_lists
 from dit_booth.human.exclude import observations
 from dit_booth.human.key import Clip, Key, KeyPrompt, KeySystem, Trial
 from dit_booth.human.power import Plan, detectable
@@ -49,6 +49,7 @@ class SimulatedCase:
     prompts: int
     pairs: int
     population: Population
+    design: Design = "all"
 
     @property
     def strengths(self) -> Sequence[float]:
@@ -56,10 +57,17 @@ class SimulatedCase:
 
 
 def case(
-    name: str, raters: int, prompts: int, pairs: int, strengths: Sequence[float], **population: float
+    name: str,
+    raters: int,
+    prompts: int,
+    pairs: int,
+    strengths: Sequence[float],
+    design: Design = "all",
+    **population: float,
 ) -> SimulatedCase:
     people = Population(strengths={QUESTION: strengths}, **population)
-    return SimulatedCase(name=name, raters=raters, prompts=prompts, pairs=pairs, population=people)
+    sizes = {"raters": raters, "prompts": prompts, "pairs": pairs}
+    return SimulatedCase(name=name, population=people, design=design, **sizes)
 
 
 CASES = (
@@ -67,15 +75,23 @@ CASES = (
     case("no effects", 20, 12, 24, (0.8, 0.2, -1.0), rater_sd=0.0, prompt_sd=0.0),
     case("prompts dominate", 24, 16, 20, (0.5, 0.0, 0.0, -0.5), rater_sd=0.2, prompt_sd=0.9),
     case("few of both", 8, 8, 16, (0.6, 0.0, -0.6), rater_sd=0.5, prompt_sd=0.5),
+    case("blocks of 3", 20, 30, 24, (0.8, 0.4, 0.0, -0.4, -0.8), "blocks", rater_sd=0.5, prompt_sd=0.5),
 )
 
 
 def plain_key(
-    systems: int, prompts: int, raters: int, pairs: int, questions: Sequence[str], seed: int, **checks: int
+    systems: int,
+    prompts: int,
+    raters: int,
+    pairs: int,
+    questions: Sequence[str],
+    seed: int,
+    design: Design = "all",
+    **checks: int,
 ) -> Key:
-    """Return the key of a study without videos: all pairs of systems; `checks`: planted and repeats."""
+    """Return the key of a study without videos; `checks`: planted and repeats."""
     rng = np.random.default_rng(seed)
-    cells = draw_cells("all", systems, prompts, block=2, rng=rng)
+    cells = draw_cells(design, systems, prompts, block=3, rng=rng)
     numbers = {"planted": 0, "repeats": 0, **checks}
     lists = draw_lists(cells, raters=raters, pairs=pairs, rng=rng, **numbers)
     clips = [Clip(prompt=p, system=s) for p in range(prompts) for s in range(systems)]
@@ -94,7 +110,7 @@ def plain_key(
     return Key(
         title="simulated",
         seed=seed,
-        design="all",
+        design=design,
         systems=tuple(KeySystem(name=f"system {s}", folder="") for s in range(systems)),
         prompts=tuple(KeyPrompt(name=str(p), caption="", subject="") for p in range(prompts)),
         questions=tuple(questions),
@@ -105,7 +121,7 @@ def plain_key(
 
 def simulate(one: SimulatedCase, seed: int) -> dict[str, list[bool]]:
     """Return whether each interval of one simulated study covers the population's value, by kind."""
-    key = plain_key(len(one.strengths), one.prompts, one.raters, one.pairs, [QUESTION], seed)
+    key = plain_key(len(one.strengths), one.prompts, one.raters, one.pairs, [QUESTION], seed, one.design)
     own = observations(
         key, simulate_answers(key, one.population, one.raters, np.random.default_rng((1, seed)))
     )
@@ -148,7 +164,7 @@ def simulated_power(studies: int, seed: int = 0) -> tuple[float, float]:
         return float(wins + even / 2), float(even)
 
     slope = (share(0.01)[0] - share(-0.01)[0]) / 0.02
-    plan = Plan(raters=raters, prompts=prompts, pairs=prompts, system_pairs=1, ties=share(0)[1],
+    plan = Plan(raters=raters, prompts=prompts, pairs=prompts, systems=2, ties=share(0)[1],
                 rater_sd=slope * sd * 2**0.5, prompt_sd=slope * sd * 2**0.5)  # fmt: skip
     wanted = detectable(plan).share
     strength = brentq(lambda strength: share(strength)[0] - wanted, 0, 20)

@@ -402,7 +402,7 @@ def test_alpha_is_that_of_krippendorffs_worked_example():
 
 
 def observed(rater: int, prompt: int, value: float, **more: float) -> Observation:
-    plain = {"question": "q", "first": 0, "second": 1, "right": 0.5, "trial": 0, "seconds": 1.0, **more}
+    plain = {"question": "q", "first": 0, "second": 1, "swapped": False, "trial": 0, "seconds": 1.0, **more}
     return Observation(rater=str(rater), prompt=prompt, value=value, **plain)
 
 

@@ -101,15 +101,37 @@
       save();
     } catch (error) { problem("The server does not answer. Please try again later."); throw error; }
   }
+
+  // ---- or all answers at the end to the researcher's address ----------------------------------------------------
+
+  // As text/plain, a request needs no leave beforehand (CORS); the receiver's reply must allow any origin.
+  let unsent = false;
+  async function send() {
+    try {
+      const reply = await fetch(study.post, { method: "POST", headers: { "Content-Type": "text/plain" }, body: result() });
+      if (!reply.ok) throw new Error(String(reply.status));
+      [state.posted, unsent] = [true, false];
+      save();
+      problem("");
+    } catch {
+      unsent = true;
+      problem("The answers could not be sent. Please try again, or save them as a file and send it to the researcher.");
+    }
+    showEnd();
+  }
   function problem(text) { $("problem").textContent = text; $("problem").hidden = !text; }
 
   // ---- both videos as one player --------------------------------------------------------------------------------
 
   const urls = {};
+  // Clips are the end of the page, so that the first screens need not wait for them: "" while one is not there yet.
   function media(clip) {
     if (study.beside) return "media/" + clip + ".mp4";
     if (!urls[clip]) {
-      const bytes = Uint8Array.from(atob($("m" + clip).textContent), (c) => c.charCodeAt(0));
+      const text = $("m" + clip), loaded = document.readyState !== "loading";
+      if (!text && loaded) problem("This page is not complete. Please load it again, or get it again from the researcher.");
+      if (!text || !(loaded || text.nextSibling)) return "";
+      const bytes = Uint8Array.from(atob(text.textContent), (c) => c.charCodeAt(0));
       urls[clip] = URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
     }
     return urls[clip];
@@ -171,9 +193,14 @@
     $("caption").textContent = prompt.caption;
     $("videos").classList.toggle("wide", prompt.width > 1.25 * prompt.height);
     $("videos").style.setProperty("--ratio", prompt.width / prompt.height);
-    left.src = media(first);
-    right.src = media(second);
-    for (const video of both) video.classList.toggle("tiny", prompt.width < 128);
+    for (const video of both) { video.removeAttribute("src"); video.load(); video.classList.toggle("tiny", prompt.width < 128); }
+    setClips(first, second, pair);
+  }
+  function setClips(first, second, pair) {
+    if (shown !== pair) return;
+    const found = [media(first), media(second)];
+    if (!found.every(Boolean)) return void setTimeout(setClips, 50, first, second, pair);
+    [left.src, right.src] = found;
     setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches);
   }
   function ask(question) {
@@ -209,24 +236,19 @@
     choices[choice].classList.add("chosen");
     $("begin").focus();
   }
+  function endText() {
+    if (collect) return state.answers.some((a) => a.n >= state.sent) ? "Your last answers are being saved. Please leave this page open." : "All your answers are saved. You can close this page.";
+    if (state.posted) return "Your answers were sent. You can close this page.";
+    if (study.post && !unsent) return "Your answers are being sent ...";
+    return "Please save your answers as a file and send it to the researcher.";
+  }
   function showEnd() {
     show("end");
-    const unsent = collect && state.answers.some((a) => a.n >= state.sent);
     $("rater").textContent = state.rater;
-    if (collect) $("end-text").textContent = unsent ? "Your last answers are being saved. Please leave this page open." : "All your answers are saved. You can close this page.";
-    else if (state.posted) $("end-text").textContent = "Your answers were sent. You can close this page.";
-    else $("end-text").textContent = "Please save your answers as a file and send it to the researcher.";
+    $("end-text").textContent = endText();
     $("download").classList.toggle("main", !collect && !state.posted);
-    if (study.post && !state.posted) send();
-  }
-  async function send() {
-    try {
-      const reply = await fetch(study.post, { method: "POST", headers: { "Content-Type": "application/json" }, body: result() });
-      if (!reply.ok) throw new Error(String(reply.status));
-      state.posted = true;
-      save();
-      showEnd();
-    } catch { problem("The answers could not be sent. Please save them as a file, and send it to the researcher."); }
+    $("send-again").hidden = !unsent;
+    if (study.post && !collect && !state.posted && !unsent) send();
   }
 
   function choose(choice) {
@@ -259,6 +281,7 @@
   $("previous-frame").addEventListener("click", () => step(-1));
   $("next-frame").addEventListener("click", () => step(1));
   for (const [choice, button] of Object.entries(choices)) button.addEventListener("click", () => choose(choice));
+  $("send-again").addEventListener("click", send);
   $("download").addEventListener("click", () => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([result()], { type: "application/json" }));
