@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -80,13 +80,13 @@ class Key:
         return Key(**{**vars(self), "study": self.digest()})
 
     def digest(self) -> str:
-        plain = {name: value for name, value in asdict(self).items() if name != "study"}
+        plain = {name: value for name, value in vars(self).items() if name != "study"}
         plain["systems"] = [system.name for system in self.systems]  # the same study wherever its folder lies
-        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(plain, default=vars).encode()).hexdigest()[:16]
 
 
 def write_key(file: Path, key: Key) -> None:
-    write_text(file, json.dumps({"format": FORMAT, **asdict(key)}, indent=None) + "\n")
+    write_text(file, json.dumps({"format": FORMAT, **vars(key)}, default=vars) + "\n")
 
 
 def read_key(file: Path) -> Key:

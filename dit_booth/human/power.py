@@ -58,10 +58,10 @@ class Plan:
         check_ranges(self, "", power="(0.05, 1)", level="(0, 0.5]")
         if self.design == "blocks" and not 2 <= self.block <= self.systems:
             raise ValueError(f"block is {self.block}; use a number of systems in [2, {self.systems}]")
-        if self.shared_prompts < 1:
+        if self.prompts < self.least_prompts:
             raise ValueError(
-                f"prompts is {self.prompts}; blocks of {self.block} of {self.systems} systems then leave out pairs of"
-                f" systems: use at least {math.ceil(self.prompts / self.shared_prompts)} prompts, or larger blocks"
+                f"prompts is {self.prompts}; with blocks of {self.block} of {self.systems} systems, each pair is"
+                f" compared for {self.shared_prompts:.2g}: use at least {self.least_prompts}, or larger blocks"
             )
         if self.pairs > self.cells:
             raise ValueError(f"pairs is {self.pairs}; there are {self.cells} pairs of videos: use fewer")
@@ -81,6 +81,11 @@ class Plan:
     def shared_prompts(self) -> float:
         """Return the mean number of prompts for which a pair of systems is compared."""
         return self.cells / self.system_pairs
+
+    @property
+    def least_prompts(self) -> int:
+        """Return the smallest number of prompts that compares each pair of systems for two."""
+        return math.ceil(2 * self.prompts / self.shared_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ RATERS = (5, 8, 12, 16, 20, 30, 40, 60, 80, 100)
 
 def power_table(plan: Plan) -> tuple[list[int], list[tuple[int, list[float]]]]:
     """Return numbers of prompts, and for each number of raters the detectable shares; a rater sees no pair twice."""
-    least = max(2, math.ceil(plan.prompts / plan.shared_prompts))
-    prompts = sorted({max(least, plan.prompts // 2), plan.prompts, 2 * plan.prompts, 4 * plan.prompts})
+    counts = {plan.prompts // 2, plan.prompts, 2 * plan.prompts, 4 * plan.prompts}
+    prompts = sorted(count for count in counts if count >= plan.least_prompts)
     plans = [replace(plan, prompts=p, pairs=min(plan.pairs, plan.cells * p // plan.prompts)) for p in prompts]
     return prompts, [(r, [detectable(replace(own, raters=r)).share for own in plans]) for r in RATERS]
 
