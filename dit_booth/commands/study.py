@@ -164,9 +164,10 @@ def power(arguments: PowerArguments) -> Iterator[str]:
     prompts, rows = power_table(plan)
     yield "raters" + "".join(f"{f'{count} prompts':>14}" for count in prompts)
     for raters, shares in rows:
-        yield f"{raters:6}" + "".join(f"{share:14.3f}" for share in shares)
+        yield f"{raters:6}" + "".join(f"{share:14.3f}" if share <= 1 else f"{'none':>14}" for share in shares)
     found = detectable(plan)
-    yield f"{plan.raters} raters, {plan.prompts} prompts: {found.share:.3f}, standard error {found.stderr:.3f}"
+    share = f"{found.share:.3f}" if found.share <= 1 else "none"
+    yield f"{plan.raters} raters, {plan.prompts} prompts: {share}, standard error {found.stderr:.3f}"
     needed = raters_needed(plan, arguments.detect)
     yield f"{arguments.detect:g} needs {needed or 'more prompts: no number of'} raters"
     write_text(out, make_power_page(plan))

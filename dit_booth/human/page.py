@@ -14,7 +14,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from dit_booth.data.video import probe
@@ -26,6 +25,7 @@ from dit_booth.human.planted import write_broken
 from dit_booth.human.systems import System
 from dit_booth.human.texts import ASSETS, Texts
 from dit_booth.report.samples import picture_cell
+from dit_booth.report.template import render
 
 _SECONDS = 8.0  # that a question takes, for the estimate in the consent
 
@@ -199,7 +199,8 @@ def _write(
         for name in ("consent", "instructions")
     }
     embedded = {f"m{n}": base64.b64encode(file.read_bytes()).decode() for n, file in enumerate(files)}
-    html = _template().render(
+    html = render(
+        (ASSETS / "study.html").read_text(),
         title=texts.title,
         **text,
         example=example is not None,
@@ -214,13 +215,6 @@ def _write(
             with replacing(out / "media" / f"{number}.mp4") as partial:
                 shutil.copyfile(file, partial)
     write_text(out / PAGE, html)
-
-
-def _template() -> Template:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string((ASSETS / "study.html").read_text())
 
 
 def _shown(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dit_booth.human.plots import Curve, curve_plot
 from dit_booth.human.power import Plan, detectable
 from dit_booth.human.texts import ASSETS
+from dit_booth.report.template import render, style
 
 RATERS = (5, 8, 12, 16, 20, 30, 40, 60, 80, 100)
 
@@ -42,13 +41,6 @@ def make_power_page(plan: Plan) -> str:
         if curves
         else Markup("")
     )
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string((ASSETS / "power.html").read_text()).render(
-        plan=plan,
-        columns=prompts,
-        rows=rows,
-        plot=plot,
-        css=Markup((files("dit_booth.report") / "page" / "page.css").read_text()),
+    return render(
+        (ASSETS / "power.html").read_text(), plan=plan, columns=prompts, rows=rows, plot=plot, css=style()
     )

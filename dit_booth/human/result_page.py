@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from importlib.resources import files
+from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dit_booth.human.analyse import Results
@@ -14,18 +13,16 @@ from dit_booth.human.export import percent
 from dit_booth.human.plots import Bar, interval_plot
 from dit_booth.human.texts import ASSETS
 from dit_booth.report.svg import DASH, MINUS
+from dit_booth.report.template import render, style
 
 _FEW_RATERS, _FEW_PROMPTS, _WEAK_ALPHA = 10, 8, 0.2
 
 
 def make_result_page(results: Results) -> str:
     """Render the page."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "signed": _signed}
-    style = (files("dit_booth.report") / "page" / "page.css").read_text()
-    return environment.from_string((ASSETS / "result.html").read_text()).render(
+    return render(
+        (ASSETS / "result.html").read_text(),
+        {"percent": percent, "signed": _signed, "file_name": lambda where: Path(where).name},
         r=results,
         names=[system.name for system in results.key.systems],
         plots=list(_plots(results)),
@@ -33,22 +30,21 @@ def make_result_page(results: Results) -> str:
         caveats=list(_caveats(results)),
         complete=sum(one.rater.complete(results.key) for one in results.kept),
         isnan=math.isnan,
-        css=Markup(style),
+        css=style(),
     )
 
 
 def _plots(results: Results) -> Iterator[tuple[str, Markup, Markup]]:
-    """Iterate over (question, plot of strengths, plot of preferences)."""
+    """Iterate over (question, plot of strengths, plot of preferences); all questions have the same axes."""
     names = [system.name for system in results.key.systems]
+    found = [e for strengths in results.strengths.values() for e in strengths.systems]
+    reach = max(abs(v) for e in found for v in (e.mean, e.low, e.high) if math.isfinite(v)) * 1.05 or 1.0
     for question, strengths in results.strengths.items():
         bars = [
             Bar(label=name, mean=e.mean, low=e.low, high=e.high, style=number)
             for number, (name, e) in enumerate(zip(names, strengths.systems, strict=True))
         ]
         bars.sort(key=lambda bar: -bar.mean)
-        reach = (
-            max(max(abs(v) for v in (b.mean, b.low, b.high) if math.isfinite(v)) for b in bars) * 1.05 or 1.0
-        )
         first = interval_plot(bars, f"strength: {question}", low=-reach, high=reach, middle=0)
         shares = [
             Bar(
@@ -97,8 +93,12 @@ def _caveats(results: Results) -> Iterator[str]:
     weak = [question for question, alpha in results.alphas.items() if alpha.value < _WEAK_ALPHA]
     if weak:
         yield f"Raters agree little about {', '.join(weak)}."
-    if results.collected.refused:
-        yield f"{len(results.collected.refused)} files or lines were refused; see below."
+    if refused := len(results.collected.refused):
+        yield (
+            f"{refused} files or lines were refused; see below."
+            if refused > 1
+            else "A file was refused; see below."
+        )
     yield (
         f"{len(results.preferences)} preferences are shown without correction for their number: about one in twenty"
         " intervals misses."

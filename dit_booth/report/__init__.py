@@ -7,7 +7,7 @@
     contrasts   the declared contrasts, tested (study/statistics.py)
     table       groups, floors and ceilings -> rows (page, CSV and LaTeX all write this one object)
     plots, curves, svg, samples, extremes, settings, caveats   the other parts of the page
-    page        all of it -> HTML (template, style and script are in page/)
+    page        all of it -> HTML (template, style and script are in page/, and template renders)
 
 It knows files only: no training, no strategy, no model.
 """

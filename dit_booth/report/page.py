@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from dit_booth.report.caveats import caveats
@@ -21,6 +19,7 @@ from dit_booth.report.settings import compare_settings
 from dit_booth.report.study import Study
 from dit_booth.report.svg import DASH, element, marker
 from dit_booth.report.table import Table
+from dit_booth.report.template import ASSETS, render, style
 from dit_booth.report.values import metrics_of, values_of
 from dit_booth.study.statistics import MIN_SEEDS, estimate_mean
 
@@ -109,19 +108,20 @@ def _point_means(study: Study) -> dict[str, dict[str, float]]:
 
 
 def _render(context: dict[str, object], samples: Samples, extremes: Extremes) -> str:
-    folder = files("dit_booth.report") / "page"
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals |= {"swatch": _swatch, "duration": duration, "number": _number}
-    environment.filters["breakable"] = _breakable
-    environment.globals |= {"isnan": math.isnan, "nan": math.nan, "p_text": p_text}
-    return environment.from_string((folder / "page.html").read_text()).render(
+    return render(
+        (ASSETS / "page.html").read_text(),
+        {"breakable": _breakable},
         **context,
+        swatch=_swatch,
+        duration=duration,
+        number=_number,
+        isnan=math.isnan,
+        nan=math.nan,
+        p_text=p_text,
         samples=samples,
         extremes=extremes,
-        css=Markup((folder / "page.css").read_text()),
-        js=Markup((folder / "page.js").read_text()),
+        css=style(),
+        js=Markup((ASSETS / "page.js").read_text()),
     )
 
 

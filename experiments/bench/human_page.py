@@ -171,7 +171,7 @@ def lines(arguments: Arguments, folder: Path) -> Iterator[str]:
         "--raters",
         str(arguments.raters),
         "--pairs",
-        "12",
+        "8",
         "--min-seconds",
         "0.1",
         "--questions",

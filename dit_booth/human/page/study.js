@@ -141,9 +141,7 @@
 
   function setPlaying(on) {
     playing = on;
-    for (const video of both) {
-      if (on) video.play().catch(() => {}); else video.pause();
-    }
+    if (!on) for (const video of both) video.pause();
     $("play").textContent = on ? "Pause" : "Play";
     $("play").setAttribute("aria-label", on ? "pause" : "play");
   }
@@ -161,6 +159,7 @@
     requestAnimationFrame(tick);
     if ($("trial").hidden || !prompt) return;
     if (playing && ready()) {
+      for (const video of both) if (video.paused && !video.ended) video.play().catch(() => {});
       watched += Math.min(100, now - last);
       if (both.every((video) => video.ended)) restart();
       else if (Math.abs(left.currentTime - right.currentTime) > 1.5 / prompt.fps && !both.some((video) => video.ended || video.seeking)) right.currentTime = left.currentTime;
@@ -169,7 +168,8 @@
     $("frame").textContent = "frame " + (frameOf(left) + 1) + " of " + prompt.frames;
     const open = watched >= 1000 * study.min_seconds && now >= locked && !feedback;
     for (const button of Object.values(choices)) if (button.disabled === open) button.disabled = !open;
-    const hint = open || feedback ? "" : ready() ? "Please watch both videos first." : "Loading ...";
+    const loaded = both.every((video) => video.readyState >= 1);
+    const hint = open || feedback ? "" : loaded ? "Please watch both videos first." : "Loading ...";
     if ($("hint").textContent !== hint) $("hint").textContent = hint;
   }
   requestAnimationFrame(tick);
