@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -21,50 +21,29 @@ import tyro
 from dit_booth.commands.program import run_program
 from dit_booth.errors import check_number
 from dit_booth.files import write_text
-from dit_booth.human.design import Design
+from dit_booth.human.exclude import Rules
 from dit_booth.human.power import Plan
+from dit_booth.human.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeArguments:
+class MakeArguments(Settings):
     """Make the page that raters see, and the key that tells what it shows."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, or folders with videos.csv; NAME=FOLDER gives a name. The first one is the baseline."""
     out: str
     """Folder of the study."""
-    design: Design = "all"
-    """Pairs: all of them, each system with the first one (baseline), or blocks of some systems for each prompt."""
-    block: int = 3
-    """Systems of a prompt in a design of blocks."""
-    raters: int = 20
-    """Number of lists: raters that the design is balanced for."""
-    pairs: int = 24
-    """Pairs that each rater sees, besides checks."""
     prompts: int = 0
     """Prompts to draw from those of the runs; 0: all."""
     questions: tuple[str, ...] = ()
     """Questions to ask, such as identity motion; empty: all of the texts."""
-    planted: int = 3
-    """Attention checks: pairs with an obviously worse video."""
-    repeats: int = 2
-    """Pairs that come again, sides swapped."""
-    min_seconds: float = 3.0
-    """Playback of a pair before it can be answered."""
     texts: str = ""
     """A YAML file with title, consent, instructions and questions; empty: the packaged one, copied to the study."""
-    post: str = ""
-    """Address that the page sends the answers to at the end; they can be saved as a file besides."""
-    beside: bool = False
-    """Put the videos beside the page rather than into it."""
-    max_mb: float = 20.0
-    """Largest page."""
-    seed: int = 0
-    """Seed of lists, sides and order."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyseArguments:
+class AnalyseArguments(Rules):
     """Turn answers into preferences, strengths, agreement, and metrics' accuracy: a page, CSV and LaTeX."""
 
     answers: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -73,10 +52,6 @@ class AnalyseArguments:
     """Folder of the study; empty: the answers' own, or the one above."""
     out: str = ""
     """The page; empty: results.html in the study's folder. CSV and LaTeX lie beside it."""
-    min_planted: float = 0.75
-    """Share of planted pairs that a rater must get right, or is excluded."""
-    max_flips: float = 0.75
-    """Share of repeated answers that may name the other video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +111,15 @@ def study(arguments: Arguments) -> Iterator[str]:
 def make(arguments: MakeArguments) -> Iterator[str]:
     """Write the study's folder. ValueError: see `make_study`, `read_systems` and `read_texts`."""
     from dit_booth.human.key import KEY, PAGE, TEXTS
-    from dit_booth.human.page import Settings, make_study
+    from dit_booth.human.page import make_study
     from dit_booth.human.systems import read_systems
     from dit_booth.human.texts import default_texts, read_texts
 
     text = Path(arguments.texts).read_text() if arguments.texts else default_texts()
     texts = read_texts(text, arguments.texts or TEXTS, arguments.questions)
-    settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     systems = read_systems(arguments.runs, arguments.prompts, arguments.seed)
     out = Path(arguments.out)
-    key = make_study(systems, texts, text, settings, out)
+    key = make_study(systems, texts, text, arguments, out)
     yield f"{out / PAGE}  {(out / PAGE).stat().st_size / 1e6:.2f} MB: give it to raters"
     yield f"{out / KEY}  {len(key.systems)} systems, {len(key.prompts)} prompts, {len(key.lists)} lists: keep it"
     yield f"{out / TEXTS}  edit it and give it with --texts"
@@ -157,20 +131,19 @@ def power(arguments: PowerArguments) -> Iterator[str]:
     from dit_booth.human.power_page import make_power_page, power_table
 
     check_number("detect", arguments.detect, "(0.5, 1]", whole=False)
-    plan = Plan(**{field.name: getattr(arguments, field.name) for field in fields(Plan)})
     out = Path(arguments.out)
     if out.suffix != ".html":
         raise ValueError(f"out is {arguments.out!r}; give the page's name a suffix .html")
-    prompts, rows = power_table(plan)
+    prompts, rows = power_table(arguments)
     yield "raters" + "".join(f"{f'{count} prompts':>14}" for count in prompts)
     for raters, shares in rows:
         yield f"{raters:6}" + "".join(f"{share:14.3f}" if share <= 1 else f"{'none':>14}" for share in shares)
-    found = detectable(plan)
+    found = detectable(arguments)
     share = f"{found.share:.3f}" if found.share <= 1 else "none"
-    yield f"{plan.raters} raters, {plan.prompts} prompts: {share}, standard error {found.stderr:.3f}"
-    needed = raters_needed(plan, arguments.detect)
+    yield f"{arguments.raters} raters, {arguments.prompts} prompts: {share}, standard error {found.stderr:.3f}"
+    needed = raters_needed(arguments, arguments.detect)
     yield f"{arguments.detect:g} needs {needed or 'more prompts: no number of'} raters"
-    write_text(out, make_power_page(plan))
+    write_text(out, make_power_page(arguments))
     yield str(out)
 
 
@@ -208,7 +181,6 @@ def analyse(arguments: AnalyseArguments) -> Iterator[str]:
     """Write the results. ValueError: no study, no answers, or nobody is left after the checks."""
     from dit_booth.human.analyse import analyse as compute
     from dit_booth.human.answers import find_files, read_answers
-    from dit_booth.human.exclude import Rules
     from dit_booth.human.export import percent, to_csv, to_latex
     from dit_booth.human.key import KEY, read_key
     from dit_booth.human.predict import read_metrics
@@ -217,11 +189,10 @@ def analyse(arguments: AnalyseArguments) -> Iterator[str]:
     paths = [Path(path) for path in arguments.answers]
     folder = Path(arguments.study) if arguments.study else find_study(paths)
     key = read_key(folder / KEY)
-    rules = Rules(min_planted=arguments.min_planted, max_flips=arguments.max_flips)
     out = Path(arguments.out) if arguments.out else folder / "results.html"
     if out.suffix != ".html":
         raise ValueError(f"out is {arguments.out!r}; give the page's name a suffix .html")
-    results = compute(key, read_answers(key, find_files(paths)), rules, read_metrics(key, folder))
+    results = compute(key, read_answers(key, find_files(paths)), arguments, read_metrics(key, folder))
     names = [system.name for system in key.systems]
     yield f"{len(results.kept)} raters, {len(results.excluded)} excluded, {len(results.observations)} answers"
     yield from (f"excluded: {one.rater.id[:8]}: {one.excluded}" for one in results.excluded)

@@ -4,7 +4,7 @@ systems, texts   runs -> systems to compare; what raters read
 design           which pairs each rater sees, on which side, in which order
 planted          clips that are obviously worse: attention checks
 key              the researcher's file: what each clip and trial is
-page             the page that raters see (template, style and script are in page/)
+settings, page   the page that raters see (template, style and script are in page/)
 serve            a small server that hands out the page and collects answers
 answers          files of answers -> raters, and what is refused
 exclude          raters -> those who count, and their observations

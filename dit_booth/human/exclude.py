@@ -14,15 +14,12 @@ _FLIP: dict[Choice, Choice] = {"left": "right", "tie": "tie", "right": "left"}
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Limits, to be set before the answers are seen.
-
-    Attributes:
-        min_planted: least share of right answers to planted pairs; a tie is wrong.
-        max_flips: largest share of repeated answers that name the other video; a rater who always takes one side has 1.
-    """
+    """Limits, to be set before the answers are seen."""
 
     min_planted: float = 0.75
+    """Share of planted pairs that a rater must get right, or is excluded; a tie is wrong."""
     max_flips: float = 0.75
+    """Share of repeated answers that may name the other video; who always takes one side has 1."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "", min_planted="[0, 1]", max_flips="[0, 1]")

@@ -22,19 +22,9 @@ def to_csv(results: Results) -> str:
 def _lines(results: Results) -> Iterator[list[str]]:
     names = [system.name for system in results.key.systems]
     for p in results.preferences:
-        yield ["preference", p.question, names[p.first], names[p.second], *_rate(p.rate)]
-        yield [
-            "ties",
-            p.question,
-            names[p.first],
-            names[p.second],
-            repr(p.ties),
-            "",
-            "",
-            str(p.rate.answers),
-            "",
-            "",
-        ]
+        pair = [p.question, names[p.first], names[p.second]]
+        yield ["preference", *pair, *_rate(p.rate)]
+        yield ["ties", *pair, repr(p.ties), "", "", str(p.rate.answers), "", ""]
     for question, strengths in results.strengths.items():
         for name, estimate in zip(names, strengths.systems, strict=True):
             yield ["strength", question, name, "", *_estimate(estimate)]

@@ -17,52 +17,17 @@ import numpy as np
 from markupsafe import Markup
 
 from dit_booth.data.video import probe
-from dit_booth.errors import check_number
 from dit_booth.files import replacing, write_text
-from dit_booth.human.design import Cell, Design, Slot, draw_cells, draw_lists
+from dit_booth.human.design import Cell, Slot, draw_cells, draw_lists
 from dit_booth.human.key import ANSWERS, KEY, PAGE, TEXTS, Clip, Key, KeyPrompt, KeySystem, Trial, write_key
 from dit_booth.human.planted import write_broken
+from dit_booth.human.settings import Settings
 from dit_booth.human.systems import System
 from dit_booth.human.texts import ASSETS, Texts
 from dit_booth.report.samples import picture_cell
 from dit_booth.report.template import render
 
 _SECONDS = 8.0  # that a question takes, for the estimate in the consent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings of `make_study`.
-
-    Attributes:
-        design: all, baseline or blocks (`design.draw_cells`), with `block` systems for each prompt.
-        raters: number of lists. pairs: of each, with `planted` checks and `repeats` besides.
-        min_seconds: playback before the answers open.
-        post: a URL that the page sends the answers to at the end; empty: none.
-        beside: put the videos into a folder beside the page rather than into it.
-        max_mb: largest page in MB.
-    """
-
-    design: Design = "all"
-    block: int = 3
-    raters: int = 20
-    pairs: int = 24
-    planted: int = 3
-    repeats: int = 2
-    seed: int = 0
-    min_seconds: float = 3.0
-    post: str = ""
-    beside: bool = False
-    max_mb: float = 20.0
-
-    def __post_init__(self) -> None:
-        check_number("seed", self.seed, "[0, 9223372036854775807]")
-        check_number("min_seconds", self.min_seconds, "[0, 600]", whole=False)
-        check_number("max_mb", self.max_mb, "(0, 1000]", whole=False)
-        if self.post and (
-            urlsplit(self.post).scheme not in ("http", "https") or not urlsplit(self.post).netloc
-        ):
-            raise ValueError(f"post is {self.post!r}; give an address such as https://lab.example/answers")
 
 
 @dataclass(frozen=True, kw_only=True)

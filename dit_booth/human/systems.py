@@ -12,6 +12,8 @@ import numpy as np
 from dit_booth.data.video import VideoInfo, probe
 from dit_booth.evaluation.folder import VideoRow, find_list, read_rows
 
+_SAME_SHAPE = 1.02  # ratio of two videos' width / height, at most
+
 
 @dataclass(frozen=True, kw_only=True)
 class System:
@@ -37,7 +39,7 @@ def read_systems(runs: Sequence[str], prompts: int = 0, seed: int = 0) -> list[S
 
     Raises:
         ValueError: fewer than two runs, two of one name, a missing or broken video, or runs that differ in their
-        prompts, captions or lengths.
+        prompts, captions, lengths or shapes.
     """
     if len(runs) < 2:
         raise ValueError(
@@ -101,10 +103,21 @@ def _check_same_prompts(first: System, other: System) -> None:
 
 
 def _check_videos(systems: Sequence[System]) -> None:
-    """Raise ValueError for a broken video, and for videos of one prompt that differ in length: raters would see it."""
+    """Raise ValueError for a broken video, and for other lengths or shapes for one prompt: raters would see them."""
     for prompt in systems[0].videos:
         infos: dict[str, VideoInfo] = {system.name: probe(system.file(prompt)) for system in systems}
-        lengths = {name: (info.frames, round(info.fps, 3)) for name, info in infos.items()}
+        lengths = {name: f"{info.frames} at {round(info.fps, 3):g} fps" for name, info in infos.items()}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{name}: {frames} at {fps:g} fps" for name, (frames, fps) in lengths.items())
-            raise ValueError(f"videos of prompt {prompt!r} differ in length ({told}); cut them to the same")
+            raise ValueError(
+                f"videos of prompt {prompt!r} differ in length ({_listed(lengths)}); cut them to the same"
+            )
+        ratios = [info.width / info.height for info in infos.values()]
+        if max(ratios) > _SAME_SHAPE * min(ratios):
+            shapes = {name: f"{info.width} x {info.height}" for name, info in infos.items()}
+            raise ValueError(
+                f"videos of prompt {prompt!r} differ in shape ({_listed(shapes)}); crop them to the same"
+            )
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in values.items())

@@ -18,8 +18,10 @@ import numpy as np
 import pandas
 import pytest
 import statsmodels.api as sm
+import torch
 
 from dit_booth.commands.study import main
+from dit_booth.data.video import write_video
 from dit_booth.evaluation.scores import Score, write_scores
 from dit_booth.human.agreement import coincidences, estimate_alpha, estimate_learning, krippendorff, side_rate
 from dit_booth.human.answers import read_answers, to_file
@@ -188,6 +190,12 @@ def test_runs_that_do_not_fit_are_refused(runs: Path, tmp_path: Path, capsys: py
     assert "differ in length (sharpest: 4 at 8 fps, longer: 6 at 8 fps)" in one_error(
         capsys, "make", sharpest, str(longer), *out
     )
+    wide = tmp_path / "wide"
+    shutil.copytree(runs / "noisy", wide)
+    write_video(wide / "001.mp4", torch.zeros(4, 3, 32, 48), fps=8)
+    assert "differ in shape (sharpest: 32 x 32, wide: 48 x 32)" in one_error(
+        capsys, "make", sharpest, str(wide), *out
+    )
     damaged = tmp_path / "damaged"
     shutil.copytree(runs / "noisy", damaged)
     (damaged / "002.mp4").unlink()
@@ -202,9 +210,9 @@ def test_runs_that_do_not_fit_are_refused(runs: Path, tmp_path: Path, capsys: py
     assert "more than max_mb=0.001" in one_error(
         capsys, "make", sharpest, noisy, *out, *small, "--max-mb", "0.001"
     )
-    assert "post is 'ftp://x'" in one_error(
-        capsys, "make", sharpest, noisy, *out, *small, "--post", "ftp://x"
-    )
+    with pytest.raises(SystemExit):
+        main(["make", sharpest, noisy, *out, *small, "--post", "ftp://x"])
+    assert "post is 'ftp://x'; give an address" in capsys.readouterr().err
     (tmp_path / "texts.yaml").write_text("title: only\n")
     texts = ["--texts", str(tmp_path / "texts.yaml")]
     assert "it must have title, consent" in one_error(capsys, "make", sharpest, noisy, *out, *texts)
@@ -400,6 +408,16 @@ def test_alpha_is_that_of_krippendorffs_worked_example():
     table = sum(coincidences(unit, (1, 2, 3, 4, 5)) for unit in values if len(unit) > 1)
     assert krippendorff(table, ordinal=False) == pytest.approx(0.743, abs=5e-4)
     assert krippendorff(table) == pytest.approx(0.815, abs=5e-4)
+
+
+def test_alpha_is_that_of_the_library():
+    library = pytest.importorskip("krippendorff", reason="a check against the library krippendorff")
+    counts = np.random.default_rng(0).integers(0, 5, (20, 3)) + np.array([1, 0, 1])
+    levels = (0.0, 0.5, 1.0)
+    table = sum(coincidences(list(np.repeat(levels, own)), levels) for own in counts)
+    for level in ("ordinal", "nominal"):
+        value = library.alpha(value_counts=counts, value_domain=levels, level_of_measurement=level)
+        assert krippendorff(table, ordinal=level == "ordinal") == pytest.approx(value)
 
 
 def observed(rater: int, prompt: int, value: float, **more: float) -> Observation:
