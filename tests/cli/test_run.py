@@ -123,6 +123,7 @@ def test_each_stage_leaves_its_weights_and_a_current_checkpoint(launched: Run):
         assert {name.split(".")[1] for name in load_file(folder / "weights.safetensors")} == {part}
         latest = json.loads((folder / "latest.json").read_text())
         assert latest == {"tag": "step1", "ranks": 2, "zero": 2}
+        assert json.loads((folder / "cost.json").read_text())["ranks"] == 2
         assert [path.name for path in folder.glob("step*")] == ["step1"]
 
 

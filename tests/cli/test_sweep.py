@@ -200,18 +200,6 @@ def wait(process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_point_through_deepspeeds_launcher(tmp_path: Path):
-    file = describe(tmp_path, launcher="deepspeed", ranks=2, grid={}, baseline=None, controls=[], options={
-        "schedule": ["fine"], "stages.fine.steps": 1})  # fmt: skip
-    sweep = Sweep(file, tmp_path / "out")
-    code, output = sweep.run()
-    assert code == 0, output
-    (row,) = sweep.rows()
-    assert row["status"] == "finished"
-    (stage,) = (tmp_path / "out" / "stages").iterdir()
-    assert json.loads((stage / "cost.json").read_text())["ranks"] == 2
-
-
 def test_a_typo_is_an_error_before_anything_starts(program, tmp_path: Path):
     file = describe(tmp_path, grid={"kv_concat.updat": ["direct"]}, baseline=None)
     ended = program.python("experiments/sweep.py", str(file), "--out", str(tmp_path / "out"))

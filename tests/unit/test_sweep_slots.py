@@ -147,6 +147,16 @@ def test_slots_of_a_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         hostfile_slots(1, tmp_path / "none")
 
 
+def test_a_point_runs_through_deepspeeds_launcher_on_two_ranks(tmp_path: Path) -> None:
+    plan = SweepPlan(
+        **{**vars(plan_of(tmp_path, "ok", stages=(("a",),))), "launcher": "deepspeed", "ranks": 2}
+    )
+    assert run_points(plan, local_slots(2, []), grace=0.2)
+    assert statuses(plan) == ["finished"]
+    assert launched(plan) == ["p0", "p0"], "by each of the ranks"
+    assert (plan.store / "trained").read_text().split() == ["a-0"]
+
+
 def test_points_are_launched_by_deepspeed_on_ports_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
