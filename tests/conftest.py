@@ -194,6 +194,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(10_000)  # a 20th of the tests' time at 700, and what they leave behind is small
     gc.enable()
 
 
