@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import RANKS, Forked, Warm, environment
+from warm import RANKS, Forked, Warm, environment, sync_nothing
 
 gc.disable()  # the collector would go over what the tests' imports make, again and again: a third of their time
 ROOT = Path(__file__).parents[1]
@@ -276,6 +276,7 @@ def in_process(
         monkeypatch.delenv(name)
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(os, "fsync", sync_nothing)
     monkeypatch.chdir(ROOT)
 
     def run(*arguments: str, main: Callable[[list[str]], int] = main) -> Ended:
