@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import RANKS, Forked, Warm, environment
+from warm import RANKS, Forked, Warm, environment, sync_nothing
 
 gc.disable()  # the collector would go over what the tests' imports make, again and again: a third of their time
 ROOT = Path(__file__).parents[1]
@@ -194,6 +194,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(10_000)  # a 20th of the tests' time at 700, and what they leave behind is small
     gc.enable()
 
 
@@ -275,6 +276,7 @@ def in_process(
         monkeypatch.delenv(name)
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(os, "fsync", sync_nothing)
     monkeypatch.chdir(ROOT)
 
     def run(*arguments: str, main: Callable[[list[str]], int] = main) -> Ended:

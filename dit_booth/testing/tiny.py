@@ -37,7 +37,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "unet": {
         "backbone": "unet",
         "unet": UNetConfig(
-            channels=(8, 16), norm_groups=4, heads=2, layers_per_block=1, down_attention=(True, True)
+            channels=(8, 16), norm_groups=4, heads=2, layers_per_block=1, down_attention=(True, False)
         ),
     },
 }

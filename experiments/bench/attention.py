@@ -49,6 +49,8 @@ PLANS = (
 )
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PASSES = ("forward", "forward+backward")
+FRAME_SIZES = {"cpu": (torch.float32, 256, 2), "cuda": (torch.bfloat16, 1024, 8)}
+"""Dtype, tokens of a frame and heads where 16 and 128 frames are compared."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ def job(
 def cost_in_frames(options: AttentionArguments) -> Iterator[dict[str, Any]]:
     """Time per frame of `attend` with an image of a frame's size, 16 against 128 frames; every plan but `all`."""
     device = torch.device(options.device)
-    dtype, tokens, heads = (torch.float32, 256, 2) if options.device == "cpu" else (torch.bfloat16, 1024, 8)
+    dtype, tokens, heads = FRAME_SIZES[options.device]
     for plan in PLANS[:-1]:
         cases = {f: AttentionCase(plan, f, tokens, tokens, heads=heads) for f in (16, 128)}
         for name in PASSES:

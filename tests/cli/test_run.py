@@ -25,6 +25,7 @@ from dit_booth.evaluation.scores import read_scores
 pytestmark = pytest.mark.slow
 LAUNCHED = ["--train.checkpoint-every", "1", "--sample.videos", "3"]  # two ranks share three videos
 EMBEDDED = ["--weights", "embedded", "--clip.pretrained", "embedded"]  # a new DiT's output would be zero
+ONE_STEP = ["--stages.coarse.steps", "1"]  # of which no checkpoint is left
 FAST = ["--stages.coarse.lr", "0.01", "--stages.fine.lr", "0.01"]  # two steps must show in the videos
 
 
@@ -123,6 +124,7 @@ def test_each_stage_leaves_its_weights_and_a_current_checkpoint(launched: Run):
         assert {name.split(".")[1] for name in load_file(folder / "weights.safetensors")} == {part}
         latest = json.loads((folder / "latest.json").read_text())
         assert latest == {"tag": "step1", "ranks": 2, "zero": 2}
+        assert json.loads((folder / "cost.json").read_text())["ranks"] == 2
         assert [path.name for path in folder.glob("step*")] == ["step1"]
 
 
@@ -196,8 +198,8 @@ def test_the_unet_by_plain_python(program, tiny, tiny_unet, tmp_path: Path):
 
 def test_zero_stage_3_on_two_ranks(program, tiny, tiny_unet, zero3, tmp_path: Path):
     """Parameters are partitioned while training, and whole in what is written."""
-    flags = ["--stages.coarse.steps", "1", "--train.checkpoint-every", "1", "--out", str(tmp_path)]
-    for ended in program.two_ranks(*tiny, *tiny_unet, *zero3, *flags):
+    flags = ["--train.checkpoint-every", "1", "--sampler.steps", "1", "--out", str(tmp_path)]
+    for ended in program.two_ranks(*tiny, *tiny_unet, *zero3, *ONE_STEP, *flags):
         assert ended.code == 0, ended.output
     assert json.loads((tmp_path / "checkpoints/1_fine/latest.json").read_text())["zero"] == 3
     width = 8  # of the first level
@@ -210,7 +212,8 @@ def test_zero_stage_3_on_two_ranks(program, tiny, tiny_unet, zero3, tmp_path: Pa
 
 def test_zero_stage_3_on_the_dit(program, tiny, zero3, tmp_path: Path):
     """Its pooled text goes through a parameter that the text encoder itself uses, in the backward pass too."""
-    ended = program.run(*tiny, *zero3, "--sample.videos", "0", "--out", str(tmp_path))
+    flags = [*ONE_STEP, "--stages.fine.steps", "1", "--sample.videos", "0", "--out", str(tmp_path)]
+    ended = program.run(*tiny, *zero3, *flags)
     assert ended.code == 0, ended.output
     trained = load_file(tmp_path / "strategy.safetensors")
     assert trained["kv_concat.taps.blocks.0.attn1.to_k_new.weight"].shape == (128, 128)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.slow
 PROGRAM = """
+import os
+import sys
+
+os.chdir(sys.argv[1])
 import numpy as np
 import dit_booth
 
@@ -31,12 +34,11 @@ except ValueError as error:
 """
 
 
-def test_a_run_from_python_is_that_of_the_command_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_a_run_from_python_is_that_of_the_command_line(program: Any, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PROGRAM)
+    done = program.python(str(tmp_path / "train.py"), str(tmp_path))
+    assert done.code == 0, done.output
+    lines = done.output.splitlines()
     assert lines[-2:] == [
         "mine ('kv_concat',)",
         "stop_after is 'fine'; leave it empty to train all stages",

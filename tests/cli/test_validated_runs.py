@@ -90,7 +90,7 @@ def trained(program: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     To averages and validations stage 1 is as stage 2: whole parameters, and a part of the optimizer's state.
     """
     out = ["--out", str(tmp_path_factory.mktemp("zero"))]
-    alone = program.python(SCRIPT, "--zero", "0", *out)
+    alone = program.python(SCRIPT, "--zero", "0", "--cases", "plain", "validated", *out)
     for ended in (alone, *program.two_ranks("--zero", *ZERO, *out, program=SCRIPT)):
         assert ended.code == 0, ended.output
     return Path(out[-1])

@@ -33,11 +33,12 @@ def main() -> None:
     given = argparse.ArgumentParser()
     given.add_argument("--out", type=Path, required=True)
     given.add_argument("--zero", nargs="+", required=True)
+    given.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = given.parse_args()
     ranks = start()
     for zero in args.zero:
-        for name, settings in CASES.items():
-            train(args.out / f"{name}-{ranks.world}-zero{zero}", int(zero), settings, ranks)
+        for name in args.cases:
+            train(args.out / f"{name}-{ranks.world}-zero{zero}", int(zero), CASES[name], ranks)
     stop()
 
 

@@ -1,4 +1,7 @@
-"""Every strategy on every layout, conditioning and kind of positions of the DiT, and on a U-Net with positions."""
+"""Every strategy on every conditioning and kind of positions of the DiT, on images, and on a U-Net with positions.
+
+Layouts by themselves are among the tiny backbones, on which test_strategies.py checks all promises.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,6 @@ from dit_booth.testing import trial, worst
 torch.set_num_threads(1)
 SHAPE: dict[str, Any] = {"depth": 2, "hidden": 48, "heads": 4}
 CONFIGS: dict[str, DiTConfig | UNetConfig] = {
-    "interleaved": DiTConfig(**SHAPE, layout="interleaved"),
-    "joint": DiTConfig(**SHAPE, layout="joint", plan="all"),
     "image": DiTConfig(**SHAPE, layout="image", plan="self"),
     "adaln": DiTConfig(**SHAPE, conditioning="adaln"),
     "in_context": DiTConfig(**SHAPE, conditioning="in_context"),

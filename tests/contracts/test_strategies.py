@@ -130,16 +130,11 @@ def check_sum(case: str, backbone: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", registered())
-def test_compiled(name: str) -> None:
-    check_strategy(name, backbones=["dit-factorised"], promises=[promises.compiled_is_the_same])
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
 @pytest.mark.parametrize("names", COMPILED_SUMS)
-def test_compiled_on_the_unet(names: str) -> None:
+def test_compiled(names: str, backbone: str) -> None:
     """All strategies in few sums: the compiler goes through the taps of each of them."""
-    check_strategy(names, backbones=["unet"], promises=[promises.compiled_is_the_same])
+    check_strategy(names, backbones=[backbone], promises=[promises.compiled_is_the_same])
 
 
 def test_the_compiled_sums_leave_no_strategy_out() -> None:

@@ -32,6 +32,7 @@ UNET = UNetConfig(
     down_attention=(True, False, True),
     linear_projection=True,
 )
+OF_EACH_STAGE = ("a_plain", "b_coarse", "d_fine_own_noise", "e_cfg")
 
 
 def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]]]:
@@ -125,7 +126,9 @@ def test_a_nan_and_a_wrong_shape_fail(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "made",
     [
-        pytest.param(lambda: unet_file(UNET, frames=3, batch=4, size=(5, 7)), id="unet"),
+        pytest.param(
+            lambda: unet_file(UNET, frames=3, batch=4, size=(5, 7), outputs=OF_EACH_STAGE), id="unet"
+        ),
         pytest.param(lambda: attention_file(heads=4, dim=20, frames=5, batch=1), id="attention"),
         pytest.param(lambda: mapper_file(), id="mapper"),
         pytest.param(lambda: diffusion_file(), id="diffusion"),

@@ -48,6 +48,7 @@ def test_the_page_and_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     monkeypatch.setattr(bench, "grid", lambda device: cases)
     monkeypatch.setattr(bench, "PLANS", ("first", "self", "all"))
+    monkeypatch.setitem(bench.FRAME_SIZES, "cpu", (torch.float32, 16, 1))
     monkeypatch.setattr(bench, "matmul_peak", lambda *_, **__: 1e9)
     threads = torch.get_num_threads()
     try:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from dit_booth.attention import FramePlan, Segment, attend
 from dit_booth.attention import joint_softmax as segments
@@ -33,7 +34,7 @@ def tensors(b: int, f: int, n: int, m: int, d: int = 16) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("kernel", "sizes"),
     [
-        ("torch_flash", [(1, 4, 12, 5), (2, 5, 20, 7), (2, 5, 20, 7, 8)]),
+        ("torch_flash", [(1, 4, 12, 5), (2, 5, 20, 7, 8)]),
         ("math", [(2, 4, 12, 5)]),
     ],
 )
@@ -48,10 +49,12 @@ def test_one_graph(kernel: str, sizes: list[tuple[int, ...]]) -> None:
 
 
 def test_inductor() -> None:
+    """In this process: two kernels take less time than the start of a pool of compilers."""
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True)
     x = tensors(1, 3, 8, 5)
-    ours, theirs = (torch.autograd.grad(run("torch_flash", *x), x) for run in (compiled, loss))
+    with inductor.patch(compile_threads=1):
+        ours, theirs = (torch.autograd.grad(run("torch_flash", *x), x) for run in (compiled, loss))
     for mine, eager in zip(ours, theirs, strict=True):
         assert (mine - eager).abs().max() < 1e-5
 

@@ -13,11 +13,8 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import choix
 import numpy as np
-import pandas
 import pytest
-import statsmodels.api as sm
 import torch
 
 from dit_booth.commands.study import main
@@ -343,6 +340,9 @@ def sparse(seed: int, share: float = 0.4) -> tuple[list[float], list[int], list[
 
 
 def test_the_crossed_model_is_that_of_statsmodels():
+    import pandas  # like statsmodels and choix, seconds of every worker's collection
+    import statsmodels.api as sm
+
     y, rater, prompt = sparse(0)
     own = fit_components(y, [indicators(rater), indicators(prompt)])
     frame = pandas.DataFrame({"y": y, "r": rater, "p": prompt, "all": 1})
@@ -371,6 +371,8 @@ def test_a_rate_without_variance_has_an_exact_interval():
 
 
 def test_strengths_without_ties_are_bradley_and_terrys():
+    import choix
+
     rng = np.random.default_rng(0)
     pairs = list(combinations(range(4), 2))
     wins = rng.integers(20, 80, (6, 2))

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 import torch
+import transformers  # its classes are imported where they are used: seconds of every worker's collection
 from scipy.linalg import sqrtm
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEModel
 
 from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.learned import build_set
@@ -172,15 +172,15 @@ def test_files_that_are_no_torchscript_are_refused(load, tmp_path):
         load({})
 
 
-CONFIG = VideoMAEConfig(
-    image_size=32, patch_size=16, num_frames=4, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
-    intermediate_size=32, num_labels=5,
-)  # fmt: skip
+TINY = {
+    "image_size": 32, "patch_size": 16, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "intermediate_size": 32, "num_labels": 5,
+}  # fmt: skip
 
 
 def test_videomae_features_are_what_its_classifier_reads(tmp_path):
     torch.manual_seed(0)
-    model = VideoMAEForVideoClassification(CONFIG).eval()
+    model = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**TINY)).eval()
     model.fc_norm.bias.data.uniform_()
     model.save_pretrained(tmp_path / "classifier")
     features = load_videomae({"videomae": str(tmp_path / "classifier")})
@@ -191,7 +191,7 @@ def test_videomae_features_are_what_its_classifier_reads(tmp_path):
         assert torch.allclose(model.classifier(features(videos)), logits, atol=1e-5)
     with pytest.raises(ValueError, match="have 3 frames; this VideoMAE needs 4"):
         features(videos[:, :3])
-    VideoMAEModel(CONFIG).save_pretrained(tmp_path / "bare")
+    transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY)).save_pretrained(tmp_path / "bare")
     assert load_videomae({"videomae": str(tmp_path / "bare")})(videos).shape == (2, 24)
     score = build_set("fvd_videomae", {"videomae": str(tmp_path / "classifier")})
     assert score(cases(3))["fvd_videomae"] > 0
@@ -200,13 +200,13 @@ def test_videomae_features_are_what_its_classifier_reads(tmp_path):
 def test_another_networks_folder_is_no_videomae(tmp_path):
     with pytest.raises(ValueError, match=r"no config.json"):
         load_videomae({"videomae": str(tmp_path)})
-    model = VideoMAEModel(CONFIG)
+    model = transformers.VideoMAEModel(transformers.VideoMAEConfig(**TINY))
     model.save_pretrained(tmp_path)
-    deeper = VideoMAEConfig(**{**CONFIG.to_dict(), "num_hidden_layers": 2})
+    deeper = transformers.VideoMAEConfig(**{**TINY, "num_hidden_layers": 2})
     deeper.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"videomae = .*another network: .*missing \(encoder.layer.1"):
         load_videomae({"videomae": str(tmp_path)})
-    wider = VideoMAEConfig(**{**CONFIG.to_dict(), "hidden_size": 32})
+    wider = transformers.VideoMAEConfig(**{**TINY, "hidden_size": 32})
     wider.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"videomae = .*another network"):
         load_videomae({"videomae": str(tmp_path)})
