@@ -5,7 +5,7 @@
     python -m experiments.bench.drift --out runs/drift --page docs/results/long.md   # the page of what is there
 
 One stage on crops of 8 frames is shared; each variant then trains a short stage on crops of 16 frames, samples test
-prompts, and is scored by the oracle. Finished pieces (a training, the scores of some prompts) stay, and are not made again.
+prompts, and is scored by the oracle. Finished pieces (a training, the scores of some prompts) are not made again.
 """
 
 from __future__ import annotations
