@@ -177,11 +177,19 @@ class Study:
         return self.run("shared", {"schedule": ["joint"], "strategy_weights": [adapter]}, KEYFRAMES)
 
     def run(self, name: str, *settings: PlainDict) -> Path:
-        """Train a run to its end, unless it is there; sample nothing. Return its folder."""
+        """Train a run to its end, unless it is there; sample nothing. Return its folder.
+
+        ValueError: the folder has a run of other settings.
+        """
         folder, file = self.out / name / "run", self.out / name / "settings.yaml"
+        own: PlainDict = {"extends": "long", "out": str(folder), "sample": {"videos": 0}}
+        text = yaml.safe_dump(reduce(merge, settings, merge(self.settings, own)))
+        if file.is_file() and file.read_text() != text:
+            raise ValueError(
+                f"{file} has other settings; choose another --out, or the --set that it was made with"
+            )
         if not (folder / "finished").is_file():
-            own: PlainDict = {"extends": "long", "out": str(folder), "sample": {"videos": 0}}
-            write_text(file, yaml.safe_dump(reduce(merge, settings, merge(self.settings, own))))
+            write_text(file, text)
             # a process of its own: DeepSpeed trains once in a process
             subprocess.run([sys.executable, "-m", "dit_booth", "run", "--config", str(file)], check=True)
         return folder
