@@ -117,7 +117,8 @@ def write_page(file: Path, folder: Path, names: Sequence[str]) -> None:
         for one in scores
         if one.metric in (METRIC, *MOTION, "right_shape")
     ]
-    write_lines(file.with_suffix(".jsonl"), rows)
+    if rows:
+        write_lines(file.with_suffix(".jsonl"), rows)
 
 
 def _rounded(value: float) -> float | None:
