@@ -134,13 +134,13 @@ class Study:
         pipeline = self.pipeline(piece)
         requests = requests_of(pipeline, pipeline.config.sample)
         for file, prompts in missing.items():
-            begin = time.process_time()
+            started = time.process_time()
             cases = self.cases(pipeline, piece, requests, prompts)
             sampled = time.process_time()
             write_scores(
                 file, [one for case in cases for one in score(case, [oracle_scores], seed=piece.seed)]
             )
-            seconds = {"sampled": sampled - begin, "scored": time.process_time() - sampled}
+            seconds = {"sampled": sampled - started, "scored": time.process_time() - sampled}
             log.info("%s seed %d, prompts %s: %s", piece.name, piece.seed, list(prompts), json.dumps(seconds))
 
     def cases(
@@ -168,8 +168,8 @@ class Study:
     def trained(self, name: str, seed: int) -> Path:
         """Train a variant's own stage from the shared one; return the run's folder."""
         weights = str(self.shared())
-        start: PlainDict = {"schedule": ["fine"], "weights": weights, "strategy_weights": [weights]}
-        return self.run(f"{name}-seed{seed}", start, VARIANTS[name].training, {"train": {"seed": seed}})
+        begin: PlainDict = {"schedule": ["fine"], "weights": weights, "strategy_weights": [weights]}
+        return self.run(f"{name}-seed{seed}", begin, VARIANTS[name].training, {"train": {"seed": seed}})
 
     def shared(self) -> Path:
         """Train the shared stage; return the run's folder."""

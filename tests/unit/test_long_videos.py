@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_booth.attention import Clip, PrefixCache
+from dit_booth.commands.sample import SampleArguments, load
 from dit_booth.config import LongConfig, SampleConfig
 from dit_booth.data.video import join_videos, probe, read_video, write_video
 from dit_booth.diffusion import ObjectiveConfig, make_objective, sample
@@ -24,6 +25,7 @@ from dit_booth.diffusion.start import StartConfig
 from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.unet.blocks import VideoNorm
 from dit_booth.models.unet.model import UNetConfig
+from dit_booth.pipeline import Pipeline
 from dit_booth.sampling.generate import FrameSampler, generate
 from dit_booth.sampling.long import warn_of_timesteps
 from dit_booth.sampling.prompts import requests_of, sample_prompts
@@ -288,6 +290,22 @@ def test_predicted_frames_stay_when_others_are_put_between_them(runs: dict[str, 
     assert torch.equal(by_two[:, ::3], dense[:, ::3]) and worst(by_two[:, 1], dense[:, 1]) > 1e-3, (
         "two models"
     )
+
+
+def test_the_command_line_takes_a_run_that_interpolates(runs: dict[str, Trial], tmp_path: Path) -> None:
+    for name, model in {"one": runs["lvdm"], "two": trial("lvdm", "dit-interleaved")}.items():
+        Pipeline(**vars(model.components)).save(tmp_path / name)
+    given = SampleArguments(
+        run=str(tmp_path / "one"),
+        long="lvdm",
+        set=("sample.long.interpolated=4",),
+        interpolator=str(tmp_path / "two"),
+    )
+    pipeline = load(given)
+    assert pipeline.config.sample.long == LVDM and pipeline.interpolator is not None
+    assert pipeline.interpolator.config.dit.layout == "interleaved" != pipeline.config.dit.layout
+    with pytest.raises(ValueError, match=r"sample\.long\.interpolated 0; give --long lvdm"):
+        load(replace(given, set=()))
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
