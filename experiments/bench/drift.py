@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 
+import torch
 import tyro
 import yaml
 
@@ -34,10 +35,11 @@ from dit_booth.files import write_text
 from dit_booth.models.weights import ASSETS
 from dit_booth.pipeline import EMBEDDED, Pipeline
 from dit_booth.sampling.prompts import Request, requests_of, sample_prompts
-from dit_booth.training.distributed import start, stop
+from dit_booth.training.distributed import Ranks
 from experiments.bench.drift_page import PRIMARY, TRUTH, write_page
 
 log = logging.getLogger("dit_booth")
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,8 @@ class Study:
         """Sample the videos of some prompts, or take the real ones."""
         if piece.name == TRUTH:
             return [case_of(requests[i]) for i in prompts]
-        folder, ranks = self.out / f"{piece.name}-seed{piece.seed}" / "samples", start()
-        try:
-            made = sample_prompts(pipeline, pipeline.config.sample, requests, folder, ranks, prompts)
-        finally:
-            stop()
+        folder = self.out / f"{piece.name}-seed{piece.seed}" / "samples"
+        made = sample_prompts(pipeline, pipeline.config.sample, requests, folder, ALONE, prompts)
         return list(made.values())
 
     def pipeline(self, piece: Piece) -> Pipeline:
@@ -169,7 +168,8 @@ class Study:
         """Train a variant's own stage from the shared one; return the run's folder."""
         weights = str(self.shared())
         begin: PlainDict = {"schedule": ["fine"], "weights": weights, "strategy_weights": [weights]}
-        return self.run(f"{name}-seed{seed}", begin, VARIANTS[name].training, {"train": {"seed": seed}})
+        train: PlainDict = {"train": {"seed": seed, "batch_size": 4}}  # of twice as many frames
+        return self.run(f"{name}-seed{seed}", begin, VARIANTS[name].training, train)
 
     def shared(self) -> Path:
         """Train the shared stage; return the run's folder."""

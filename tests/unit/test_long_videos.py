@@ -32,7 +32,7 @@ from dit_booth.sampling.prompts import requests_of, sample_prompts
 from dit_booth.sampling.stream import write_while_sampling
 from dit_booth.testing import Trial, trial, worst
 from dit_booth.testing.tiny import SIZE
-from dit_booth.training.distributed import Ranks, T
+from dit_booth.training.distributed import Ranks
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -421,13 +421,6 @@ def test_a_file_that_was_tampered_with_is_one_error(
         write_while_sampling(tmp_path / "a.mp4", sampler, fps=8, key="k")
 
 
-class Alone(Ranks):
-    """One process, without a process group."""
-
-    def gather(self, mine: dict[int, T]) -> dict[int, T]:
-        return mine
-
-
 def test_prompts_of_a_split_are_sampled_and_compared_at_any_length(
     runs: dict[str, Trial], tmp_path: Path
 ) -> None:
@@ -435,7 +428,7 @@ def test_prompts_of_a_split_are_sampled_and_compared_at_any_length(
     settings = SampleConfig(videos=1, batch_size=1, long=CHUNKS)
     components = replace(components, config=replace(components.config, sample=settings))
     requests = requests_of(components, settings, frames=9)
-    cases = sample_prompts(components, settings, requests, tmp_path, Alone(0, 1, torch.device("cpu")))
+    cases = sample_prompts(components, settings, requests, tmp_path, Ranks(0, 1, torch.device("cpu")))
     (case,) = cases.values()
     assert case.truth is not None and len(case.video) == len(case.truth) == 9
     (short,) = requests_of(components, settings)
