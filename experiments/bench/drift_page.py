@@ -35,7 +35,7 @@ video that stands still drifts least. Intervals are of 95 %, over training seeds
 """
 DESIGN = f"""## Design
 
-* **Primary contrast**, declared before any video was sampled: `{PRIMARY[0]}` minus `{PRIMARY[1]}`, drift of
+* **Primary contrast**, declared before any of its videos was made: `{PRIMARY[0]}` minus `{PRIMARY[1]}`, drift of
   {METRIC}, five training seeds and 24 prompts. `first`: plan `first+previous`, the image at frame 0. `keyframes-m`:
   plan `keyframes(m)`, the image again at every m-th frame. Everything else has one seed and eight prompts, and is
   exploratory.
@@ -46,8 +46,9 @@ DESIGN = f"""## Design
 * One stage on crops of 8 frames, where `keyframes(8)` and `first+previous` are one plan, is shared. Each variant
   then trains 40 steps on crops of 16 frames, which hold a second keyframe (`keyframes-16` has none). All frames
   have timesteps of their own.
-* Four sampling steps, no guidance. The oracle fits the true subject to every frame, and divides the scene's light
-  out; frames with the bar, which passes in the middle half, have no value.
+* Four sampling steps, no guidance: on four dev prompts of 8 frames, the embedded pipeline had an appearance of
+  16.1 with 4 steps, 15.9 with 6 and 15.7 with 12. The oracle fits the true subject to every frame, and divides the
+  scene's light out; frames with the bar, which passes in the middle half, have no value.
 """
 LIMITS = """**What it cannot show.** The seeds are those of the last 40 steps: all variants share one stage and one
 embedded base, so the intervals leave out what another base would do. Training never shows two frames that are more
