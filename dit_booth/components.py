@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -88,11 +88,15 @@ class Components:
             ]
         return self.model.text.tokenize(captions, subjects, first_token_suffices=self.first_token_suffices)
 
-    def dataset(self, split: Split = "train") -> VideoDataset:
-        """Open a split of the run's data, whose captions have what `tokenize` needs. ValueError: a broken example."""
+    def dataset(self, split: Split = "train", frames: int = 0) -> VideoDataset:
+        """Open a split of the run's data, whose captions have what `tokenize` needs. ValueError: a broken example.
+
+        frames: of its videos; 0: as in the run.
+        """
+        data = replace(self.config.data, frames=frames or self.config.data.frames)
         by_token = partial(check_subject, first_token_suffices=True)
         check = by_token if self.first_token_suffices else check_caption
-        return self.config.data.build(split, check)
+        return data.build(split, check)
 
     def check_images(self, images: Tensor, names: Sequence[str]) -> None:
         """Check that image prompts (b 3 s s) show a subject, where an active strategy reads them.

@@ -5,6 +5,7 @@
     dit-booth sample runs/RUN --image path/to/image_or_folder --caption "a panda is running" --subject panda
     dit-booth sample toyworld --image star.png --caption "a star is spinning on snow" --subject star
     dit-booth sample toyworld --image star.png --caption "a star is spinning" --subject star --frames 256 --long chunks
+    dit-booth sample runs/RUN --split test --videos 24 --frames 128 --long chunks
 
 Videos for prompts of the data are measured; of your own image there are a video and a contact sheet.
 """
@@ -23,6 +24,7 @@ from dit_booth.commands.program import run_program
 from dit_booth.config import SampleReference
 from dit_booth.config.long import LongKind
 from dit_booth.config.parse import merge
+from dit_booth.errors import check_number
 from dit_booth.pipeline import Pipeline
 from dit_booth.sampling.measure import measure
 from dit_booth.sampling.prompts import requests_of, sample_prompts
@@ -51,10 +53,13 @@ class SampleArguments:
     subject: str = ""
     """The words of the caption that the image stands for."""
     frames: int = 0
-    """Frames of the video of --image, which is written while it is made; Ctrl-C and the same command resumes. 0: as the
-    run's."""
+    """Frames of each video; 0: as the run's. The video of --image is written while it is made; Ctrl-C and the same
+    command resumes."""
     long: LongKind | Literal[""] = ""
     """How videos with more frames than the training's are made (sample.long.kind); empty: as the run has it."""
+    interpolator: str = ""
+    """Long videos by lvdm: the run whose network interpolates between the frames that this one predicts; empty: this
+    one does."""
     out: str = ""
     """Folder of the videos; empty: in the run's folder, or runs/samples-<name>."""
     set: tuple[str, ...] = ()
@@ -69,15 +74,12 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
 def sample(arguments: SampleArguments) -> Iterator[str]:
     """Sample the prompts, or an image of the user's own; iterate over lines that tell where the videos are.
 
-    ValueError: no such run, or --image has no caption with its subject.
+    ValueError: no such run, a flag that has no effect, or --image has no caption with its subject.
     """
-    if (arguments.caption or arguments.subject or arguments.mask or arguments.frames) and not arguments.image:
-        raise ValueError(
-            "--image is missing; --caption, --subject, --mask and --frames are for an image of your own"
-        )
-    if arguments.long:
-        arguments = replace(arguments, set=(*arguments.set, f"sample.long.kind={arguments.long}"))
-    pipeline = Pipeline.load(arguments.run, settings=nested(arguments.set))
+    if (arguments.caption or arguments.subject or arguments.mask) and not arguments.image:
+        raise ValueError("--image is missing; --caption, --subject and --mask are for an image of your own")
+    check_number("--frames", arguments.frames, "[0, 10000]")
+    pipeline = load(arguments)
     if arguments.image:
         for seed in arguments.seeds:
             yield str(sample_image(pipeline, arguments, seed))
@@ -87,6 +89,31 @@ def sample(arguments: SampleArguments) -> Iterator[str]:
         yield json.dumps(sample_set(pipeline, arguments, ranks))
     finally:
         stop()
+
+
+def load(arguments: SampleArguments) -> Pipeline:
+    """Load the run, and the one that interpolates. ValueError: nothing would be interpolated."""
+    own = {"sample": {"long": {"kind": arguments.long}}} if arguments.long else {}
+    pipeline = Pipeline.load(arguments.run, settings=merge(nested(arguments.set), own))
+    if arguments.interpolator:
+        long = pipeline.config.sample.long
+        if long.kind != "lvdm" or not long.interpolated:
+            raise ValueError(
+                f"--interpolator is {arguments.interpolator}, but sample.long.kind is {long.kind} and"
+                f" sample.long.interpolated {long.interpolated}; give --long lvdm --set sample.long.interpolated=5"
+            )
+        pipeline.interpolator = Pipeline.load(arguments.interpolator)
+    return pipeline
+
+
+def variant_of(arguments: SampleArguments) -> list[str]:
+    """Return the options that a file's or folder's name tells: those of which videos in one folder may differ."""
+    return [
+        *([f"{arguments.frames}frames"] if arguments.frames else []),
+        *arguments.set,
+        *([f"sample.long.kind={arguments.long}"] if arguments.long else []),
+        *([f"interpolator={Path(arguments.interpolator).stem}"] if arguments.interpolator else []),
+    ]
 
 
 def nested(assignments: Sequence[str]) -> dict[str, object]:
@@ -115,8 +142,7 @@ def sample_image(pipeline: Pipeline, arguments: SampleArguments, seed: int) -> P
     """Sample one video of a user's image and caption; return its path. A contact sheet is written beside it."""
     image = None if arguments.references == ("none",) else arguments.image
     mask = arguments.mask or None
-    frames = [f"{arguments.frames}frames"] if arguments.frames else []
-    name = "-".join([f"{Path(arguments.image).stem}-seed{seed}", *frames, *arguments.set])
+    name = "-".join([f"{Path(arguments.image).stem}-seed{seed}", *variant_of(arguments)])
     path = pipeline.write(
         folder_of(arguments) / "samples-own-image" / f"{name}.mp4",
         image,
@@ -142,8 +168,9 @@ def sample_set(pipeline: Pipeline, arguments: SampleArguments, ranks: Ranks) -> 
         videos=arguments.videos or pipeline.config.sample.videos,
     )
     seeds = "-".join(map(str, sample.seeds))
-    name = "-".join(["samples", sample.split, *sample.references, f"seed{seeds}", *arguments.set])
+    name = "-".join(["samples", sample.split, *sample.references, f"seed{seeds}", *variant_of(arguments)])
     out = folder_of(arguments) / name
-    cases = sample_prompts(pipeline, sample, requests_of(pipeline, sample), out, ranks)
+    requests = requests_of(pipeline, sample, arguments.frames)
+    cases = sample_prompts(pipeline, sample, requests, out, ranks)
     means = measure(pipeline, cases, out)
     return {"folder": str(out), "means": {control or "own": own for control, own in means.items()}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,28 +39,36 @@ class StartConfig:
             )
 
 
-def warped_start(
-    predict: Model,
-    objective: Objective,
-    sampler: SamplerConfig,
-    config: StartConfig,
-    noise: Tensor,
-    draws: Generators,
-) -> tuple[Tensor, int]:
-    """Return Text2Video-Zero's latents (b f c h w; arXiv 2303.13439, section 3.3), and the step to go on from.
+@dataclass
+class WarpedStart:
+    """Text2Video-Zero's latents (arXiv 2303.13439, section 3.3) of any frames of a video, made from those of frame 0.
 
-    Frame 0 is sampled alone for `config.denoised` of the steps, from its own part of `noise` (b f c h w). Its latents
-    are moved along the motion field of every frame, and noised again to the level of `config.renoised`.
+    Frame 0 is sampled alone for `config.denoised` of the steps. Its latents are moved along the motion field of every
+    frame, told by its index in the video, and noised again to the level of `config.renoised`.
     """
-    late, early = (round(share * sampler.steps) for share in (config.denoised, config.renoised))
-    first = sample(predict, objective, sampler, noise[:, :1], draws, steps=range(late))
-    frames = noise.shape[1]
-    moved = warp(
-        repeat(first, "b 1 c h w -> b f c h w", f=frames), motion_field(range(frames), config.motion)
-    )
-    t0, t1 = (
-        repeat(time_before(objective, sampler, step), "-> b", b=len(noise)).to(noise.device)
-        for step in (late, early)
-    )
-    eps = randn(noise.shape, draws, noise.device, noise.dtype)
-    return renoise(objective, moved, t0, t1, eps), early
+
+    objective: Objective
+    sampler: SamplerConfig
+    config: StartConfig
+    first: Tensor | None = None
+    """Frame 0 (b 1 c h w), sampled in part: made by the first frames that are asked for."""
+
+    def latents(
+        self, predict: Model, noise: Tensor, frames: Sequence[int], draws: Generators
+    ) -> tuple[Tensor, int]:
+        """Return the latents of frames of the video (b f c h w), and the step to go on from.
+
+        noise: b f c h w, whose first frame is that of frame 0 if it has not been sampled yet.
+        """
+        objective, sampler, config = self.objective, self.sampler, self.config
+        late, early = (round(share * sampler.steps) for share in (config.denoised, config.renoised))
+        if self.first is None:
+            self.first = sample(predict, objective, sampler, noise[:, :1], draws, steps=range(late))
+        still = repeat(self.first, "b 1 c h w -> b f c h w", f=len(frames))
+        moved = warp(still, motion_field(frames, config.motion))
+        t0, t1 = (
+            repeat(time_before(objective, sampler, step), "-> b", b=len(noise)).to(noise.device)
+            for step in (late, early)
+        )
+        eps = randn(noise.shape, draws, noise.device, noise.dtype)
+        return renoise(objective, moved, t0, t1, eps), early

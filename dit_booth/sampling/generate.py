@@ -18,7 +18,7 @@ from dit_booth.diffusion.free_noise import reschedule
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
-from dit_booth.diffusion.start import StartConfig, warped_start
+from dit_booth.diffusion.start import StartConfig, WarpedStart
 from dit_booth.models.clip.encoders import NULL_PROMPT
 from dit_booth.models.layers import Attention
 from dit_booth.sampling.long import (
@@ -162,9 +162,10 @@ def make_sampler(
     known: KnownVideo | None,
 ) -> LatentSampler:
     """Build the sampler of a kind of long videos; `between`: the network that interpolates (lvdm)."""
+    warp = WarpedStart(network.components.objective, sampler, start) if start.kind == "warp" else None
     match long.kind:
         case "chunks":
-            return Chunks(network, sampler, frames, shape, long)
+            return Chunks(network, sampler, frames, shape, long, warp)
         case "diffusion_forcing":
             return Queue(network, sampler, frames, shape, long)
         case "lvdm":
@@ -173,7 +174,7 @@ def make_sampler(
             fill = clip_sampler(between, sampler)
             return Predicted(network, sampler, frames, shape, clips, fill, first, long.interpolated)
         case _:
-            return Whole(network, sampler, frames, shape, start, known)
+            return Whole(network, sampler, frames, shape, start, warp, known)
 
 
 def check_long(
@@ -186,10 +187,10 @@ def check_long(
     kind, trained = long.kind, frames_of_training(components.config)
     if kind == "none":
         return
-    if start.kind != "noise":
+    if start.kind != "noise" and (start.kind, kind) != ("warp", "chunks"):
         raise ValueError(
-            f"start.kind is {start.kind}, of all frames at once, but sample.long.kind is {kind}; set one of them to"
-            " its default (noise, none)"
+            f"start.kind is {start.kind}, but sample.long.kind is {kind}: warp is for none and chunks, inversion for"
+            " none; set one of them to its default (noise, none)"
         )
     if known is not None and kind != "lvdm":
         raise ValueError(f"known frames are given, but sample.long.kind is {kind}; use none or lvdm")
@@ -263,17 +264,26 @@ class Whole(LatentSampler):
         frames: int,
         shape: tuple[int, int, int],
         start: StartConfig,
+        warp: WarpedStart | None,
         known: KnownVideo | None,
     ) -> None:
         super().__init__(network, sampler, frames, shape)
-        self.start, self.known = start, known
+        self.start, self.warp, self.known = start, warp, known
 
     def block(self) -> Tensor:
         network = self.network
         if self.known is not None:
             return completed(network, clip_sampler(network, self.sampler), self.known)
-        noise, step = start_latents(network, self.sampler, self.start, self.noise(self.frames))
-        return self.run(network.predict, noise, step)
+        noise = self.noise(self.frames)
+        if self.warp is not None:
+            latents, step = self.warp.latents(network.predict, noise, range(self.frames), network.draws)
+            return self.run(network.predict, latents, step)
+        if self.start.kind == "inversion":
+            return self.run(network.predict, inverted_video(network.components, self.sampler, noise))
+        fusion = network.clip.fusion
+        if fusion is not None:
+            noise = reschedule(noise, fusion.window, fusion.stride, network.draws)
+        return self.run(network.predict, noise)
 
 
 def clip_sampler(network: GuidedNetwork, sampler: SamplerConfig) -> ClipSampler:
@@ -291,19 +301,6 @@ def completed(network: GuidedNetwork, clips: ClipSampler, known: KnownVideo) -> 
     known.check(len(network.draws), len(network.clip.frames))
     latents = network.components.autoencoder.encode(known.video, network.draws)
     return clips.complete(latents.to(network.dtype), known.mask)
-
-
-def start_latents(
-    network: GuidedNetwork, sampler: SamplerConfig, start: StartConfig, noise: Tensor
-) -> tuple[Tensor, int]:
-    """Return what a video's latents (b f c h w) start from, made of `noise` where the start wants it, and the step."""
-    if start.kind == "warp":
-        objective = network.components.objective
-        return warped_start(network.predict, objective, sampler, start, noise, network.draws)
-    if start.kind == "inversion":
-        return inverted_video(network.components, sampler, noise), 0
-    fusion = network.clip.fusion
-    return noise if fusion is None else reschedule(noise, fusion.window, fusion.stride, network.draws), 0
 
 
 def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor) -> Tensor:

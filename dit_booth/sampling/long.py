@@ -18,6 +18,7 @@ from dit_booth.diffusion.clip_sampling import ClipSampler
 from dit_booth.diffusion.frame_queue import FrameSteps, steps_of
 from dit_booth.diffusion.noise import compute_dtype, randn
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
+from dit_booth.diffusion.start import WarpedStart
 from dit_booth.models.assemble import Backbone
 from dit_booth.sampling.network import GuidedNetwork
 from dit_booth.training.stage import frames_of_training
@@ -136,9 +137,10 @@ class Chunks(LatentSampler):
         frames: int,
         shape: tuple[int, int, int],
         long: LongConfig,
+        warp: WarpedStart | None = None,
     ) -> None:
         super().__init__(network, sampler, frames, shape)
-        self.window, self.prefix = window_of(network, long), long.prefix
+        self.window, self.prefix, self.warp = window_of(network, long), long.prefix, warp
         backbone = cast(Backbone, network.components.model.backbone)
         self.past = PastFrames(backbone, long.prefix)
         self.plans = _cache_of(backbone) if long.cache else None
@@ -147,7 +149,7 @@ class Chunks(LatentSampler):
         """Sample a whole chunk, of as many frames as the training had, and keep what the video still needs."""
         start, left = self.done, self.frames - self.done
         if start == 0:
-            latents = self.run(self.network.predict, self.noise(min(self.window, left)))
+            latents = self.denoise(self.network.predict, range(min(self.window, left)))
         else:
             latents = self.chunk(start, self.window - self.prefix)[:, :left]
         self.past.add(start, latents)
@@ -157,16 +159,14 @@ class Chunks(LatentSampler):
         """Sample `frames` frames (b k c h w) that follow the finished ones."""
         before, new = self.past.before(start), range(start, start + frames)
         if not before:
-            return self.run(lambda x, t: self.network.predict(x, t, clip=self.clip(new)), self.noise(frames))
+            return self.denoise(lambda x, t: self.network.predict(x, t, clip=self.clip(new)), new)
         prefix = self.past.stack(before)
         network = self.network.at_timestep(0.0, prefix)
         clean = prefix.new_zeros(prefix.shape[:2], dtype=torch.float32)
         if self.plans is not None:
             caches = [PrefixCache(self.plans.plans, before) for _ in network.passes]
             network.predict(prefix, clean, clip=self.clip(before), caches=caches)
-            return self.run(
-                lambda x, t: network.predict(x, t, clip=self.clip(new), caches=caches), self.noise(frames)
-            )
+            return self.denoise(lambda x, t: network.predict(x, t, clip=self.clip(new), caches=caches), new)
         clip = self.clip([*before, *new])
 
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
@@ -174,16 +174,28 @@ class Chunks(LatentSampler):
             times = torch.cat([clean, own], dim=1)
             return network.predict(torch.cat([prefix, x], dim=1), times, clip=clip)[:, len(before) :]
 
-        return self.run(predict, self.noise(frames))
+        return self.denoise(predict, new)
+
+    def denoise(self, model: Model, frames: range) -> Tensor:
+        """Sample frames of the video from noise, or from the moved latents of frame 0."""
+        noise = self.noise(len(frames))
+        if self.warp is None:
+            return self.run(model, noise)
+        latents, step = self.warp.latents(model, noise, frames, self.network.draws)
+        return self.run(model, latents, step)
 
     def clip(self, frames: Sequence[int]) -> Clip:
         return Clip(tuple(frames), riflex=self.network.clip.riflex)
 
     def state(self) -> dict[str, Tensor]:
-        return {**super().state(), **self.past.state()}
+        first = None if self.warp is None else self.warp.first
+        return {**super().state(), **self.past.state(), **({} if first is None else {"first": first})}
 
     def restore(self, state: State) -> None:
-        self.past.restore(state, self.noise(0))
+        like = self.noise(0)
+        self.past.restore(state, like)
+        if self.warp is not None and "first" in state:
+            self.warp.first = state["first"].to(like.device)
         super().restore(state)
 
 

@@ -35,9 +35,11 @@ class Request:
     image: Tensor
     truth: Tensor | None = None
     identity: IdentityDict | None = None
+    frames: int = 0
+    """Frames of the video; 0: as many as the run's data have."""
 
     @classmethod
-    def of(cls, example: Example) -> Request:
+    def of(cls, example: Example, frames: int = 0) -> Request:
         return cls(
             prompt=example.key,
             caption=example.caption,
@@ -45,6 +47,7 @@ class Request:
             image=example.image,
             truth=example.video,
             identity=example.identity,
+            frames=frames,
         )
 
 
@@ -66,15 +69,18 @@ class _Task:
         return (self.noise_seed * 1_000_003 + self.index) % 2**63
 
 
-def requests_of(components: Components, sample: SampleConfig) -> list[Request]:
-    """Return a run's requests: the prompts of its one subject, if it names some, else those of `sample.split`."""
+def requests_of(components: Components, sample: SampleConfig, frames: int = 0) -> list[Request]:
+    """Return a run's requests: the prompts of its one subject, if it names some, else those of `sample.split`.
+
+    frames: of the videos, and of the real ones that they are compared with; 0: as the run's data.
+    """
     subject, data = components.config.subject, components.config.data
     if not subject.prompts:
-        dataset = components.dataset(sample.split)
-        return [Request.of(dataset[i]) for i in range(min(sample.videos, len(dataset)))]
+        dataset = components.dataset(sample.split, frames)
+        return [Request.of(dataset[i], frames) for i in range(min(sample.videos, len(dataset)))]
     image = subject.read_image(data.image_size or data.size)
     captions = [caption_of(prompt, subject.word) for prompt in subject.prompts[: sample.videos]]
-    return [Request(prompt=c, caption=c, subject=subject.word, image=image) for c in captions]
+    return [Request(prompt=c, caption=c, subject=subject.word, image=image, frames=frames) for c in captions]
 
 
 def sample_prompts(
@@ -120,7 +126,8 @@ def _given(requests: Sequence[Request], task: _Task) -> Tensor:
 def _generate(
     components: Components, requests: Sequence[Request], tasks: Sequence[_Task], reference: SampleReference
 ) -> Tensor:
-    config, truth = components.config, requests[tasks[0].index].truth
+    config, first = components.config, requests[tasks[0].index]
+    truth = first.truth
     size = (config.data.size, config.data.size) if truth is None else truth.shape[-2:]
     videos = generate(
         components,
@@ -128,7 +135,7 @@ def _generate(
         [requests[task.index].caption for task in tasks],
         [requests[task.index].subject or None for task in tasks],
         [task.seed for task in tasks],
-        size=(config.data.frames, *size),
+        size=(first.frames or config.data.frames, *size),
         guidance=config.guidance,
         sampler=config.sampler,
         start=config.start,

@@ -51,7 +51,9 @@ class Ranks:
         return values[0]
 
     def gather(self, mine: dict[int, T]) -> dict[int, T]:
-        """Return the entries of all ranks, which have keys of their own, on every rank."""
+        """Return the entries of all ranks, which have keys of their own, on every rank; one needs no process group."""
+        if self.world == 1:
+            return dict(mine)
         gathered: list[dict[int, T]] = [{} for _ in range(self.world)]
         dist.all_gather_object(gathered, mine)
         return {key: value for part in gathered for key, value in part.items()}

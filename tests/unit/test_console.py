@@ -33,9 +33,13 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no strategy matches 'kv'" in capsys.readouterr().err
     assert main(["models", "vit"]) == 1
     assert "no model matches 'vit'" in capsys.readouterr().err
-    for given in (["--caption", "a star"], ["--frames", "9"]):
+    for given, message in {
+        ("--caption", "a star"): "--image is missing",
+        ("--frames", "-1"): "--frames is -1",
+        ("--interpolator", "toyworld"): "--interpolator is toyworld, but sample.long.kind is none",
+    }.items():
         assert main(["sample", "toyworld", *given]) == 1
-        assert "--image is missing" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_settings_to_sample_with_are_nested() -> None:

@@ -14,20 +14,25 @@ import torch
 from torch import Tensor
 
 from dit_booth.attention import Clip, PrefixCache
-from dit_booth.config import LongConfig
+from dit_booth.commands.sample import SampleArguments, load
+from dit_booth.config import LongConfig, SampleConfig
 from dit_booth.data.video import join_videos, probe, read_video, write_video
 from dit_booth.diffusion import ObjectiveConfig, make_objective, sample
 from dit_booth.diffusion.frame_queue import FrameSteps, steps_of
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
+from dit_booth.diffusion.start import StartConfig
 from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.unet.blocks import VideoNorm
 from dit_booth.models.unet.model import UNetConfig
+from dit_booth.pipeline import Pipeline
 from dit_booth.sampling.generate import FrameSampler, generate
 from dit_booth.sampling.long import warn_of_timesteps
+from dit_booth.sampling.prompts import requests_of, sample_prompts
 from dit_booth.sampling.stream import write_while_sampling
 from dit_booth.testing import Trial, trial, worst
 from dit_booth.testing.tiny import SIZE
+from dit_booth.training.distributed import Ranks
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -53,7 +58,12 @@ KINDS = {"chunks": ("kv_concat", CHUNKS), "diffusion_forcing": ("kv_concat", QUE
 
 
 def sampler_of(
-    run: Trial, long: LongConfig, frames: int = 9, rows: slice = slice(0, 1), steps: int = 2
+    run: Trial,
+    long: LongConfig,
+    frames: int = 9,
+    rows: slice = slice(0, 1),
+    steps: int = 2,
+    start: StartConfig = StartConfig(),  # noqa: B008 (frozen)
 ) -> FrameSampler:
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1
     return FrameSampler.build(
@@ -65,6 +75,7 @@ def sampler_of(
         size=(frames, SIZE, SIZE),
         guidance=GuidanceConfig(scale=2.0),
         sampler=SamplerConfig(steps=steps, eta=1.0),
+        start=start,
         long=long,
     )
 
@@ -123,10 +134,12 @@ def test_a_cached_prefix_equals_a_pass_with_the_prefix(
 
 @pytest.mark.parametrize("strategy", ["kv_concat", "adaln"])
 def test_chunks_with_the_cache_are_chunks_without(strategy: str) -> None:
-    """A whole video: the reference is clean in both, so that strategies with matched noise agree, too."""
+    """A whole video in float64: the reference is clean in both, so strategies with matched noise agree, too."""
     run = trial(strategy, **CAUSAL["dit"]).perturb()
+    run.model.double()
     cached, computed = (latents(run, replace(CHUNKS, cache=cache)) for cache in (True, False))
-    assert cached.shape[1] == 9 and worst(cached, computed) < 1e-5 * cached.abs().max().item()
+    assert cached.dtype == F64 and cached.shape[1] == 9
+    assert worst(cached, computed) < 1e-10 * cached.abs().max().item()
 
 
 # ---- every way -----------------------------------------------------------------------------------------------------
@@ -244,6 +257,24 @@ def test_heun_has_no_steps_of_single_frames() -> None:
         FrameSteps(make_objective(ObjectiveConfig(kind="flow")), SamplerConfig(kind="heun"))
 
 
+# ---- a start of moved latents --------------------------------------------------------------------------------------
+
+
+def test_chunks_move_the_latents_of_frame_0_and_go_on_after_any_block(runs: dict[str, Trial]) -> None:
+    warp = StartConfig(kind="warp", denoised=0.5, renoised=0.5, motion=(64.0, 0.0))
+    run, steps = runs["chunks"], 4
+    sampler = sampler_of(run, CHUNKS, steps=steps, start=warp)
+    first, state, *rest = next(sampler), sampler.state(), *sampler
+    again = sampler_of(run, CHUNKS, steps=steps, start=warp)
+    again.restore(state)
+    assert torch.equal(torch.cat(list(again), dim=1), torch.cat(rest, dim=1))
+    whole = sampler_of(run, LongConfig(), frames=4, steps=steps, start=warp)
+    assert torch.equal(next(whole), first), "the first chunk is a video of its own"
+    still = sampler_of(run, CHUNKS, steps=steps, start=replace(warp, motion=(0.0, 0.0)))
+    next(still)
+    assert worst(next(still), rest[0]) > 1e-3, "later chunks move, too"
+
+
 # ---- LVDM's hierarchy ----------------------------------------------------------------------------------------------
 
 
@@ -259,6 +290,22 @@ def test_predicted_frames_stay_when_others_are_put_between_them(runs: dict[str, 
     assert torch.equal(by_two[:, ::3], dense[:, ::3]) and worst(by_two[:, 1], dense[:, 1]) > 1e-3, (
         "two models"
     )
+
+
+def test_the_command_line_takes_a_run_that_interpolates(runs: dict[str, Trial], tmp_path: Path) -> None:
+    for name, model in {"one": runs["lvdm"], "two": trial("lvdm", "dit-interleaved")}.items():
+        Pipeline(**vars(model.components)).save(tmp_path / name)
+    given = SampleArguments(
+        run=str(tmp_path / "one"),
+        long="lvdm",
+        set=("sample.long.interpolated=4",),
+        interpolator=str(tmp_path / "two"),
+    )
+    pipeline = load(given)
+    assert pipeline.config.sample.long == LVDM and pipeline.interpolator is not None
+    assert pipeline.interpolator.config.dit.layout == "interleaved" != pipeline.config.dit.layout
+    with pytest.raises(ValueError, match=r"sample\.long\.interpolated 0; give --long lvdm"):
+        load(replace(given, set=()))
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -277,6 +324,12 @@ def test_what_cannot_be_is_one_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         sampler_of(runs["chunks"], long, frames)
+
+
+@pytest.mark.parametrize(("kind", "start"), [("diffusion_forcing", "warp"), ("chunks", "inversion")])
+def test_a_start_of_whole_videos_is_refused(kind: str, start: Any, runs: dict[str, Trial]) -> None:
+    with pytest.raises(ValueError, match=rf"start\.kind is {start}, but sample\.long\.kind is {kind}"):
+        sampler_of(runs[kind], KINDS[kind][1], start=StartConfig(kind=start))
 
 
 def test_what_the_training_never_saw_is_one_warning(
@@ -366,6 +419,21 @@ def test_a_file_that_was_tampered_with_is_one_error(
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         write_while_sampling(tmp_path / "a.mp4", sampler, fps=8, key="k")
+
+
+def test_prompts_of_a_split_are_sampled_and_compared_at_any_length(
+    runs: dict[str, Trial], tmp_path: Path
+) -> None:
+    components = runs["chunks"].components
+    settings = SampleConfig(videos=1, batch_size=1, long=CHUNKS)
+    components = replace(components, config=replace(components.config, sample=settings))
+    requests = requests_of(components, settings, frames=9)
+    cases = sample_prompts(components, settings, requests, tmp_path, Ranks(0, 1, torch.device("cpu")))
+    (case,) = cases.values()
+    assert case.truth is not None and len(case.video) == len(case.truth) == 9
+    (short,) = requests_of(components, settings)
+    assert short.truth is not None and len(short.truth) == components.config.data.frames == 3
+    assert torch.equal(short.truth[-1], case.truth[-1]), "the same scene"
 
 
 def test_generate_is_the_sampler_to_its_end(runs: dict[str, Trial]) -> None:

@@ -14,7 +14,7 @@ from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.objective_config import ObjectiveConfig
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.diffusion.samplers import SamplerConfig, sample
-from dit_booth.diffusion.start import StartConfig, warped_start
+from dit_booth.diffusion.start import StartConfig, WarpedStart
 from dit_booth.pipeline import Pipeline
 from dit_booth.sampling.generate import generate
 
@@ -45,18 +45,23 @@ def test_moved_frames_are_those_of_frame_0_where_no_noise_is_added(kind: str):
         kind="warp", denoised=0.5, renoised=0.5, motion=(64.0, 0.0)
     )  # 64 of 512: one of eight columns
     draws = [torch.Generator().manual_seed(1)]
-    moved, step = warped_start(smooth, objective, config, start, noise, draws)
+    warped = WarpedStart(objective, config, start)
+    moved, step = warped.latents(smooth, noise, range(3), draws)
     first = sample(smooth, objective, config, noise[:, :1], draws, steps=range(5))
     assert step == 5 and torch.allclose(moved[:, 0], first[:, 0], atol=1e-5)
     for frame in (1, 2):
         assert torch.allclose(moved[:, frame, ..., :-frame], first[:, 0, ..., frame:], atol=1e-5)
+    later, _ = warped.latents(smooth, torch.zeros_like(noise[:, :2]), range(2, 4), draws)
+    assert torch.equal(later[:, 0], moved[:, 2]), "a part of a video moves frame 0 by the frames' own indices"
 
 
 def test_noise_is_added_up_to_the_level_of_the_step_that_goes_on():
     objective, config = make_objective(OBJECTIVES["flow"]), SamplerConfig(steps=50)
     noise = torch.randn(4, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     draws = [torch.Generator().manual_seed(i) for i in range(4)]
-    moved, step = warped_start(smooth, objective, config, StartConfig(kind="warp"), noise, draws)
+    moved, step = WarpedStart(objective, config, StartConfig(kind="warp")).latents(
+        smooth, noise, range(4), draws
+    )
     assert step == 3
     correlation = torch.corrcoef(torch.stack([moved[:, 0].flatten(), moved[:, 1].flatten()]))[0, 1]
     assert -0.2 < correlation < 0.5  # shared content, mostly fresh noise

@@ -1,0 +1,226 @@
+"""Drift of long videos, by the frames that the image reaches, by the frame plan, and by the way they are made.
+
+    python -m experiments.bench.drift --out runs/drift                               # an hour of one core; resumes
+    python -m experiments.bench.drift --out runs/drift --only first keyframes-8      # the primary contrast alone
+    python -m experiments.bench.drift --out runs/drift --page docs/results/long.md   # the page of what is there
+
+One stage on crops of 8 frames is shared; each variant then trains a short stage on crops of 16 frames, samples test
+prompts, and is scored by the oracle. Finished pieces (a training, the scores of some prompts) are not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+
+import torch
+import tyro
+import yaml
+
+from dit_booth.commands.sample import nested
+from dit_booth.config import PlainDict
+from dit_booth.config.parse import merge
+from dit_booth.evaluation import score
+from dit_booth.evaluation.case import Case
+from dit_booth.evaluation.oracle import oracle_scores
+from dit_booth.evaluation.scores import write_scores
+from dit_booth.files import write_text
+from dit_booth.models.weights import ASSETS
+from dit_booth.pipeline import EMBEDDED, Pipeline
+from dit_booth.sampling.prompts import Request, requests_of, sample_prompts
+from dit_booth.training.distributed import Ranks
+from experiments.bench.drift_page import PRIMARY, TRUTH, write_page
+
+log = logging.getLogger("dit_booth")
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the study: settings of its fine stage, and of its sampling."""
+
+    training: PlainDict
+    sampling: PlainDict = field(default_factory=dict)
+    weights_of: str = ""
+    """The variant that it has the weights of; empty: it is trained."""
+
+
+def anchored(plan: str, keyframe_every: int = 0) -> PlainDict:
+    """Return the settings of a plan, with the image at frame 0 or at every keyframe."""
+    at = {"reference_at": "keyframes", "keyframe_every": keyframe_every} if keyframe_every else {}
+    return {"dit": {"plan": plan}, "kv_concat": {"reference_at": "first", **at}}
+
+
+def way(kind: str, **options: object) -> PlainDict:
+    return {"sample": {"long": {"kind": kind, **options}}}
+
+
+KEYFRAMES = anchored("keyframes(8)", 8)
+VARIANTS = {
+    "first": Variant(anchored("first+previous")),
+    "keyframes-8": Variant(KEYFRAMES),
+    "keyframes-4": Variant(anchored("keyframes(4)", 4)),
+    "keyframes-16": Variant(anchored("keyframes(16)", 16)),
+    "window": Variant(anchored("window(8)")),
+    "sink+window": Variant(anchored("sink(1)+window(8)")),
+    "diffusion_forcing": Variant(KEYFRAMES, way("diffusion_forcing"), "keyframes-8"),
+    "freenoise": Variant(KEYFRAMES, way("freenoise"), "keyframes-8"),
+    "whole": Variant(KEYFRAMES, way("none"), "keyframes-8"),
+    "riflex": Variant(KEYFRAMES, way("none", riflex=16), "keyframes-8"),
+    "lvdm": Variant({"strategy": "kv_concat+lvdm", **KEYFRAMES}, way("lvdm")),
+}
+
+
+@dataclass(frozen=True)
+class DriftArguments:
+    out: Path
+    """Folder of the trainings, the videos and their scores."""
+    only: tuple[str, ...] = (TRUTH, *VARIANTS)
+    """Variants to make; truth: the prompts' real videos."""
+    seeds: int = 5
+    """Training seeds of the primary contrast; the other variants have the first one."""
+    prompts: int = 24
+    """Test prompts of the primary contrast."""
+    fewer: int = 8
+    """Test prompts of the other variants."""
+    piece: int = 4
+    """Prompts that are sampled and scored at once."""
+    set: tuple[str, ...] = ()
+    """Settings of all runs, over experiments/configs/long.yaml, such as stages.fine.steps=100."""
+    page: Path | None = None
+    """Write this page of what is there, and make nothing."""
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All pieces in order: those of the primary contrast seed by seed, then the others."""
+        wanted = [Piece(name, seed, self.prompts) for seed in range(self.seeds) for name in PRIMARY]
+        wanted.insert(0, Piece(TRUTH, 0, self.prompts))
+        wanted += [Piece(name, 0, self.fewer) for name in VARIANTS if name not in PRIMARY]
+        return [piece for piece in wanted if piece.name in self.only]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A training of a variant, and the number of prompts that it is to be scored on."""
+
+    name: str
+    seed: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """The study's folder, and the settings of all its runs."""
+
+    out: Path
+    settings: PlainDict
+    step: int
+    """Prompts that are sampled and scored at once."""
+
+    def make(self, piece: Piece) -> None:
+        """Train, sample and score what a piece still lacks."""
+        steps = [range(at, min(at + self.step, piece.prompts)) for at in range(0, piece.prompts, self.step)]
+        files = {
+            self.out / f"{piece.name}-seed{piece.seed}" / "scores" / f"{s.start:03}.jsonl": s for s in steps
+        }
+        missing = {file: prompts for file, prompts in files.items() if not file.is_file()}
+        if not missing:
+            return
+        pipeline = self.pipeline(piece)
+        requests = requests_of(pipeline, pipeline.config.sample)
+        for file, prompts in missing.items():
+            started = time.process_time()
+            cases = self.cases(pipeline, piece, requests, prompts)
+            sampled = time.process_time()
+            write_scores(
+                file, [one for case in cases for one in score(case, [oracle_scores], seed=piece.seed)]
+            )
+            seconds = {"sampled": sampled - started, "scored": time.process_time() - sampled}
+            log.info("%s seed %d, prompts %s: %s", piece.name, piece.seed, list(prompts), json.dumps(seconds))
+
+    def cases(
+        self, pipeline: Pipeline, piece: Piece, requests: Sequence[Request], prompts: range
+    ) -> list[Case]:
+        """Sample the videos of some prompts, or take the real ones."""
+        if piece.name == TRUTH:
+            return [case_of(requests[i]) for i in prompts]
+        folder = self.out / f"{piece.name}-seed{piece.seed}" / "samples"
+        made = sample_prompts(pipeline, pipeline.config.sample, requests, folder, ALONE, prompts)
+        return list(made.values())
+
+    def pipeline(self, piece: Piece) -> Pipeline:
+        """Load the network of a piece, trained if need be, with the settings that it samples with."""
+        sample: PlainDict = {"sample": {"videos": piece.prompts, "batch_size": self.step}}
+        if piece.name == TRUTH:
+            return Pipeline.load(self.shared(), settings=sample, device="cpu")
+        variant = VARIANTS[piece.name]
+        folder = self.trained(variant.weights_of or piece.name, piece.seed)
+        return Pipeline.load(folder, settings=merge(sample, variant.sampling), device="cpu")
+
+    def trained(self, name: str, seed: int) -> Path:
+        """Train a variant's own stage from the shared one; return the run's folder."""
+        weights = str(self.shared())
+        begin: PlainDict = {"schedule": ["fine"], "weights": weights, "strategy_weights": [weights]}
+        train: PlainDict = {"train": {"seed": seed, "batch_size": 4}}  # of twice as many frames
+        return self.run(f"{name}-seed{seed}", begin, VARIANTS[name].training, train)
+
+    def shared(self) -> Path:
+        """Train the shared stage; return the run's folder."""
+        adapter = str(ASSETS / EMBEDDED["toyworld"])
+        return self.run("shared", {"schedule": ["joint"], "strategy_weights": [adapter]}, KEYFRAMES)
+
+    def run(self, name: str, *settings: PlainDict) -> Path:
+        """Train a run to its end, unless it is there; sample nothing. Return its folder.
+
+        ValueError: the folder has a run of other settings.
+        """
+        folder, file = self.out / name / "run", self.out / name / "settings.yaml"
+        own: PlainDict = {"extends": "long", "out": str(folder), "sample": {"videos": 0}}
+        text = yaml.safe_dump(reduce(merge, settings, merge(self.settings, own)))
+        if file.is_file() and file.read_text() != text:
+            raise ValueError(
+                f"{file} has other settings; choose another --out, or the --set that it was made with"
+            )
+        if not (folder / "finished").is_file():
+            write_text(file, text)
+            # a process of its own: DeepSpeed trains once in a process
+            subprocess.run([sys.executable, "-m", "dit_booth", "run", "--config", str(file)], check=True)
+        return folder
+
+
+def case_of(request: Request) -> Case:
+    """Return the real video of a prompt as a case."""
+    assert request.truth is not None, "the toy world has the real videos"
+    return Case(
+        video=request.truth,
+        image=request.image,
+        caption=request.caption,
+        subject=request.subject,
+        prompt=request.prompt,
+        identity=request.identity,
+    )
+
+
+def main(options: DriftArguments) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    unknown = [name for name in options.only if name not in (TRUTH, *VARIANTS)]
+    if unknown:
+        raise ValueError(f"--only names {unknown[0]!r}; choose from {', '.join((TRUTH, *VARIANTS))}")
+    if options.page is not None:
+        write_page(options.page, options.out, [TRUTH, *VARIANTS])
+        return
+    study = Study(options.out, nested(options.set), options.piece)
+    for piece in options.pieces:
+        study.make(piece)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(DriftArguments, description=__doc__))

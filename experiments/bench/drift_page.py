@@ -1,0 +1,202 @@
+"""The page of the study of drift (`experiments.bench.drift`), from the scores in its folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dit_booth.evaluation.catalogue import describe
+from dit_booth.evaluation.drift import last_minus_first
+from dit_booth.evaluation.scores import Score, read_scores
+from dit_booth.study.statistics import CrossedEstimate, Scores, estimate_mean, paired_difference
+from experiments.bench.measure import write_lines
+
+PRIMARY = ("keyframes-8", "first")
+"""The primary contrast: the first minus the second, in the drift of `METRIC`."""
+TRUTH = "truth"
+METRIC = "appearance"
+MOTION = ("speed", "rotation")
+INTRO = f"""# Drift in long videos
+
+```bash
+python -m experiments.bench.drift --out runs/drift                               # an hour of one core; resumes
+python -m experiments.bench.drift --out runs/drift --page docs/results/long.md   # this page, of what is there
+```
+
+Videos of 128 frames of the toy world's long scenes, the first prompts of the `test` split, `kv_concat` on the DiT
+nano (`experiments/configs/long.yaml`). **Drift** is the mean of the last quarter of the frames minus that of the
+first; {METRIC} is a distance, so positive drift is a video that gets worse. Motion stands beside it, because a
+video that stands still drifts least. Intervals are of 95 %, over training seeds and prompts
+(`dit_booth/study/statistics.py`).
+"""
+DESIGN = f"""## Design
+
+* **Primary contrast**, declared before any of its videos was made: `{PRIMARY[0]}` minus `{PRIMARY[1]}`, drift of
+  {METRIC}, five training seeds and 24 prompts. `first`: plan `first+previous`, the image at frame 0. `keyframes-m`:
+  plan `keyframes(m)`, the image again at every m-th frame. Everything else has one seed and eight prompts, and is
+  exploratory.
+* `window`: plan `window(8)`, the image at frame 0; `sink+window`: `sink(1)+window(8)`. All of these are made in
+  chunks of 16 frames with a clean prefix of two.
+* `diffusion_forcing`, `freenoise`, `whole` (all frames at once) and `riflex` (the same with L = 16) have the
+  weights of `{PRIMARY[0]}`, seed 0; `lvdm` is trained with `kv_concat+lvdm`, and predicts clip after clip.
+* One stage on crops of 8 frames, where `keyframes(8)` and `first+previous` are one plan, is shared. Each variant
+  then trains 40 steps on crops of 16 frames, which hold a second keyframe (`keyframes-16` has none). All frames
+  have timesteps of their own.
+* Four sampling steps, no guidance: on four dev prompts of 8 frames, the embedded pipeline had an appearance of
+  16.1 with 4 steps, 15.9 with 6 and 15.7 with 12. The oracle fits the true subject to every frame, and divides the
+  scene's light out; frames with the bar, which passes in the middle half, have no value.
+"""
+LIMITS = """**What it cannot show.** The seeds are those of the last 40 steps: all variants share one stage and one
+embedded base, so the intervals leave out what another base would do. Training never shows two frames that are more
+than 15 apart, so `first` reads frame 0 at distances that are new to the network. Four steps without guidance are
+fewer than the demo's. Drawn shapes of 32 pixels.
+"""
+Results = dict[str, list[Score]]
+"""Name of a variant -> its scores."""
+Summary = Callable[[ArrayLike], float]
+
+
+def read_results(folder: Path, names: Sequence[str]) -> Results:
+    """Return the scores of the variants that have some."""
+    found = {
+        name: [
+            one for file in sorted(folder.glob(f"{name}-seed*/scores/*.jsonl")) for one in read_scores(file)
+        ]
+        for name in names
+    }
+    return {name: scores for name, scores in found.items() if scores}
+
+
+def mean(values: ArrayLike) -> float:
+    """Return the mean of the frames that have a value; NaN if none has."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def first_quarter(values: ArrayLike) -> float:
+    return mean(np.asarray(values)[: _quarter(values)])
+
+
+def last_quarter(values: ArrayLike) -> float:
+    return mean(np.asarray(values)[-_quarter(values) :])
+
+
+def _quarter(values: ArrayLike) -> int:
+    return max(1, math.floor(len(np.asarray(values)) / 4 + 0.5))  # as `last_minus_first` has it
+
+
+def values_of(scores: Sequence[Score], metric: str, of: Summary) -> Scores:
+    """Return seed -> prompt -> `of` a metric's values over the frames, where it has one."""
+    out: dict[int, dict[str, float]] = {}
+    for one in scores:
+        if one.metric == metric and not math.isnan(value := of(one.value)):
+            out.setdefault(one.seed, {})[one.prompt] = value
+    return out
+
+
+def write_page(file: Path, folder: Path, names: Sequence[str]) -> None:
+    """Write the page, and the values of every video beside it (.jsonl)."""
+    results = read_results(folder, names)
+    found = [*table(results), "", *contrasts(results)] if results else ["**There are no scores yet.**"]
+    file.write_text("\n".join([INTRO, *found, "", DESIGN, LIMITS]))
+    rows = [
+        {
+            "variant": name,
+            "seed": one.seed,
+            "prompt": one.prompt,
+            "metric": one.metric,
+            "first_quarter": _rounded(first_quarter(one.value)),
+            "last_quarter": _rounded(last_quarter(one.value)),
+            "mean": _rounded(mean(one.value)),
+        }
+        for name, scores in results.items()
+        for one in scores
+        if one.metric in (METRIC, *MOTION, "right_shape")
+    ]
+    if rows:
+        write_lines(file.with_suffix(".jsonl"), rows)
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 5)
+
+
+def table(results: Results) -> list[str]:
+    """Return the table: levels and drift of the appearance, and motion, of every variant."""
+    unit = describe(METRIC).unit
+    lines = [
+        f"| variant | seeds x prompts | {METRIC} ({unit}), first quarter | last quarter | drift | right shape, last"
+        " quarter | speed (sides per 100 frames) | rotation (degrees per frame) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, scores in results.items():
+        drift = values_of(scores, METRIC, last_minus_first)
+        size = f"{len(drift)} x {max(map(len, drift.values()), default=0)}"
+        cells = [
+            number(estimate(scores, METRIC, first_quarter)),
+            number(estimate(scores, METRIC, last_quarter)),
+            with_interval(estimate_mean(drift)),
+            number(estimate(scores, "right_shape", last_quarter), 2),
+            number(estimate(scores, "speed", mean), 2, 100),
+            number(estimate(scores, "rotation", mean)),
+        ]
+        lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
+    return lines
+
+
+def estimate(scores: Sequence[Score], metric: str, of: Summary) -> CrossedEstimate | None:
+    return estimate_mean(values_of(scores, metric, of))
+
+
+def number(found: CrossedEstimate | None, digits: int = 1, scale: float = 1) -> str:
+    return "-" if found is None else f"{found.mean * scale:.{digits}f}"
+
+
+def with_interval(found: CrossedEstimate | None) -> str:
+    if found is None:
+        return "-"
+    half = found.main.half
+    return f"{found.mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def contrasts(results: Results) -> list[str]:
+    """Return the primary contrast, in words, with its levels and motion beside it; nothing until both are there."""
+    if not all(name in results for name in PRIMARY):
+        return []
+    ours, theirs = (results[name] for name in PRIMARY)
+    main = difference(ours, theirs, METRIC, last_minus_first)
+    if main is None:
+        return []
+    unit = describe(METRIC).unit
+    said = (
+        f"**{PRIMARY[0]} minus {PRIMARY[1]}**, {main.seeds} training seeds, {main.prompts} prompts: drift of"
+        f" {METRIC} {with_interval(main)} {unit}, p = {main.main.p:.3f}"
+    )
+    verdict = "no difference shown" if main.main.p >= 0.05 else f"{PRIMARY[main.mean > 0]} drifts less"
+    if main.exploratory:
+        verdict = "exploratory: fewer training seeds than a test needs"
+    beside = [
+        f"{label} {with_interval(difference(ours, theirs, metric, of, scale))}"
+        for label, metric, of, scale in (
+            (f"{METRIC} of all frames ({unit})", METRIC, mean, 1.0),
+            ("speed (sides per 100 frames)", "speed", mean, 100.0),
+            ("rotation (degrees per frame)", "rotation", mean, 1.0),
+        )
+    ]
+    return [f"{said}: {verdict}. Beside it, not tested: {'; '.join(beside)}."]
+
+
+def difference(
+    ours: Sequence[Score], theirs: Sequence[Score], metric: str, of: Summary, scale: float = 1
+) -> CrossedEstimate | None:
+    """Estimate a paired difference of a summary of a metric, on the seeds and prompts that both have."""
+
+    def scaled(values: ArrayLike) -> float:
+        return of(values) * scale
+
+    return paired_difference(values_of(ours, metric, scaled), values_of(theirs, metric, scaled))

@@ -1,0 +1,91 @@
+"""The study of drift: its pieces, and the page of scores whose drift is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dit_booth.attention import FramePlan
+from dit_booth.config import RunConfig
+from dit_booth.evaluation.scores import Score, write_scores
+from experiments.bench.drift import VARIANTS, DriftArguments, Piece, Study
+from experiments.bench.drift_page import PRIMARY, TRUTH, contrasts, read_results, write_page
+
+NAMES = [TRUTH, *VARIANTS]
+
+
+def write(folder: Path, name: str, seeds: int, drift: float) -> None:
+    """Write scores of videos of 8 frames, whose appearance rises by `drift`, a bit more by seed and by prompt."""
+    for seed in range(seeds):
+        scores = []
+        for prompt in range(3):
+            last = 10 + drift + 0.01 * (seed % 2) + 0.02 * prompt
+            scores += [
+                Score(
+                    metric="appearance",
+                    value=(10.0, 10.0, *[99.0] * 4, last, last),
+                    prompt=f"p{prompt}",
+                    seed=seed,
+                ),
+                Score(metric="speed", value=(float("nan"), *[0.01] * 7), prompt=f"p{prompt}", seed=seed),
+            ]
+        write_scores(folder / f"{name}-seed{seed}" / "scores" / "000.jsonl", scores)
+
+
+def test_the_page_tells_levels_drift_and_the_primary_contrast(tmp_path: Path) -> None:
+    write(tmp_path, "keyframes-8", 5, 1.0)
+    write(tmp_path, "first", 5, 3.0)
+    write(tmp_path, "window", 1, 5.0)
+    write_page(tmp_path / "long.md", tmp_path, NAMES)
+    page = (tmp_path / "long.md").read_text()
+    rows = {
+        line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.splitlines() if " x 3 |" in line
+    }
+    assert rows["keyframes-8"][1:5] == ["5 x 3", "10.0", "11.0", rows["keyframes-8"][4]]
+    assert rows["keyframes-8"][4].startswith("+1.02 ±") and rows["first"][4].startswith("+3.02 ±")
+    assert rows["window"][1] == "1 x 3" and rows["window"][6] == "1.00" and rows["window"][5] == "-"
+    (said,) = [line for line in page.splitlines() if line.startswith("**keyframes-8 minus first**")]
+    assert (
+        "5 training seeds, 3 prompts: drift of appearance -2.00" in said and "keyframes-8 drifts less" in said
+    )
+    lines = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
+    assert len(lines) == (5 + 5 + 1) * 3 * 2
+    assert next(line for line in lines if line["variant"] == "keyframes-8") == {
+        "variant": "keyframes-8", "seed": 0, "prompt": "p0", "metric": "appearance",
+        "first_quarter": 10.0, "last_quarter": 11.0, "mean": 54.75,
+    }  # fmt: skip
+
+
+def test_a_contrast_of_few_seeds_is_exploratory_and_half_of_one_is_none(tmp_path: Path) -> None:
+    write(tmp_path, PRIMARY[0], 3, 1.0)
+    assert contrasts(read_results(tmp_path, NAMES)) == []
+    write(tmp_path, PRIMARY[1], 2, 3.0)
+    (said,) = contrasts(read_results(tmp_path, NAMES))
+    assert "2 training seeds" in said and "exploratory" in said and "drifts less" not in said
+    write_page(tmp_path / "long.md", tmp_path / "nothing", NAMES)
+    assert "There are no scores yet" in (tmp_path / "long.md").read_text()
+
+
+def test_pieces_go_seed_by_seed_through_the_primary_contrast_first() -> None:
+    pieces = DriftArguments(out=Path("x"), seeds=2, prompts=24, fewer=8).pieces
+    primary = [Piece(name, seed, 24) for seed in (0, 1) for name in PRIMARY]
+    assert pieces[:5] == [Piece(TRUTH, 0, 24), *primary]
+    assert pieces[5:] == [Piece(name, 0, 8) for name in VARIANTS if name not in PRIMARY]
+
+
+def test_a_variant_is_a_run_from_the_shared_stage_and_of_one_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.run", lambda command, check: None)
+    Study(tmp_path, {"stages": {"fine": {"steps": 3}}}, 4).trained("lvdm", 1)
+    config = RunConfig.create(tmp_path / "lvdm-seed1" / "settings.yaml")
+    assert (config.stages.fine.steps, config.train.seed, config.sample.videos) == (3, 1, 0)
+    assert config.schedule == ("fine",) and config.weights == str(tmp_path / "shared" / "run")
+    assert config.sample.long.kind == "chunks" and config.objective.per_frame
+    with pytest.raises(ValueError, match=r"shared/settings\.yaml has other settings; choose another --out"):
+        Study(tmp_path, {}, 4).trained("lvdm", 1)
+    for variant in VARIANTS.values():
+        assert FramePlan(variant.training["dit"]["plan"]).causal
+        assert not variant.weights_of or VARIANTS[variant.weights_of].training == variant.training
