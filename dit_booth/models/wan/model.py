@@ -227,8 +227,8 @@ class TextEmbedder(nn.Module):
         width = self.linear_1.in_features
         if tokens.shape[-1] != width:
             raise ValueError(
-                f"text.tokens is {tuple(tokens.shape)}; give (b l c) with c = {width}, the width of the text encoder that"
-                " these weights read"
+                f"text.tokens is {tuple(tokens.shape)}; give (b l c) with c = {width}, the width of the text encoder"
+                " that these weights read"
             )
         y: Tensor = self.linear_2(F.gelu(self.linear_1(tokens), approximate="tanh"))
         return y
