@@ -43,7 +43,9 @@ class Site:
     dim: int
     heads: int = 1
     projections: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
-    embed: nn.Conv2d | None = field(default=None, repr=False)  # entry: the layer that embeds the latents
+    embed: nn.Conv2d | nn.Conv3d | None = field(
+        default=None, repr=False
+    )  # entry: the layer that embeds the latents
     leaf: str = field(init=False, repr=False)  # the name's last part: the same in every block
 
     def __post_init__(self) -> None:
@@ -240,7 +242,8 @@ class QKV:
     def image(self, kv: KV, frames: Frames | None = None) -> Segment:
         """Return the image's keys and values as a segment of one group, read with the image's queries.
 
-        Its position is that of frame 0 of the video (of the first context frame, where there is one).
+        Its position is that of frame 0 of the video (of the first context frame, where there is one); on Wan, as
+        `wan.reference_place` says.
         """
         k, v = (rearrange(y, "b m c -> b 1 m c") for y in kv)
         if frames is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,25 @@ def check_sum(case: str, backbone: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
-@pytest.mark.parametrize("names", COMPILED_SUMS)
+@pytest.mark.parametrize(
+    ("backbone", "names"),
+    [
+        *product(("dit-factorised", "unet"), COMPILED_SUMS),
+        *(("wan", names) for names in COMPILED_SUMS[-2:]),
+    ],
+)
 def test_compiled(names: str, backbone: str) -> None:
-    """All strategies in few sums: the compiler goes through the taps of each of them."""
+    """All strategies in few sums: the compiler goes through the taps of each; on Wan, of those with parameters."""
     check_strategy(names, backbones=[backbone], promises=[promises.compiled_is_the_same])
+
+
+@pytest.mark.parametrize("names", COMPILED_SUMS)
+def test_sums_on_wan_leave_it_untouched_and_are_saved(names: str) -> None:
+    check_strategy(
+        names,
+        backbones=["wan"],
+        promises=[promises.backbone_is_untouched, promises.saved_and_loaded_is_the_same],
+    )
 
 
 def test_the_compiled_sums_leave_no_strategy_out() -> None:

@@ -19,7 +19,7 @@ SUMS = (
     "in_context+elite_local+lvdm",
     "lora+textual_inversion",
 )
-BACKBONES = ("dit-factorised", "unet")
+BACKBONES = ("dit-factorised", "unet", "wan")
 
 
 def test_partitioned_over_two_ranks_every_strategy_trains_as_in_one_piece(program: Any) -> None:
