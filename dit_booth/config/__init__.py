@@ -296,6 +296,7 @@ LATER: dict[str, object] = {
     "data.toyworld.scene": "short",
     "sample.long": dataclasses.asdict(LongConfig()),
     "objective.per_frame": False,
+    "objective.max_timestep": 999,
     "data.variations": 0,
     "clips": dataclasses.asdict(ClipsConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
