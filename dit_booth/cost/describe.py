@@ -101,7 +101,7 @@ def image_cost(
 
 def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
     """Return the costs of the backbone alone and with strategies and an image (the reference pass included)."""
-    frames, names = config.data.frames, find(config.strategy)
+    frames, names = config.latent_frames, find(config.strategy)
     model, shape = build(config, latents).requires_grad_(False), (1, frames, *latents)
 
     def alone() -> Tensor:
@@ -136,6 +136,7 @@ class GivenText(nn.Module):
     """Stands in for the text tower: random outputs, on the device and of the dtype of its buffer."""
 
     like: Tensor
+    null_prompt = ""
 
     def __init__(self, encoders: Encoders) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ def build(
             config.network, channels=latents[0], text_dim=encoders.text, text_embed_dim=encoders.common
         )
         text = cast(TextEncoder, GivenText(encoders))
-        dims = Dims(encoders.image, encoders.common, latents[0], config.data.frames)
+        dims = Dims(encoders.image, encoders.common, latents[0], config.latent_frames)
         return assemble(backbone, text, config.strategy, dims, options=config.options())
 
 

@@ -41,7 +41,7 @@ class ObjectiveConfig:
     shift: float = 1.0
     """flow: shift s towards noise, t -> s t / (1 + (s - 1) t), in training and sampling; 1 is none."""
     max_timestep: int = 999
-    """flow: the network's timestep at t = 1, pure noise; 1000 for Wan and other networks of diffusers' flow schedulers."""
+    """flow: the network's timestep at t = 1, pure noise; 1000 for networks of diffusers' flow schedulers."""
     per_frame: bool = False
     """Train with a timestep of its own for every frame (Diffusion Forcing, arXiv 2407.01392)."""
     t_min: float = 0.05

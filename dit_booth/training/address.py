@@ -45,6 +45,7 @@ WITHOUT_EFFECT = ("sample", "sampler", "guidance", "start", "clips")
 """Settings that change no stage's weights."""
 BY_CONTENT = {
     "clip": ("pretrained",),
+    "text": ("path",),
     "autoencoder": ("path",),
 }
 """Fields of other sections that enter as the content of the file that they name."""
@@ -89,15 +90,16 @@ def stages_of(config: RunConfig) -> list[Stage]:
 
 def encoding_address(config: RunConfig) -> str:
     """Return the hash of all that the encoded training data depend on: files, decoder, settings, and encoders."""
-    settings = config.as_dict()
-    data = decisive(settings)["data"]
+    settings = decisive(config.as_dict())
+    data = settings["data"]
     for name in ("dev_csv", "test_csv"):
         data.get("triplets", {}).pop(name, None)
     encoders = {
         section: {k: v for k, v in settings[section].items() if k not in (*names, "chunk")}
         for section, names in BY_CONTENT.items()
+        if section in settings
     }
-    contents = [_local_or_hub(config.clip.pretrained), _local_or_hub(config.autoencoder.path)]
+    contents = [_local_or_hub(config.clip.pretrained), *_text(config), _autoencoder(config)]
     return digest({"data": data, "files": _data_files(config), "contents": contents, **encoders})
 
 
@@ -115,7 +117,7 @@ def _common(config: RunConfig) -> PlainDict:
         rest["data"].get("triplets", {}).pop(name, None)
     for section, names in BY_CONTENT.items():
         for name in names:
-            rest[section].pop(name, None)
+            rest.get(section, {}).pop(name, None)
     token = {"token": config.subject.token} if config.subject.token else {}
     return {
         "schema": SCHEMA,
@@ -125,7 +127,8 @@ def _common(config: RunConfig) -> PlainDict:
         "weights": _weights(config),
         "strategy_weights": [_local("strategy_weights", source) for source in config.strategy_weights],
         "clip_weights": _local_or_hub(config.clip.pretrained),
-        "autoencoder_weights": _local_or_hub(config.autoencoder.path),
+        **{f"text_weights_{i}": content for i, content in enumerate(_text(config))},
+        "autoencoder_weights": _autoencoder(config),
         "data_files": _data_files(config),
         "engine": config.engine_settings(),
     }
@@ -157,7 +160,8 @@ def _subject(config: RunConfig) -> PlainDict:
     for name in ("image", "mask", "video"):
         if settings[name]:
             settings[name] = _local(f"subject.{name}", settings[name])
-    sampling = {"sampler": asdict(config.sampler), "guidance": asdict(config.guidance)}
+    whole = decisive(config.as_dict())
+    sampling = {"sampler": whole["sampler"], "guidance": whole["guidance"]}
     return {"subject": settings, **(sampling if config.subject.prior else {})}
 
 
@@ -216,6 +220,25 @@ def _local_or_hub(source: str) -> str:
         return content_of(ASSETS / "clip.safetensors")
     path = Path(source.removeprefix("local-dir:")).expanduser()
     return content_of(path) if source and path.exists() else source
+
+
+def _text(config: RunConfig) -> list[str]:
+    """Return the hashes of umT5's encoder and tokenizer; none where the text encoder is CLIP's."""
+    if config.text.kind == "clip":
+        return []
+    section = config.text_source
+    return [
+        _local_or_hub(os.fspath(Path(section.path, folder)))
+        for folder in (section.subfolder, section.tokenizer)
+    ]
+
+
+def _autoencoder(config: RunConfig) -> str:
+    """Return the hash of the autoencoder's weights, or the name of those to download."""
+    section = config.autoencoder_source
+    if section.kind != "wan":
+        return _local_or_hub(section.path)
+    return _local_or_hub(os.fspath(Path(section.path, section.subfolder)))
 
 
 def content_of(path: Path) -> str:

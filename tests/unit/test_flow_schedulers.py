@@ -85,9 +85,9 @@ def test_euler_with_diffusers_grid_goes_backwards() -> None:
 
 def test_unipc_takes_all_steps_or_none() -> None:
     config = SamplerConfig(kind="unipc", steps=4)
-    with pytest.raises(ValueError, match="unipc.*cannot take a part of them; use euler"):
+    with pytest.raises(ValueError, match=r"unipc.*cannot take a part of them; use euler"):
         sample(velocity, flow(1.0), config, noise(), steps=range(1, 4))
-    with pytest.raises(ValueError, match="unipc, which uses all frames' earlier steps.*use euler"):
+    with pytest.raises(ValueError, match=r"unipc, which uses all frames' earlier steps.*use euler"):
         FrameSteps(flow(1.0), config)
     with pytest.raises(ValueError, match="kind=unipc does not fit EpsObjective"):
         sample(velocity, make_objective(ObjectiveConfig(kind="eps")), config, noise())
