@@ -256,8 +256,8 @@ class RunConfig:
     def create(cls, config: str | Path | Mapping[str, object] = "", **settings: object) -> RunConfig:
         """Return the run of a configuration with `settings` over it, checked by the command line's parser.
 
-        config: name of a packaged configuration (``dreambooth``), path of a YAML file, or its content; default: ``demo``,
-            or ``wan`` where `weights` is the folder of a Wan pipeline.
+        config: name of a packaged configuration (``dreambooth``), path of a YAML file, or its content; default:
+            ``demo``, or ``wan`` where `weights` is the folder of a Wan pipeline.
         settings: fields, and mappings for sections, a strategy's options under its name:
         ``create(strategy="kv_concat", kv_concat={"update": "direct"}, stages={"fine": {"steps": 500}})``.
         ValueError: an unknown name (with the nearest), or a value that cannot be.

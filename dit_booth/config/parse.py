@@ -102,9 +102,9 @@ def create(config: str | Path | Mapping[str, object], settings: Mapping[str, obj
 def read_settings(
     config: str | Path | Mapping[str, object] | None, default: str, weights: object
 ) -> tuple[str, PlainDict]:
-    """Return the configuration's name and its settings, over those that a pipeline's folder fixes (`weights`, or its own).
+    """Return a configuration's name and settings, over those that the pipeline's folder in `weights` fixes.
 
-    config: none: `default`, or, with a pipeline's folder in `weights`, the configuration for those.
+    config: none: `default`, or, with such a folder, the one for it. weights: none: as the configuration has them.
     """
     fixed = pipeline_settings(str(weights or ""))
     chosen = config or (CONFIG if fixed and default else default)

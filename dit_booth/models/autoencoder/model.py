@@ -148,8 +148,8 @@ class WanAutoencoder(Autoencoder):
         self.config, sizes = config, self.vae.config
         if sizes.scale_factor_temporal != config.frames_factor:
             raise ValueError(
-                f"AutoencoderConfig.path: the autoencoder has {sizes.scale_factor_temporal} frames in a latent frame, and"
-                f" kind = wan {config.frames_factor}; give the folder of one of Wan's"
+                f"AutoencoderConfig.path: the autoencoder has {sizes.scale_factor_temporal} frames in a latent frame,"
+                f" and kind = wan has {config.frames_factor}; give the folder of one of Wan's"
             )
         self.channels, self.factor = sizes.z_dim, sizes.scale_factor_spatial
         scale = tuple(1 / std for std in sizes.latents_std)
@@ -159,7 +159,8 @@ class WanAutoencoder(Autoencoder):
         if config.tile:
             if config.tile % (4 * self.factor):
                 raise ValueError(
-                    f"autoencoder.tile is {config.tile}; tiles overlap by a quarter: use a multiple of {4 * self.factor}"
+                    f"autoencoder.tile is {config.tile}; tiles overlap by a quarter: use a multiple of"
+                    f" {4 * self.factor}"
                 )
             stride = config.tile * 3 // 4
             self.vae.enable_tiling(config.tile, config.tile, stride, stride)
