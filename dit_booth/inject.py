@@ -43,7 +43,9 @@ class Site:
     dim: int
     heads: int = 1
     projections: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
-    embed: nn.Conv2d | None = field(default=None, repr=False)  # entry: the layer that embeds the latents
+    embed: nn.Conv2d | nn.Conv3d | None = field(
+        default=None, repr=False
+    )  # entry: the layer that embeds the latents
     leaf: str = field(init=False, repr=False)  # the name's last part: the same in every block
 
     def __post_init__(self) -> None:

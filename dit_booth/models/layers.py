@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dit_booth.attention import Frames, Segment, attend, attend_in_windows
-from dit_booth.inject import QKV, Injection, Role, Site
+from dit_booth.inject import QKV, Injection, Modulation, Role, Site
 from dit_booth.models.positions import Rotary
 
 
@@ -41,10 +41,57 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+class TimestepEmbedding(nn.Module):
+    """t (...) -> (... dim) through the `modulation` port, whose source is the sinusoidal embedding (... width).
+
+    Computed in the precision of the layers' weights.
+    """
+
+    def __init__(self, name: str, width: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.width = width
+        self.site = Site(name=name, port="modulation", role="time", dim=dim)
+
+    def forward(self, t: Tensor, dtype: torch.dtype, inject: Injection) -> Tensor:
+        source = timestep_embedding(t, self.width)
+        hidden = self.linear_1(source.to(self.linear_1.weight.dtype))
+        t_emb = self.linear_2(nn.functional.silu(hidden)).to(dtype)
+        return inject(self.site, Modulation(t_emb, source.to(dtype))).vector
+
+
+# ---- compilation -------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class CompiledByBlock(Protocol):
+    """A backbone whose blocks can be compiled one by one."""
+
+    def compile_blocks(self, **options: object) -> None:
+        """Compile each block; the options are torch.compile's."""
+
+
+def compile_each(blocks: nn.ModuleList, **options: object) -> None:
+    """Compile each block with torch.compile; equal blocks share code, so this costs about one compilation.
+
+    The options are torch.compile's. Parameter names stay.
+    """
+    # A tap that reads its site's name is recompiled for each block.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
+    allow_einops_in_graph()
+    for block in blocks:
+        block.compile(**{"fullgraph": True, "dynamic": False, **options})
+
+
 def allow_einops_in_graph() -> None:
     """Keep torch.compile from tracing einops' parser, which would take most of the compilation."""
     for function in (rearrange, repeat):
         torch.compiler.allow_in_graph(function)
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
 
 
 class HeadNorm(NamedTuple):
@@ -56,6 +103,7 @@ class HeadNorm(NamedTuple):
     norm_k: nn.Module
     rotary: Rotary | None
     image_rotary: Rotary | None = None  # of a reference: one group
+    norm_image: nn.Module | None = None  # of a reference's keys, if not norm_k
 
     def queries(self, q: Tensor) -> Tensor:
         q = self.norm_q(q)
@@ -66,7 +114,7 @@ class HeadNorm(NamedTuple):
         return k if self.rotary is None else self.rotary.apply(k)
 
     def image_keys(self, k: Tensor) -> Tensor:
-        k = self.norm_k(k)
+        k = (self.norm_k if self.norm_image is None else self.norm_image)(k)
         return k if self.image_rotary is None else self.image_rotary.apply(k)
 
 
@@ -148,11 +196,16 @@ class Attention(nn.Module):
         image_rotary: Rotary | None = None,
     ) -> QKV:
         """Queries of x, keys and values of the source: the payload of the site. image_rotary: of a reference's keys."""
-        layer = HeadNorm(self.kernel, self.to_q(x), self.norm_q, self.norm_k, rotary, image_rotary)
+        norms = self.norm_q, self.norm_k
+        layer = HeadNorm(self.kernel, self.to_q(x), *norms, rotary, image_rotary, self.image_norm())
         own = Projected.later(
             lambda: layer.keys(self.split(self.to_k(source))), lambda: self.split(self.to_v(source)), frames
         )
         return QKV(layer.queries(self.split(layer.raw_q)), (own,), x, source, layer)
+
+    def image_norm(self) -> nn.Module | None:
+        """Return the norm of a reference's keys; none: that of the attention's own."""
+        return None
 
     def split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b f n (k d) -> b f n k d", k=self.heads)

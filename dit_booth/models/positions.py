@@ -58,6 +58,7 @@ class Rotary(NamedTuple):
 
     cos: Tensor  # f n 1 d/2
     sin: Tensor  # f n 1 d/2
+    interleaved: bool = False  # pairs are neighbours (RoFormer, Wan), not elements of the two halves
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate x (b g m k d): group i as frame i, token j as place j of the grid.
@@ -68,9 +69,14 @@ class Rotary(NamedTuple):
         if x.shape[2] != self.cos.shape[1] or groups > self.cos.shape[0]:
             return x
         cos, sin = self.cos[:groups], self.sin[:groups]
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        wide = x.to(cos.dtype)
+        pairs = (
+            rearrange(wide, "... (d p) -> ... d p", p=2).unbind(-1) if self.interleaved else wide.chunk(2, -1)
+        )
+        first, second = pairs
         rotated = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
-        return torch.cat(rotated, dim=-1).to(x.dtype)
+        joined = torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
+        return joined.to(x.dtype)
 
 
 @lru_cache(maxsize=64)
@@ -83,10 +89,12 @@ def rotary_3d(
     device: torch.device,
     dtype: torch.dtype,
     riflex: Riflex | None = None,
+    *,
+    interleaved: bool = False,
 ) -> Rotary:
     """Angles of frame, row and column for heads of width `dim`: a third of the pairs each, the rest to the frame.
 
-    riflex: of the frame's frequencies.
+    riflex: of the frame's frequencies. interleaved: see `Rotary`.
 
     ValueError: an odd width, or one with no pair for each of the three axes.
     """
@@ -103,7 +111,8 @@ def rotary_3d(
         rearrange(row, "h p -> 1 h 1 p").expand(*shape, -1),
         rearrange(column, "w p -> 1 1 w p").expand(*shape, -1),
     )
-    return _rotary(rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype)
+    rotary = _rotary(rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype)
+    return rotary._replace(interleaved=interleaved)
 
 
 @lru_cache(maxsize=64)

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dit_booth.attention import FrameIndices, Frames, Riflex
 from dit_booth.attention.plans import seen_by_all
-from dit_booth.inject import Injection, Modulation, Role, Site
-from dit_booth.models.layers import Attention, timestep_embedding
+from dit_booth.inject import Injection, Role
+from dit_booth.models.layers import Attention
 from dit_booth.models.positions import Rotary, rotary_3d, rotary_frames
 from dit_booth.models.unet.config import UNetConfig
 
@@ -74,22 +74,6 @@ class PointwiseFrameConv(PointwiseConv):
     def forward(self, x: Tensor) -> Tensor:
         y = self.weight.flatten(1) @ x.flatten(-2) + rearrange(self.bias, "c -> c 1")
         return rearrange(y, "b f c (h w) -> b f c h w", h=x.shape[-2])
-
-
-class TimestepEmbedding(nn.Module):
-    """t (...) -> (... dim) through the `modulation` port, whose source is the sinusoidal embedding (... width)."""
-
-    def __init__(self, name: str, width: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-        self.width = width
-        self.site = Site(name=name, port="modulation", role="time", dim=dim)
-
-    def forward(self, t: Tensor, dtype: torch.dtype, inject: Injection) -> Tensor:
-        source = timestep_embedding(t, self.width).to(dtype)
-        t_emb = self.linear_2(F.silu(self.linear_1(source)))
-        return inject(self.site, Modulation(t_emb, source)).vector
 
 
 class Resample(nn.Module):
