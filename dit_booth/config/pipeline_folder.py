@@ -1,7 +1,7 @@
 """A pipeline's folder, as diffusers saves it, as settings of a run.
 
-Given as `weights`, it stands for what it fixes: text encoder, autoencoder, and how its scheduler samples. A setting of
-a configuration file or of the command line goes before the folder's.
+Given as `weights`, it stands for what it fixes: the network's sizes, text encoder, autoencoder, and how its scheduler
+samples. A setting of a configuration file or of the command line goes before the folder's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from dit_booth.models.wan.config import SIZES, Size
 
 PIPELINES = ("WanPipeline",)
 """Pipelines of diffusers that a folder may hold."""
@@ -29,10 +31,35 @@ def pipeline_settings(weights: str) -> dict[str, Any]:
     """
     if not weights or not is_pipeline(weights):
         return {}
+    folder = Path(weights).expanduser()
     return {
+        "backbone": "wan",
+        "wan": _network(folder / "transformer" / "config.json"),
         "text": {"kind": "umt5"},
         "autoencoder": {"kind": "wan"},
-        **_scheduler(Path(weights).expanduser() / "scheduler" / "scheduler_config.json"),
+        **_scheduler(folder / "scheduler" / "scheduler_config.json"),
+    }
+
+
+def _network(file: Path) -> dict[str, Any]:
+    """Return the options of the network in a folder. ValueError: it is not Wan's."""
+    found = _read(file)
+    try:
+        heads = found["num_attention_heads"]
+        shape = Size(found["num_layers"], heads * found["attention_head_dim"], heads, found["ffn_dim"])
+        channels = found["in_channels"] - found["out_channels"]
+        patch = found["patch_size"][-1]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"weights: {file} is no configuration of Wan's transformer ({error}); copy it again"
+        ) from error
+    named = next((name for name, size in SIZES.items() if size == shape), None)
+    return {
+        **({"size": named} if named else shape._asdict()),
+        "patch": patch,
+        "cross_attn_norm": bool(found.get("cross_attn_norm", True)),
+        "image_dim": found.get("image_dim") or 0,
+        "condition_channels": channels,
     }
 
 

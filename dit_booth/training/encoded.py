@@ -299,7 +299,7 @@ def encode_videos(
 
 
 def encode_captions(components: Components, captions: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return umT5's states of captions (n d each) by their names; none of CLIP's, which are made in the training step."""
+    """Return umT5's states of captions (n d each) by their names; CLIP's are made in the training step."""
     text = components.model.text
     if not isinstance(text, Umt5TextEncoder):
         return {}

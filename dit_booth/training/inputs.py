@@ -201,7 +201,8 @@ def _draw_t_by_frame(components: Components, rows: int, frames: int, generator: 
 def _region(keys: Sequence[str], mask: Tensor, x0: Tensor) -> Tensor:
     """Return the weights (b f 1 h w) that make the loss one of the subject, whose mask is b f' h w of pixels.
 
-    A latent of several frames has the mean of their masks. Frames that the data have no mask of (VideoBooth's: all but the first) do not count.
+    A latent of several frames has the mean of their masks. Frames that the data have no mask of (VideoBooth's: all but
+    the first) do not count.
     ValueError: an example has no mask in these frames.
     """
     for key, shown in zip(keys, mask.flatten(1).any(1).tolist(), strict=True):
