@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dit_booth.inject import Injection, PromptTokens, Site, no_injection
@@ -193,7 +194,7 @@ def load_encoder(config: TextConfig) -> nn.Module:
     options = {"use_safetensors": True, "dtype": getattr(torch, config.dtype), "output_loading_info": True}
     try:
         encoder, found = transformers.UMT5EncoderModel.from_pretrained(source, **local, **options)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{_where(config)} could not be loaded: {error}; only safetensors weights are read, and a hub name needs"
             " the network or a filled cache"
