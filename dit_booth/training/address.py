@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dit_booth.config import PlainDict, RunConfig, StageName, decisive
 from dit_booth.config.parse import is_plugin
+from dit_booth.config.pipeline_folder import is_pipeline
 from dit_booth.data.listing import files_named
 from dit_booth.data.readers.formats import FORMATS
 from dit_booth.models.weights import ASSETS
@@ -203,6 +204,8 @@ def _weights(config: RunConfig) -> str:
         return ""
     if config.weights == "embedded":
         return content_of(ASSETS / f"{config.backbone}.safetensors")
+    if is_pipeline(config.weights):  # its other parts count by themselves
+        return _local("weights", os.fspath(Path(config.weights).expanduser() / "transformer"))
     return _local("weights", config.weights)
 
 

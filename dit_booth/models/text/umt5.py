@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,6 +188,7 @@ def read_width(config: TextConfig) -> int:
     return int(found.d_model)
 
 
+@functools.lru_cache(maxsize=1)  # the stages of a run build a model each
 def load_encoder(config: TextConfig) -> nn.Module:
     """Load the encoder, frozen, strictly, from safetensors. ValueError: weights do not fit, or are not there."""
     transformers = _transformers()
