@@ -200,8 +200,10 @@ def test_both_stages_run_from_the_folder(
     ended = in_process(*flags, "--strategy", "token_replacement+kv_concat", "--out", str(out))
     assert ended.code == 0, ended.output
     assert steps_of(out) == [("coarse", 1), ("coarse", 2), ("fine", 1), ("fine", 2)]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line), "through umT5, too"
     scores = [json.loads(line) for line in (out / "samples" / "scores.jsonl").read_text().splitlines()]
-    assert len(scores) == 1
+    assert {"own_i", "own_t"} <= {line["metric"] for line in scores}
     pipe = dit_booth.load(out, settings={"sampler": {"steps": 2}}, device="cpu")
     video = pipe(torch.zeros(3, 16, 16), "a red box", subject="box", frames=9)
     assert video.frames.shape == (9, 16, 16, 3)
