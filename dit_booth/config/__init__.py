@@ -248,8 +248,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for numbers of frames that the autoencoder cannot group."""
-        if self.data.kind != "images":
-            self.autoencoder.latent_frames(self.data.frames, "data.frames")
+        self.autoencoder.latent_frames(self.data.frames, "data.frames")
         for name in STAGES:
             for length in getattr(self.stages, name).lengths:
                 self.autoencoder.latent_frames(length or 1, f"stages.{name}.frames")
@@ -292,9 +291,8 @@ class RunConfig:
 
     @property
     def latent_frames(self) -> int:
-        """Latent frames of a video of the data."""
-        still = self.data.kind == "images" and self.autoencoder.frames_factor > 1
-        return self.autoencoder.latent_frames(1 if still else self.data.frames, "data.frames")
+        """Latent frames of a video of `data.frames` frames."""
+        return self.autoencoder.latent_frames(self.data.frames)
 
     def engine_settings(self) -> PlainDict:
         """Read DeepSpeed's settings (`ds_config`). ValueError: there is no such file, or it is not JSON."""

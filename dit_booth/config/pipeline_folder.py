@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_booth.models.wan.config import SIZES, Size
 
-PIPELINES = ("WanPipeline",)
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 """Pipelines of diffusers that a folder may hold."""
 CONFIG = "wan"
 """The packaged configuration of a run from such a folder, where none is named."""
@@ -26,12 +26,17 @@ def is_pipeline(weights: str) -> bool:
 def pipeline_settings(weights: str) -> dict[str, Any]:
     """Return the settings that a pipeline's folder fixes; empty for any other `weights`.
 
-    The paths of text encoder and autoencoder stay empty, which means the folder in `weights`. ValueError: a scheduler
-    whose sampling has no equal here.
+    The paths of text encoder and autoencoder stay empty, which means the folder in `weights`. ValueError: two networks,
+    or a scheduler whose sampling has no equal here.
     """
     if not weights or not is_pipeline(weights):
         return {}
     folder = Path(weights).expanduser()
+    if _read(folder / "model_index.json").get("boundary_ratio") is not None:
+        raise ValueError(
+            f"weights: {folder} is a pipeline of two networks, one for high and one for low noise (Wan 2.2 A14B); give"
+            " the folder of one of them (transformer, transformer_2) with --config wan, --text.path, --autoencoder.path"
+        )
     return {
         "backbone": "wan",
         "wan": _network(folder / "transformer" / "config.json"),

@@ -85,7 +85,7 @@ def flops_of_steps(plan: SweepPlan, keys: Sequence[str]) -> dict[str, float]:
 
 def flops_of_step(config: RunConfig, of: Stage) -> float:
     """Count FLOPs of forward and backward in a stage's optimizer step, without encoders and autoencoder."""
-    stage, encoders = stage_config(config, of.name), describe.Encoders.of(config.clip)
+    stage, encoders = stage_config(config, of.name), describe.Encoders.of(config.clip).reading(config.text)
     latents = latents_of(config)
     model = describe.build(config, latents, encoders=encoders)
     model.active = of.active

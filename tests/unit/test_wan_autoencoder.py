@@ -74,7 +74,7 @@ def test_the_posterior_is_sampled_with_a_rows_own_noise(folder: Path) -> None:
 def test_tiles(folder: Path) -> None:
     tiled, vae = load(folder, posterior="mode", tile=32), wan_pipeline.autoencoder()
     vae.enable_tiling(32, 32, 24, 24)
-    x = video(5, 32, 56)
+    x = video(5, 32, 56)[:1]
     z = vae.encode(rearrange(x, "b f c h w -> b c f h w")).latent_dist.mode()
     latents = tiled.encode(x)
     torch.testing.assert_close(latents, rearrange(scaled(vae, z), "b c f h w -> b f c h w"))

@@ -23,6 +23,7 @@ from dit_booth.diffusion import GuidanceConfig, SamplerConfig
 from dit_booth.diffusion.noise import randn
 from dit_booth.sampling.generate import FrameSampler
 from dit_booth.training.address import stages_of
+from dit_booth.training.inputs import _region as make_region
 
 torch.set_num_threads(1)
 CAPTIONS = ["a red dog runs on the grass", "a polar bear, number 7"]
@@ -154,6 +155,10 @@ def test_the_scheduler_of_a_folder(folder: Path, theirs: Any, tmp_path: Path) ->
     (tmp_path / "transformer" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json is no configuration of Wan's transformer"):
         pipeline_settings(str(tmp_path))
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.875}))
+    with pytest.raises(ValueError, match="is a pipeline of two networks"):
+        pipeline_settings(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     assert pipeline_settings(str(tmp_path)) == {} == pipeline_settings("none")
 
@@ -249,6 +254,13 @@ def test_encoded_data_bring_the_text_states(
         make_inputs(lean, batch, replace(stage, frames=1), draws, torch.float32, with_image=True)
     with pytest.raises(ValueError, match=r"single_frames is true, but autoencoder\.kind is wan"):
         make_inputs(lean, batch, replace(stage, single_frames=True), draws, torch.float32, with_image=False)
+
+
+def test_the_mask_of_a_latent_is_the_mean_of_its_frames_masks() -> None:
+    mask = torch.zeros(1, 5, 8, 8)
+    mask[:, 0], mask[:, 2, :4], mask[:, 4, :, :2] = 1, 1, 1
+    share = make_region(["x"], mask, torch.zeros(1, 2, 4, 1, 1))
+    assert (share[0, 1] / share[0, 0]).item() == pytest.approx((0.5 + 0.25) / 4)
 
 
 def test_addresses_follow_the_content_of_the_parts(config: RunConfig, folder: Path, tmp_path: Path) -> None:
