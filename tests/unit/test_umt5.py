@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import wan_pipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_booth.inject import Injection, PromptTokens
@@ -157,14 +158,21 @@ def test_what_is_not_there(config: TextConfig, folder: Path, tmp_path: Path, mon
         Umt5TextEncoder(replace(config, path=str(tmp_path)))
     text = (folder / "text_encoder" / "config.json").read_text()
     (tmp_path / "text_encoder" / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"text_encoder has no model\.safetensors; copy the weights again"):
+    with pytest.raises(
+        ValueError, match=r"text_encoder has no model\.safetensors or .*copy the weights there"
+    ):
         Umt5TextEncoder(replace(config, path=str(tmp_path)))
     (tmp_path / "text_encoder" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors"):
+        Umt5TextEncoder(replace(config, path=str(tmp_path)))
+    state = load_file(folder / "text_encoder" / "model.safetensors")
+    state.pop("encoder.final_layer_norm.weight")
+    save_file(state, tmp_path / "text_encoder" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"tokenizer/tokenizer_config\.json does not exist"):
         Umt5TextEncoder(replace(config, path=str(tmp_path)))
     broken = Umt5TextEncoder(config)
     broken.frozen.config = replace(config, path=str(tmp_path))
-    with pytest.raises(ValueError, match="could not be loaded"):
+    with pytest.raises(ValueError, match=r"weights do not fit UMT5EncoderModel: .*final_layer_norm"):
         broken(broken.tokenize(["a dog"]))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"needs the package transformers: pip install 'dit-booth\[wan\]'"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +18,7 @@ from dit_booth.models.clip.encoders import Text
 from dit_booth.models.clip.tokenizer import Prompt
 from dit_booth.models.text.config import TextConfig
 from dit_booth.models.text.tokenizer import Umt5Tokenizer
+from dit_booth.models.weights import Shards
 
 KEPT = 256
 """Prompts whose states are kept, beside those of the batch at hand."""
@@ -172,7 +172,7 @@ def load_tokenizer(config: TextConfig) -> Any:
 
 
 def read_width(config: TextConfig) -> int:
-    """Return the width of the encoder's states. ValueError: there is no encoder, or another model."""
+    """Return the width of the encoder's states. ValueError: there is no encoder, or another model; a missing shard."""
     transformers = _transformers()
     source, local = _locate(config, config.subfolder, "config.json")
     try:
@@ -184,7 +184,7 @@ def read_width(config: TextConfig) -> int:
             f"{_where(config)} holds {found.model_type}, not umt5; give a folder such as umt5-xxl"
         )
     if local["local_files_only"]:
-        _check_files(Path(source) / config.subfolder, config)
+        Shards.find(Path(source) / config.subfolder, "model")  # now, not when the encoder is first needed
     return int(found.d_model)
 
 
@@ -245,13 +245,3 @@ def _locate(config: TextConfig, subfolder: str, file: str) -> tuple[str, dict[st
             f"text.path is {config.path!r}, which does not exist; give a folder, or a hub name owner/name"
         )
     return config.path, {"subfolder": subfolder, "local_files_only": False}
-
-
-def _check_files(folder: Path, config: TextConfig) -> None:
-    """Raise ValueError if weights are missing, before the encoder is needed."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{_where(config)}: {folder} has no {', '.join(missing)}; copy the weights again")
