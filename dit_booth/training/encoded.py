@@ -26,6 +26,7 @@ from dit_booth.data.readers.triplets import Triplets
 from dit_booth.files import remove_partials, write_text
 from dit_booth.inject import Reference
 from dit_booth.models.autoencoder.posterior import Draws, Posterior
+from dit_booth.models.text.build import AnyTextEncoder
 from dit_booth.models.text.umt5 import Umt5TextEncoder
 from dit_booth.models.weights import write
 from dit_booth.training.address import encoding_address
@@ -109,6 +110,11 @@ class EncodedBatch:
             zero=self.zero.map(function),
             text=tuple(map(function, self.text)),
         )
+
+    def tell_text(self, text: AnyTextEncoder) -> None:
+        """Make the states of the captions known to umT5, so that it is not loaded."""
+        if isinstance(text, Umt5TextEncoder):
+            text.keep([*self.captions, text.null_prompt], self.text)
 
     def reference(self, no_image: Tensor, dtype: torch.dtype, generator: Draws) -> Reference:
         """Return the image prompts as strategies see them; rows in `no_image` (b, bool) have the zero image."""

@@ -19,7 +19,6 @@ from dit_booth.diffusion.objectives import Objective, foreground_weight
 from dit_booth.inject import Reference, timestep_of_reference
 from dit_booth.models.clip.encoders import Prompt
 from dit_booth.models.injected import Prediction
-from dit_booth.models.text.umt5 import Umt5TextEncoder
 from dit_booth.training.encoded import EncodedBatch
 
 _LENGTH = 1
@@ -98,17 +97,16 @@ def make_inputs(
     ValueError: an image prompt that is all white, or a subject without a mask that the stage needs.
     """
     config, model, objective = components.config, components.model, components.objective
-    video, mask = _crop(batch, stage, generator)
     _check_frames(components, batch, stage)
+    video, mask = _crop(batch, stage, generator)
     u = per_row(lambda n, g: torch.rand(n, generator=g), len(batch), generator)
     no_image = u < stage.drop + stage.drop_image
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
     captions = [model.text.null_prompt if d else c for c, d in zip(batch.captions, no_text, strict=True)]
     subjects = [None if d else s or None for s, d in zip(batch.subjects, no_text, strict=True)]
     prompt = components.tokenize(captions, subjects)
-    if isinstance(batch, EncodedBatch) and isinstance(model.text, Umt5TextEncoder):
-        model.text.keep([*batch.captions, model.text.null_prompt], batch.text)
     if isinstance(batch, EncodedBatch):  # its video holds moments
+        batch.tell_text(model.text)
         x0 = batch.posterior.draw(video, generator).float()
     else:
         x0 = components.autoencoder.encode(video, generator)
