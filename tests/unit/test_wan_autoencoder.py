@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_booth.config import DataConfig, RunConfig, StageConfig, StagesConfig
+from dit_booth.cost.describe import table_of_run
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.autoencoder.model import Autoencoder, build_autoencoder
 from dit_booth.models.autoencoder.posterior import Posterior
+from dit_booth.models.text.config import TextConfig
+from dit_booth.study.estimate import latents_of
 
 torch.set_num_threads(1)
 
@@ -105,6 +109,22 @@ def test_frames_that_cannot_be_grouped(folder: Path) -> None:
     stages = StagesConfig(fine=StageConfig(frames=(5, 7)))
     with pytest.raises(ValueError, match=r"stages\.fine\.frames is 7; .*: use 5 or 9"):
         RunConfig(autoencoder=section, data=DataConfig(frames=9), stages=stages)
+
+
+def test_costs_count_latent_frames_and_umt5s_tokens() -> None:
+    section = AutoencoderConfig(kind="wan")
+    config = RunConfig(
+        strategy="none",
+        backbone="wan",
+        autoencoder=section,
+        text=TextConfig(kind="umt5"),
+        data=DataConfig(frames=9),
+    )
+    assert latents_of(config) == (16, 4, 4)
+    lines = table_of_run(config, (16, 4, 4))
+    assert lines[0] == "wan, 3 frames of 16 x 4 x 4 latents, one video"
+    by_clip = table_of_run(replace(config, text=TextConfig()), (16, 4, 4))
+    assert len({lines[1], by_clip[1]}) == 2 and lines[1].startswith("backbone")
 
 
 def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
