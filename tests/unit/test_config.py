@@ -83,7 +83,7 @@ SECTIONS = [
     *(TripletsOptions, DataConfig, StageConfig, TrainConfig, SampleConfig, ObjectiveConfig, SamplerConfig),
     *(GuidanceConfig, DiTConfig, UNetConfig, ClipConfig, AutoencoderConfig, SubjectConfig, StartConfig),
     *(KnownFramesConfig, ClipsConfig, LongConfig),
-    TextConfig,
+    *(TextConfig, WanConfig),
 ]
 
 
