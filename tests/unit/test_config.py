@@ -35,6 +35,7 @@ from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.dit.config import DiTConfig
 from dit_booth.models.text.config import TextConfig
 from dit_booth.models.unet.config import UNetConfig
+from dit_booth.models.wan.config import WanConfig
 from dit_booth.strategy import registered
 
 
