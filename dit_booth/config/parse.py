@@ -107,11 +107,12 @@ def read_settings(
     config: none: `default`, or, with such a folder, the one for it. weights: none: as the configuration has them.
     """
     fixed = pipeline_settings(str(weights or ""))
-    chosen = config or (CONFIG if fixed and default else default)
-    if isinstance(chosen, Mapping):
-        name, settings = "", dict(chosen)
+    if config is None or config == "":
+        config = CONFIG if fixed and default else default
+    if isinstance(config, Mapping):
+        name, settings = "", dict(config)
     else:
-        name, settings = str(chosen), read_yaml(str(locate(chosen, *CONFIGS))) if chosen else {}
+        name, settings = str(config), read_yaml(str(locate(config, *CONFIGS))) if config else {}
     if weights is None:
         fixed = pipeline_settings(str(settings.get("weights", "")))
     return name, merge(fixed, settings)
