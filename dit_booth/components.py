@@ -28,6 +28,7 @@ from dit_booth.models.clip.tokenizer import check_subject
 from dit_booth.models.fingerprint import metadata, warn_of_another_base
 from dit_booth.models.injected import Injected
 from dit_booth.models.pretrained import load_pretrained, load_strategy_weights, read_strategy_weights
+from dit_booth.models.text.build import build_text
 from dit_booth.models.weights import part, write
 
 
@@ -58,7 +59,7 @@ class Components:
     @property
     def autoencoder(self) -> Autoencoder:
         if self.built_autoencoder is None:
-            self.built_autoencoder = build_autoencoder(self.config.autoencoder).to(self.device)
+            self.built_autoencoder = build_autoencoder(self.config.autoencoder_source).to(self.device)
         return self.built_autoencoder
 
     @property
@@ -165,15 +166,16 @@ def build(config: RunConfig) -> Components:
     Then the strategies take what `config.weights` has for them, and what `config.strategy_weights` have, in order.
     """
     torch.manual_seed(config.train.seed)
-    text, tower = build_clip(config.clip)
+    clip_text, tower = build_clip(config.clip)
+    text = build_text(config.text_source, clip_text)
     image_encoder: ImageEncoder | None = None
     autoencoder: Autoencoder | None = None
     if config.data.cache:
         width, embed_dim, channels = config.data.read_cache()["dims"]
     else:
-        image_encoder, autoencoder = tower, build_autoencoder(config.autoencoder)
+        image_encoder, autoencoder = tower, build_autoencoder(config.autoencoder_source)
         width, embed_dim, channels = tower.width, tower.embed_dim, autoencoder.channels
-    dims = Dims(width, embed_dim, channels, config.data.frames)
+    dims = Dims(width, embed_dim, channels, config.latent_frames)
     backbone = build_backbone(
         config.network, channels=dims.latent_channels, text_dim=text.width, text_embed_dim=text.embed_dim
     )

@@ -68,7 +68,7 @@ class Dims(NamedTuple):
     image_dim: int  # width of the image tower's hidden states
     image_embed_dim: int  # width of the image tower's pooled embedding
     latent_channels: int
-    frames: int  # frames of a training video
+    frames: int  # latent frames of a training video
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from dit_booth.config.data import DATA_KINDS, DataConfig, DataKind, ToyworldOptions, TripletsOptions
 from dit_booth.config.long import LongConfig
+from dit_booth.config.pipeline_folder import is_pipeline
 from dit_booth.config.subject import SubjectConfig
 from dit_booth.diffusion.clip_sampling import ClipsConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
@@ -30,6 +31,7 @@ from dit_booth.files import locate
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.dit.model import DiTConfig
+from dit_booth.models.text.config import TextConfig
 from dit_booth.models.unet.model import UNetConfig
 from dit_booth.models.wan.model import WanConfig
 from dit_booth.strategy import StrategyConfig, names_in
@@ -241,13 +243,22 @@ class RunConfig:
     unet: UNetConfig = UNetConfig()
     wan: WanConfig = WanConfig()
     clip: ClipConfig = ClipConfig()
+    text: TextConfig = TextConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
 
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming the field, for numbers of frames that the autoencoder cannot group."""
+        self.autoencoder.latent_frames(self.data.frames, "data.frames")
+        for name in STAGES:
+            for length in getattr(self.stages, name).lengths:
+                self.autoencoder.latent_frames(length or 1, f"stages.{name}.frames")
+
     @classmethod
-    def create(cls, config: str | Path | Mapping[str, object] = "demo", **settings: object) -> RunConfig:
+    def create(cls, config: str | Path | Mapping[str, object] = "", **settings: object) -> RunConfig:
         """Return the run of a configuration with `settings` over it, checked by the command line's parser.
 
-        config: name of a packaged configuration (``demo``, ``dreambooth``), path of a YAML file, or its content.
+        config: name of a packaged configuration (``dreambooth``), path of a YAML file, or its content; default:
+            ``demo``, or ``wan`` where `weights` is the folder of a Wan pipeline.
         settings: fields, and mappings for sections, a strategy's options under its name:
         ``create(strategy="kv_concat", kv_concat={"update": "direct"}, stages={"fine": {"steps": 500}})``.
         ValueError: an unknown name (with the nearest), or a value that cannot be.
@@ -265,6 +276,28 @@ class RunConfig:
             "wan": self.wan,
         }
         return networks[self.backbone]
+
+    @property
+    def text_source(self) -> TextConfig:
+        """The section `text`, with the pipeline's folder in `weights` in the place of an empty path."""
+        return self.text if self.text.path else dataclasses.replace(self.text, path=self._pipeline_folder)
+
+    @property
+    def autoencoder_source(self) -> AutoencoderConfig:
+        """The section `autoencoder`; kind wan without a path: that of the pipeline's folder in `weights`."""
+        section = self.autoencoder
+        if section.kind != "wan" or section.path:
+            return section
+        return dataclasses.replace(section, path=self._pipeline_folder, subfolder=section.subfolder or "vae")
+
+    @property
+    def _pipeline_folder(self) -> str:
+        return self.weights if is_pipeline(self.weights) else ""
+
+    @property
+    def latent_frames(self) -> int:
+        """Latent frames of a video of `data.frames` frames."""
+        return self.autoencoder.latent_frames(self.data.frames)
 
     def engine_settings(self) -> PlainDict:
         """Read DeepSpeed's settings (`ds_config`). ValueError: there is no such file, or it is not JSON."""
@@ -303,6 +336,10 @@ LATER: dict[str, object] = {
     "data.toyworld.scene": "short",
     "sample.long": dataclasses.asdict(LongConfig()),
     "objective.per_frame": False,
+    "objective.max_timestep": 999,
+    "guidance.negative": "",
+    "text": dataclasses.asdict(TextConfig()),
+    "autoencoder.tile": 0,
     "data.variations": 0,
     "clips": dataclasses.asdict(ClipsConfig()),
     "wan": dataclasses.asdict(WanConfig()),

@@ -21,6 +21,7 @@ import tyro
 import yaml
 
 from dit_booth.config import PlainDict, RunConfig
+from dit_booth.config.pipeline_folder import CONFIG, pipeline_settings
 from dit_booth.errors import suggest
 from dit_booth.files import CONFIGS, locate, packaged
 from dit_booth.strategy import StrategyConfig, find, names_in, registered
@@ -28,6 +29,9 @@ from dit_booth.strategy import StrategyConfig, find, names_in, registered
 log = logging.getLogger(__name__)
 PLUGIN_MODULE = "dit_booth_plugin_"
 """Prefix of the names of modules that are loaded from the files of ``--plugin``."""
+
+DEFAULT = "demo"
+"""The packaged configuration where none is named."""
 
 YAML_BOOLEANS = tyro.constructors.ConstructorRegistry()
 """tyro's rules, with ``true`` and ``false`` as YAML has them beside Python's ``True`` and ``False``."""
@@ -57,19 +61,22 @@ def parse(
     SystemExit, with a message on stderr: a bad flag. ValueError: a file, strategy or plug-in that cannot be used.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default=default_config)
+    first.add_argument("--config")
     first.add_argument("--strategy")
+    first.add_argument("--weights")
     first.add_argument("--plugin", nargs="*", action="extend", default=[])
     first.add_argument("--local_rank", "--local-rank", type=int)
     peeled, rest = first.parse_known_args(list(argv))
-    settings = read_yaml(str(locate(peeled.config, *CONFIGS))) if peeled.config else {}
+    if peeled.weights is not None:
+        rest.append(f"--weights={peeled.weights}")
+    file, settings = read_settings(peeled.config, default_config, peeled.weights)
     load_plugins(settings, peeled.plugin)
     select_strategy(settings, peeled.strategy)
     try:
         return _parse_flags(settings, rest, description, prog)
     except SystemExit as stop:
-        if stop.code and peeled.config:
-            log.error("settings come from %s and the command line", peeled.config)
+        if stop.code and file:
+            log.error("settings come from %s and the command line", file)
         raise
 
 
@@ -78,10 +85,8 @@ def create(config: str | Path | Mapping[str, object], settings: Mapping[str, obj
 
     ValueError: anything that cannot be, an unknown name with the nearest ones.
     """
-    base: PlainDict = (
-        dict(config) if isinstance(config, Mapping) else read_yaml(str(locate(config, *CONFIGS)))
-    )
     own = dict(settings)
+    _, base = read_settings(config, DEFAULT, own.get("weights"))
     load_plugins(base, _listed(own.pop("plugin", None)))
     strategy = own.pop("strategy", None)
     select_strategy(base, None if strategy is None else str(strategy))
@@ -92,6 +97,25 @@ def create(config: str | Path | Mapping[str, object], settings: Mapping[str, obj
             return _parse_flags(merge(base, own), [])
     except SystemExit:
         raise ValueError(one_line(said.getvalue())) from None
+
+
+def read_settings(
+    config: str | Path | Mapping[str, object] | None, default: str, weights: object
+) -> tuple[str, PlainDict]:
+    """Return a configuration's name and settings, over those that the pipeline's folder in `weights` fixes.
+
+    config: none: `default`, or, with such a folder, the one for it. weights: none: as the configuration has them.
+    """
+    fixed = pipeline_settings(str(weights or ""))
+    if config is None or config == "":
+        config = CONFIG if fixed and default else default
+    if isinstance(config, Mapping):
+        name, settings = "", dict(config)
+    else:
+        name, settings = str(config), read_yaml(str(locate(config, *CONFIGS))) if config else {}
+    if weights is None:
+        fixed = pipeline_settings(str(settings.get("weights", "")))
+    return name, merge(fixed, settings)
 
 
 def _parse_flags(

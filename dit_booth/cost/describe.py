@@ -2,13 +2,13 @@
 
 A multiply-add is two FLOPs; the DiT paper's "Gflops" are multiply-adds. Counted are matrix products, convolutions and
 attention, one video at a time, on the meta device: nothing is computed, no weights are loaded. Text and image encoder
-are not counted; their widths are those of CLIP ViT-L/14.
+are not counted; their widths are those of CLIP ViT-L/14, and of umT5-XXL.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -22,6 +22,7 @@ from dit_booth.models.clip.encoders import ClipConfig, Prompt, Text, TextEncoder
 from dit_booth.models.clip.weights import model_settings
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.injected import Injected
+from dit_booth.models.text.config import TextConfig
 from dit_booth.strategy import find
 
 Latents = tuple[int, int, int]
@@ -54,8 +55,14 @@ class Encoders:
             common=settings["embed_dim"],
         )
 
+    def reading(self, text: TextConfig) -> Encoders:
+        """Return a copy with the text encoder of a section: CLIP's as it is, or umT5-XXL."""
+        return self if text.kind == "clip" else replace(self, text=UMT5_XXL, tokens=text.length)
+
 
 VIT_L_14 = Encoders()
+UMT5_XXL = 4096
+"""Width of its states."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,13 @@ def image_cost(
 
 def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
     """Return the costs of the backbone alone and with strategies and an image (the reference pass included)."""
-    frames, names = config.data.frames, find(config.strategy)
-    model, shape = build(config, latents).requires_grad_(False), (1, frames, *latents)
+    frames, names = config.latent_frames, find(config.strategy)
+    encoders = VIT_L_14.reading(config.text)
+    model = build(config, latents, encoders=encoders).requires_grad_(False)
+    shape = (1, frames, *latents)
 
     def alone() -> Tensor:
-        x, t, words = inputs(shape)
+        x, t, words = inputs(shape, encoders=encoders)
         out: Tensor = model.backbone(x, t, model.text(words, no_injection))
         return out
 
@@ -115,7 +124,7 @@ def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
     ]
     if list(model.strategy.parameters()) or any(model.strategy.part(name).reads_image for name in names):
         image = reference(shape, copies=model.strategy.reference_frames(tuple(names)))
-        both = cost_of(model, lambda: model(*inputs(shape), image))
+        both = cost_of(model, lambda: model(*inputs(shape, encoders=encoders), image))
         lines.append(f"{'with ' + config.strategy:40} {both}")
     return lines
 
@@ -136,6 +145,7 @@ class GivenText(nn.Module):
     """Stands in for the text tower: random outputs, on the device and of the dtype of its buffer."""
 
     like: Tensor
+    null_prompt = ""
 
     def __init__(self, encoders: Encoders) -> None:
         super().__init__()
@@ -169,7 +179,7 @@ def build(
             config.network, channels=latents[0], text_dim=encoders.text, text_embed_dim=encoders.common
         )
         text = cast(TextEncoder, GivenText(encoders))
-        dims = Dims(encoders.image, encoders.common, latents[0], config.data.frames)
+        dims = Dims(encoders.image, encoders.common, latents[0], config.latent_frames)
         return assemble(backbone, text, config.strategy, dims, options=config.options())
 
 

@@ -30,23 +30,24 @@ from dit_booth.diffusion.schedule import DiscreteSchedule
 class FrameSteps:
     """The steps of a sampler, of which each frame takes one of its own.
 
-    ValueError: the sampler does not fit the objective, or is heun, which evaluates the network twice in a step.
+    ValueError: the sampler does not fit the objective, or its step is no function of one prediction (heun, unipc).
     """
 
     objective: Objective
     config: SamplerConfig
 
     def __post_init__(self) -> None:
-        if resolve_kind(self.config, self.objective) == "heun":
+        kind = resolve_kind(self.config, self.objective)
+        if kind in ("heun", "unipc"):
+            why = {"heun": "evaluates the network twice in a step", "unipc": "uses all frames' earlier steps"}
             raise ValueError(
-                "sampler.kind is heun, which evaluates the network twice in a step; with sample.long.kind"
-                " diffusion_forcing use euler"
+                f"sampler.kind is {kind}, which {why[kind]}; with sample.long.kind diffusion_forcing use euler"
             )
 
     @cached_property
     def _grid(self) -> Tensor:
         assert isinstance(self.objective, FlowObjective)
-        return self.objective.sampling_grid(self.config.steps)
+        return self.objective.sampling_grid(self.config.steps, self.config.spacing)
 
     @cached_property
     def _spaced(self) -> DiscreteSchedule:

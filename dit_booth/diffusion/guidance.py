@@ -35,6 +35,8 @@ class GuidanceConfig:
     """Scale of the text alone, with `image`'s; where only one of the two is given, the other is 1."""
     channels: int | None = None
     """Guide only the first `channels` channels; None: all. VideoBooth's released code guides 3 of 4."""
+    negative: str = ""
+    """Text of the branches without the prompt, such as Wan's list of faults; empty: the text encoder's null prompt."""
     unconditional: Literal["zero_image", "omit"] = "zero_image"
     """The unconditional branch's image: the zero image, as in training, or none at all (VideoBooth's released code)."""
 

@@ -116,7 +116,7 @@ def sample_along(
 def invert(model: Model, objective: Objective, config: SamplerConfig, x0: Tensor, refine: int = 0) -> Tensor:
     """Return the noise (b ...) from which `sample` with the same arguments returns about x0 (b ...).
 
-    For eps and v along DDIM, for flow along Euler's steps, which stand for heun's. Of a flow that predicts x0, the
+    For eps and v along DDIM, for flow along Euler's steps, which stand for the others'. Of a flow that predicts x0, the
     steps below `SMALLEST_T` are one. `clip_x0` is not applied. The state is kept in float32 at least.
     refine: times that each step is solved again, with the network at its own result (a fixed-point iteration that
     converges to the sampler's exact inverse), for 1 + refine predictions per step.
@@ -146,7 +146,7 @@ def invert(model: Model, objective: Objective, config: SamplerConfig, x0: Tensor
 def _inverse_steps(predict: PredictEps, objective: Objective, config: SamplerConfig) -> Iterator[Step]:
     """Yield the sampler's steps backwards, from the data."""
     if isinstance(objective, FlowObjective):
-        for s, t in pairwise(_ascending(objective, config.steps)):
+        for s, t in pairwise(_ascending(objective, config)):
             yield _euler_step(predict, objective, s, t)
     else:
         assert isinstance(objective, DiscreteObjective)
@@ -174,12 +174,12 @@ def _euler_step(predict: PredictEps, objective: FlowObjective, s: float, t: floa
     return step
 
 
-def _ascending(objective: FlowObjective, steps: int) -> list[float]:
+def _ascending(objective: FlowObjective, config: SamplerConfig) -> list[float]:
     """Return the sampler's t from 0 to 1; of an x0 prediction, those below `SMALLEST_T` are one step.
 
     There v = (x - x0) / t is mostly the network's error in x0 over t: more steps would add up noise that is none.
     """
-    grid: list[float] = objective.sampling_grid(steps).flip(0).tolist()
+    grid: list[float] = objective.sampling_grid(config.steps, config.spacing).flip(0).tolist()
     if objective.config.prediction == "velocity":
         return grid
     return [grid[0], *(t for t in grid[1:] if t >= SMALLEST_T - 1e-9)]

@@ -40,6 +40,8 @@ class ObjectiveConfig:
     """flow: standard deviation of logit(t). JiT: 0.8."""
     shift: float = 1.0
     """flow: shift s towards noise, t -> s t / (1 + (s - 1) t), in training and sampling; 1 is none."""
+    max_timestep: int = 999
+    """flow: the network's timestep at t = 1, pure noise; 1000 for networks of diffusers' flow schedulers."""
     per_frame: bool = False
     """Train with a timestep of its own for every frame (Diffusion Forcing, arXiv 2407.01392)."""
     t_min: float = 0.05
@@ -56,6 +58,7 @@ class ObjectiveConfig:
             logit_mean="[-100, 100]",
             logit_std="(0, 100]",
             shift="(0, 1000]",
+            max_timestep="[1, 1000]",
             t_min="(0, 1)",
         )
         for name, choices in _CHOICES.items():

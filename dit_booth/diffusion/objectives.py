@@ -246,18 +246,26 @@ class FlowObjective(Objective):
         return shift_t(u, c.shift).to(device)
 
     def timestep(self, t: Tensor) -> Tensor:
-        """999 t: the ends 0 and 1 meet the first and last step of the discrete process."""
-        return t * (NUM_TIMESTEPS - 1)
+        """max_timestep t; with 999 the ends 0 and 1 meet the first and last step of the discrete process."""
+        return t * self.config.max_timestep
 
     def from_timestep(self, timestep: Tensor) -> Tensor:
-        return timestep / (NUM_TIMESTEPS - 1)
+        return timestep / self.config.max_timestep
 
     def t_at(self, share: Tensor) -> Tensor:
         return share
 
-    def sampling_grid(self, steps: int) -> Tensor:
-        """(steps + 1,) float64 values of t from 1 to 0 for sampling, shifted."""
-        return shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.config.shift)
+    def sampling_grid(self, steps: int, spacing: str = "even") -> Tensor:
+        """(steps + 1,) float64 values of t from 1 to 0 for sampling, shifted.
+
+        diffusers: the last step begins at the training's smallest t, 1 / 1000 shifted, which is then shifted again with
+        all others (`FlowMatchEulerDiscreteScheduler`).
+        """
+        if spacing == "even":
+            return shift_t(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.config.shift)
+        last = shift_t(torch.tensor(1 / NUM_TIMESTEPS, dtype=torch.float64), self.config.shift)
+        begins = torch.linspace(1, last.item(), steps, dtype=torch.float64)
+        return torch.cat([shift_t(begins, self.config.shift), torch.zeros(1, dtype=torch.float64)])
 
 
 def shift_t(t: Tensor, shift: float) -> Tensor:

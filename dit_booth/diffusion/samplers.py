@@ -1,4 +1,4 @@
-"""From noise to data: DDPM and DDIM over a respaced discrete process, Euler and Heun along a flow.
+"""From noise to data: DDPM and DDIM over a respaced discrete process, Euler, Heun and UniPC along a flow.
 
 Every sampler uses only the network's estimate of x0, which `clip_x0` may clamp.
 """
@@ -8,44 +8,52 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from dit_booth.diffusion.noise import Generators, compute_dtype, expand_like, randn_like
 from dit_booth.diffusion.objectives import DiscreteObjective, FlowObjective, Objective
-from dit_booth.diffusion.schedule import DiscreteSchedule
+from dit_booth.diffusion.schedule import NUM_TIMESTEPS, DiscreteSchedule
 from dit_booth.errors import check_ranges
 
 Model = Callable[[Tensor, Tensor], Tensor]
 """model(x_t (b ...), timestep (b,) in [0, 1000)) -> prediction (b ...)."""
 Callback = Callable[[int, Tensor, Tensor], None]
 """callback(step, x after the step, estimate of x0), step counting from 0."""
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""denoise(x_t, t in the objective's units) -> estimate of x0."""
-SamplerKind = Literal["ddpm", "ddim", "euler", "heun"]
+
+
+class Denoiser(Protocol):
+    """denoise(x_t, t in the objective's units) -> estimate of x0; `timestep` is the network's, if not that of t."""
+
+    def __call__(self, x: Tensor, t: Tensor, timestep: Tensor | None = None) -> Tensor: ...
+
+
+SamplerKind = Literal["ddpm", "ddim", "euler", "heun", "unipc"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """Options of the sampler."""
 
-    kind: Literal["auto", "ddpm", "ddim", "euler", "heun"] = "auto"
-    """ddpm, ddim for eps and v; euler, heun for flow; auto: ddim or euler. VideoBooth: ddpm, 250 steps."""
+    kind: Literal["auto", "ddpm", "ddim", "euler", "heun", "unipc"] = "auto"
+    """ddpm, ddim for eps and v; euler, heun, unipc for flow; auto: ddim or euler. VideoBooth: ddpm, 250 steps; Wan 2.1:
+    unipc, 50 steps."""
     steps: int = 50
     """Sampling steps. heun evaluates the network 2 * steps - 1 times."""
     eta: float = 0.0
     """ddim, euler: fresh noise per step, 0 deterministic, 1 ancestral."""
     spacing: str = "even"
-    """ddpm, ddim: even (both ends included), ddim (constant stride from 0), or counts such as 10,15,20."""
+    """ddpm, ddim: even (both ends included), ddim (constant stride from 0), or counts such as 10,15,20. euler, heun:
+    even, or diffusers, whose last step is the training's smallest t."""
     clip_x0: float | None = None
     """Clamp every estimate of x0 to [-clip_x0, clip_x0]; pixel space: 1."""
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for values that cannot work."""
-        if self.kind not in ("auto", "ddpm", "ddim", "euler", "heun"):
-            raise ValueError(f"kind={self.kind!r}: choose auto, ddpm, ddim, euler or heun")
+        if self.kind not in ("auto", *get_args(SamplerKind)):
+            raise ValueError(f"kind={self.kind!r}: choose auto, ddpm, ddim, euler, heun or unipc")
         check_ranges(self, "sampler", steps="[1, 100000]", eta="[0, 1]", clip_x0="(0, 1000000]")
         if self.eta > 0 and self.kind not in ("auto", "ddim", "euler"):
             raise ValueError(f"eta={self.eta} belongs to kind=ddim or euler, not to {self.kind}; use eta=0")
@@ -78,7 +86,10 @@ def sample(
     x = noise.to(compute_dtype(noise))
     report = callback or (lambda step, x, x0: None)
     if isinstance(objective, FlowObjective):
-        x = _sample_flow(denoise, objective, config, kind, x, generator, report, steps)
+        if kind == "unipc":
+            x = _sample_unipc(denoise, objective, config, x, report, steps)
+        else:
+            x = _sample_flow(denoise, objective, config, kind, x, generator, report, steps)
     else:
         assert isinstance(objective, DiscreteObjective)
         x = _sample_discrete(denoise, objective, config, kind, x, generator, report, steps)
@@ -88,7 +99,7 @@ def sample(
 def time_before(objective: Objective, config: SamplerConfig, step: int) -> Tensor:
     """Return the noise level at which a step begins, a scalar in the objective's units of t."""
     if isinstance(objective, FlowObjective):
-        return objective.sampling_grid(config.steps)[step]
+        return objective.sampling_grid(config.steps, config.spacing)[step]
     assert isinstance(objective, DiscreteObjective)
     spaced = objective.schedule.respace(section_counts(config))
     return spaced.timestep_map[len(spaced) - 1 - step]
@@ -97,20 +108,22 @@ def time_before(objective: Objective, config: SamplerConfig, step: int) -> Tenso
 def resolve_kind(config: SamplerConfig, objective: Objective) -> SamplerKind:
     """Resolve `auto`. Raises ValueError, naming those that fit, for a sampler of the other family."""
     flow = isinstance(objective, FlowObjective)
-    fitting = ("euler", "heun") if flow else ("ddim", "ddpm")
+    fitting = ("euler", "heun", "unipc") if flow else ("ddim", "ddpm")
     kind = fitting[0] if config.kind == "auto" else config.kind
     if kind not in fitting:
         raise ValueError(
             f"kind={kind} does not fit {type(objective).__name__}; choose {' or '.join(fitting)}"
         )
-    if flow and config.spacing != "even":
-        raise ValueError(f"spacing={config.spacing!r} belongs to ddpm and ddim; a flow takes spacing='even'")
+    if flow and config.spacing not in ("even", "diffusers"):
+        raise ValueError(
+            f"spacing={config.spacing!r} belongs to ddpm and ddim; a flow takes spacing='even' or 'diffusers'"
+        )
     return kind  # type: ignore[return-value]
 
 
 def _denoiser(model: Model, objective: Objective, config: SamplerConfig, dtype: torch.dtype) -> Denoiser:
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        pred = model(x.to(dtype), objective.timestep(t))
+    def denoise(x: Tensor, t: Tensor, timestep: Tensor | None = None) -> Tensor:
+        pred = model(x.to(dtype), objective.timestep(t) if timestep is None else timestep)
         if pred.shape != x.shape:
             raise ValueError(
                 f"the model returned shape {tuple(pred.shape)} for an input of shape {tuple(x.shape)}: "
@@ -220,7 +233,7 @@ def _sample_flow(
     report: Callback,
     steps: range | None,
 ) -> Tensor:
-    grid = objective.sampling_grid(config.steps).tolist()
+    grid = objective.sampling_grid(config.steps, config.spacing).tolist()
     for step, (t, s) in enumerate(pairwise(grid)):
         if steps is not None and step not in steps:
             continue
@@ -230,6 +243,37 @@ def _sample_flow(
         if kind == "heun" and s > 0:
             after = heun_step(x0, x, denoise(after, _full(x, s)), after, t, s)
         x = after
+        report(step, x, x0)
+    return x
+
+
+def _sample_unipc(
+    denoise: Denoiser,
+    objective: FlowObjective,
+    config: SamplerConfig,
+    x: Tensor,
+    report: Callback,
+    steps: range | None,
+) -> Tensor:
+    """UniPC of order 2 (Zhao et al., arXiv 2302.04867) by diffusers' scheduler, which cuts timesteps to whole numbers.
+
+    ValueError: only a part of the steps is asked for.
+    """
+    from diffusers import UniPCMultistepScheduler
+
+    if steps not in (None, range(config.steps)):
+        raise ValueError(
+            "sampler.kind is unipc, whose steps use earlier ones: it cannot take a part of them; use euler"
+        )
+    scheduler: Any = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=objective.config.shift
+    )
+    scheduler.set_timesteps(config.steps)
+    scheduler.set_begin_index(0)  # whole timesteps may repeat
+    scale = objective.config.max_timestep / NUM_TIMESTEPS
+    for step, (timestep, t) in enumerate(zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False)):
+        x0 = denoise(x, _full(x, t), _full(x, float(timestep) * scale))
+        x = scheduler.step((x - x0) / t, timestep, x, return_dict=False)[0]
         report(step, x, x0)
     return x
 

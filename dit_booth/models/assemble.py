@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dit_booth.inject import Dims, Sites
-from dit_booth.models.clip.encoders import NULL_PROMPT, TextEncoder
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.injected import Injected
+from dit_booth.models.text.build import AnyTextEncoder
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.models.wan.model import VideoWan, WanConfig
 from dit_booth.strategy import StrategyConfig, create, find
@@ -28,7 +28,7 @@ def build_backbone(config: BackboneConfig, *, channels: int, text_dim: int, text
 
 def assemble(
     backbone: Backbone,
-    text: TextEncoder,
+    text: AnyTextEncoder,
     strategies: str,
     dims: Dims,
     *,
@@ -42,4 +42,4 @@ def assemble(
     """
     sites = Sites((*text.sites(), *backbone.sites()), *dims)
     strategy = create(find(strategies), options or {}, sites, seed)
-    return Injected(backbone, text, strategy, text.tokenize([NULL_PROMPT]))
+    return Injected(backbone, text, strategy, text.tokenize([text.null_prompt]))

@@ -20,7 +20,8 @@ from dit_booth.inject import (
     Reference,
     timestep_of_reference,
 )
-from dit_booth.models.clip.encoders import Prompt, TextEncoder
+from dit_booth.models.clip.encoders import Prompt
+from dit_booth.models.text.build import AnyTextEncoder
 from dit_booth.strategy import Strategies
 
 
@@ -40,7 +41,7 @@ class Injected(nn.Module):
 
     null_ids: Tensor
 
-    def __init__(self, backbone: nn.Module, text: TextEncoder, strategy: Strategies, null: Prompt) -> None:
+    def __init__(self, backbone: nn.Module, text: AnyTextEncoder, strategy: Strategies, null: Prompt) -> None:
         super().__init__()
         self.backbone, self.text, self.strategy = backbone, text, strategy
         self.active: tuple[str, ...] = strategy.names

@@ -19,7 +19,6 @@ from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, WarpedStart
-from dit_booth.models.clip.encoders import NULL_PROMPT
 from dit_booth.models.layers import Attention
 from dit_booth.sampling.long import (
     Chunks,
@@ -108,6 +107,8 @@ class FrameSampler:
             raise ValueError(
                 f"size is {height} x {width} pixels; the autoencoder needs multiples of {factor}"
             )
+        check_grouped(components, start, long, known)
+        frames = components.config.autoencoder.latent_frames(frames)
         check_long(components, frames, start, long, known)
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         prompts, clip = Prompts(images, captions, subjects), clip_of(components, frames, long)
@@ -124,12 +125,12 @@ class FrameSampler:
     @property
     def frames(self) -> int:
         """Frames of the whole video."""
-        return self.latents.frames
+        return self.components.config.autoencoder.video_frames(self.latents.frames)
 
     @property
     def done(self) -> int:
         """Frames that are made."""
-        return self.latents.done
+        return self.components.config.autoencoder.video_frames(self.latents.done)
 
     def state(self) -> dict[str, Tensor]:
         """Return what `restore` needs to go on after the last frames."""
@@ -175,6 +176,25 @@ def make_sampler(
             return Predicted(network, sampler, frames, shape, clips, fill, first, long.interpolated)
         case _:
             return Whole(network, sampler, frames, shape, start, warp, known)
+
+
+def check_grouped(
+    components: Components, start: StartConfig, long: LongConfig, known: KnownVideo | None
+) -> None:
+    """Check that nothing needs a latent of every frame where the autoencoder groups frames. ValueError: it does."""
+    section = components.config.autoencoder
+    if section.frames_factor == 1:
+        return
+    for name, needs in (
+        (f"sample.long.kind {long.kind}", long.kind != "none"),
+        ("start.kind warp", start.kind == "warp"),
+        ("a video of known frames", known is not None),
+    ):
+        if needs:
+            raise ValueError(
+                f"{name} needs a latent of every frame, but autoencoder.kind is {section.kind}, whose latents hold"
+                f" {section.frames_factor} frames each; use the default"
+            )
 
 
 def check_long(
@@ -236,7 +256,8 @@ def clip_of(components: Components, frames: int, long: LongConfig) -> Clip:
     ValueError: freenoise, and no temporal attention.
     """
     trained = frames_of_training(components.config)
-    riflex = Riflex(long.riflex, frames) if long.riflex else None
+    training = components.config.autoencoder.latent_frames(long.riflex or 1, "sample.long.riflex")
+    riflex = Riflex(training, frames) if long.riflex else None
     if long.kind == "freenoise":
         return Clip(range(frames), fusion=_fusion(components, long), riflex=riflex)
     counts = {"chunks": long.window or trained, "lvdm": trained}
@@ -308,10 +329,11 @@ def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor)
 
     Tune-A-Video (arXiv 2212.11565, section 4.2). ValueError: no such video, or a sampler that draws noise.
     """
-    config, frames = components.config, like.shape[1]
+    config = components.config
+    frames = config.autoencoder.video_frames(like.shape[1])
     video = config.subject.read_video(frames, config.data.size).to(like.device)
     x0 = components.autoencoder.encode(rearrange(video, "f c h w -> 1 f c h w"), None).to(like.dtype)
-    nothing = Pass(components.tokenize([NULL_PROMPT], [None]), None)
+    nothing = Pass(components.tokenize([components.model.text.null_prompt], [None]), None)
 
     def predict(x: Tensor, timestep: Tensor) -> Tensor:
         return nothing.predict(components, x, timestep, None)

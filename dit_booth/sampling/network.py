@@ -17,7 +17,7 @@ from dit_booth.diffusion.guidance import Branch, GuidanceConfig
 from dit_booth.diffusion.known_frames import frame_times
 from dit_booth.diffusion.noise import randn
 from dit_booth.inject import Condition, Reference, timestep_of_reference
-from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
+from dit_booth.models.clip.encoders import Prompt
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,14 @@ def make_passes(
 ) -> list[Pass]:
     """Return the passes of every step; their rows are those of guidance's branches, in order.
 
-    Without its text a branch has the null prompt, without its image the zero image, as rows that training drops have;
-    with ``guidance.unconditional=omit`` it has no image at all, hence a pass of its own.
+    Without its text a branch has the null prompt (or ``guidance.negative``), without its image the zero image, as rows
+    that training drops have; with ``guidance.unconditional=omit`` it has no image at all, hence a pass of its own.
     """
 
+    null = guidance.negative or components.model.text.null_prompt
+
     def one(branches: Sequence[Branch], with_image: bool) -> Pass:
-        words = [word for b in branches for word in (captions if b.text else [NULL_PROMPT] * len(images))]
+        words = [word for b in branches for word in (captions if b.text else [null] * len(images))]
         named = [name for b in branches for name in (subjects if b.text else [None] * len(images))]
         pictures = torch.cat([images if b.image else torch.zeros_like(images) for b in branches])
         reference = components.reference(pictures, dtype) if with_image else None

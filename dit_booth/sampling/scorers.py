@@ -21,7 +21,10 @@ JUDGES = (101, 102, 103)
 
 def own_scorer(components: Components) -> Scorer:
     """Return the scorer of a run's own CLIP, which its strategies are conditioned on: ``own_i``, ``own_t`` ..."""
-    return _clip_scorer("own", components.model.text, components.image_encoder, components.device)
+    text = components.model.text
+    if not isinstance(text, TextEncoder):  # umT5 shares no space with the images
+        text = build_clip(components.config.clip)[0]
+    return _clip_scorer("own", text, components.image_encoder, components.device)
 
 
 def judge_scorer(device: torch.device) -> Scorer:

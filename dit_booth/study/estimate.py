@@ -25,7 +25,10 @@ from dit_booth.training.stage import set_trainable, stage_config, trainable_glob
 REACHED = 0.4
 """Share of a device's matrix products per second that training steps are assumed to reach. Measured were 55 to 80% on
 two CPU cores and, on an H100, 36 to 45% for a DiT-XL/2 and 8 to 24% for a DiT-B/2 (docs/results/train_step_*.md)."""
-FACTOR, CHANNELS = 8, 4  # of Stable Diffusion's autoencoder: that of a file is known once it is loaded
+FACTOR, CHANNELS = (
+    8,
+    {"wan": 16},
+)  # elsewhere 4, as Stable Diffusion's: those of a file are known once it is loaded
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def flops_of_steps(plan: SweepPlan, keys: Sequence[str]) -> dict[str, float]:
 
 def flops_of_step(config: RunConfig, of: Stage) -> float:
     """Count FLOPs of forward and backward in a stage's optimizer step, without encoders and autoencoder."""
-    stage, encoders = stage_config(config, of.name), describe.Encoders.of(config.clip)
+    stage, encoders = stage_config(config, of.name), describe.Encoders.of(config.clip).reading(config.text)
     latents = latents_of(config)
     model = describe.build(config, latents, encoders=encoders)
     model.active = of.active
@@ -90,7 +93,7 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
     here = [glob for glob in globs if not glob.startswith("text.")]
     set_trainable(model, here, of.active)
     cast(describe.GivenText, model.text).trains = len(here) < len(globs)
-    frames = stage.frames_of(config.data.frames)
+    frames = config.autoencoder.latent_frames(stage.frames_of(config.data.frames))
     rows, frames = (frames, 1) if stage.single_frames else (1, frames)
     shape = (rows, frames, *latents)
     image = None
@@ -108,7 +111,7 @@ def latents_of(config: RunConfig) -> describe.Latents:
     if config.autoencoder.kind == "pixel":
         patch = config.autoencoder.patch
         return 3 * patch**2, config.data.size // patch, config.data.size // patch
-    return CHANNELS, config.data.size // FACTOR, config.data.size // FACTOR
+    return CHANNELS.get(config.autoencoder.kind, 4), config.data.size // FACTOR, config.data.size // FACTOR
 
 
 def config_of(settings: Mapping[str, object]) -> RunConfig:

@@ -37,6 +37,7 @@ WEIGHTS_AND_DATA = (
     "weights",
     "strategy_weights",
     "clip.pretrained",
+    "text.path",
     "autoencoder.path",
     "data.triplets.root",
     "subject.image",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dit_booth.config import PlainDict, RunConfig, StageName, decisive
 from dit_booth.config.parse import is_plugin
+from dit_booth.config.pipeline_folder import is_pipeline
 from dit_booth.data.listing import files_named
 from dit_booth.data.readers.formats import FORMATS
 from dit_booth.models.weights import ASSETS
@@ -46,6 +47,7 @@ WITHOUT_EFFECT = ("sample", "sampler", "guidance", "start", "clips")
 """Settings that change no stage's weights."""
 BY_CONTENT = {
     "clip": ("pretrained",),
+    "text": ("path",),
     "autoencoder": ("path",),
 }
 """Fields of other sections that enter as the content of the file that they name."""
@@ -90,15 +92,16 @@ def stages_of(config: RunConfig) -> list[Stage]:
 
 def encoding_address(config: RunConfig) -> str:
     """Return the hash of all that the encoded training data depend on: files, decoder, settings, and encoders."""
-    settings = config.as_dict()
-    data = decisive(settings)["data"]
+    settings = decisive(config.as_dict())
+    data = settings["data"]
     for name in ("dev_csv", "test_csv"):
         data.get("triplets", {}).pop(name, None)
     encoders = {
         section: {k: v for k, v in settings[section].items() if k not in (*names, "chunk")}
         for section, names in BY_CONTENT.items()
+        if section in settings
     }
-    contents = [_local_or_hub(config.clip.pretrained), _local_or_hub(config.autoencoder.path)]
+    contents = [_local_or_hub(config.clip.pretrained), *_text(config), _autoencoder(config)]
     return digest({"data": data, "files": _data_files(config), "contents": contents, **encoders})
 
 
@@ -116,7 +119,7 @@ def _common(config: RunConfig) -> PlainDict:
         rest["data"].get("triplets", {}).pop(name, None)
     for section, names in BY_CONTENT.items():
         for name in names:
-            rest[section].pop(name, None)
+            rest.get(section, {}).pop(name, None)
     token = {"token": config.subject.token} if config.subject.token else {}
     return {
         "schema": SCHEMA,
@@ -126,7 +129,8 @@ def _common(config: RunConfig) -> PlainDict:
         "weights": _weights(config),
         "strategy_weights": [_local("strategy_weights", source) for source in config.strategy_weights],
         "clip_weights": _local_or_hub(config.clip.pretrained),
-        "autoencoder_weights": _local_or_hub(config.autoencoder.path),
+        **{f"text_weights_{i}": content for i, content in enumerate(_text(config))},
+        "autoencoder_weights": _autoencoder(config),
         "data_files": _data_files(config),
         "engine": config.engine_settings(),
     }
@@ -158,7 +162,8 @@ def _subject(config: RunConfig) -> PlainDict:
     for name in ("image", "mask", "video"):
         if settings[name]:
             settings[name] = _local(f"subject.{name}", settings[name])
-    sampling = {"sampler": asdict(config.sampler), "guidance": asdict(config.guidance)}
+    whole = decisive(config.as_dict())
+    sampling = {"sampler": whole["sampler"], "guidance": whole["guidance"]}
     return {"subject": settings, **(sampling if config.subject.prior else {})}
 
 
@@ -199,6 +204,8 @@ def _weights(config: RunConfig) -> str:
         return ""
     if config.weights == "embedded":
         return content_of(ASSETS / f"{config.backbone}.safetensors")
+    if is_pipeline(config.weights):  # its other parts count by themselves
+        return _local("weights", os.fspath(Path(config.weights).expanduser() / "transformer"))
     return _local("weights", config.weights)
 
 
@@ -217,6 +224,25 @@ def _local_or_hub(source: str) -> str:
         return content_of(ASSETS / "clip.safetensors")
     path = Path(source.removeprefix("local-dir:")).expanduser()
     return content_of(path) if source and path.exists() else source
+
+
+def _text(config: RunConfig) -> list[str]:
+    """Return the hashes of umT5's encoder and tokenizer; none where the text encoder is CLIP's."""
+    if config.text.kind == "clip":
+        return []
+    section = config.text_source
+    return [
+        _local_or_hub(os.fspath(Path(section.path, folder)))
+        for folder in (section.subfolder, section.tokenizer)
+    ]
+
+
+def _autoencoder(config: RunConfig) -> str:
+    """Return the hash of the autoencoder's weights, or the name of those to download."""
+    section = config.autoencoder_source
+    if section.kind != "wan":
+        return _local_or_hub(section.path)
+    return _local_or_hub(os.fspath(Path(section.path, section.subfolder)))
 
 
 def content_of(path: Path) -> str:

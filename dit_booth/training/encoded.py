@@ -1,4 +1,4 @@
-"""Data that were encoded once: the autoencoder's moments of videos and image prompts, and CLIP's image states.
+"""Data that were encoded once: the autoencoder's moments of videos and image prompts, CLIP's image states, umT5's text.
 
 A folder of safetensors files with an index. Training on it gives what training on the files gives, without the
 encoders: moments are kept, not latents, so a posterior is sampled anew with the step's own noise.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from dit_booth.data.readers.triplets import Triplets
 from dit_booth.files import remove_partials, write_text
 from dit_booth.inject import Reference
 from dit_booth.models.autoencoder.posterior import Draws, Posterior
+from dit_booth.models.text.build import AnyTextEncoder
+from dit_booth.models.text.umt5 import Umt5TextEncoder
 from dit_booth.models.weights import write
 from dit_booth.training.address import encoding_address
 
@@ -74,7 +76,8 @@ class Seen:
 class EncodedBatch:
     """A batch of encoded examples: `video` holds the moments, `b f c h w`; `zero` is the zero image, one row.
 
-    `mask` is `b f h w`, in pixels, as of `Batch`.
+    `mask` is `b f h w`, in pixels, as of `Batch`. `text` holds umT5's states of each caption, `n d`, then those of the
+    null prompt; empty where the text encoder is CLIP's.
     """
 
     keys: list[str]
@@ -85,6 +88,7 @@ class EncodedBatch:
     seen: Seen
     zero: Seen
     posterior: Posterior
+    text: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -104,7 +108,13 @@ class EncodedBatch:
             mask=function(self.mask),
             seen=self.seen.map(function),
             zero=self.zero.map(function),
+            text=tuple(map(function, self.text)),
         )
+
+    def tell_text(self, text: AnyTextEncoder) -> None:
+        """Make the states of the captions known to umT5, so that it is not loaded."""
+        if isinstance(text, Umt5TextEncoder):
+            text.keep([*self.captions, text.null_prompt], self.text)
 
     def reference(self, no_image: Tensor, dtype: torch.dtype, generator: Draws) -> Reference:
         """Return the image prompts as strategies see them; rows in `no_image` (b, bool) have the zero image."""
@@ -159,6 +169,7 @@ class EncodedData:
             seen=self._seen(index, f"{index}.{variation}."),
             zero=self._seen(0, "zero."),
             posterior=self.posterior,
+            text=self._text(index),
         )
 
     def collate(self, rows: Sequence[EncodedBatch]) -> EncodedBatch:
@@ -174,10 +185,16 @@ class EncodedData:
             seen=Seen.load(joined.__getitem__, len(rows[0].seen.states)),
             zero=rows[0].zero,
             posterior=self.posterior,
+            text=(*(state for row in rows for state in row.text[:1]), *rows[0].text[1:]),
         )
 
     def _seen(self, index: int, prefix: str) -> Seen:
         return Seen.load(lambda name: self._read(index, prefix + name)[None], self.index["states"])
+
+    def _text(self, index: int) -> tuple[Tensor, ...]:
+        if not self.index.get("text"):
+            return ()
+        return self._read(index, f"{index}.text"), self._read(0, "null.text")
 
     def _read(self, index: int, name: str) -> Tensor:
         shard = index // PER_SHARD
@@ -232,6 +249,7 @@ def encode_data(components: Components, folder: Path) -> Iterator[str]:
         "posterior": asdict(components.autoencoder.posterior),
         "dims": [image.width, image.embed_dim, components.autoencoder.channels],
         "examples": examples,
+        "text": isinstance(components.model.text, Umt5TextEncoder),
     }
     write_text(folder / CACHE_INDEX, json.dumps(index) + "\n")
     size = sum(file.stat().st_size for file in folder.glob("shard-*.safetensors"))
@@ -261,11 +279,13 @@ def encode_shard(
         examples = [dataset[number] for number in filled]
         out |= encode_videos(components, [example.video for example in examples], numbers)
         out |= {f"{number}.mask": example.mask for number, example in zip(numbers, examples, strict=False)}
+        out |= encode_captions(components, {f"{n}.text": dataset.items[n].row.caption for n in numbers})
         for variation in range(variations):
             images = torch.stack([dataset.image_at(number, variation) for number in filled])
             out |= rows_of(see(components, images), [f"{number}.{variation}" for number in numbers])
     if members.start == 0:
         out |= rows_of(see(components, torch.zeros_like(images)), ["zero"])
+        out |= encode_captions(components, {"null.text": components.model.text.null_prompt})
     return {name: tensor.cpu().clone() for name, tensor in out.items()}
 
 
@@ -282,6 +302,14 @@ def encode_videos(
     """Return the moments of videos (f 3 h w) by the examples' numbers."""
     moments = components.autoencoder.moments(torch.stack(list(videos)).to(components.device))
     return {f"{number}.video": moments[place] for place, number in enumerate(numbers)}
+
+
+def encode_captions(components: Components, captions: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return umT5's states of captions (n d each) by their names; CLIP's are made in the training step."""
+    text = components.model.text
+    if not isinstance(text, Umt5TextEncoder):
+        return {}
+    return dict(zip(captions, text.encode_captions(list(captions.values())), strict=True))
 
 
 def see(components: Components, images: Tensor) -> Seen:

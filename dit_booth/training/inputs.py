@@ -17,7 +17,7 @@ from dit_booth.diffusion.known_frames import draw_known, frame_times, put_frames
 from dit_booth.diffusion.noise import Generators, per_row, randn, randn_like
 from dit_booth.diffusion.objectives import Objective, foreground_weight
 from dit_booth.inject import Reference, timestep_of_reference
-from dit_booth.models.clip.encoders import NULL_PROMPT, Prompt
+from dit_booth.models.clip.encoders import Prompt
 from dit_booth.models.injected import Prediction
 from dit_booth.training.encoded import EncodedBatch
 
@@ -97,19 +97,20 @@ def make_inputs(
     ValueError: an image prompt that is all white, or a subject without a mask that the stage needs.
     """
     config, model, objective = components.config, components.model, components.objective
+    _check_frames(components, batch, stage)
     video, mask = _crop(batch, stage, generator)
-    frames = video.shape[1]
     u = per_row(lambda n, g: torch.rand(n, generator=g), len(batch), generator)
     no_image = u < stage.drop + stage.drop_image
     no_text = (u < stage.drop) | (~no_image & (u < stage.drop + stage.drop_image + stage.drop_text))
-    captions = [NULL_PROMPT if d else c for c, d in zip(batch.captions, no_text, strict=True)]
+    captions = [model.text.null_prompt if d else c for c, d in zip(batch.captions, no_text, strict=True)]
     subjects = [None if d else s or None for s, d in zip(batch.subjects, no_text, strict=True)]
     prompt = components.tokenize(captions, subjects)
     if isinstance(batch, EncodedBatch):  # its video holds moments
+        batch.tell_text(model.text)
         x0 = batch.posterior.draw(video, generator).float()
     else:
         x0 = components.autoencoder.encode(video, generator)
-    shape, reference = x0.shape, None
+    shape, reference, frames = x0.shape, None, x0.shape[1]
     fixed, t = t, _draw_t(components, len(batch), frames, generator) if t is None else t
     t, known = t.to(x0.device), None
     if fixed is None and not stage.single_frames and model.strategy.reads_known_frames(model.active):
@@ -128,6 +129,22 @@ def make_inputs(
     x_t = objective.noise(x0, t, eps).to(dtype)
     region = _region(batch.keys, mask, x0) if stage.foreground else None
     return Inputs(x_t, objective.timestep(t), prompt, reference, x0, eps, t, known, region)
+
+
+def _check_frames(components: Components, batch: Batch | EncodedBatch, stage: StageConfig) -> None:
+    """Raise ValueError for what needs a latent of every frame where the autoencoder groups frames."""
+    if components.config.autoencoder.frames_factor == 1 or batch.video.shape[1] == 1:
+        return
+    grouped = (
+        f"autoencoder.kind is {components.config.autoencoder.kind}, whose latents hold several frames each"
+    )
+    if stage.single_frames:
+        raise ValueError(f"the stage's single_frames is true, but {grouped}; set data.frames to 1")
+    if stage.frames and isinstance(batch, EncodedBatch):
+        raise ValueError(
+            f"the stage's frames is {stage.frames}, but {grouped}: those of a whole video, encoded before, cannot be"
+            " cropped; set it to 0, or leave data.cache empty"
+        )
 
 
 def make_reference(
@@ -180,9 +197,10 @@ def _draw_t_by_frame(components: Components, rows: int, frames: int, generator: 
 
 
 def _region(keys: Sequence[str], mask: Tensor, x0: Tensor) -> Tensor:
-    """Return the weights (b f 1 h w) that make the loss one of the subject, whose mask is b f h w.
+    """Return the weights (b f 1 h w) that make the loss one of the subject, whose mask is b f' h w of pixels.
 
-    Frames that the data have no mask of (VideoBooth's: all but the first) do not count.
+    A latent of several frames has the mean of their masks. Frames that the data have no mask of (VideoBooth's: all but
+    the first) do not count.
     ValueError: an example has no mask in these frames.
     """
     for key, shown in zip(keys, mask.flatten(1).any(1).tolist(), strict=True):
@@ -191,8 +209,12 @@ def _region(keys: Sequence[str], mask: Tensor, x0: Tensor) -> Tensor:
                 f"{key} has no mask of its subject in the frames that are trained on, and the stage's foreground is"
                 " true; set it to false, or give the data masks (of frame 0 alone: leave the stage's frames at 0)"
             )
-    height, width = x0.shape[-2:]
-    share = reduce(mask.to(x0.dtype), "b f (h p) (w q) -> b f 1 h w", "mean", h=height, w=width)
+    frames, (height, width) = x0.shape[1], x0.shape[-2:]
+    by_size = reduce(mask.to(x0.dtype), "b f (h p) (w q) -> b f 1 h w", "mean", h=height, w=width)
+    share = by_size
+    if frames < by_size.shape[1]:  # the first frame stands alone
+        others = reduce(by_size[:, 1:], "b (f g) 1 h w -> b f 1 h w", "mean", f=frames - 1)
+        share = torch.cat([by_size[:, :1], others], dim=1)
     return foreground_weight(share, x0.shape[2]).reshape(*x0.shape[:2], 1, height, width)
 
 

@@ -232,7 +232,7 @@ def test_sizes_that_do_not_divide(kl):
     ("options", "message"),
     [
         ({"patch": 0}, r"patch is 0; use a whole number in"),
-        ({"path": "x"}, r"path = 'x'.*is for kind = kl or tiny, but kind = pixel"),
+        ({"path": "x"}, r"path = 'x'.*is for kind = kl, tiny or wan, but kind = pixel"),
         ({"kind": "kl"}, r"path is empty but kind = kl: give a local diffusers folder"),
         ({"kind": "kl", "path": "/nowhere/vae"}, r"'/nowhere/vae'.*this folder does not exist"),
         ({"kind": "tiny", "path": "./nowhere"}, r"'./nowhere'.*this folder does not exist"),

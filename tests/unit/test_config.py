@@ -33,7 +33,9 @@ from dit_booth.files import packaged
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.dit.config import DiTConfig
+from dit_booth.models.text.config import TextConfig
 from dit_booth.models.unet.config import UNetConfig
+from dit_booth.models.wan.config import WanConfig
 from dit_booth.strategy import registered
 
 
@@ -82,6 +84,7 @@ SECTIONS = [
     *(TripletsOptions, DataConfig, StageConfig, TrainConfig, SampleConfig, ObjectiveConfig, SamplerConfig),
     *(GuidanceConfig, DiTConfig, UNetConfig, ClipConfig, AutoencoderConfig, SubjectConfig, StartConfig),
     *(KnownFramesConfig, ClipsConfig, LongConfig),
+    *(TextConfig, WanConfig),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Autoencoders applied frame by frame: lossless space-to-depth, AutoencoderKL, AutoencoderTiny."""
+"""Autoencoders: frame by frame (lossless space-to-depth, AutoencoderKL, AutoencoderTiny), and Wan's, in groups."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,7 +19,10 @@ STEM = "diffusion_pytorch_model"
 
 
 class Autoencoder(nn.Module, ABC):
-    """Frozen autoencoder, always in eval mode. channels: of the latents; factor: pixels per latent along a side."""
+    """Frozen autoencoder, always in eval mode. channels: of the latents; factor: pixels per latent along a side.
+
+    A video has as many latent frames as frames, except by `WanAutoencoder` (`AutoencoderConfig.latent_frames`).
+    """
 
     channels: int
     factor: int
@@ -115,7 +118,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     def decode(self, latents: Tensor) -> Tensor:
         self._check_latents(latents)
-        z = rearrange(latents, "b f c h w -> (b f) c h w") / self.posterior.scale + self.posterior.shift
+        z = self.posterior.undo_scale(rearrange(latents, "b f c h w -> (b f) c h w"))
         frames = self._chunked(lambda x: self.vae.decode(x).sample, z)
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(latents)).to(latents.dtype)
 
@@ -131,13 +134,58 @@ class DiffusersAutoencoder(Autoencoder):
         return torch.cat([function(part) for part in torch.split(frames.to(self.vae.dtype), self.chunk)])
 
 
+class WanAutoencoder(Autoencoder):
+    """diffusers' AutoencoderKLWan (Wan 2.1 and 2.2): 4k + 1 frames are k + 1 latent frames, the first of frame 0 alone.
+
+    Latents are (z - mean) / std, by channel, as its configuration has them. Videos are encoded one after the other, in
+    parts of four frames; with `tile`, larger ones also in overlapping tiles, whose seams are blended. What it decodes
+    lies in [-1, 1].
+    """
+
+    def __init__(self, vae: nn.Module, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.vae: Any = vae.requires_grad_(False)
+        self.config, sizes = config, self.vae.config
+        if sizes.scale_factor_temporal != config.frames_factor:
+            raise ValueError(
+                f"AutoencoderConfig.path: the autoencoder has {sizes.scale_factor_temporal} frames in a latent frame,"
+                f" and kind = wan has {config.frames_factor}; give the folder of one of Wan's"
+            )
+        self.channels, self.factor = sizes.z_dim, sizes.scale_factor_spatial
+        scale = tuple(1 / std for std in sizes.latents_std)
+        sample = config.posterior == "sample"
+        self.posterior = Posterior(kl=True, sample=sample, scale=scale, shift=tuple(sizes.latents_mean))
+        self.vae.enable_slicing()
+        if config.tile:
+            if config.tile % (4 * self.factor):
+                raise ValueError(
+                    f"autoencoder.tile is {config.tile}; tiles overlap by a quarter: use a multiple of"
+                    f" {4 * self.factor}"
+                )
+            stride = config.tile * 3 // 4
+            self.vae.enable_tiling(config.tile, config.tile, stride, stride)
+        self.eval()
+
+    def moments(self, video: Tensor) -> Tensor:
+        self._check_video(video)
+        self.config.latent_frames(video.shape[1], "the video's number of frames")
+        frames = rearrange(video, "b f c h w -> b c f h w").to(self.vae.dtype)
+        return rearrange(self.vae.encode(frames).latent_dist.parameters, "b c f h w -> b f c h w")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._check_latents(latents)
+        z = rearrange(self.posterior.undo_scale(latents), "b f c h w -> b c f h w")
+        video: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
+        return rearrange(video, "b c f h w -> b f c h w").to(latents.dtype)
+
+
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """Build the autoencoder of a run. ValueError: a missing path or wrong weights."""
     if config.kind == "pixel":
         if config.path or config.subfolder:
             raise ValueError(
                 f"AutoencoderConfig.path = {config.path!r} (subfolder = {config.subfolder!r}) is for kind = "
-                "kl or tiny, but kind = pixel: set kind, or leave both empty"
+                "kl, tiny or wan, but kind = pixel: set kind, or leave both empty"
             )
         return PixelAutoencoder(config.patch)
     if config.patch != 1:
@@ -146,6 +194,8 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
             "factor comes from the weights: leave patch at 1"
         )
     vae = _load(config)
+    if config.kind == "wan":
+        return WanAutoencoder(vae, config)
     return DiffusersAutoencoder(vae, sample=config.posterior == "sample", chunk=config.chunk)
 
 
@@ -154,9 +204,10 @@ def _load(config: AutoencoderConfig) -> nn.Module:
     where = f"AutoencoderConfig.path = {config.path!r}, subfolder = {config.subfolder!r}"
     source, local = _locate(config, where)
 
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    import diffusers
 
-    kind: Any = {"kl": AutoencoderKL, "tiny": AutoencoderTiny}[config.kind]
+    names = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny", "wan": "AutoencoderKLWan"}
+    kind: Any = getattr(diffusers, names[config.kind])
     place = {"subfolder": config.subfolder or None, "local_files_only": local}
     loading = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
@@ -199,7 +250,8 @@ def _locate(config: AutoencoderConfig, where: str) -> tuple[str, bool]:
     if not config.path:
         raise ValueError(
             f"AutoencoderConfig.path is empty but kind = {config.kind}: give a local diffusers folder, a hub "
-            "name such as CompVis/stable-diffusion-v1-4 (with subfolder vae), or use kind = pixel"
+            "name such as CompVis/stable-diffusion-v1-4 (with subfolder vae), or use kind = pixel (kind = wan: or give"
+            " the folder of a Wan pipeline as weights)"
         )
     folder = Path(config.path).expanduser()
     if folder.is_dir():

@@ -17,13 +17,14 @@ class Posterior:
     """How latents are made of moments; `Autoencoder.moments` gives those, and a cache of encoded data keeps them.
 
     kl: the moments are mean and log variance of a Gaussian (b f 2c h w), else the latents themselves (b f c h w).
-    sample: draw from the Gaussian, else take its mean. scale, shift: latents = (z - shift) * scale.
+    sample: draw from the Gaussian, else take its mean. scale, shift: latents = (z - shift) * scale; for all channels,
+    or one value for each.
     """
 
     kl: bool = False
     sample: bool = False
-    scale: float = 1.0
-    shift: float = 0.0
+    scale: float | Sequence[float] = 1.0
+    shift: float | Sequence[float] = 0.0
 
     def draw(self, moments: Tensor, generator: Draws = None) -> Tensor:
         """Make latents (b f c h w) of moments; the noise is drawn for the whole video at once."""
@@ -37,5 +38,14 @@ class Posterior:
                 draws = [row for row in generator for _ in range(moments.shape[1])]
             z = distribution.sample(draws) if self.sample else distribution.mode()
         if (self.scale, self.shift) != (1.0, 0.0):
-            z = (z - self.shift) * self.scale
+            z = (z - by_channel(self.shift, z)) * by_channel(self.scale, z)
         return rearrange(z, "(b f) c h w -> b f c h w", b=len(moments))
+
+    def undo_scale(self, latents: Tensor) -> Tensor:
+        """Return what a decoder reads, z, of latents (b f c h w)."""
+        return latents / by_channel(self.scale, latents) + by_channel(self.shift, latents)
+
+
+def by_channel(values: float | Sequence[float], like: Tensor) -> float | Tensor:
+    """Return one value, or one for each channel, such that it broadcasts against `like` (... c h w)."""
+    return rearrange(like.new_tensor(values), "c -> c 1 1") if isinstance(values, Sequence) else values

@@ -59,6 +59,8 @@ class TextEncoder(nn.Module):
     """The text tower of an open_clip model; parameter names are open_clip's."""
 
     attn_mask: Tensor | None
+    null_prompt = NULL_PROMPT
+    """The unconditional caption."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,0 +1,1 @@
+"""Text encoders besides CLIP's own tower: umT5, with transformers underneath."""
