@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_booth.attention import FrameIndices, Riflex
+from dit_booth.inject import Place
 
 
 def sincos(position: Tensor, dim: int) -> Tensor:
@@ -83,10 +84,11 @@ def rotary_3d(
     device: torch.device,
     dtype: torch.dtype,
     riflex: Riflex | None = None,
+    origin: tuple[int, int] = (0, 0),
 ) -> Rotary:
     """Angles of frame, row and column for heads of width `dim`: a third of the pairs each, the rest to the frame.
 
-    riflex: of the frame's frequencies.
+    riflex: of the frame's frequencies. origin: row and column of the first token.
 
     ValueError: an odd width, or one with no pair for each of the three axes.
     """
@@ -96,7 +98,10 @@ def rotary_3d(
         )
     each = dim // 6
     frame = _angles(frame_positions, dim // 2 - 2 * each, device, riflex)
-    row, column = _angles(range(height), each, device), _angles(range(width), each, device)
+    row, column = (
+        _angles(range(first, first + n), each, device)
+        for first, n in zip(origin, (height, width), strict=True)
+    )
     shape = (len(frame_positions), height, width)
     parts = (
         rearrange(frame, "f p -> f 1 1 p").expand(*shape, -1),
@@ -104,6 +109,34 @@ def rotary_3d(
         rearrange(column, "w p -> 1 1 w p").expand(*shape, -1),
     )
     return _rotary(rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype)
+
+
+class ImageRotary(NamedTuple):
+    """Rotary angles of a reference's tokens at each `Place`; all hold for one group."""
+
+    frame0: Rotary
+    before: Rotary
+    beyond: Rotary
+
+    @classmethod
+    def build(
+        cls,
+        first: int,
+        height: int,
+        width: int,
+        dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        riflex: Riflex | None = None,
+    ) -> ImageRotary:
+        """Compute the angles for a video whose frames begin at position `first`, as `rotary_3d`."""
+        at, before, beyond = range(first, first + 1), range(first - 1, first), (height, width)
+        grid = (height, width, dim, device, dtype, riflex)
+        return cls(rotary_3d(at, *grid), rotary_3d(before, *grid), rotary_3d(before, *grid, beyond))
+
+    def at(self, place: Place) -> Rotary:
+        rotary: Rotary = getattr(self, place)
+        return rotary
 
 
 @lru_cache(maxsize=64)
