@@ -28,9 +28,9 @@ from dit_booth.errors import suggest
 
 Port = Literal["prompt", "latents", "modulation", "qkv", "linear"]
 Role = Literal["cross_frame", "text", "temporal", "time", "block", "entry", "exit", "words", "linear"]
-Place = Literal["frame0", "before", "beyond"]
-"""Rotary place of a reference's keys: frame 0 of the video; the frame before it; that frame, with rows and columns
-that start where the video's end (Stand-In, arXiv 2508.07901)."""
+Place = Literal["backbone", "before", "beyond"]
+"""Rotary place of a reference's keys: the backbone's own (frame 0; on Wan `wan.reference_place`); the frame before
+frame 0; that frame, with rows and columns that start where the video's end (Stand-In, arXiv 2508.07901)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,7 +48,9 @@ class Site:
     heads: int = 1
     rotary: bool = False  # qkv: if queries and keys get rotary positions
     projections: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
-    embed: nn.Conv2d | None = field(default=None, repr=False)  # entry: the layer that embeds the latents
+    embed: nn.Conv2d | nn.Conv3d | None = field(
+        default=None, repr=False
+    )  # entry: the layer that embeds the latents
     leaf: str = field(init=False, repr=False)  # the name inside its block: the same in every block
 
     def __post_init__(self) -> None:
@@ -246,14 +248,14 @@ class QKV:
         """Return a copy with further segments in the joint softmax."""
         return replace(self, segments=self.segments + segments)
 
-    def reading_image(self, kv: KV, frames: Frames | None = None, place: Place = "frame0") -> QKV:
+    def reading_image(self, kv: KV, frames: Frames | None = None, place: Place = "backbone") -> QKV:
         """Return a copy that reads the image's keys and values: the `readers` do, or as `frames` say."""
         return self.reading(self.image(kv, frames, place))
 
-    def image(self, kv: KV, frames: Frames | None = None, place: Place = "frame0") -> Segment:
+    def image(self, kv: KV, frames: Frames | None = None, place: Place = "backbone") -> Segment:
         """Return the image's keys and values as a segment of one group, read with the image's queries.
 
-        Its place counts from frame 0 of the video (from the first context frame, where there is one).
+        Places count from frame 0 of the video (from the first context frame, where there is one).
         """
         k, v = (rearrange(y, "b m c -> b 1 m c") for y in kv)
         if frames is None:

@@ -31,7 +31,9 @@ def export_lora(source: str | Path, out: str | Path) -> list[str]:
     metadata, state = _metadata(file), read(file)
     mine = {name: tensor for name, tensor in state.items() if name.startswith(TAPS)}
     if not mine or "settings" not in metadata:
-        raise ValueError(f"{file} has no tensors of strategy lora; give the adapter of a run with lora in --strategy")
+        raise ValueError(
+            f"{file} has no tensors of strategy lora; give the adapter of a run with lora in --strategy"
+        )
     backbone, options = json.loads(metadata["settings"])["backbone"], json.loads(metadata["options"])["lora"]
     lora = Lora(options["rank"], options["alpha"], mine)
     theirs, about = to_peft(lora, backbone)

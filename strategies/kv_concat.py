@@ -35,9 +35,9 @@ class KVConcatConfig(AnchoredConfig):
     queries, keys and values in the reference's own pass (Stand-In; train_frame_kv must be false)."""
     rank: int = 128
     """low_rank: rank of the changes."""
-    reference_place: Place = "frame0"
-    """Rotary place of the reference's keys: frame0; before: the frame before it; beyond: that frame, with rows and
-    columns that start where the video's end (Stand-In)."""
+    reference_place: Place = "backbone"
+    """Rotary place of the reference's keys: the backbone's own (frame 0; on Wan wan.reference_place), before (the frame
+    before frame 0) or beyond (that frame, with rows and columns that start where the video's end: Stand-In)."""
 
     def __post_init__(self) -> None:
         self.check_anchors("kv_concat")
@@ -63,10 +63,10 @@ class KVConcat(Strategy):
         super().__init__(config, sites)
         self.noise, self.copies = config.reference_noise, config.reference_frames
         chosen = sites.match(config.where, port="qkv", role="cross_frame")
-        if config.reference_place != "frame0" and not all(site.rotary for site in chosen):
+        if config.reference_place != "backbone" and not all(site.rotary for site in chosen):
             raise ValueError(
                 f"kv_concat.reference_place {config.reference_place} needs rotary positions; set the backbone's"
-                " `positions` to rotary, or reference_place to frame0"
+                " positions to rotary, or reference_place to backbone"
             )
         self.readers = {site.name: self.attach(site, ReferenceKV(site, config)) for site in chosen}
         self.low_rank = config.projections == "low_rank"

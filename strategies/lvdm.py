@@ -39,7 +39,10 @@ class MaskChannel(nn.Module):
         super().__init__()
         assert site.embed is not None, "an entry site names the layer that embeds the latents"
         like = site.embed
-        self.embed = nn.Conv2d(1, like.out_channels, like.kernel_size, like.stride, like.padding, bias=False)  # type: ignore[arg-type]
+        kernel, stride, padding = (
+            y[-2:] for y in (like.kernel_size, like.stride, like.padding)
+        )  # of one frame
+        self.embed = nn.Conv2d(1, like.out_channels, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
         nn.init.zeros_(self.embed.weight)
 
     def forward(self, latents: Latents, image: object) -> Latents:

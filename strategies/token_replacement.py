@@ -83,7 +83,7 @@ class TextKV(nn.Module):
     def forward(self, qkv: QKV, image: Tensor | None) -> QKV:
         text = qkv.segments[0]
         k, v = self.to_k_global(qkv.source), self.to_v_global(qkv.source)
-        return replace(qkv, segments=(Segment(qkv.heads(k), qkv.heads(v), text.frames), *qkv.segments[1:]))
+        return replace(qkv, segments=(Segment(qkv.keys(k), qkv.heads(v), text.frames), *qkv.segments[1:]))
 
 
 class TextProjection(nn.Module):

@@ -25,6 +25,15 @@ TINY_UNET = {
     "norm_num_groups": 4,
     "cross_attention_dim": 128,
 }
+TINY_WAN: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "ffn_dim": 40,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 24,
+}
 TINY_TEXT = {
     "vocab_size": 2048,
     "hidden_size": 128,
@@ -73,6 +82,13 @@ def random_like(shapes: Mapping[str, Tensor], seed: int = 0) -> State:
 
 
 # ---- models ----
+
+
+def wan(**more: Any) -> nn.Module:
+    """diffusers' Wan, tiny by default."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**{**TINY_WAN, **more}).eval()
 
 
 def image_unet(**sizes: Any) -> Any:

@@ -31,6 +31,7 @@ from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.unet.model import UNetConfig
+from dit_booth.models.wan.model import WanConfig
 from dit_booth.strategy import StrategyConfig, names_in
 
 StageName = Literal["images", "base", "coarse", "fine", "joint", "subject"]
@@ -205,12 +206,12 @@ class SampleConfig:
 class RunConfig:
     strategy: str = "token_replacement+kv_concat"
     """Strategies, joined by +, such as token_replacement+kv_concat (VideoBooth), kv_concat, none."""
-    backbone: Literal["dit", "unet"] = "dit"
-    """The network: the video DiT or VideoBooth's U-Net."""
+    backbone: Literal["dit", "unet", "wan"] = "dit"
+    """The network: the video DiT, VideoBooth's U-Net, or Wan 2.1."""
     weights: str = "embedded"
     """Source of the backbone's weights: embedded (the toy world's base), none (random), a run folder, .safetensors,
-    a Stable Diffusion 1.x folder (diffusers), DiT's official file (.pt; inflated), or VideoBooth's U-Net (.pt), which
-    may hold the strategies' taps."""
+    a Stable Diffusion 1.x or Wan 2.1 folder (diffusers), DiT's official file (.pt; inflated), or VideoBooth's U-Net
+    (.pt), which may hold the strategies' taps."""
     strategy_weights: tuple[str, ...] = ()
     """Sources of the strategies' weights, in order: VideoBooth's or ELITE's mapper (.pt), run folders, .safetensors."""
     schedule: tuple[StageName, ...] = ()
@@ -238,6 +239,7 @@ class RunConfig:
     clips: ClipsConfig = ClipsConfig()
     dit: DiTConfig = DiTConfig()
     unet: UNetConfig = UNetConfig()
+    wan: WanConfig = WanConfig()
     clip: ClipConfig = ClipConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
 
@@ -255,9 +257,9 @@ class RunConfig:
         return create(config, settings)
 
     @property
-    def network(self) -> DiTConfig | UNetConfig:
+    def network(self) -> DiTConfig | UNetConfig | WanConfig:
         """The section of the chosen backbone."""
-        return self.dit if self.backbone == "dit" else self.unet
+        return {"dit": self.dit, "unet": self.unet, "wan": self.wan}[self.backbone]
 
     def engine_settings(self) -> PlainDict:
         """Read DeepSpeed's settings (`ds_config`). ValueError: there is no such file, or it is not JSON."""
@@ -298,12 +300,13 @@ LATER: dict[str, object] = {
     "objective.per_frame": False,
     "data.variations": 0,
     "clips": dataclasses.asdict(ClipsConfig()),
+    "wan": dataclasses.asdict(WanConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
     **{f"stages.{name}.foreground": False for name in STAGES},
     "lora.layers": ["*.to_q", "*.to_v"],
     "kv_concat.projections": "copies",
     "kv_concat.rank": 128,
-    "kv_concat.reference_place": "frame0",
+    "kv_concat.reference_place": "backbone",
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
 }

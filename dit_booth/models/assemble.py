@@ -11,17 +11,19 @@ from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.injected import Injected
 from dit_booth.models.layers import linear_sites
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
+from dit_booth.models.wan.model import VideoWan, WanConfig
 from dit_booth.strategy import StrategyConfig, create, find
 
-Backbone = VideoDiT | VideoUNet
+Backbone = VideoDiT | VideoUNet | VideoWan
+BackboneConfig = DiTConfig | UNetConfig | WanConfig
 
 
-def build_backbone(
-    config: DiTConfig | UNetConfig, *, channels: int, text_dim: int, text_embed_dim: int
-) -> Backbone:
+def build_backbone(config: BackboneConfig, *, channels: int, text_dim: int, text_embed_dim: int) -> Backbone:
     """Build a backbone with random weights for latents of `channels` and a text encoder of these widths."""
     if isinstance(config, DiTConfig):
         return VideoDiT(config, channels=channels, text_dim=text_dim, text_embed_dim=text_embed_dim)
+    if isinstance(config, WanConfig):
+        return VideoWan(config, channels=channels, text_dim=text_dim)
     return VideoUNet(replace(config, in_channels=channels, out_channels=channels, text_dim=text_dim))
 
 

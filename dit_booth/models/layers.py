@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dit_booth.attention import Frames, Segment, attend, attend_in_windows
-from dit_booth.inject import QKV, Injection, Place, Projection, Role, Site, no_injection
+from dit_booth.inject import QKV, Injection, Modulation, Place, Projection, Role, Site, no_injection
 from dit_booth.models.positions import ImageRotary, Rotary
 
 
@@ -42,10 +42,57 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+class TimestepEmbedding(nn.Module):
+    """t (...) -> (... dim) through the `modulation` port, whose source is the sinusoidal embedding (... width).
+
+    Computed in the precision of the layers' weights.
+    """
+
+    def __init__(self, name: str, width: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.width = width
+        self.site = Site(name=name, port="modulation", role="time", dim=dim)
+
+    def forward(self, t: Tensor, dtype: torch.dtype, inject: Injection) -> Tensor:
+        source = timestep_embedding(t, self.width)
+        hidden = self.linear_1(source.to(self.linear_1.weight.dtype))
+        t_emb = self.linear_2(nn.functional.silu(hidden)).to(dtype)
+        return inject(self.site, Modulation(t_emb, source.to(dtype))).vector
+
+
+# ---- compilation -------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class CompiledByBlock(Protocol):
+    """A backbone whose blocks can be compiled one by one."""
+
+    def compile_blocks(self, **options: object) -> None:
+        """Compile each block; the options are torch.compile's."""
+
+
+def compile_each(blocks: nn.ModuleList, **options: object) -> None:
+    """Compile each block with torch.compile; equal blocks share code, so this costs about one compilation.
+
+    The options are torch.compile's. Parameter names stay.
+    """
+    # A tap that reads its site's name is recompiled for each block.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
+    allow_einops_in_graph()
+    for block in blocks:
+        block.compile(**{"fullgraph": True, "dynamic": False, **options})
+
+
 def allow_einops_in_graph() -> None:
     """Keep torch.compile from tracing einops' parser, which would take most of the compilation."""
     for function in (rearrange, repeat):
         torch.compiler.allow_in_graph(function)
+
+
+# ---- linear layers -----------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
@@ -57,6 +104,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, inject: Injection = no_injection) -> Tensor:
         return inject(self.site, Projection(x, super().forward(x))).y
+
+
+class Sole(nn.Sequential):
+    """One linear layer, under the name ``0`` (upstream's ``to_out.0``)."""
+
+    def forward(self, x: Tensor, inject: Injection = no_injection) -> Tensor:  # type: ignore[override]
+        y: Tensor = self[0](x, inject)
+        return y
 
 
 def name_linear_sites(backbone: nn.Module) -> None:
@@ -72,6 +127,9 @@ def linear_sites(backbone: nn.Module) -> list[Site]:
     return [replace(layer.site, projections={"linear": layer}) for layer in layers]
 
 
+# ---- attention ---------------------------------------------------------------------------------------------
+
+
 class HeadNorm(NamedTuple):
     """RMS norm of queries and keys in heads, then rotary positions (`QKV.layer`)."""
 
@@ -81,6 +139,7 @@ class HeadNorm(NamedTuple):
     norm_k: nn.Module
     rotary: Rotary | None
     image_rotary: ImageRotary | None = None  # of a reference: one group
+    norm_image: nn.Module | None = None  # of a reference's keys, if not norm_k
 
     def queries(self, q: Tensor) -> Tensor:
         q = self.norm_q(q)
@@ -91,7 +150,7 @@ class HeadNorm(NamedTuple):
         return k if self.rotary is None else self.rotary.apply(k)
 
     def image_keys(self, k: Tensor, place: Place) -> Tensor:
-        k = self.norm_k(k)
+        k = (self.norm_k if self.norm_image is None else self.norm_image)(k)
         return k if self.image_rotary is None else self.image_rotary.at(place).apply(k)
 
 
@@ -177,13 +236,19 @@ class Attention(nn.Module):
         image_rotary: ImageRotary | None = None,
     ) -> QKV:
         """Queries of x, keys and values of the source: the payload of the site. image_rotary: of a reference's keys."""
-        layer = HeadNorm(self.kernel, self.to_q(x, inject), self.norm_q, self.norm_k, rotary, image_rotary)
+        norms = self.norm_q, self.norm_k
+        raw_q = self.to_q(x, inject)
+        layer = HeadNorm(self.kernel, raw_q, *norms, rotary, image_rotary, self.image_norm())
         own = Projected.later(
             lambda: layer.keys(self.split(self.to_k(source, inject))),
             lambda: self.split(self.to_v(source, inject)),
             frames,
         )
         return QKV(layer.queries(self.split(layer.raw_q)), (own,), x, source, layer)
+
+    def image_norm(self) -> nn.Module | None:
+        """Return the norm of a reference's keys; none: that of the attention's own."""
+        return None
 
     def split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b f n (k d) -> b f n k d", k=self.heads)

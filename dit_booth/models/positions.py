@@ -59,6 +59,7 @@ class Rotary(NamedTuple):
 
     cos: Tensor  # f n 1 d/2
     sin: Tensor  # f n 1 d/2
+    interleaved: bool = False  # pairs are neighbours (RoFormer, Wan), not elements of the two halves
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate x (b g m k d): group i as frame i, token j as place j of the grid.
@@ -69,9 +70,14 @@ class Rotary(NamedTuple):
         if x.shape[2] != self.cos.shape[1] or groups > self.cos.shape[0]:
             return x
         cos, sin = self.cos[:groups], self.sin[:groups]
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        wide = x.to(cos.dtype)
+        pairs = (
+            rearrange(wide, "... (d p) -> ... d p", p=2).unbind(-1) if self.interleaved else wide.chunk(2, -1)
+        )
+        first, second = pairs
         rotated = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
-        return torch.cat(rotated, dim=-1).to(x.dtype)
+        joined = torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
+        return joined.to(x.dtype)
 
 
 @lru_cache(maxsize=64)
@@ -85,10 +91,12 @@ def rotary_3d(
     dtype: torch.dtype,
     riflex: Riflex | None = None,
     origin: tuple[int, int] = (0, 0),
+    *,
+    interleaved: bool = False,
 ) -> Rotary:
     """Angles of frame, row and column for heads of width `dim`: a third of the pairs each, the rest to the frame.
 
-    riflex: of the frame's frequencies. origin: row and column of the first token.
+    riflex: of the frame's frequencies. origin: row and column of the first token. interleaved: see `Rotary`.
 
     ValueError: an odd width, or one with no pair for each of the three axes.
     """
@@ -108,19 +116,21 @@ def rotary_3d(
         rearrange(row, "h p -> 1 h 1 p").expand(*shape, -1),
         rearrange(column, "w p -> 1 1 w p").expand(*shape, -1),
     )
-    return _rotary(rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype)
+    rotary = _rotary(rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype)
+    return rotary._replace(interleaved=interleaved)
 
 
 class ImageRotary(NamedTuple):
     """Rotary angles of a reference's tokens at each `Place`; all hold for one group."""
 
-    frame0: Rotary
+    backbone: Rotary
     before: Rotary
     beyond: Rotary
 
     @classmethod
     def build(
         cls,
+        own: int,
         first: int,
         height: int,
         width: int,
@@ -128,11 +138,15 @@ class ImageRotary(NamedTuple):
         device: torch.device,
         dtype: torch.dtype,
         riflex: Riflex | None = None,
+        *,
+        interleaved: bool = False,
     ) -> ImageRotary:
-        """Compute the angles for a video whose frames begin at position `first`, as `rotary_3d`."""
-        at, before, beyond = range(first, first + 1), range(first - 1, first), (height, width)
+        """Compute the angles as `rotary_3d`. own: the backbone's position of references; first: that of frame 0."""
         grid = (height, width, dim, device, dtype, riflex)
-        return cls(rotary_3d(at, *grid), rotary_3d(before, *grid), rotary_3d(before, *grid, beyond))
+        places = ((own, (0, 0)), (first - 1, (0, 0)), (first - 1, (height, width)))
+        return cls(
+            *(rotary_3d((position,), *grid, origin, interleaved=interleaved) for position, origin in places)
+        )
 
     def at(self, place: Place) -> Rotary:
         rotary: Rotary = getattr(self, place)

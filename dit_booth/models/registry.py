@@ -8,13 +8,14 @@ from fnmatch import fnmatchcase
 
 from dit_booth.errors import suggest
 from dit_booth.inject import Dims
-from dit_booth.models.assemble import assemble, build_backbone
+from dit_booth.models.assemble import BackboneConfig, assemble, build_backbone
 from dit_booth.models.clip.config import ClipConfig
 from dit_booth.models.clip.encoders import build_clip
-from dit_booth.models.dit.model import DiTConfig, VideoDiT
+from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.injected import Injected
 from dit_booth.models.pretrained import load_pretrained
 from dit_booth.models.unet.model import UNetConfig
+from dit_booth.models.wan.model import WanConfig
 from dit_booth.strategy import StrategyConfig
 
 TINY = ClipConfig(model="dit-booth-tiny", pretrained="none")
@@ -25,7 +26,7 @@ VIT_L = ClipConfig(model="ViT-L-14-quickgelu", pretrained="none")
 class ModelEntry:
     """A backbone's configuration, the CLIP that it reads, and the channels of its latents."""
 
-    backbone: DiTConfig | UNetConfig
+    backbone: BackboneConfig
     clip: ClipConfig
     channels: int
     embedded: bool = False  # the package brings trained weights
@@ -59,6 +60,9 @@ MODELS: Mapping[str, ModelEntry] = {
         embedded=True,
     ),
     "unet-sd": ModelEntry(backbone=UNetConfig(), clip=VIT_L, channels=4),
+    "wan-nano": ModelEntry(backbone=WanConfig(), clip=TINY, channels=12),
+    "wan-1.3b": ModelEntry(backbone=WanConfig(size="1.3b"), clip=VIT_L, channels=16),
+    "wan-14b": ModelEntry(backbone=WanConfig(size="14b"), clip=VIT_L, channels=16),
 }
 
 
@@ -95,6 +99,6 @@ def create_model(
         entry.backbone, channels=entry.channels, text_dim=text.width, text_embed_dim=text.embed_dim
     )
     if pretrained:
-        load_pretrained(backbone, text, "embedded", "dit" if isinstance(backbone, VideoDiT) else "unet")
+        load_pretrained(backbone, text, "embedded", name.partition("-")[0])
     dims = Dims(image.width, image.embed_dim, entry.channels, frames)
     return assemble(backbone, text, strategy, dims, options=options, seed=seed)

@@ -12,8 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dit_booth.models.dit.model import VideoDiT
-from dit_booth.models.layers import allow_einops_in_graph
+from dit_booth.models.layers import CompiledByBlock, allow_einops_in_graph
 from dit_booth.models.pretrained import load_strategy_weights, read_strategy_weights
 from dit_booth.models.weights import load_strictly, part, read, write
 from dit_booth.strategy import Strategy, StrategyConfig
@@ -165,7 +164,7 @@ def checkpointing_gives_equal_gradients(make: Callable[..., Trial]) -> None:
 
 
 def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> None:
-    """torch.compile changes neither output nor gradients: a DiT's blocks, without a graph break; a U-Net's middle."""
+    """torch.compile keeps outputs and gradients: a transformer's blocks, without a graph break; a U-Net's middle."""
     run = make().perturb()
     wanted, results = run.wanted(), []
     for compiled in (False, True):
@@ -175,7 +174,7 @@ def compiled_is_the_same(make: Callable[..., Trial], backend: str = "eager") -> 
             backbone = run.model.backbone
             part = (
                 backbone.compile_blocks
-                if isinstance(backbone, VideoDiT)
+                if isinstance(backbone, CompiledByBlock)
                 else backbone.get_submodule("mid_block").compile
             )
             part(backend=backend, dynamic=False)

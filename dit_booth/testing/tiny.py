@@ -15,7 +15,7 @@ from dit_booth.config import STAGES, DataConfig, StageName, TrainConfig
 from dit_booth.config.parse import config_class
 from dit_booth.diffusion.objectives import make_objective
 from dit_booth.inject import Dims, Reference
-from dit_booth.models.assemble import Backbone, assemble, build_backbone
+from dit_booth.models.assemble import Backbone, BackboneConfig, assemble, build_backbone
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.autoencoder.model import build_autoencoder
 from dit_booth.models.clip.config import ClipConfig
@@ -23,6 +23,7 @@ from dit_booth.models.clip.encoders import ImageEncoder, Prompt, TextEncoder, bu
 from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.injected import Injected, Prediction
 from dit_booth.models.unet.model import UNetConfig
+from dit_booth.models.wan.model import WanConfig
 from dit_booth.strategy import Strategy, StrategyConfig, find
 from dit_booth.testing.template import Template
 from dit_booth.training.stage import set_trainable, trainable_globs
@@ -40,6 +41,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
             channels=(8, 16), norm_groups=4, heads=2, layers_per_block=1, down_attention=(True, True)
         ),
     },
+    "wan": {"backbone": "wan", "wan": WanConfig(depth=2, hidden=32, heads=2, ffn=64)},
 }
 """Settings of the tiny backbones: every layout, with text attention and without."""
 
@@ -170,7 +172,7 @@ def _text() -> Template[TextEncoder]:
 
 
 @cache
-def _body(config: DiTConfig | UNetConfig, channels: int) -> Template[Backbone]:
+def _body(config: BackboneConfig, channels: int) -> Template[Backbone]:
     """Build a backbone with every parameter random, once: trials copy it."""
     text, _ = _clip()
     torch.manual_seed(0)

@@ -34,6 +34,7 @@ ELSEWHERE = (
     "stages",
     "dit",
     "unet",
+    "wan",
     "ds_config",
     "strategy_weights",
     "plugin",

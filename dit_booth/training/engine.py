@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dit_booth.config import PlainDict, RunConfig, StageConfig
 from dit_booth.inject import Reference
 from dit_booth.models.clip.encoders import Prompt
-from dit_booth.models.dit.model import VideoDiT
 from dit_booth.models.injected import Injected, Prediction
+from dit_booth.models.layers import CompiledByBlock
 from dit_booth.training.distributed import Ranks, initialize
 from dit_booth.training.optimizer import make_optimizer
 
@@ -112,9 +112,11 @@ def engine_settings(config: RunConfig, ranks: Ranks) -> PlainDict:
 
 
 def compile_backbone(backbone: nn.Module, settings: PlainDict) -> None:
-    """Compile the DiT's blocks. ValueError: another backbone, or ZeRO stage 3, whose hooks cut every graph."""
-    if not isinstance(backbone, VideoDiT):
-        raise ValueError("train.compile is true, but only the DiT's blocks are compiled; set it to false")
+    """Compile a transformer's blocks. ValueError: the U-Net, or ZeRO stage 3, whose hooks cut every graph."""
+    if not isinstance(backbone, CompiledByBlock):
+        raise ValueError(
+            "train.compile is true, but only blocks of the DiT and of Wan are compiled; set it to false"
+        )
     if settings.get("zero_optimization", {}).get("stage") == 3:
         raise ValueError(
             "train.compile is true with ZeRO stage 3, which gathers parameters in between; use stage 2"

@@ -12,15 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from dit_booth.attention import FrameCache, FrameIndices, FramePlan
 from dit_booth.inject import Injection, Latents, Modulation, Site, no_injection
 from dit_booth.models.clip.encoders import Text
-from dit_booth.models.dit.blocks import BlockModulation, DiTBlock, DiTInputs, ShiftScaleGate, TokenConv
+from dit_booth.models.dit.blocks import BlockModulation, DiTBlock, DiTInputs, TokenConv
 from dit_booth.models.dit.config import SIZES, DiTConfig
 from dit_booth.models.frames import FrameLayout, make_frame_cache
-from dit_booth.models.layers import (
-    allow_einops_in_graph,
-    frame_timesteps,
-    name_linear_sites,
-    timestep_embedding,
-)
+from dit_booth.models.layers import compile_each, frame_timesteps, name_linear_sites, timestep_embedding
+from dit_booth.models.modulation import ShiftScaleGate
 from dit_booth.models.positions import (
     ImageRotary,
     frame_embedding,
@@ -145,7 +141,7 @@ class VideoDiT(nn.Module):
             return shared
         dim = self.config.shape.hidden // self.config.shape.heads
         grid = (height, width, dim, x.device, x.dtype, riflex)
-        rotary, image = rotary_3d(frames.positions, *grid), ImageRotary.build(-context, *grid)
+        rotary, image = rotary_3d(frames.positions, *grid), ImageRotary.build(-context, -context, *grid)
         per_frame = frames.temporal_plan is not None
         temporal = rotary_frames(
             frames.positions, dim, x.device, x.dtype, group_per_frame=per_frame, riflex=riflex
@@ -174,16 +170,8 @@ class VideoDiT(nn.Module):
         return out
 
     def compile_blocks(self, **options: object) -> None:
-        """Compile each block with torch.compile; equal blocks share code, so this costs about one compilation.
-
-        The options are torch.compile's. Parameter names stay.
-        """
-        # A tap that reads its site's name is recompiled for each block.
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(self.blocks))
-        allow_einops_in_graph()
-        for block in self.blocks:
-            block.compile(**{"fullgraph": True, "dynamic": False, **options})
+        """Compile each block with torch.compile (`compile_each`)."""
+        compile_each(self.blocks, **options)
 
     def sites(self) -> list[Site]:
         """Return every site of the backbone, in the order of the forward pass."""

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dit_booth.attention import FrameIndices, Frames, Riflex
 from dit_booth.attention.plans import seen_by_all
-from dit_booth.inject import Injection, Modulation, Role, Site
-from dit_booth.models.layers import Attention, Linear, timestep_embedding
+from dit_booth.inject import Injection, Role
+from dit_booth.models.layers import Attention, Linear, Sole
 from dit_booth.models.positions import ImageRotary, Rotary, rotary_3d, rotary_frames
 from dit_booth.models.unet.config import UNetConfig
 
@@ -76,22 +76,6 @@ class PointwiseFrameConv(PointwiseConv):
         return rearrange(y, "b f c (h w) -> b f c h w", h=x.shape[-2])
 
 
-class TimestepEmbedding(nn.Module):
-    """t (...) -> (... dim) through the `modulation` port, whose source is the sinusoidal embedding (... width)."""
-
-    def __init__(self, name: str, width: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-        self.width = width
-        self.site = Site(name=name, port="modulation", role="time", dim=dim)
-
-    def forward(self, t: Tensor, dtype: torch.dtype, inject: Injection) -> Tensor:
-        source = timestep_embedding(t, self.width).to(dtype)
-        t_emb = self.linear_2(F.silu(self.linear_1(source)))
-        return inject(self.site, Modulation(t_emb, source)).vector
-
-
 class Resample(nn.Module):
     """3x3 convolution that halves the side (stride 2), or follows nearest-neighbour scaling to `size`."""
 
@@ -137,14 +121,6 @@ class UNetAttention(Attention):
         rotary = config.positions == "rotary" and role != "text"
         super().__init__(name, role, dim, config.heads, source_dim, kernel=config.attention, rotary=rotary)
         self.add_module("to_out", Sole(self.to_out))
-
-
-class Sole(nn.Sequential):
-    """One layer, under the name ``0``."""
-
-    def forward(self, x: Tensor, inject: Injection) -> Tensor:  # type: ignore[override]
-        y: Tensor = self[0](x, inject)
-        return y
 
 
 class GEGLU(nn.Module):
@@ -240,7 +216,7 @@ class VideoTransformer(nn.Module):
         if shared.frame_positions is not None:
             grid = (h, w, y.shape[-1] // self.heads, x.device, x.dtype, shared.riflex)
             rotary = rotary_3d(shared.frame_positions, *grid)
-            image_rotary = ImageRotary.build(-shared.context, *grid)
+            image_rotary = ImageRotary.build(-shared.context, -shared.context, *grid)
         for block in self.transformer_blocks:
             y = block(y, shared, rotary, image_rotary)
         y = self.proj_out(y)

@@ -15,13 +15,12 @@ from dit_booth.attention import FrameCache, FramePlan
 from dit_booth.inject import Injection, Latents, Site, no_injection
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.frames import FrameLayout, make_frame_cache
-from dit_booth.models.layers import Attention, frame_timesteps, name_linear_sites
+from dit_booth.models.layers import Attention, TimestepEmbedding, frame_timesteps, name_linear_sites
 from dit_booth.models.unet.blocks import (
     FrameConv,
     MidLevel,
     PointwiseFrameConv,
     ResnetBlock,
-    TimestepEmbedding,
     TransformerBlock,
     UNetInputs,
     VideoNorm,

@@ -120,7 +120,10 @@ def _read_changes(
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     downs = {name.removesuffix(".lora_A.weight") for name in mine if name.endswith(".lora_A.weight")}
     known = {f"{layer}.{part}" for layer in downs for part in ("lora_A.weight", "lora_B.weight", "alpha")}
-    wrong = [*sorted(mine.keys() - known), *(f"{layer}.lora_B.weight" for layer in downs if f"{layer}.lora_B.weight" not in mine)]
+    wrong = [
+        *sorted(mine.keys() - known),
+        *(f"{layer}.lora_B.weight" for layer in downs if f"{layer}.lora_B.weight" not in mine),
+    ]
     if not downs or wrong or config.get("use_dora"):
         found = ", ".join(wrong[:3] or sorted(state)[:3]) or "nothing"
         raise ValueError(
