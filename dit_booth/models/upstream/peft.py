@@ -20,7 +20,7 @@ from dit_booth.models.upstream.stable_diffusion import is_video_only
 
 KEY = "lora_adapter_metadata"
 """Name of the metadata entry under which diffusers writes PEFT's configuration."""
-PREFIXES = {"unet": "unet", "dit": "transformer"}
+PREFIXES = {"unet": "unet", "dit": "transformer", "wan": "transformer"}
 """Backbone -> the component of a diffusers pipeline that it stands for."""
 TAPS = "lora.taps."
 
@@ -120,12 +120,10 @@ def _read_changes(
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     downs = {name.removesuffix(".lora_A.weight") for name in mine if name.endswith(".lora_A.weight")}
     known = {f"{layer}.{part}" for layer in downs for part in ("lora_A.weight", "lora_B.weight", "alpha")}
-    wrong = [
-        *sorted(mine.keys() - known),
-        *(f"{layer}.lora_B.weight" for layer in downs if f"{layer}.lora_B.weight" not in mine),
-    ]
-    if not downs or wrong or config.get("use_dora"):
-        found = ", ".join(wrong[:3] or sorted(state)[:3]) or "nothing"
+    halves = [layer for layer in downs if f"{layer}.lora_B.weight" not in mine]
+    unknown = sorted(mine.keys() - known)
+    if not downs or halves or unknown or config.get("use_dora"):
+        found = ", ".join((unknown or halves or sorted(state))[:3]) or "nothing"
         raise ValueError(
             f"{source} is no LoRA of {prefix[:-1]} layers (it has {found}); give one that diffusers or PEFT wrote,"
             f" with names such as {prefix}...to_q.lora_A.weight and .lora_B.weight, without DoRA and biases"
