@@ -165,15 +165,17 @@ def test_alpha_is_in_the_metadata_in_a_tensor_or_the_rank() -> None:
 
 
 def test_kohyas_names_are_diffusers_business() -> None:
-    at = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    state = {
-        f"{at}.lora_down.weight": torch.ones(2, 3),
-        f"{at}.lora_up.weight": torch.ones(4, 2),
-        f"{at}.alpha": torch.tensor(1.0),
-    }
+    layers = ("attn2_to_k", "attn1_to_out_0", "ff_net_0_proj")
+    state = {}
+    for layer in layers:
+        at = f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{layer}"
+        state[f"{at}.lora_down.weight"], state[f"{at}.lora_up.weight"] = torch.ones(2, 3), torch.ones(4, 2)
+        state[f"{at}.alpha"] = torch.tensor(1.0)
     lora = from_peft(state, {}, "unet", "x")
     assert lora[:2] == (2, 1.0)
-    assert lora.layers == ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
+    assert sorted(layer.partition("transformer_blocks.0.")[2] for layer in lora.layers) == [
+        *("attn1.to_out.0", "attn2.to_k", "ff.net.0.proj")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -196,8 +198,7 @@ def test_an_adapter_goes_out_and_comes_back_by_the_command(
 ) -> None:
     """On the toy world's DiT, whose layers a file of ours names as diffusers would."""
     names = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("attn1.to_q", "mlp.2")]
-    pipe = dit_booth.load("toyworld", settings={"strategy": "none", "sampler": {"steps": 2}}, device="cpu")
-    layers = dict(pipe.model.backbone.named_modules())
+    layers = dict(dit_booth.create_model("dit-nano").backbone.named_modules())
     state = {}
     for name in names:
         down, up = torch.randn(2, layers[name].in_features), torch.randn(layers[name].out_features, 2)

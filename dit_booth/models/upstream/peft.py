@@ -109,8 +109,10 @@ def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     theirs, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(state))
-    scalars = {name: torch.tensor(float(alpha)) for name, alpha in (alphas or {}).items()}
-    return {**convert_unet_state_dict_to_peft(theirs), **scalars}
+    scalars = {name.removesuffix(".alpha"): torch.tensor(float(y)) for name, y in (alphas or {}).items()}
+    scalars = convert_unet_state_dict_to_peft(scalars)
+    alphas_of_layers = {f"{name.removesuffix('.lora_A.weight')}.alpha": y for name, y in scalars.items()}
+    return {**convert_unet_state_dict_to_peft(theirs), **alphas_of_layers}
 
 
 def _read_changes(
