@@ -46,7 +46,7 @@ class VideoWan(nn.Module):
         super().__init__()
         depth, hidden, _, _ = config.shape
         out_channels = out_channels or channels
-        self.config, self.plan = config, FramePlan(config.plan)
+        self.config, self.plan, self.text_dim = config, FramePlan(config.plan), text_dim
         self.temporal_plan: FramePlan | None = None  # no temporal attention
         self.patch_embedding = PatchEmbedding(channels, config.condition_channels, hidden, config.patch)
         self.condition_embedder = ConditionEmbedder(config, text_dim)
