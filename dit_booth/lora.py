@@ -54,17 +54,20 @@ def import_lora(
     """Write a LoRA file of diffusers or PEFT as an adapter that `dit_booth.load` takes; return lines about it.
 
     config, settings: the run that it belongs to (`RunConfig.create`): backbone, weights and encoders. Its strategy
-    becomes `lora`, with the file's rank, alpha and layers. ValueError: the file does not fit the backbone.
+    becomes `lora`, with the file's rank, alpha and layers, and its schedule that of `lora`. ValueError: the file does
+    not fit the backbone.
     """
     file = Path(file).expanduser()
-    given = {**(settings or {}), "strategy": "lora"}
+    given = {**(settings or {}), "strategy": "lora", "schedule": [], "strategy_weights": []}
     base = RunConfig.create(config, **given)
     lora = from_peft(read(file), read_metadata(file), base.backbone, str(file))
     with torch.device("meta"):
         backbone = build_backbone(base.network, channels=4, text_dim=8, text_embed_dim=8)
     globs = shortest_globs(lora.layers, linear_sites(backbone), str(file))
     built = build(
-        RunConfig.create(config, **given, lora={"rank": lora.rank, "alpha": lora.alpha, "layers": globs})
+        RunConfig.create(
+            config, **given, lora={"rank": lora.rank, "alpha": lora.alpha, "layers": globs, "where": "*"}
+        )
     )
     load_strategy_weights(built.model.strategy, lora.state, str(file))
     write(Path(out), part(built.model.state_dict(), "strategy."), built.adapter_metadata())

@@ -1,7 +1,7 @@
 """Exchange LoRA files with diffusers and PEFT.
 
     dit-booth lora export runs/lora-unet-0a1b2c3d --out lora.safetensors
-    dit-booth lora import lora.safetensors --out adapter.safetensors --set backbone=unet weights=stable-diffusion-v1-4
+    dit-booth lora import lora.safetensors --out adapter.safetensors --config videobooth_unet --set weights=SD_FOLDER
 
 What is exported, `load_lora_weights` of a diffusers pipeline takes; what is imported, `dit_booth.load` and
 `--strategy-weights` do. `dit-booth lora import --help` and so on tell the options; docs/lora.md, the names.

@@ -178,6 +178,24 @@ def test_kohyas_names_are_diffusers_business() -> None:
     ]
 
 
+def test_names_of_wans_original_layers_are_diffusers_business() -> None:
+    """diffusers puts alpha / r into the tensors."""
+    state = {}
+    for layer in ("self_attn.q", "cross_attn.o", "ffn.0"):
+        at = f"diffusion_model.blocks.0.{layer}"
+        state[f"{at}.lora_down.weight"], state[f"{at}.lora_up.weight"] = torch.ones(2, 3), torch.ones(4, 2)
+        state[f"{at}.alpha"] = torch.tensor(1.0)
+    lora = from_peft(state, {}, "wan", "x")
+    assert sorted(lora.layers) == [
+        f"blocks.0.{at}" for at in ("attn1.to_q", "attn2.to_out.0", "ffn.net.0.proj")
+    ]
+    change = (
+        lora.state["lora.taps.blocks.0.attn1.q.up.weight"]
+        @ lora.state["lora.taps.blocks.0.attn1.q.down.weight"]
+    )
+    assert (lora.alpha / lora.rank * change == 1.0).all(), "1/2 of 1 + 1"
+
+
 @pytest.mark.parametrize(
     ("state", "about", "said"),
     [

@@ -78,7 +78,7 @@ def from_peft(state: Mapping[str, Tensor], metadata: Mapping[str, str], backbone
     `up`. ValueError: the file holds something else than low-rank changes of this backbone's linear layers.
     """
     prefix = PREFIXES[backbone]
-    changes = _read_changes(_rename(state), _configuration(metadata, prefix), f"{prefix}.", source)
+    changes = _read_changes(_rename(state, backbone), _configuration(metadata, prefix), f"{prefix}.", source)
     rank = max(len(change.down) for change in changes.values())
     kinds = {(len(change.down), change.scale) for change in changes.values()}
     if len(kinds) == 1:
@@ -101,14 +101,23 @@ def _configuration(metadata: Mapping[str, str], prefix: str) -> dict[str, Any]:
     return mine or found
 
 
-def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return diffusers' names for those of other tools, as far as diffusers knows them (kohya's ``lora_unet_*``)."""
-    if not all(name.startswith(("lora_unet_", "lora_te")) for name in state):
-        return dict(state)
+def _rename(state: Mapping[str, Tensor], backbone: str) -> dict[str, Tensor]:
+    """Return diffusers' names for those of other tools, as far as diffusers converts them.
+
+    These are kohya's for the U-Net (``lora_unet_*``), and those of Wan's original layers (``diffusion_model.*``).
+    """
+    copies = {name: tensor.clone() for name, tensor in state.items()}  # diffusers scales in place
+    if backbone == "wan" and any(name.startswith(("diffusion_model.", "lora_unet_")) for name in state):
+        from diffusers.loaders import WanLoraLoaderMixin
+
+        converted: dict[str, Tensor] = WanLoraLoaderMixin.lora_state_dict(copies)
+        return converted
+    if backbone != "unet" or not any(name.startswith("lora_unet_") for name in state):
+        return copies
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
-    theirs, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(state))
+    theirs, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(copies)
     scalars = {name.removesuffix(".alpha"): torch.tensor(float(y)) for name, y in (alphas or {}).items()}
     scalars = convert_unet_state_dict_to_peft(scalars)
     alphas_of_layers = {f"{name.removesuffix('.lora_A.weight')}.alpha": y for name, y in scalars.items()}
