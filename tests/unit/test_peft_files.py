@@ -204,6 +204,8 @@ def test_names_of_wans_original_layers_are_diffusers_business() -> None:
         ({**small(), "unet.a.lora_magnitude_vector": torch.ones(1)}, {}, r"it has a\.lora_magnitude_vector"),
         (dict(list(small().items())[:1]), {}, "is no LoRA"),
         (small(), {KEY: '{"unet.use_dora": true}'}, "without DoRA"),
+        (small(), {KEY: "[1"}, "is no JSON object"),
+        (small(), {KEY: '{"unet.alpha_pattern": {"(a+)+": 1}}'}, "only names of layers are read"),
     ],
 )
 def test_other_files_are_refused(state: dict[str, Tensor], about: dict[str, str], said: str) -> None:

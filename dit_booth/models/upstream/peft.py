@@ -78,7 +78,8 @@ def from_peft(state: Mapping[str, Tensor], metadata: Mapping[str, str], backbone
     `up`. ValueError: the file holds something else than low-rank changes of this backbone's linear layers.
     """
     prefix = PREFIXES[backbone]
-    changes = _read_changes(_rename(state, backbone), _configuration(metadata, prefix), f"{prefix}.", source)
+    config = _configuration(metadata, prefix, source)
+    changes = _read_changes(_rename(state, backbone), config, f"{prefix}.", source)
     rank = max(len(change.down) for change in changes.values())
     kinds = {(len(change.down), change.scale) for change in changes.values()}
     if len(kinds) == 1:
@@ -94,9 +95,14 @@ def from_peft(state: Mapping[str, Tensor], metadata: Mapping[str, str], backbone
     return Lora(rank, alpha, tensors)
 
 
-def _configuration(metadata: Mapping[str, str], prefix: str) -> dict[str, Any]:
-    """Return PEFT's configuration in a file's metadata, empty if there is none."""
-    found: dict[str, Any] = json.loads(metadata.get(KEY, "{}"))
+def _configuration(metadata: Mapping[str, str], prefix: str, source: str) -> dict[str, Any]:
+    """Return PEFT's configuration in a file's metadata, empty if there is none. ValueError: it is no JSON object."""
+    try:
+        found: dict[str, Any] = dict(json.loads(metadata.get(KEY, "{}")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source}: {KEY} in its metadata is no JSON object ({error}); save it again"
+        ) from error
     mine = {k.removeprefix(f"{prefix}."): v for k, v in found.items() if k.startswith(f"{prefix}.")}
     return mine or found
 
@@ -150,9 +156,17 @@ def _read_changes(
 
 
 def _alpha(layer: str, config: Mapping[str, Any], rank: int) -> float:
-    """Return a layer's alpha: by the first of PEFT's patterns that its path ends with, else the common one, else r."""
+    """Return a layer's alpha: by the first of PEFT's patterns that its path ends with, else the common one, else r.
+
+    ``^`` before a pattern: it is the whole path. ValueError: a pattern is a regular expression otherwise.
+    """
     for pattern, alpha in config.get("alpha_pattern", {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+        name = pattern.removeprefix("^")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ValueError(
+                f"alpha_pattern has {pattern!r} in {KEY}; only names of layers are read: save it with these"
+            )
+        if layer == name or (name == pattern and layer.endswith(f".{name}")):
             return float(alpha)
     return float(config.get("lora_alpha", rank))
 
