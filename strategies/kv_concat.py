@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dit_booth.anchors import At
+from dit_booth.anchors import At, check_place
 from dit_booth.attention import FramePlan, Segment, attend
 from dit_booth.attention.cover import put, take
 from dit_booth.errors import check_ranges
@@ -36,16 +36,13 @@ class KVConcatConfig(AnchoredConfig):
     rank: int = 128
     """low_rank: rank of the changes."""
     reference_place: Place = "backbone"
-    """Rotary place of the reference's keys: the backbone's own (frame 0; on Wan wan.reference_place), before (the frame
-    before frame 0) or beyond (that frame, with rows and columns that start where the video's end: Stand-In)."""
+    """Rotary place of the reference's keys: the backbone's own, before frame 0, or beyond the video (docs/lora.md)."""
 
     def __post_init__(self) -> None:
         self.check_anchors("kv_concat")
         check_ranges(self, "kv_concat", reference_frames="[1, 100000]", rank="[1, 65536]")
         if self.projections == "low_rank" and self.train_frame_kv:
-            raise ValueError(
-                "kv_concat.projections low_rank needs the backbone's keys; set train_frame_kv false"
-            )
+            raise ValueError("kv_concat.projections is low_rank; set kv_concat.train_frame_kv to false")
         if self.reference_frames > 1 and self.reference_noise == "clean":
             raise ValueError(
                 f"kv_concat.reference_frames is {self.reference_frames} with reference_noise=clean (all equal); use 1"
@@ -63,11 +60,7 @@ class KVConcat(Strategy):
         super().__init__(config, sites)
         self.noise, self.copies = config.reference_noise, config.reference_frames
         chosen = sites.match(config.where, port="qkv", role="cross_frame")
-        if config.reference_place != "backbone" and not all(site.rotary for site in chosen):
-            raise ValueError(
-                f"kv_concat.reference_place {config.reference_place} needs rotary positions; set the backbone's"
-                " positions to rotary, or reference_place to backbone"
-            )
+        check_place("kv_concat.reference_place", config.reference_place, chosen)
         self.readers = {site.name: self.attach(site, ReferenceKV(site, config)) for site in chosen}
         self.low_rank = config.projections == "low_rank"
         if self.low_rank:

@@ -112,7 +112,9 @@ def test_keys_of_the_reference_are_turned_by_their_place(place: Place, frame: in
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="low_rank needs the backbone's keys; set train_frame_kv false"):
+    with pytest.raises(ValueError, match=r"projections is low_rank; set kv_concat\.train_frame_kv to false"):
         KVConcatConfig(projections="low_rank")
-    with pytest.raises(ValueError, match="reference_place beyond needs rotary positions"):
+    with pytest.raises(
+        ValueError, match="reference_place is beyond, and the backbone has no rotary positions"
+    ):
         stand_in(place="beyond")
