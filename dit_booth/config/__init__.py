@@ -259,7 +259,12 @@ class RunConfig:
     @property
     def network(self) -> DiTConfig | UNetConfig | WanConfig:
         """The section of the chosen backbone."""
-        return {"dit": self.dit, "unet": self.unet, "wan": self.wan}[self.backbone]
+        networks: dict[str, DiTConfig | UNetConfig | WanConfig] = {
+            "dit": self.dit,
+            "unet": self.unet,
+            "wan": self.wan,
+        }
+        return networks[self.backbone]
 
     def engine_settings(self) -> PlainDict:
         """Read DeepSpeed's settings (`ds_config`). ValueError: there is no such file, or it is not JSON."""

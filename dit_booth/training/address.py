@@ -122,7 +122,7 @@ def _common(config: RunConfig) -> PlainDict:
         "schema": SCHEMA,
         **token,
         **rest,
-        config.backbone: settings[config.backbone],
+        config.backbone: settings.get(config.backbone, {}),
         "weights": _weights(config),
         "strategy_weights": [_local("strategy_weights", source) for source in config.strategy_weights],
         "clip_weights": _local_or_hub(config.clip.pretrained),

@@ -220,6 +220,8 @@ def test_inputs_that_do_not_fit() -> None:
         net(given.x[:, :, :3], given.t, words)
     with pytest.raises(ValueError, match=r"image states were given, but wan\.image_dim is 0"):
         net(given.x, given.t, words, image=torch.zeros(2, 7, 20, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"text\.tokens is \(2, 512, 9\); give \(b l c\) with c = 24"):
+        net(given.x, given.t, Text(given.tokens[..., :9], given.tokens[:, 0]))
     zeros = torch.zeros(2, 3, 5, 6, 4, dtype=torch.float64)
     assert torch.equal(net(given.x, given.t, words), net(torch.cat([given.x, zeros], dim=2), given.t, words))
 

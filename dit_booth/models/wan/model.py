@@ -163,7 +163,7 @@ class PatchEmbedding(nn.Conv3d):
         super().__init__(channels + condition_channels, hidden, sides, sides)
         self.patch, self.channels = patch, channels
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """Latents (b f c h w) -> tokens (b f n d), with zeros for condition channels that x has not.
 
         added: b f d h w, of the tokens' grid, to add to the embedded patches. ValueError: a shape does not fit.
@@ -225,6 +225,13 @@ class TextEmbedder(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(dim, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """ValueError: the tokens are of another text encoder."""
+        width = self.linear_1.in_features
+        if tokens.shape[-1] != width:
+            raise ValueError(
+                f"text.tokens is {tuple(tokens.shape)}; give (b l c) with c = {width}, the width of the text encoder"
+                " that these weights read"
+            )
         y: Tensor = self.linear_2(F.gelu(self.linear_1(tokens), approximate="tanh"))
         return y
 
@@ -238,5 +245,5 @@ class ImageEmbedder(nn.Module):
         self.ff = FeedForward(dim, dim, hidden, approximate="none")
 
     def forward(self, states: Tensor, inject: Injection) -> Tensor:
-        y = self.ff(self.norm1(states).to(states.dtype), inject)
-        return self.norm2(y).to(states.dtype)
+        y: Tensor = self.norm2(self.ff(self.norm1(states).to(states.dtype), inject))
+        return y.to(states.dtype)
