@@ -183,7 +183,7 @@ class Layer(Protocol):
     def keys(self, k: Tensor) -> Tensor:
         """Apply QK-norm and rotary positions to keys in heads (b g m k d)."""
 
-    def image_keys(self, k: Tensor, place: Place) -> Tensor:
+    def image_keys(self, k: Tensor, place: Place = "backbone") -> Tensor:
         """Apply QK-norm and the rotary positions of a reference at a place to keys in heads (b 1 m k d)."""
 
 
@@ -200,7 +200,7 @@ class PlainLayer:
     def keys(self, k: Tensor) -> Tensor:
         return k
 
-    def image_keys(self, k: Tensor, place: Place) -> Tensor:
+    def image_keys(self, k: Tensor, place: Place = "backbone") -> Tensor:
         return self.keys(k)
 
 

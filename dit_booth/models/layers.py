@@ -149,7 +149,7 @@ class HeadNorm(NamedTuple):
         k = self.norm_k(k)
         return k if self.rotary is None else self.rotary.apply(k)
 
-    def image_keys(self, k: Tensor, place: Place) -> Tensor:
+    def image_keys(self, k: Tensor, place: Place = "backbone") -> Tensor:
         k = (self.norm_k if self.norm_image is None else self.norm_image)(k)
         return k if self.image_rotary is None else self.image_rotary.at(place).apply(k)
 
