@@ -244,6 +244,6 @@ class ImageEmbedder(nn.Module):
         self.norm1, self.norm2 = WideLayerNorm(dim), WideLayerNorm(hidden)
         self.ff = FeedForward(dim, dim, hidden, approximate="none")
 
-    def forward(self, states: Tensor, inject: Injection) -> Tensor:
+    def forward(self, states: Tensor, inject: Injection = no_injection) -> Tensor:
         y: Tensor = self.norm2(self.ff(self.norm1(states).to(states.dtype), inject))
         return y.to(states.dtype)
