@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dit_booth.config import RunConfig as RunConfig
+    from dit_booth.lora import export_lora as export_lora
+    from dit_booth.lora import import_lora as import_lora
     from dit_booth.models.registry import create_model as create_model
     from dit_booth.models.registry import list_models as list_models
     from dit_booth.pipeline import Pipeline as Pipeline
@@ -29,6 +31,8 @@ _HOMES = {
     "RunConfig": "dit_booth.config",
     "Video": "dit_booth.sampling.video",
     "create_model": "dit_booth.models.registry",
+    "export_lora": "dit_booth.lora",
+    "import_lora": "dit_booth.lora",
     "list_models": "dit_booth.models.registry",
     "list_strategies": "dit_booth.strategy",
     "load": "dit_booth.pipeline",

@@ -1,4 +1,4 @@
-"""Anchors of the image: the frames of a video that it reaches."""
+"""Anchors of the image: the frames of a video that it reaches, and its rotary place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from dit_booth.inject import QKV, Latents, Tap
+from dit_booth.inject import QKV, Latents, Place, Site, Tap
 
 At = Literal["first", "keyframes", "all"]
 
@@ -23,6 +23,15 @@ class ReferenceAt(NamedTuple):
 
 
 EVERY_FRAME = ReferenceAt()
+
+
+def check_place(field: str, place: Place, sites: Sequence[Site]) -> None:
+    """Raise ValueError if attentions lack the rotary positions that a reference's place, an option `field`, needs."""
+    if place != "backbone" and not all(site.rotary for site in sites):
+        raise ValueError(
+            f"{field} is {place}, and the backbone has no rotary positions; set its positions to rotary, or {field} to"
+            " backbone"
+        )
 
 
 @dataclass(frozen=True)

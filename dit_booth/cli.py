@@ -75,6 +75,12 @@ COMMANDS = {
         "ask people: a page of pairs, answers, analysis",
         "dit-booth study make runs/a runs/b --out studies/first",
     ),
+    "lora": Command(
+        "dit_booth.commands.lora",
+        "ImportArguments",
+        "exchange LoRA files with diffusers and PEFT",
+        "dit-booth lora export runs/RUN --out lora.safetensors",
+    ),
     "strategies": Command(
         "dit_booth.commands.strategies",
         "StrategiesArguments",

@@ -14,6 +14,7 @@ argument. A port is narrow: a payload, never the layer itself.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 from dit_booth.attention import Clip, Frames, Segment, WindowFusion, attend
 from dit_booth.errors import suggest
 
-Port = Literal["prompt", "latents", "modulation", "qkv"]
-Role = Literal["cross_frame", "text", "temporal", "time", "block", "entry", "exit", "words"]
+Port = Literal["prompt", "latents", "modulation", "qkv", "linear"]
+Role = Literal["cross_frame", "text", "temporal", "time", "block", "entry", "exit", "words", "linear"]
+Place = Literal["backbone", "before", "beyond"]
+"""Rotary place of a reference's keys: the backbone's own (frame 0; on Wan `wan.reference_place`); the frame before
+frame 0; that frame, with rows and columns that start where the video's end (Stand-In, arXiv 2508.07901)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,14 +46,15 @@ class Site:
     role: Role
     dim: int
     heads: int = 1
+    rotary: bool = False  # qkv: if queries and keys get rotary positions
     projections: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
     embed: nn.Conv2d | nn.Conv3d | None = field(
         default=None, repr=False
     )  # entry: the layer that embeds the latents
-    leaf: str = field(init=False, repr=False)  # the name's last part: the same in every block
+    leaf: str = field(init=False, repr=False)  # the name inside its block: the same in every block
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "leaf", self.name.rpartition(".")[2])
+        object.__setattr__(self, "leaf", re.sub(r"^.*blocks\.\d+\.", "", self.name))
 
     def copy_of(self, projection: str, from_width: int = 0) -> nn.Linear:
         """Return a trainable copy of one of the site's projections (VideoBooth clones ``to_k`` and ``to_v``).
@@ -73,7 +78,7 @@ class Dims(NamedTuple):
 
 @dataclass(frozen=True)
 class Sites:
-    """All sites of a model, in the order of the forward pass, with its `Dims`."""
+    """All sites of a model, in the order of the forward pass, then its linear layers'; with its `Dims`."""
 
     items: tuple[Site, ...]
     image_dim: int
@@ -146,6 +151,14 @@ class Modulation:
     source: Tensor  # b c, or f b c
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Port ``linear``: what a linear layer makes (y) of its input (x), wherever the layer is used."""
+
+    x: Tensor  # ... c
+    y: Tensor  # ... d
+
+
 class KV(NamedTuple):
     """The image's projected keys and values for one attention, before the split into heads."""
 
@@ -170,8 +183,8 @@ class Layer(Protocol):
     def keys(self, k: Tensor) -> Tensor:
         """Apply QK-norm and rotary positions to keys in heads (b g m k d)."""
 
-    def image_keys(self, k: Tensor) -> Tensor:
-        """Apply QK-norm and the rotary position of a reference to keys in heads (b 1 m k d)."""
+    def image_keys(self, k: Tensor, place: Place = "backbone") -> Tensor:
+        """Apply QK-norm and the rotary positions of a reference at a place to keys in heads (b 1 m k d)."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,7 @@ class PlainLayer:
     def keys(self, k: Tensor) -> Tensor:
         return k
 
-    def image_keys(self, k: Tensor) -> Tensor:
+    def image_keys(self, k: Tensor, place: Place = "backbone") -> Tensor:
         return self.keys(k)
 
 
@@ -235,21 +248,21 @@ class QKV:
         """Return a copy with further segments in the joint softmax."""
         return replace(self, segments=self.segments + segments)
 
-    def reading_image(self, kv: KV, frames: Frames | None = None) -> QKV:
+    def reading_image(self, kv: KV, frames: Frames | None = None, place: Place = "backbone") -> QKV:
         """Return a copy that reads the image's keys and values: the `readers` do, or as `frames` say."""
-        return self.reading(self.image(kv, frames))
+        return self.reading(self.image(kv, frames, place))
 
-    def image(self, kv: KV, frames: Frames | None = None) -> Segment:
+    def image(self, kv: KV, frames: Frames | None = None, place: Place = "backbone") -> Segment:
         """Return the image's keys and values as a segment of one group, read with the image's queries.
 
-        Its position is that of frame 0 of the video (of the first context frame, where there is one); on Wan, as
-        `wan.reference_place` says.
+        Places count from frame 0 of the video (from the first context frame, where there is one).
         """
         k, v = (rearrange(y, "b m c -> b 1 m c") for y in kv)
         if frames is None:
             count = self.q.shape[1]
             frames = tuple((0,) if reads else () for reads in self.readers or (True,) * count)
-        return Segment(self.layer.image_keys(self.heads(k)), self.heads(v), frames, query=self.image_query)
+        keys = self.layer.image_keys(self.heads(k), place)
+        return Segment(keys, self.heads(v), frames, query=self.image_query)
 
     def attended_image(self, kv: KV) -> Tensor:
         """Attend to the image alone, a softmax of its own (b f n k d): zero in frames that do not read it."""
@@ -268,7 +281,7 @@ class QKV:
         return replace(self, segments=())
 
 
-Payload = TypeVar("Payload", PromptTokens, Latents, Modulation, QKV)
+Payload = TypeVar("Payload", PromptTokens, Latents, Modulation, QKV, Projection)
 T = TypeVar("T")
 
 
@@ -302,7 +315,7 @@ class Needs:
     Without noise at the video's timestep they are the same at every sampling step, and so is the condition.
     """
 
-    sites: Sequence[str] = ()  # names of cross-frame sites; empty: no pass
+    sites: Sequence[str] = ()  # names of cross-frame sites, or of linear layers there; empty: no pass
     noise: Noise = (
         "clean"  # "matched": noised to the video's timestep (VideoBooth section 3.3); "clean": timestep 0
     )
@@ -320,7 +333,7 @@ def timestep_of_reference(t: Tensor) -> Tensor:
 
 
 Hidden = Mapping[str, Tensor]
-"""Site name -> the reference's hidden state there (b n c)."""
+"""Site name -> the reference's hidden state there (b n c): an attention's input, or a linear layer's output."""
 
 
 @dataclass(frozen=True)
@@ -413,7 +426,7 @@ no_injection = Injection({})
 
 
 class Recorder(Injection):
-    """An injection that also records the hidden states at sites, while the strategies' taps stay active.
+    """An injection that also records what enters attentions and what leaves linear layers; taps stay active.
 
     The reference never reads the video, so a separate pass equals VideoBooth's lockstep.
     """
@@ -432,10 +445,12 @@ class Recorder(Injection):
 
     def __call__(self, site: Site, payload: Payload) -> Payload:
         name = site.leaf if self.local else site.name
+        tapped = super().__call__(site, payload)
         if name in self.wanted:
-            assert isinstance(payload, QKV), f"{site.name} has no hidden state to record"
-            self.own[name] = payload.x.flatten(1, 2)  # b f n c -> b (f n) c
-        return super().__call__(site, payload)
+            assert isinstance(tapped, QKV | Projection), f"{site.name} has no hidden state to record"
+            state = tapped.x if isinstance(tapped, QKV) else tapped.y
+            self.own[name] = state.flatten(1, 2)  # b f n c -> b (f n) c
+        return tapped
 
     def inside(self, path: str) -> Injection:
         taps = Injection(_below(path, self.taps), subject=self.subject)

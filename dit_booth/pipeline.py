@@ -269,6 +269,7 @@ def _adapter(file: Path, base: str, settings: Mapping[str, object]) -> tuple[Run
     if "settings" not in metadata:
         raise ValueError(
             f"{file} does not tell its run's settings; give the run's folder, or the strategy.safetensors of a run"
+            " (dit-booth lora import makes one of a LoRA of diffusers)"
         )
     start = {"weights": base} if base else {}
     return RunConfig.create(json.loads(metadata["settings"]), **start, **settings), {file: "strategy."}

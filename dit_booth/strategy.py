@@ -98,21 +98,24 @@ class Strategy(nn.Module):
         self.config = config
         self.taps = nn.Module()  # a tree that mirrors the backbone's paths: taps.blocks.3.attn1
         self.attached: dict[str, nn.Module] = {}
+        self.reference_taps = nn.Module()  # the same for taps of the reference's own pass
+        self.attached_to_reference: dict[str, nn.Module] = {}
         self.reference_at = EVERY_FRAME
         if isinstance(config, AnchoredConfig):
             self.reference_at = ReferenceAt(config.reference_at, config.keyframe_every)
 
-    def attach(self, site: Site, tap: M) -> M:
-        """Put a tap at a site. Its parameters are named ``taps.<site>.<parameter>``: names stay reversible."""
-        *path, leaf = site.name.split(".")
-        node = self.taps
-        for part in path:
-            if part not in node._modules:
-                node.add_module(part, nn.Module())
-            node = node.get_submodule(part)
-        node.add_module(leaf, tap)
+    def attach(self, site: Site, tap: M, path: str = "") -> M:
+        """Put a tap at a site. Its parameters are named ``taps.<site>.<parameter>``: names stay reversible.
+
+        path: in the place of the site's name in those of the parameters.
+        """
         self.attached[site.name] = tap
-        return tap
+        return _graft(self.taps, path or site.name, tap)
+
+    def attach_to_reference(self, site: Site, tap: M) -> M:
+        """Put a tap at a site in the reference's own pass alone: ``reference_taps.<site>.<parameter>``."""
+        self.attached_to_reference[site.name] = tap
+        return _graft(self.reference_taps, site.name, tap)
 
     def needs(self) -> Needs:
         """Return what to record of the reference's own pass through the backbone. Default: nothing, no pass."""
@@ -129,6 +132,18 @@ class Strategy(nn.Module):
     def stages(cls) -> frozenset[str]:
         """Return the stages in which this strategy trains parameters of its own or of the backbone."""
         return frozenset((*cls.trains, *cls.trains_backbone))
+
+
+def _graft(tree: nn.Module, path: str, tap: M) -> M:
+    """Add a tap to a tree of modules at a path whose nodes are made as needed."""
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree.get_submodule(part)
+    assert leaf not in tree._modules, f"{path}: attach a layer's tap once, and before those of layers in it"
+    tree.add_module(leaf, tap)
+    return tap
 
 
 class Strategies(nn.Module):
@@ -179,10 +194,13 @@ class Strategies(nn.Module):
         conditions: Mapping[str, Condition] | None = None,
         known: Tensor | None = None,
         clip: Clip | None = None,
+        *,
+        of_reference: bool = False,
     ) -> Injection:
         """Bind the active strategies' taps to their conditions, or, without one, to no image.
 
         known: b f 1 1 1, 1 in frames that are known. clip: the frames of the pass; none: a whole video.
+        of_reference: the pass is the reference's own, which has further taps.
         """
         taps: dict[str, list[Bound]] = {}
         for name in sorted(self.names, key=lambda name: self.part(name).order):
@@ -193,6 +211,9 @@ class Strategies(nn.Module):
                     image = condition.image_at(site)
                     here = tap if at.frames == "all" or image is None else TapAtFrames(tap, at, frames)
                     taps.setdefault(site, []).append((here, image))
+                further = self.part(name).attached_to_reference if of_reference else {}
+                for site, tap in further.items():
+                    taps.setdefault(site, []).append((tap, None))
         return Injection(taps, known=known, clip=clip)
 
 

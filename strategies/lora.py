@@ -1,14 +1,12 @@
-"""LoRA: low-rank changes of the backbone's queries and values (Hu et al., arXiv 2106.09685, sections 4.1 and 4.2)."""
+"""LoRA: low-rank changes of the backbone's linear layers (Hu et al., arXiv 2106.09685, sections 4.1 and 4.2)."""
 
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
 
-from torch import Tensor, nn
-
-from dit_booth.attention import Segment
 from dit_booth.errors import check_ranges
-from dit_booth.inject import QKV, Site, Sites
+from dit_booth.inject import Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
+
+from .parts.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,54 +15,41 @@ class LoraConfig(StrategyConfig):
     """Rank of the change."""
     alpha: float = 8.0
     """The change is scaled by alpha / rank."""
+    layers: tuple[str, ...] = ("*.to_q", "*.to_v")
+    """Globs over the linear layers that are changed: *.to_q *.to_k *.to_v *.to_out* (attention), *.mlp.* (DiT),
+    *.ff.* (U-Net), *.attn1.* (cross-frame attention alone)."""
     where: str = "*"
-    """Glob over the attentions that are changed."""
+    """Glob over the attentions and MLPs whose layers are changed."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "lora", rank="[1, 65536]", alpha="[0, 1000000]")
+        if not self.layers:
+            raise ValueError("lora.layers is empty; name at least one glob, such as *.to_q")
 
 
 @register("lora")
 class Lora(Strategy):
-    """Low-rank changes of queries and values, the paper's choice; alone (DreamBooth), or beside another strategy."""
+    """Low-rank changes of linear layers: queries and values (the paper's choice), or more; alone or beside another."""
 
     Config = LoraConfig
     trains = {"fine": ("*",), "joint": ("*",), "subject": ("*",)}
     identity_at_init = True
     reads_image = False
-    order = -1  # before a strategy that copies or reads these queries
 
     def __init__(self, config: LoraConfig, sites: Sites) -> None:
         super().__init__(config, sites)
-        for site in sites.match(config.where, port="qkv"):
-            self.attach(site, LowRankQV(site, config.rank, config.alpha / config.rank))
+        for site in chosen(config, sites):
+            tap = LowRank(site, config.rank, config.alpha / config.rank)
+            self.attach(site, tap, path=site.name.replace(".to_", "."))
 
 
-class LowRankQV(nn.Module):
-    """W + scale B A for queries and values."""
-
-    def __init__(self, site: Site, rank: int, scale: float) -> None:
-        super().__init__()
-        self.q = LowRank(site.projections["to_q"], rank, scale)
-        self.v = LowRank(site.projections["to_v"], rank, scale)
-
-    def forward(self, qkv: QKV, image: object) -> QKV:
-        assert qkv.layer.raw_q is not None
-        q = qkv.queries(qkv.layer.raw_q + self.q(qkv.x))
-        own, *others = qkv.segments
-        v = own.v + qkv.heads(self.v(qkv.source))
-        return replace(qkv, q=q, segments=(Segment(own.k, v, own.frames), *others))
-
-
-class LowRank(nn.Module):
-    """scale B A x, with B zero at the start."""
-
-    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.down = nn.Linear(base.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * cast(Tensor, self.up(self.down(x)))
+def chosen(config: LoraConfig, sites: Sites) -> list[Site]:
+    """Return the linear layers of `layers` inside `where`. ValueError: a glob matches none, or there are none."""
+    named = {site.name for glob in config.layers for site in sites.match(glob, port="linear")}
+    inside = {site.name for site in sites.match(f"{config.where}.*", port="linear")}
+    found = [site for site in sites.of(port="linear") if site.name in named & inside]
+    if not found:
+        raise ValueError(
+            f"lora.layers {' '.join(config.layers)} and lora.where {config.where} have no layer in common; widen one"
+        )
+    return found

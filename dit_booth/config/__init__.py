@@ -345,6 +345,10 @@ LATER: dict[str, object] = {
     "wan": dataclasses.asdict(WanConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
     **{f"stages.{name}.foreground": False for name in STAGES},
+    "lora.layers": ["*.to_q", "*.to_v"],
+    "kv_concat.projections": "copies",
+    "kv_concat.rank": 128,
+    "kv_concat.reference_place": "backbone",
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
 }

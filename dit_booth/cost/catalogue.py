@@ -13,6 +13,7 @@ from dit_booth.cost.describe import Encoders, GivenText
 from dit_booth.inject import Dims
 from dit_booth.models.assemble import Backbone, assemble, build_backbone
 from dit_booth.models.clip.encoders import TextEncoder
+from dit_booth.models.layers import linear_sites
 from dit_booth.models.registry import MODELS, list_models
 from dit_booth.strategy import Strategy, aliases, failed_plugins, registered
 
@@ -34,7 +35,7 @@ def describe_strategy(cls: type[Strategy]) -> str:
         backbone, text, dims = bare_model(name)
         with torch.device("meta"):
             strategy = assemble(backbone, text, cls.name, dims).strategy.part(cls.name)
-        sites = (*text.sites(), *backbone.sites())
+        sites = (*text.sites(), *backbone.sites(), *linear_sites(backbone))
         ports |= dict.fromkeys(site.port for site in sites if site.name in strategy.attached)
         needs = strategy.needs()
         if needs.sites:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from dit_booth.inject import Dims, Sites
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.injected import Injected
+from dit_booth.models.layers import linear_sites
 from dit_booth.models.text.build import AnyTextEncoder
 from dit_booth.models.unet.model import UNetConfig, VideoUNet
 from dit_booth.models.wan.model import VideoWan, WanConfig
@@ -40,6 +41,6 @@ def assemble(
     options: of the strategies, by name; absent ones keep their defaults. seed: of the strategies' random weights.
     ValueError: an unknown strategy, or one that finds no site here.
     """
-    sites = Sites((*text.sites(), *backbone.sites()), *dims)
+    sites = Sites((*text.sites(), *backbone.sites(), *linear_sites(backbone)), *dims)
     strategy = create(find(strategies), options or {}, sites, seed)
     return Injected(backbone, text, strategy, text.tokenize([text.null_prompt]))

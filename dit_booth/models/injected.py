@@ -103,7 +103,7 @@ class Injected(nn.Module):
         The taps stay active without an image: the reference meets the trained keys and values
         (in the golden tensors the reference's pass uses them too).
         """
-        recorder = Recorder(self.strategy.bind(self.active), sites)
+        recorder = Recorder(self.strategy.bind(self.active, of_reference=True), sites)
         text = self.text(Prompt.without_subject(self.null_ids.expand(len(latent), -1)), recorder)
         self.backbone(latent, t, text, recorder)
         frames = latent.shape[1]

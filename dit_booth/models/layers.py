@@ -1,9 +1,10 @@
-"""Layers that the backbones share: the embedding of the timestep, and attention behind the `qkv` port."""
+"""Layers that the backbones share: the embedding of the timestep, and layers behind the `linear` and `qkv` ports."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -11,8 +12,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dit_booth.attention import Frames, Segment, attend, attend_in_windows
-from dit_booth.inject import QKV, Injection, Modulation, Role, Site
-from dit_booth.models.positions import Rotary
+from dit_booth.inject import QKV, Injection, Modulation, Place, Projection, Role, Site, no_injection
+from dit_booth.models.positions import ImageRotary, Rotary
 
 
 def frame_timesteps(t: Tensor, frames: int, context: int = 0) -> Tensor:
@@ -91,6 +92,41 @@ def allow_einops_in_graph() -> None:
         torch.compiler.allow_in_graph(function)
 
 
+# ---- linear layers -----------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """Linear layer behind the `linear` port. The backbone names its site (`name_linear_sites`)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.site = Site(name="", port="linear", role="linear", dim=out_features)
+
+    def forward(self, x: Tensor, inject: Injection = no_injection) -> Tensor:
+        return inject(self.site, Projection(x, super().forward(x))).y
+
+
+class Sole(nn.Sequential):
+    """One linear layer, under the name ``0`` (upstream's ``to_out.0``)."""
+
+    def forward(self, x: Tensor, inject: Injection = no_injection) -> Tensor:  # type: ignore[override]
+        y: Tensor = self[0](x, inject)
+        return y
+
+
+def name_linear_sites(backbone: nn.Module) -> None:
+    """Give every `Linear` of a backbone the site of its parameter path."""
+    for path, module in backbone.named_modules():
+        if isinstance(module, Linear):
+            module.site = replace(module.site, name=path)
+
+
+def linear_sites(backbone: nn.Module) -> list[Site]:
+    """Return the sites of a backbone's linear layers that have the `linear` port, in the order of its modules."""
+    layers = [module for module in backbone.modules() if isinstance(module, Linear)]
+    return [replace(layer.site, projections={"linear": layer}) for layer in layers]
+
+
 # ---- attention ---------------------------------------------------------------------------------------------
 
 
@@ -102,7 +138,7 @@ class HeadNorm(NamedTuple):
     norm_q: nn.Module
     norm_k: nn.Module
     rotary: Rotary | None
-    image_rotary: Rotary | None = None  # of a reference: one group
+    image_rotary: ImageRotary | None = None  # of a reference: one group
     norm_image: nn.Module | None = None  # of a reference's keys, if not norm_k
 
     def queries(self, q: Tensor) -> Tensor:
@@ -113,9 +149,9 @@ class HeadNorm(NamedTuple):
         k = self.norm_k(k)
         return k if self.rotary is None else self.rotary.apply(k)
 
-    def image_keys(self, k: Tensor) -> Tensor:
+    def image_keys(self, k: Tensor, place: Place = "backbone") -> Tensor:
         k = (self.norm_k if self.norm_image is None else self.norm_image)(k)
-        return k if self.image_rotary is None else self.image_rotary.apply(k)
+        return k if self.image_rotary is None else self.image_rotary.at(place).apply(k)
 
 
 class Projected(Segment):
@@ -154,16 +190,17 @@ class Attention(nn.Module):
         bias: bool = False,
         kernel: str = "auto",
         qk_norm: bool = False,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"{name}: width {dim} is not divisible by {heads} heads")
         source_dim = source_dim or dim
         self.heads, self.kernel = heads, kernel
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(source_dim, dim, bias=bias)
-        self.to_v = nn.Linear(source_dim, dim, bias=bias)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_q = Linear(dim, dim, bias=bias)
+        self.to_k = Linear(source_dim, dim, bias=bias)
+        self.to_v = Linear(source_dim, dim, bias=bias)
+        self.to_out = Linear(dim, dim)
         self.norm_q: nn.Module
         self.norm_k: nn.Module
         self.norm_q, self.norm_k = (
@@ -175,6 +212,7 @@ class Attention(nn.Module):
             role=role,
             dim=dim,
             heads=heads,
+            rotary=rotary,
             projections={"to_q": self.to_q, "to_k": self.to_k, "to_v": self.to_v},
         )
 
@@ -185,23 +223,28 @@ class Attention(nn.Module):
         frames: Frames,
         inject: Injection,
         rotary: Rotary | None = None,
-        image_rotary: Rotary | None = None,
+        image_rotary: ImageRotary | None = None,
     ) -> Tensor:
-        return self.read(inject(self.site, self.project(x, source, frames, rotary, image_rotary)))
+        qkv = self.project(x, source, frames, inject, rotary, image_rotary)
+        return self.read(inject(self.site, qkv), inject)
 
     def project(
         self,
         x: Tensor,
         source: Tensor,
         frames: Frames,
+        inject: Injection,
         rotary: Rotary | None = None,
-        image_rotary: Rotary | None = None,
+        image_rotary: ImageRotary | None = None,
     ) -> QKV:
         """Queries of x, keys and values of the source: the payload of the site. image_rotary: of a reference's keys."""
         norms = self.norm_q, self.norm_k
-        layer = HeadNorm(self.kernel, self.to_q(x), *norms, rotary, image_rotary, self.image_norm())
+        raw_q = self.to_q(x, inject)
+        layer = HeadNorm(self.kernel, raw_q, *norms, rotary, image_rotary, self.image_norm())
         own = Projected.later(
-            lambda: layer.keys(self.split(self.to_k(source))), lambda: self.split(self.to_v(source)), frames
+            lambda: layer.keys(self.split(self.to_k(source, inject))),
+            lambda: self.split(self.to_v(source, inject)),
+            frames,
         )
         return QKV(layer.queries(self.split(layer.raw_q)), (own,), x, source, layer)
 
@@ -212,7 +255,7 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return rearrange(x, "b f n (k d) -> b f n k d", k=self.heads)
 
-    def read(self, qkv: QKV) -> Tensor:
+    def read(self, qkv: QKV, inject: Injection) -> Tensor:
         """The joint softmax over the segments, and what is added, through the output projection: (b f n c)."""
         if not qkv.segments:
             return qkv.x
@@ -221,5 +264,5 @@ class Attention(nn.Module):
         else:
             y = attend_in_windows(qkv.q, qkv.segments, qkv.fusion, qkv.layer.kernel)
         y = y if qkv.added is None else y + qkv.added
-        out: Tensor = self.to_out(rearrange(y, "b f n k d -> b f n (k d)"))
+        out: Tensor = self.to_out(rearrange(y, "b f n k d -> b f n (k d)"), inject)
         return out

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_booth.attention import FrameIndices, Riflex
+from dit_booth.inject import Place
 
 
 def sincos(position: Tensor, dim: int) -> Tensor:
@@ -89,12 +90,13 @@ def rotary_3d(
     device: torch.device,
     dtype: torch.dtype,
     riflex: Riflex | None = None,
+    origin: tuple[int, int] = (0, 0),
     *,
     interleaved: bool = False,
 ) -> Rotary:
     """Angles of frame, row and column for heads of width `dim`: a third of the pairs each, the rest to the frame.
 
-    riflex: of the frame's frequencies. interleaved: see `Rotary`.
+    riflex: of the frame's frequencies. origin: row and column of the first token. interleaved: see `Rotary`.
 
     ValueError: an odd width, or one with no pair for each of the three axes.
     """
@@ -104,7 +106,10 @@ def rotary_3d(
         )
     each = dim // 6
     frame = _angles(frame_positions, dim // 2 - 2 * each, device, riflex)
-    row, column = _angles(range(height), each, device), _angles(range(width), each, device)
+    row, column = (
+        _angles(range(first, first + n), each, device)
+        for first, n in zip(origin, (height, width), strict=True)
+    )
     shape = (len(frame_positions), height, width)
     parts = (
         rearrange(frame, "f p -> f 1 1 p").expand(*shape, -1),
@@ -113,6 +118,39 @@ def rotary_3d(
     )
     rotary = _rotary(rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype)
     return rotary._replace(interleaved=interleaved)
+
+
+class ImageRotary(NamedTuple):
+    """Rotary angles of a reference's tokens at each `Place`; all hold for one group."""
+
+    backbone: Rotary
+    before: Rotary
+    beyond: Rotary
+
+    @classmethod
+    def build(
+        cls,
+        own: int,
+        first: int,
+        height: int,
+        width: int,
+        dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        riflex: Riflex | None = None,
+        *,
+        interleaved: bool = False,
+    ) -> ImageRotary:
+        """Compute the angles as `rotary_3d`. own: the backbone's position of references; first: that of frame 0."""
+        grid = (height, width, dim, device, dtype, riflex)
+        places = ((own, (0, 0)), (first - 1, (0, 0)), (first - 1, (height, width)))
+        return cls(
+            *(rotary_3d((position,), *grid, origin, interleaved=interleaved) for position, origin in places)
+        )
+
+    def at(self, place: Place) -> Rotary:
+        rotary: Rotary = getattr(self, place)
+        return rotary
 
 
 @lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from dit_booth.strategies.in_context import InContextConfig
 from dit_booth.strategies.kv_concat import KVConcatConfig
+from dit_booth.strategies.lora import LoraConfig
 from dit_booth.strategies.query_projection import QueryProjectionConfig
 from dit_booth.strategies.spatial_concat import SpatialConcatConfig
 from dit_booth.strategies.token_bank import TokenBankConfig
@@ -43,12 +44,28 @@ COMPILED_SUMS = (
     "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection",
     "in_context+elite_local+lora+textual_inversion",
 )
+STAND_IN = KVConcatConfig(
+    projections="low_rank",
+    rank=2,
+    train_frame_kv=False,
+    update="direct",
+    reference_at="all",
+    reference_noise="clean",
+)
 SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
     "videobooth": ("videobooth", {}),
     "elite": ("elite", {"token_replacement": TokenReplacementConfig(words=1)}),
     "clean": (
         "kv_concat",
         {"kv_concat": KVConcatConfig(reference_noise="clean", update="direct", reference_at="all")},
+    ),
+    "stand-in": ("kv_concat", {"kv_concat": STAND_IN}),
+    "low-rank changes beside an image": (
+        "kv_concat+lora",
+        {
+            "kv_concat": KVConcatConfig(train_frame_kv=False),
+            "lora": LoraConfig(rank=2, layers=("*.to_*", "*.[mf][lf]*.*")),
+        },
     ),
     "pooled": ("token_bank", {"token_bank": TokenBankConfig(source="latent", kind="pool", pool=2)}),
     "resampled hidden states": (

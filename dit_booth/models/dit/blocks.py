@@ -12,9 +12,9 @@ from dit_booth.attention import Frames
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Modulation, Role, Site
 from dit_booth.models.dit.config import DiTConfig
-from dit_booth.models.layers import Attention
+from dit_booth.models.layers import Attention, Linear
 from dit_booth.models.modulation import ShiftScaleGate
-from dit_booth.models.positions import Rotary
+from dit_booth.models.positions import ImageRotary, Rotary
 
 
 class DiTInputs(NamedTuple):
@@ -24,7 +24,7 @@ class DiTInputs(NamedTuple):
     plan: Frames  # of attn1
     temporal_plan: Frames | None = None  # of attn_temp; none: every frame reads every frame
     rotary: Rotary | None = None  # of attn1
-    image_rotary: Rotary | None = None  # of attn1, for a reference's keys
+    image_rotary: ImageRotary | None = None  # of attn1, for a reference's keys
     temporal_rotary: Rotary | None = None  # of attn_temp
     grid: tuple[int, int] = (0, 0)  # rows and columns of a frame's tokens
     isolated: int = 0  # leading frames that must not see the video, nor text that has seen it
@@ -71,24 +71,34 @@ class TokenConv(nn.Conv2d):
 # ---- MLPs --------------------------------------------------------------------------------------------------
 
 
+class MLP(nn.Sequential):
+    """Two layers of width 4 d around a GELU."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(Linear(hidden, 4 * hidden), nn.GELU("tanh"), Linear(4 * hidden, hidden))
+
+    def forward(self, x: Tensor, inject: Injection) -> Tensor:  # type: ignore[override]
+        up, gelu, down = self
+        y: Tensor = down(gelu(up(x, inject)), inject)
+        return y
+
+
 class SwiGLU(nn.Module):
     """``down(silu(gate(x)) * up(x))``, as many parameters as two layers of width 4 d (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         inner = (8 * hidden // 3 + 7) // 8 * 8
-        self.gate, self.up = nn.Linear(hidden, inner), nn.Linear(hidden, inner)
-        self.down = nn.Linear(inner, hidden)
+        self.gate, self.up = Linear(hidden, inner), Linear(hidden, inner)
+        self.down = Linear(inner, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+    def forward(self, x: Tensor, inject: Injection) -> Tensor:
+        y: Tensor = self.down(nn.functional.silu(self.gate(x, inject)) * self.up(x, inject), inject)
         return y
 
 
 def build_mlp(kind: str, hidden: int) -> nn.Module:
-    if kind == "swiglu":
-        return SwiGLU(hidden)
-    return nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU("tanh"), nn.Linear(4 * hidden, hidden))
+    return SwiGLU(hidden) if kind == "swiglu" else MLP(hidden)
 
 
 # ---- the block ---------------------------------------------------------------------------------------------
@@ -115,6 +125,7 @@ class DiTBlock(nn.Module):
                 bias=True,
                 kernel=config.attention,
                 qk_norm=config.qk_norm,
+                rotary=config.positions == "rotary",
             )
 
         reads_text = kind == "cross_attention" and "attn1" in parts
@@ -139,10 +150,10 @@ class DiTBlock(nn.Module):
             x = self.attend_over_time(self.attn_temp, mod["attn_temp"], x, shared, inject)
         if self.conv is not None:
             x = self.conv(x, shared.grid)
-        x = mod["mlp"].add_residual(x, self.mlp(mod["mlp"].modulate(self.norm(x))))
+        x = mod["mlp"].add_residual(x, self.mlp(mod["mlp"].modulate(self.norm(x)), inject))
         if self.in_context and text is not None:
             own = mod["mlp"].of_frame_0
-            text = own.add_residual(text, self.mlp(own.modulate(self.norm(text))))
+            text = own.add_residual(text, self.mlp(own.modulate(self.norm(text)), inject))
         return x, text
 
     def attend_across_frames(
@@ -162,12 +173,13 @@ class DiTBlock(nn.Module):
             ), text
         own, frames = mod.of_frame_0, x.shape[1]
         g = own.modulate(self.norm(text))
-        words = attention.project(g, g, seen_by_all(1))
-        qkv = attention.project(h, h, shared.plan, shared.rotary, shared.image_rotary)
+        words = attention.project(g, g, seen_by_all(1), inject)
+        qkv = attention.project(h, h, shared.plan, inject, shared.rotary, shared.image_rotary)
         readers = ((),) * shared.isolated + seen_by_all(frames - shared.isolated)
         qkv = inject(attention.site, qkv.reading(replace(words.segments[0], frames=readers)))
         words = words.reading(replace(qkv.segments[0], frames=seen_by_all(1, frames)))
-        return mod.add_residual(x, attention.read(qkv)), own.add_residual(text, attention.read(words))
+        seen, said = attention.read(qkv, inject), attention.read(words, inject)
+        return mod.add_residual(x, seen), own.add_residual(text, said)
 
     def attend_over_time(
         self, attention: Attention, mod: ShiftScaleGate, x: Tensor, shared: DiTInputs, inject: Injection

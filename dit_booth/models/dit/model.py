@@ -15,9 +15,15 @@ from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.blocks import BlockModulation, DiTBlock, DiTInputs, TokenConv
 from dit_booth.models.dit.config import SIZES, DiTConfig
 from dit_booth.models.frames import FrameLayout, make_frame_cache
-from dit_booth.models.layers import compile_each, frame_timesteps, timestep_embedding
+from dit_booth.models.layers import compile_each, frame_timesteps, name_linear_sites, timestep_embedding
 from dit_booth.models.modulation import ShiftScaleGate
-from dit_booth.models.positions import frame_embedding, grid_embedding, rotary_3d, rotary_frames
+from dit_booth.models.positions import (
+    ImageRotary,
+    frame_embedding,
+    grid_embedding,
+    rotary_3d,
+    rotary_frames,
+)
 
 __all__ = ["SIZES", "DiTConfig", "VideoDiT"]
 
@@ -74,6 +80,7 @@ class VideoDiT(nn.Module):
             name="latents.entry", port="latents", role="entry", dim=channels, embed=self.x_embedder.proj
         )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=out_channels)
+        name_linear_sites(self)
         self.initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Text | Tensor, inject: Injection = no_injection) -> Tensor:
@@ -133,10 +140,8 @@ class VideoDiT(nn.Module):
                 )
             return shared
         dim = self.config.shape.hidden // self.config.shape.heads
-        rotary, image = (
-            rotary_3d(positions, height, width, dim, x.device, x.dtype, riflex)
-            for positions in (frames.positions, range(-context, 1 - context))
-        )
+        grid = (height, width, dim, x.device, x.dtype, riflex)
+        rotary, image = rotary_3d(frames.positions, *grid), ImageRotary.build(-context, -context, *grid)
         per_frame = frames.temporal_plan is not None
         temporal = rotary_frames(
             frames.positions, dim, x.device, x.dtype, group_per_frame=per_frame, riflex=riflex

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from dit_booth.attention import FrameIndices, Frames, Riflex
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Role
-from dit_booth.models.layers import Attention
-from dit_booth.models.positions import Rotary, rotary_3d, rotary_frames
+from dit_booth.models.layers import Attention, Linear, Sole
+from dit_booth.models.positions import ImageRotary, Rotary, rotary_3d, rotary_frames
 from dit_booth.models.unet.config import UNetConfig
 
 
@@ -118,8 +118,9 @@ class UNetAttention(Attention):
     """`Attention` under Stable Diffusion's parameter name ``to_out.0``."""
 
     def __init__(self, name: str, role: Role, dim: int, source_dim: int, config: UNetConfig) -> None:
-        super().__init__(name, role, dim, config.heads, source_dim, kernel=config.attention)
-        self.add_module("to_out", nn.Sequential(self.to_out))
+        rotary = config.positions == "rotary" and role != "text"
+        super().__init__(name, role, dim, config.heads, source_dim, kernel=config.attention, rotary=rotary)
+        self.add_module("to_out", Sole(self.to_out))
 
 
 class GEGLU(nn.Module):
@@ -127,10 +128,10 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, dim_out: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * dim_out)
+        self.proj = Linear(dim, 2 * dim_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.proj(x)
+    def forward(self, x: Tensor, inject: Injection) -> Tensor:
+        projected: Tensor = self.proj(x, inject)
         value, gate = projected.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -140,10 +141,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.net(x)
+    def forward(self, x: Tensor, inject: Injection) -> Tensor:
+        gated, _, down = self.net
+        y: Tensor = down(gated(x, inject), inject)
         return y
 
 
@@ -163,13 +165,13 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         shared: UNetInputs,
         rotary: Rotary | None = None,
-        image_rotary: Rotary | None = None,
+        image_rotary: ImageRotary | None = None,
     ) -> Tensor:
         y = self.norm1(x)
         x = x + self.attn1(y, y, shared.plan, shared.inject, rotary, image_rotary)
         text = rearrange(shared.text, "b l c -> b 1 l c")
         x = x + self.attn2(self.norm2(x), text, seen_by_all(x.shape[1]), shared.inject)
-        x = x + self.ff(self.norm3(x))
+        x = x + self.ff(self.norm3(x), shared.inject)
         return x + self.attend_over_time(self.norm_temp(x), shared)
 
     def attend_over_time(self, x: Tensor, shared: UNetInputs) -> Tensor:
@@ -209,15 +211,14 @@ class VideoTransformer(nn.Module):
         b, _, _, h, w = x.shape
         y: Tensor = self.norm(rearrange(x, "b f c h w -> (b f) c h w"))
         y = self.proj_in(rearrange(y, "(b f) c h w -> b f (h w) c", b=b))
-        rotary: tuple[Rotary, ...] = ()
+        rotary: Rotary | None = None
+        image_rotary: ImageRotary | None = None
         if shared.frame_positions is not None:
-            width, image = y.shape[-1] // self.heads, range(-shared.context, 1 - shared.context)
-            rotary = tuple(
-                rotary_3d(positions, h, w, width, x.device, x.dtype, shared.riflex)
-                for positions in (shared.frame_positions, image)
-            )
+            grid = (h, w, y.shape[-1] // self.heads, x.device, x.dtype, shared.riflex)
+            rotary = rotary_3d(shared.frame_positions, *grid)
+            image_rotary = ImageRotary.build(-shared.context, -shared.context, *grid)
         for block in self.transformer_blocks:
-            y = block(y, shared, *rotary)
+            y = block(y, shared, rotary, image_rotary)
         y = self.proj_out(y)
         return x + rearrange(y, "b f (h w) c -> b f c h w", h=h)
 

@@ -15,7 +15,7 @@ from dit_booth.attention import FrameCache, FramePlan
 from dit_booth.inject import Injection, Latents, Site, no_injection
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.frames import FrameLayout, make_frame_cache
-from dit_booth.models.layers import Attention, TimestepEmbedding, frame_timesteps
+from dit_booth.models.layers import Attention, TimestepEmbedding, frame_timesteps, name_linear_sites
 from dit_booth.models.unet.blocks import (
     FrameConv,
     MidLevel,
@@ -63,6 +63,7 @@ class VideoUNet(nn.Module):
             name="latents.entry", port="latents", role="entry", dim=config.in_channels, embed=self.conv_in
         )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=config.out_channels)
+        name_linear_sites(self)
         self.initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Text, inject: Injection = no_injection) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from dit_booth.attention import Frames, Segment, attend
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Role, Site
-from dit_booth.models.layers import Attention
+from dit_booth.models.layers import Attention, Linear, Sole
 from dit_booth.models.modulation import ShiftScaleGate
-from dit_booth.models.positions import Rotary
+from dit_booth.models.positions import ImageRotary, Rotary
 from dit_booth.models.wan.config import WanConfig
 
 
@@ -30,7 +30,7 @@ class WanInputs(NamedTuple):
     image: Tensor | None  # b 1 m d, for the keys of their own that image-to-video weights have
     plan: Frames  # of attn1
     rotary: Rotary  # of attn1
-    image_rotary: Rotary  # of attn1, for a reference's keys
+    image_rotary: ImageRotary  # of attn1, for a reference's keys
 
 
 def wide(x: Tensor) -> Tensor:
@@ -70,12 +70,13 @@ class WanAttention(Attention):
 
     def __init__(self, name: str, role: Role, config: WanConfig, *, reads_image: bool = False) -> None:
         hidden = config.shape.hidden
-        super().__init__(name, role, hidden, config.shape.heads, bias=True, kernel=config.attention)
-        self.add_module("to_out", nn.Sequential(self.to_out))  # upstream's name is to_out.0
+        rotary, heads = role == "cross_frame", config.shape.heads
+        super().__init__(name, role, hidden, heads, bias=True, kernel=config.attention, rotary=rotary)
+        self.add_module("to_out", Sole(self.to_out))
         self.norm_q, self.norm_k = AcrossHeadsNorm(hidden), AcrossHeadsNorm(hidden)
         self.reads_image = reads_image
         if reads_image:
-            self.add_k_proj, self.add_v_proj = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+            self.add_k_proj, self.add_v_proj = Linear(hidden, hidden), Linear(hidden, hidden)
             self.norm_added_k = AcrossHeadsNorm(hidden)
             added = {"add_k_proj": self.add_k_proj, "add_v_proj": self.add_v_proj}
             self.site: Site = replace(self.site, projections={**self.site.projections, **added})
@@ -86,12 +87,12 @@ class WanAttention(Attention):
     def attend_to_text(self, x: Tensor, text: Tensor, image: Tensor | None, inject: Injection) -> Tensor:
         """Attend to the text (b 1 l d), and add a softmax over the image states alone (b 1 m d): (b f n d)."""
         frames = seen_by_all(x.shape[1])
-        qkv = self.project(x, text, frames)
+        qkv = self.project(x, text, frames, inject)
         if image is not None:
-            k, v = self.split(self.add_k_proj(image)), self.split(self.add_v_proj(image))
+            k, v = (self.split(layer(image, inject)) for layer in (self.add_k_proj, self.add_v_proj))
             added = Segment(self.norm_added_k(k), v, frames)
             qkv = qkv.adding(attend(qkv.q, (added,), self.kernel))
-        return self.read(inject(self.site, qkv))
+        return self.read(inject(self.site, qkv), inject)
 
 
 class Gelu(nn.Module):
@@ -99,11 +100,11 @@ class Gelu(nn.Module):
 
     def __init__(self, dim: int, dim_out: int, approximate: str) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, dim_out)
+        self.proj = Linear(dim, dim_out)
         self.approximate = approximate
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate=self.approximate)
+    def forward(self, x: Tensor, inject: Injection) -> Tensor:
+        return F.gelu(self.proj(x, inject), approximate=self.approximate)
 
 
 class FeedForward(nn.Module):
@@ -111,10 +112,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner: int, dim_out: int, approximate: str = "tanh") -> None:
         super().__init__()
-        self.net = nn.Sequential(Gelu(dim, inner, approximate), nn.Identity(), nn.Linear(inner, dim_out))
+        self.net = nn.Sequential(Gelu(dim, inner, approximate), nn.Identity(), Linear(inner, dim_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.net(x)
+    def forward(self, x: Tensor, inject: Injection) -> Tensor:
+        gelu, _, down = self.net
+        y: Tensor = down(gelu(x, inject), inject)
         return y
 
 
@@ -141,7 +143,7 @@ class WanBlock(nn.Module):
         y = self.attn1(h, h, shared.plan, inject, shared.rotary, shared.image_rotary)
         x = attn.add_residual(wide(x), wide(y)).to(x.dtype)
         x = x + self.attn2.attend_to_text(self.norm2(x).to(x.dtype), shared.text, shared.image, inject)
-        y = self.ffn(ffn.modulate(self.norm3(x)).to(x.dtype))
+        y = self.ffn(ffn.modulate(self.norm3(x)).to(x.dtype), inject)
         return ffn.add_residual(wide(x), wide(y)).to(x.dtype)
 
     def sites(self) -> list[Site]:

@@ -18,9 +18,9 @@ from dit_booth.attention import FrameCache, FramePlan
 from dit_booth.inject import Injection, Latents, Site, no_injection
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.frames import FrameLayout, make_frame_cache
-from dit_booth.models.layers import TimestepEmbedding, compile_each, frame_timesteps
+from dit_booth.models.layers import TimestepEmbedding, compile_each, frame_timesteps, name_linear_sites
 from dit_booth.models.modulation import ShiftScaleGate
-from dit_booth.models.positions import rotary_3d
+from dit_booth.models.positions import ImageRotary, rotary_3d
 from dit_booth.models.wan.blocks import FeedForward, WanBlock, WanInputs, WideLayerNorm, wide
 from dit_booth.models.wan.config import SIZES, WanConfig
 
@@ -58,6 +58,7 @@ class VideoWan(nn.Module):
             name="latents.entry", port="latents", role="entry", dim=channels, embed=self.patch_embedding
         )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=out_channels)
+        name_linear_sites(self)
         self.initialise()
 
     def forward(
@@ -73,14 +74,16 @@ class VideoWan(nn.Module):
         height, width = latents.x.shape[-2:]
         by_frame = frame_timesteps(t, latents.x.shape[1] - latents.context, latents.context)
         t_emb = self.condition_embedder.time_embedder(by_frame, x.dtype, inject)  # (f) b d
-        shared = self.build_inputs(latents, t_emb, text, image)
+        shared = self.build_inputs(latents, t_emb, text, image, inject)
         x = self.patch_embedding(latents.x, latents.added)  # b f n d
         for i, block in enumerate(self.blocks):
             x = self.run_block(i, block, x, shared, inject.inside(f"blocks.{i}"))
         x = self.head(x, t_emb, height, width)
         return inject(self.exit, replace(latents, x=x)).x
 
-    def build_inputs(self, latents: Latents, t_emb: Tensor, text: Text, image: Tensor | None) -> WanInputs:
+    def build_inputs(
+        self, latents: Latents, t_emb: Tensor, text: Text, image: Tensor | None, inject: Injection
+    ) -> WanInputs:
         """Build the inputs that all blocks share. ValueError: windows of temporal attention, which Wan has not."""
         frames = FrameLayout.build(latents, self.plan, self.temporal_plan)
         if frames.clip.fusion is not None:
@@ -90,14 +93,13 @@ class VideoWan(nn.Module):
             )
         context = latents.context
         place = {"before": -1 - context, "first": -context, "after": frames.positions[-1] + 1}
-        reference = (place[self.config.reference_place],)
+        reference = place[self.config.reference_place]
         x, dim = latents.x, self.config.shape.hidden // self.config.shape.heads
         height, width = (n // self.config.patch for n in x.shape[-2:])
-        rotary, image_rotary = (
-            rotary_3d(p, height, width, dim, x.device, x.dtype, frames.clip.riflex, interleaved=True)
-            for p in (frames.positions, reference)
-        )
-        modulation, words, picture = self.condition_embedder(t_emb, text.tokens, image)
+        grid = (height, width, dim, x.device, x.dtype, frames.clip.riflex)
+        rotary = rotary_3d(frames.positions, *grid, interleaved=True)
+        image_rotary = ImageRotary.build(reference, -context, *grid, interleaved=True)
+        modulation, words, picture = self.condition_embedder(t_emb, text.tokens, image, inject)
         return WanInputs(modulation, words, picture, frames.plan, rotary, image_rotary)
 
     def run_block(self, i: int, block: nn.Module, x: Tensor, shared: WanInputs, inject: Injection) -> Tensor:
@@ -197,7 +199,7 @@ class ConditionEmbedder(nn.Module):
         self.image_embedder = ImageEmbedder(config.image_dim, hidden) if config.image_dim else None
 
     def forward(
-        self, t_emb: Tensor, text: Tensor, image: Tensor | None
+        self, t_emb: Tensor, text: Tensor, image: Tensor | None, inject: Injection
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """t_emb (f) b d, text b l c, image b m e -> modulation (f) b 6d, and groups of keys b 1 l d, b 1 m d.
 
@@ -212,7 +214,7 @@ class ConditionEmbedder(nn.Module):
                 "image states were given, but wan.image_dim is 0: text-to-video weights read none; leave them out, or"
                 " load image-to-video weights"
             )
-        return modulation, keys, rearrange(self.image_embedder(image), "b m d -> b 1 m d")
+        return modulation, keys, rearrange(self.image_embedder(image, inject), "b m d -> b 1 m d")
 
 
 class TextEmbedder(nn.Module):
@@ -242,6 +244,6 @@ class ImageEmbedder(nn.Module):
         self.norm1, self.norm2 = WideLayerNorm(dim), WideLayerNorm(hidden)
         self.ff = FeedForward(dim, dim, hidden, approximate="none")
 
-    def forward(self, states: Tensor) -> Tensor:
-        y: Tensor = self.norm2(self.ff(self.norm1(states).to(states.dtype)))
+    def forward(self, states: Tensor, inject: Injection = no_injection) -> Tensor:
+        y: Tensor = self.norm2(self.ff(self.norm1(states).to(states.dtype), inject))
         return y.to(states.dtype)
