@@ -297,6 +297,7 @@ LATER: dict[str, object] = {
     "sample.long": dataclasses.asdict(LongConfig()),
     "objective.per_frame": False,
     "data.variations": 0,
+    "data.buckets": [],
     "clips": dataclasses.asdict(ClipsConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
     **{f"stages.{name}.foreground": False for name in STAGES},
