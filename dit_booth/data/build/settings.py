@@ -49,7 +49,7 @@ class SegmentSettings:
     detector: str = "IDEA-Research/grounding-dino-tiny"
     """Grounding DINO for grounded-sam: a hub name or a local folder."""
     sam: str = "facebook/sam-vit-base"
-    """SAM for grounded-sam: a hub name or a local folder."""
+    """SAM or SAM 2 for grounded-sam: a hub name (such as facebook/sam2.1-hiera-small) or a local folder."""
     min_score: float = 0.35
     """Lowest score of a box of Grounding DINO."""
     device: str = "cpu"

@@ -46,12 +46,15 @@ def load_network() -> Any:
 @contextmanager
 def global_state_kept() -> Iterator[None]:
     """Put seeds and PyTorch's choice of deterministic algorithms back: the package's constructor sets them."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    chosen, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    chosen, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
         torch.use_deterministic_algorithms(chosen, warn_only=warns)
