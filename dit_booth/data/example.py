@@ -191,8 +191,9 @@ class BucketedDataset(Protocol):
 
 def buckets_of(dataset: VideoDataset) -> NDArray[np.int64]:
     """Return the number of each example's shape."""
-    bucketed = isinstance(dataset, BucketedDataset)
-    return np.asarray(dataset.buckets, np.int64) if bucketed else np.zeros(len(dataset), np.int64)
+    if isinstance(dataset, BucketedDataset):
+        return np.asarray(dataset.buckets, np.int64)
+    return np.zeros(len(dataset), np.int64)
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
     python experiments/bench/data.py decode [VIDEO ...]      # default: a 480p video of 300 frames made here
     python experiments/bench/data.py load DATA [--size 256]  # a folder in VideoBooth's format
     python experiments/bench/data.py cache DATA [--size 256] # one sample: from the files, and encoded once
-    python experiments/bench/data.py memory DATA             # of a loader over 10,000 samples
+    python experiments/bench/data.py memory                  # of a loader over 10,000 samples of small videos made here
 
 Decoders that are not installed are left out. PyAV is what `dit_booth.data.video.read_video` uses. CPU milliseconds are
 those of all threads of this process. torchcodec needs FFmpeg's shared libraries: those
@@ -54,16 +54,15 @@ def main() -> None:
     cache.add_argument("--clip", default="ViT-L-14")
     cache.add_argument("--repeats", type=int, default=5)
     memory = kinds.add_parser("memory")
-    memory.add_argument("root")
     memory.add_argument("--samples", type=int, default=10_000)
     arguments = parser.parse_args()
     if arguments.kind == "load":
         compare_workers(arguments.root, arguments.size, arguments.workers, arguments.batches)
         return
-    if arguments.kind == "memory":
-        watch_memory(arguments.root, arguments.samples)
-        return
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.kind == "memory":
+            watch_memory(Path(folder), arguments.samples)
+            return
         if arguments.kind == "cache":
             compare_cache(arguments.root, arguments.size, arguments.clip, arguments.repeats, Path(folder))
             return
@@ -184,7 +183,7 @@ def compare_cache(root: str, size: int, clip: str, repeats: int, folder: Path) -
         weights="none",
         schedule=["base"],
         clip={"model": clip, "pretrained": "none"},
-        autoencoder={"kind": "kl", "path": str(folder / "vae")},
+        autoencoder={"kind": "kl", "path": str(folder / "vae"), "patch": 1},
         data=data,
         train={"batch_size": 1},
     )
@@ -210,9 +209,13 @@ def cpu_seconds(dataset: Any, index: int) -> float:
     return time.process_time() - begin
 
 
-def watch_memory(root: str, samples: int) -> None:
+def watch_memory(folder: Path, samples: int) -> None:
     """Print the process's own memory, without mapped files, after each tenth of the samples."""
-    data = Triplets(TripletsConfig(root=root, frames=FRAMES, stride=STRIDE, size=64))
+    for number in range(20):
+        video = torch.rand(8, 3, 48, 48, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        write_video(folder / f"{number}.mp4", video, fps=8)
+        (folder / f"{number}.txt").write_text(f"a box, number {number}\nbox\n")
+    data = Triplets(TripletsConfig(root=str(folder), format="folder", frames=8, stride=1, size=32))
     stream = Loader(data, batch_size=4).stream()
     for number in range(samples // 4 + 1):
         next(stream)
