@@ -262,7 +262,7 @@ def encode_shard(
 ) -> dict[str, Tensor]:
     """Return the tensors of a file: a video of each example, its mask, and all variations of its image prompt."""
     out: dict[str, Tensor] = {}
-    for numbers in alike(members, dataset.buckets, rows):
+    for numbers in alike(members, lambda number: dataset.items[number].shape, rows):
         filled = numbers + numbers[-1:] * (rows - len(numbers))  # all batches are as large as training's
         examples = [dataset[number] for number in filled]
         out |= encode_videos(components, [example.video for example in examples], numbers)
@@ -275,10 +275,11 @@ def encode_shard(
     return {name: tensor.cpu().clone() for name, tensor in out.items()}
 
 
-def alike(members: range, buckets: Sequence[int], rows: int) -> Iterator[list[int]]:
-    """Iterate over the members in batches of at most `rows`, each from one bucket."""
-    for bucket in dict.fromkeys(buckets[number] for number in members):
-        numbers = [number for number in members if buckets[number] == bucket]
+def alike(members: range, shape_of: Callable[[int], object], rows: int) -> Iterator[list[int]]:
+    """Iterate over the members in batches of at most `rows`, each of one shape."""
+    shapes = {number: shape_of(number) for number in members}
+    for shape in dict.fromkeys(shapes.values()):
+        numbers = [number for number in members if shapes[number] == shape]
         yield from (numbers[first : first + rows] for first in range(0, len(numbers), rows))
 
 

@@ -125,7 +125,7 @@ class Triplets:
         if len(config.shapes) > 1:
             counts = Counter(item.shape for item in self.items)
             found = ", ".join(f"{shape}: {counts[shape]}" for shape in config.shapes)
-            logger.info("examples of each of data.buckets: %s", found)
+            logger.info("examples by shape: %s", found)
 
     @property
     def buckets(self) -> Sequence[int]:
