@@ -60,9 +60,10 @@ function makeCard(row) {
   for (const [source, alt] of [[row.clip, "the clip"], [row.still, "mask on the first frame, and image prompt"]]) {
     if (!source) continue;
     const image = new Image();
+    image.loading = "lazy";
     image.decoding = "async";
     image.alt = `${alt}: ${row.caption}`;
-    image.load = () => { image.src = source; };
+    image.src = source;
     card.append(image);
   }
   text("b", row.subject);
@@ -71,18 +72,8 @@ function makeCard(row) {
     `change ${number(row.change)} · sharpness ${number(row.sharpness)}`);
   row.why = text("small", "", "why");
   if (row.details || row.error) text("small", row.details || row.error);
-  near.observe(card);
   return card;
 }
-
-// Browsers read data URLs at once, whatever `loading` says: so a card gets its pictures when it comes near.
-const near = new IntersectionObserver((entries) => {
-  for (const { isIntersecting, target } of entries) {
-    if (!isIntersecting) continue;
-    for (const image of target.querySelectorAll("img")) image.load();
-    near.unobserve(target);
-  }
-}, { rootMargin: "1200px" });
 
 const refresh = dials.map(makeDial);
 for (const row of rows) row.card = makeCard(row);
@@ -112,12 +103,10 @@ function draw() {
     const { field } = dials[order], at = thresholds[order];
     list = [...list].sort((a, b) => Math.abs(a[field] - at) - Math.abs(b[field] - at));
   }
-  for (const row of rows) {  // what does not change is not written, as every write costs a new style
-    const why = isKept(row) ? "" : [...row.others, ...failed(row)].join(", ");
-    if (row.said === why) continue;
-    row.said = why;
-    row.card.className = why ? "card dropped" : "card";
-    row.why.textContent = why;
+  for (const row of rows) {
+    const keep = isKept(row);
+    row.card.className = keep ? "card" : "card dropped";
+    row.why.textContent = keep ? "" : [...row.others, ...failed(row)].join(", ");
   }
   byId("count").textContent = `${list.length} clips`;
   const shown = byId("cards");
