@@ -23,6 +23,7 @@ import tyro
 from dit_booth.commands.program import RESUMES, run_program
 from dit_booth.config import RunConfig
 from dit_booth.data.build.settings import BuildSettings
+from dit_booth.data.readers.formats import FormatName
 from dit_booth.errors import suggest
 from dit_booth.files import write_text
 
@@ -100,7 +101,9 @@ def cache_set(flags: Sequence[str], parse: Callable[..., RunConfig], into: Folde
 @dataclass(frozen=True, kw_only=True)
 class InspectArguments:
     folder: Annotated[str, tyro.conf.Positional]
-    """A data set that dit-booth data build has made."""
+    """A data set: one that dit-booth data build has made, or any that can be trained on."""
+    format: FormatName = "videobooth"
+    """Format of one that was not built here, as in docs/data.md."""
     out: str = ""
     """The page; empty: inspect.html in the folder."""
     limit: int = 1000
@@ -110,17 +113,22 @@ class InspectArguments:
 
 
 def run_inspect(argv: Sequence[str], prog: str) -> int:
-    """Write the page of a built data set."""
+    """Write the page of a data set."""
     return run_program(
         InspectArguments, inspect_set, argv, prog=prog, description="Write a page that shows a data set."
     )
 
 
 def inspect_set(arguments: InspectArguments) -> Iterator[str]:
-    """Write the page; iterate over lines. ValueError: the folder was not built by this program."""
+    """Write the page; iterate over lines. ValueError: the folder is no data set of the format."""
     from dit_booth.data.build.inspect import make_page
 
-    page = make_page(Path(arguments.folder), limit=arguments.limit, workers=arguments.workers)
+    page = make_page(
+        Path(arguments.folder),
+        format=arguments.format,
+        limit=arguments.limit,
+        workers=arguments.workers,
+    )
     file = Path(arguments.out or Path(arguments.folder, "inspect.html"))
     write_text(file, page)
     yield f"{file}: {file.stat().st_size / 2**20:.1f} MiB"

@@ -341,6 +341,7 @@ LATER: dict[str, object] = {
     "text": dataclasses.asdict(TextConfig()),
     "autoencoder.tile": 0,
     "data.variations": 0,
+    "data.buckets": [],
     "clips": dataclasses.asdict(ClipsConfig()),
     "wan": dataclasses.asdict(WanConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists

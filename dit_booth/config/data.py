@@ -12,6 +12,7 @@ from dit_booth.data.image_prompt import Augment
 from dit_booth.data.readers.formats import FormatName
 from dit_booth.data.readers.item import Check, check_caption
 from dit_booth.data.readers.triplets import Triplets, TripletsConfig
+from dit_booth.data.shapes import Shape, parse_shape
 from dit_booth.data.toyworld import Describe, Scene, Split, Toyworld, ToyworldConfig
 from dit_booth.errors import SEED, check_ranges
 
@@ -76,6 +77,9 @@ class DataConfig:
     """Frames of a video."""
     size: int = 32
     """Side of the videos in pixels."""
+    buckets: tuple[str, ...] = ()
+    """Shapes to train on, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, such as 256x256 192x320 192x320x4: a video has the one
+    that fits it, a batch one alone. Empty: size and frames. Data on disk only; samples have size and frames."""
     image_size: int = 0
     """Side of the image prompt in pixels; 0: the videos' side."""
     workers: int = 0
@@ -108,10 +112,36 @@ class DataConfig:
                 f"data.{self.kind}.root is empty; data.kind={self.kind} needs the folder of the data set"
             )
 
+        self._check_buckets()
         if self.cache and self.kind == "toyworld":
             raise ValueError(
                 f"data.cache is {self.cache!r}, and data.kind toyworld has no files; leave it empty"
             )
+
+    def _check_buckets(self) -> None:
+        shapes = [parse_shape(text, self.frames) for text in self.buckets]
+        if shapes and self.kind == "toyworld":
+            raise ValueError("data.buckets is set, and data.kind toyworld has one size; leave it empty")
+        if len(set(shapes)) < len(shapes):
+            raise ValueError(f"data.buckets is {' '.join(self.buckets)}; name each shape once")
+        for shape in shapes:
+            if min(shape[1:]) < 8 or max(shape[1:]) > 8192 or shape.frames < 1:
+                raise ValueError(f"data.buckets has {shape}; use sides from 8 to 8192, and 1 frame or more")
+        longest = max((shape.frames for shape in shapes), default=self.frames)
+        if longest != self.frames:
+            raise ValueError(
+                f"data.frames is {self.frames}, and the longest of data.buckets has {longest}; make them equal"
+            )
+
+    def shapes(self, split: Split) -> tuple[Shape, ...]:
+        """Return the shapes of a split; those that are sampled from are squares, so that their videos are alike."""
+        if self.kind == "images":
+            shapes = [parse_shape(text, 1)._replace(frames=1) for text in self.buckets]
+        else:
+            shapes = [parse_shape(text, self.frames) for text in self.buckets]
+        if split != "train":
+            shapes = [shape._replace(height=self.size, width=self.size) for shape in shapes]
+        return tuple(dict.fromkeys(shapes))
 
     @property
     def on_disk(self) -> TripletsOptions | ImagesOptions:
@@ -163,14 +193,16 @@ class DataConfig:
     def _on_disk(self, split: Split, check: Check) -> Triplets:
         options = self.on_disk
         varied = options.augment and split == "train"
-        return Triplets(
+        frames = 1 if self.kind == "images" else self.frames
+        dataset = Triplets(
             TripletsConfig(
                 root=options.root,
                 format=self.format,
                 csv=self.lists(split),
-                frames=1 if self.kind == "images" else self.frames,
+                frames=frames,
                 stride=self.triplets.stride,
                 size=self.size,
+                buckets=self.shapes(split),
                 image_size=self.image_size or None,
                 augment=Augment() if varied else Augment(flip=False, degrees=0.0, trim=0.0),
                 cross_pair=self.triplets.cross_pair,
@@ -180,3 +212,4 @@ class DataConfig:
             ),
             check,
         )
+        return dataset if split == "train" else dataset.only(frames)

@@ -2,7 +2,7 @@
 
 The stream is a pure function: batch `i` of rank `r` of `w` depends on `(seed, i, r, w, batch size)` and the
 data set alone. A run that resumes at step `i` therefore sees exactly the batches that an unbroken run would
-have seen, with any number of workers.
+have seen, with any number of workers, and on another number of ranks if all batches of a step have as many examples.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 import numpy as np
 import torch
 from einops import pack
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dit_booth.data.order import BatchOrder, Place
 
 IdentityDict = Mapping[str, Any]
 """Ground-truth parameters of a subject and its scene by name (see `toyworld.Identity`)."""
@@ -145,7 +148,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         shapes = {tuple(getattr(example, name).shape): example.key for example in examples}
         if len(shapes) > 1:
             raise ValueError(
-                f"{name} differs in shape within a batch: {shapes}; use one data.size and data.frames"
+                f"{name} differs in shape within a batch: {shapes}; use one data.size and data.frames, or data.buckets"
             )
     return Batch(
         keys=[example.key for example in examples],
@@ -179,6 +182,21 @@ class AugmentedDataset(Protocol):
 
 
 @runtime_checkable
+class BucketedDataset(Protocol):
+    """A data set whose examples have several shapes: `buckets` numbers each example's."""
+
+    @property
+    def buckets(self) -> Sequence[int]: ...
+
+
+def buckets_of(dataset: VideoDataset) -> NDArray[np.int64]:
+    """Return the number of each example's shape."""
+    if isinstance(dataset, BucketedDataset):
+        return np.asarray(dataset.buckets, np.int64)
+    return np.zeros(len(dataset), np.int64)
+
+
+@runtime_checkable
 class Collates(Protocol):
     """A data set whose rows are stacked by a function of its own."""
 
@@ -193,9 +211,8 @@ def stack(dataset: VideoDataset, rows: Sequence[Any]) -> Any:
 class Loader:
     """An endless, seeded, resumable stream of batches.
 
-    The examples of all epochs form one sequence: epoch `e` is a permutation drawn from `(seed, e)`. Batch `i` of
-    rank `r` of `w` takes `batch_size` examples from position `(i * w + r) * batch_size`. So the ranks of one
-    step never share a position, and nothing is dropped at an epoch's end.
+    The batches of all ranks together are those of `BatchOrder`, whatever the number of ranks: rank `r` of `w` has
+    part `r` of each, of `batch_size` examples, all of one shape. Nothing is dropped at an epoch's end.
 
     A broken example is an error here that names the batch: to swap in another would make the stream depend on
     more than its arguments. A data set that tolerates broken files leaves them out at construction.
@@ -243,20 +260,20 @@ class Loader:
         self.world_size = world_size
         self.workers = workers
         self.pin_memory = pin_memory
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order = BatchOrder(buckets_of(dataset), batch_size * world_size, seed)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.stream(0)
 
-    def indices(self, number: int) -> list[tuple[int, int]]:
+    def indices(self, number: int) -> list[Place]:
         """Return the `(index, epoch)` of each example of batch `number`."""
         if number < 0:
             raise ValueError(f"number is {number}; batches count from 0")
-        places = (divmod(position, len(self.dataset)) for position in self.positions(number))
-        return [(int(self._permutation(epoch)[place]), epoch) for epoch, place in places]
+        first = self.rank * self.batch_size
+        return self._order.batch(number)[first : first + self.batch_size]
 
     def positions(self, number: int) -> range:
-        """Positions of the examples of batch `number` in the sequence of all epochs; unique over the ranks and batches.
+        """Numbers of the examples of batch `number`, unique over the ranks and batches, as seeds of their draws.
 
         The union over the ranks does not depend on the number of ranks, at equal global batch size.
         """
@@ -292,12 +309,6 @@ class Loader:
             pin_memory=self.pin_memory,
         )
         return iter(loader)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
-            self._order = (epoch, order)
-        return self._order[1]
 
 
 class _BatchesByNumber:

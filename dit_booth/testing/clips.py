@@ -89,14 +89,17 @@ def make_clip(number: int, defect: Defect, *, frames: int, size: tuple[int, int]
 def render(
     identity: Identity, rng: np.random.Generator, defect: Defect, frames: int, size: tuple[int, int]
 ) -> tuple[Frames, Mask]:
-    """Draw the scene; return its frames, `f h w 3`, and the mask of the first."""
+    """Draw the scene; return its frames, `f h w 3`, and the mask of the first.
+
+    The subject travels relative to the ground, which the camera pans over; that with "no motion" moves with it.
+    """
     height, width = size
     ranges = {"small": (0.028, 0.045), "large": (0.75, 0.9)}
     radius = float(rng.uniform(*ranges.get(defect, (0.12, 0.25)))) * width
     angle, distance = float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0.15, 0.3)) * width
     travel = np.array([np.cos(angle), np.sin(angle)]) * distance
     pan = np.array([rng.uniform(-0.2, 0.2), rng.uniform(-0.1, 0.1)]) * width
-    travel = pan if defect == "no motion" else travel
+    travel = pan if defect == "no motion" else pan + travel
     steps = np.linspace(-0.5, 0.5, frames)[:, None]
     centre = np.array([width / 2, height / 2]) + steps * travel
     if defect == "border":

@@ -29,6 +29,8 @@ from dit_booth.training.stage import active_strategies, declared_globs, schedule
 SCHEMA = 4
 """Raise it with a change of the code after which a stage of equal settings results in something else."""
 
+ENCODING_SCHEMA = 2
+"""Raise it with a change of the files that hold encoded data."""
 ELSEWHERE = (
     "strategy",
     "schedule",
@@ -102,7 +104,8 @@ def encoding_address(config: RunConfig) -> str:
         if section in settings
     }
     contents = [_local_or_hub(config.clip.pretrained), *_text(config), _autoencoder(config)]
-    return digest({"data": data, "files": _data_files(config), "contents": contents, **encoders})
+    files = _data_files(config)
+    return digest({"schema": ENCODING_SCHEMA, "data": data, "files": files, "contents": contents, **encoders})
 
 
 def digest(value: object, length: int = 12) -> str:

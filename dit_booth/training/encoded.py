@@ -153,6 +153,12 @@ class EncodedData:
     def __len__(self) -> int:
         return len(self.index["examples"])
 
+    @property
+    def buckets(self) -> Sequence[int]:
+        """The number of each example's shape."""
+        buckets: list[int] = self.index["buckets"]
+        return buckets
+
     def __getitem__(self, index: int) -> EncodedBatch:
         return self.at(index, 0)
 
@@ -250,6 +256,7 @@ def encode_data(components: Components, folder: Path) -> Iterator[str]:
         "dims": [image.width, image.embed_dim, components.autoencoder.channels],
         "examples": examples,
         "text": isinstance(components.model.text, Umt5TextEncoder),
+        "buckets": list(dataset.buckets),
     }
     write_text(folder / CACHE_INDEX, json.dumps(index) + "\n")
     size = sum(file.stat().st_size for file in folder.glob("shard-*.safetensors"))
@@ -273,9 +280,8 @@ def encode_shard(
 ) -> dict[str, Tensor]:
     """Return the tensors of a file: a video of each example, its mask, and all variations of its image prompt."""
     out: dict[str, Tensor] = {}
-    for first in range(members.start, members.stop, rows):
-        numbers = list(range(first, min(first + rows, members.stop)))
-        filled = numbers + numbers[-1:] * (rows - len(numbers))  # the last batch is as large as the others
+    for numbers in alike(members, lambda number: dataset.items[number].shape, rows):
+        filled = numbers + numbers[-1:] * (rows - len(numbers))  # all batches are as large as training's
         examples = [dataset[number] for number in filled]
         out |= encode_videos(components, [example.video for example in examples], numbers)
         out |= {f"{number}.mask": example.mask for number, example in zip(numbers, examples, strict=False)}
@@ -287,6 +293,14 @@ def encode_shard(
         out |= rows_of(see(components, torch.zeros_like(images)), ["zero"])
         out |= encode_captions(components, {"null.text": components.model.text.null_prompt})
     return {name: tensor.cpu().clone() for name, tensor in out.items()}
+
+
+def alike(members: range, shape_of: Callable[[int], object], rows: int) -> Iterator[list[int]]:
+    """Iterate over the members in batches of at most `rows`, each of one shape."""
+    shapes = {number: shape_of(number) for number in members}
+    for shape in dict.fromkeys(shapes.values()):
+        numbers = [number for number in members if shapes[number] == shape]
+        yield from (numbers[first : first + rows] for first in range(0, len(numbers), rows))
 
 
 def rows_of(seen: Seen, names: Sequence[str]) -> dict[str, Tensor]:

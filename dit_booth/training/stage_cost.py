@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -20,7 +21,7 @@ from torch import nn
 from dit_booth.components import Components
 from dit_booth.config import PlainDict, RunConfig, StageConfig
 from dit_booth.cost.flops import Flops
-from dit_booth.data.example import Batch, VideoDataset, stack
+from dit_booth.data.example import Batch, VideoDataset, buckets_of, stack
 from dit_booth.files import read_lines, write_text
 from dit_booth.training.address import Stage
 from dit_booth.training.distributed import Ranks
@@ -53,10 +54,17 @@ class StageCost:
         count = sum(p.numel() for p in trained.values())
         flops = 0.0
         if ranks.first:
-            lengths = [replace(stage, frames=length) for length in stage.lengths]
-            flops = statistics.fmean(
-                count_flops(components, one, dataset, dtype, ranks.device) for one in lengths
-            )
+            numbers, counts = np.unique(buckets_of(dataset), return_counts=True)
+            by_bucket = [
+                statistics.fmean(
+                    count_flops(
+                        components, replace(stage, frames=length), dataset, dtype, ranks.device, bucket
+                    )
+                    for length in stage.lengths
+                )
+                for bucket in numbers.tolist()
+            ]
+            flops = statistics.fmean(by_bucket, weights=counts.tolist())
         reset_peak_memory(ranks.device)
         return cls(count, flops * components.config.train.batch_size, ranks)
 
@@ -85,15 +93,17 @@ def count_flops(
     dataset: VideoDataset,
     dtype: torch.dtype,
     device: torch.device,
+    bucket: int = 0,
 ) -> float:
-    """Count FLOPs of forward and backward for one video, with the parameters that are trainable now.
+    """Count FLOPs of forward and backward for one video of a bucket, with the parameters that are trainable now.
 
     They are counted on a copy if the model has another device or dtype; no gradient is left at its parameters.
     """
     probe = components
     if any(p.device != device or p.dtype != dtype for p in components.model.parameters()):
         probe = replace(components, model=copy.deepcopy(components.model).to(device, dtype))
-    step = forward_backward(probe, stage, stack(dataset, [dataset[0]]).to(device), dtype)
+    example = dataset[int(np.argmax(buckets_of(dataset) == bucket))]
+    step = forward_backward(probe, stage, stack(dataset, [example]).to(device), dtype)
     with Flops() as counter:
         step()
     return float(counter.total)

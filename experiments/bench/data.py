@@ -1,24 +1,34 @@
 """Milliseconds to read 16 frames at interval 4 from the middle of a video, by decoder; and the loader's throughput.
 
-    python experiments/bench/data.py decode [VIDEO ...]     # default: a 480p video of 300 frames made here
-    python experiments/bench/data.py load DATA [--size 256] # a folder in VideoBooth's format
+    python experiments/bench/data.py decode [VIDEO ...]      # default: a 480p video of 300 frames made here
+    python experiments/bench/data.py load DATA [--size 256]  # a folder in VideoBooth's format
+    python experiments/bench/data.py cache DATA [--size 256] # one sample: from the files, and encoded once
+    python experiments/bench/data.py memory                  # of a loader over 10,000 samples of small videos made here
 
-Decoders that are not installed are left out. PyAV is what `dit_booth.data.video.read_video` uses.
+Decoders that are not installed are left out. PyAV is what `dit_booth.data.video.read_video` uses. CPU milliseconds are
+those of all threads of this process. torchcodec needs FFmpeg's shared libraries: those
+of PyAV's wheel do, linked by their plain names (libavcodec.so.62, ...) in a folder of LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dit_booth.config import RunConfig
+from dit_booth.data.example import Loader, stack
+from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 from dit_booth.data.video import decoder, probe, read_video, write_video
 
 FRAMES, STRIDE = 16, 4
@@ -38,11 +48,24 @@ def main() -> None:
     load.add_argument("--size", type=int, default=256)
     load.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     load.add_argument("--batches", type=int, default=8)
+    cache = kinds.add_parser("cache")
+    cache.add_argument("root")
+    cache.add_argument("--size", type=int, default=256)
+    cache.add_argument("--clip", default="ViT-L-14")
+    cache.add_argument("--repeats", type=int, default=5)
+    memory = kinds.add_parser("memory")
+    memory.add_argument("--samples", type=int, default=10_000)
     arguments = parser.parse_args()
     if arguments.kind == "load":
         compare_workers(arguments.root, arguments.size, arguments.workers, arguments.batches)
         return
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.kind == "memory":
+            watch_memory(Path(folder), arguments.samples)
+            return
+        if arguments.kind == "cache":
+            compare_cache(arguments.root, arguments.size, arguments.clip, arguments.repeats, Path(folder))
+            return
         for video in arguments.videos or [make_video(Path(folder) / "480p.mp4")]:
             compare_decoders(video, arguments.repeats)
 
@@ -52,21 +75,24 @@ def compare_decoders(video: Path, repeats: int) -> None:
     info = probe(video)
     start = max(0, (info.frames - FRAMES * STRIDE) // 2)
     readers = available()
-    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
     results: dict[str, NDArray[np.uint8]] = {}
     for _ in range(repeats):
         for name, reader in readers.items():
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             results[name] = reader(video, start)
-            seconds[name].append(time.perf_counter() - begin)
-    medians = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+            seconds[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    medians = {name: 1000 * statistics.median(wall for wall, _ in values) for name, values in seconds.items()}
+    cpu = {name: 1000 * statistics.median(used for _, used in values) for name, values in seconds.items()}
     print(
         f"{video.name}: {info.width} x {info.height}, {info.frames} frames, from frame {start}; {decoder()}"
     )
-    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+    for name, used in sorted(cpu.items(), key=lambda item: item[1]):
         gap = np.abs(results[name].astype(int) - results["read_video"]).mean()
-        ratio = median / min(medians.values())
-        print(f"  {name:22} {median:8.1f} ms  {ratio:5.2f} x  mean difference {gap:.2f} of 255")
+        print(
+            f"  {name:22} {medians[name]:8.1f} ms, {used:6.1f} ms of CPU  {used / min(cpu.values()):5.2f} x"
+            f"  mean difference {gap:.2f} of 255"
+        )
 
 
 def available() -> dict[str, Reader]:
@@ -126,9 +152,6 @@ def make_video(path: Path, frames: int = 300) -> Path:
 
 def compare_workers(root: str, size: int, workers: list[int], batches: int) -> None:
     """Print samples per second of a folder in VideoBooth's format, and the memory after each pass."""
-    from dit_booth.data.example import Loader
-    from dit_booth.data.readers.triplets import Triplets, TripletsConfig
-
     data = Triplets(TripletsConfig(root=root, frames=FRAMES, stride=STRIDE, size=size, max_broken=10**6))
     for count in workers:
         stream = Loader(data, batch_size=4, workers=count).stream()
@@ -138,6 +161,73 @@ def compare_workers(root: str, size: int, workers: list[int], batches: int) -> N
             next(stream)
         seconds = (time.perf_counter() - begin) / batches / 4
         print(f"{count} workers: {1 / seconds:.1f} samples/s, {1000 * seconds:.0f} ms each, {size} x {size}")
+
+
+def compare_cache(root: str, size: int, clip: str, repeats: int, folder: Path) -> None:
+    """Print the CPU time of one sample from the files and from encoded data of Stable Diffusion's and CLIP's sizes.
+
+    The encoders are random and the autoencoder narrow; what is read has the sizes of the released ones' results.
+    """
+    from diffusers import AutoencoderKL
+
+    from dit_booth.components import build
+    from dit_booth.training.encoded import EncodedData, encode_data
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    sizes = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    AutoencoderKL(**blocks, **sizes, layers_per_block=1).save_pretrained(folder / "vae")
+    triplets = {"root": root, "stride": STRIDE}
+    data = {"kind": "triplets", "frames": FRAMES, "size": size, "variations": 1, "triplets": triplets}
+    config = RunConfig.create(
+        strategy="none",
+        weights="none",
+        schedule=["base"],
+        clip={"model": clip, "pretrained": "none"},
+        autoencoder={"kind": "kl", "path": str(folder / "vae"), "patch": 1},
+        data=data,
+        train={"batch_size": 1},
+    )
+    components = build(config)
+    for line in encode_data(components, folder / "cache"):
+        print(line)
+    files = components.dataset()
+    encoded = EncodedData(replace(config, data=replace(config.data, cache=str(folder / "cache"))))
+    cost = {}
+    for name, dataset in {"from the files": files, "encoded": encoded}.items():
+        used = [cpu_seconds(dataset, i % len(files)) for i in range(repeats * len(files))]
+        cost[name] = 1000 * statistics.median(used)
+        print(
+            f"{name}: {cost[name]:.2f} ms of CPU a sample, {FRAMES} frames at {size} x {size}, {clip}'s states"
+        )
+    print(f"encoded data are {cost['from the files'] / cost['encoded']:.0f} times faster")
+
+
+def cpu_seconds(dataset: Any, index: int) -> float:
+    """Return the CPU time to read a batch of one sample, as training does (a row alone is mapped, and not read)."""
+    begin = time.process_time()
+    stack(dataset, [dataset.at(index, 0)])
+    return time.process_time() - begin
+
+
+def watch_memory(folder: Path, samples: int) -> None:
+    """Print the process's own memory, without mapped files, after each tenth of the samples."""
+    for number in range(20):
+        video = torch.rand(8, 3, 48, 48, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        write_video(folder / f"{number}.mp4", video, fps=8)
+        (folder / f"{number}.txt").write_text(f"a box, number {number}\nbox\n")
+    data = Triplets(TripletsConfig(root=str(folder), format="folder", frames=8, stride=1, size=32))
+    stream = Loader(data, batch_size=4).stream()
+    for number in range(samples // 4 + 1):
+        next(stream)
+        if number % (samples // 40) == 0:
+            print(f"{4 * (number + 1):6} samples: {own_memory():7.1f} MiB", flush=True)
+
+
+def own_memory() -> float:
+    """Return the memory of this process that no file backs, in MiB."""
+    found = re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 2**10
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -11,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dit_booth.commands.data import main
-from dit_booth.data.build import BuildSettings, FilterSettings, Report, build
+from dit_booth.data.build import BuildSettings, FilterSettings, Report, build, inspect
 from dit_booth.data.build.candidate import Candidate
 from dit_booth.data.build.filters import decide, mark_duplicates
 from dit_booth.data.build.nouns import by_rules, find_nouns, singulars
@@ -271,12 +273,39 @@ def test_the_page_shows_every_measured_clip_and_is_self_contained(
 def test_a_caption_cannot_end_the_pages_script(tmp_path: Path) -> None:
     from markupsafe import Markup
 
-    from dit_booth.data.build import inspect
-
     assert "</script><b>" not in inspect.embed({"caption": "</script><b>"})
     assert isinstance(inspect.embed({}), Markup)
 
 
-def test_a_folder_that_was_not_built_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_data_set_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "has no manifest.parquet" in capsys.readouterr().err
+    assert "has no such file" in capsys.readouterr().err
+
+
+def test_a_set_that_was_not_built_has_a_page(built: Report, clips: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(clips / "set", root, ignore=shutil.ignore_patterns("build", "manifest.parquet"))
+    broken = root / "videos" / "clips" / "clip1.mp4"
+    broken.write_bytes(broken.read_bytes()[:-2000])
+    page = inspect.make_page(root, format="videobooth", limit=9, workers=1)
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    of_build = {c.videoid: c for c in built.accepted}
+    assert {row["videoid"] for row in data["rows"]} == set(of_build) - {"clip1"} and "truncated" in page
+    for row in data["rows"]:
+        wanted = of_build[row["videoid"]]
+        assert (row["area"], row["sides"]) == (wanted.area, wanted.sides)
+        assert row["motion"] == pytest.approx(wanted.motion) and row["clip"].startswith("data:image/webp")
+
+
+def test_pictures_have_a_page_without_measures_of_motion(tmp_path: Path) -> None:
+    for number, side in enumerate((8, 16)):
+        picture = np.random.default_rng(number).integers(0, 255, (32, 32, 3)).astype(np.uint8)
+        mask = np.zeros((32, 32), np.uint8)
+        mask[8 : 8 + side, 8 : 8 + side] = 255
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+        Image.fromarray(mask).save(tmp_path / f"{number}.mask.png")
+        (tmp_path / f"{number}.txt").write_text("a box\nbox")
+    page = inspect.make_page(tmp_path, format="images", limit=9, workers=1)
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    assert [round(row["area"], 3) for row in data["rows"]] == [0.062, 0.25]
+    assert {"area"} <= {dial["field"] for dial in data["dials"]} <= {"area", "sharpness"}

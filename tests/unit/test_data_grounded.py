@@ -78,7 +78,39 @@ def save_sam(folder: Path) -> None:
     transformers.SamProcessor(image).save_pretrained(folder)
 
 
-def test_a_noun_becomes_a_mask_of_the_frames_size(settings: SegmentSettings) -> None:
+def save_sam2(folder: Path) -> None:
+    backbone = transformers.Sam2HieraDetConfig(
+        hidden_size=8, image_size=[32, 32], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2], window_size_per_stage=[2, 2, 2, 2], global_attention_blocks=[3],
+    )  # fmt: skip
+    vision = transformers.Sam2VisionConfig(
+        backbone_config=backbone.to_dict(), backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=8,
+        backbone_feature_sizes=[[8, 8], [4, 4], [2, 2]],
+    )  # fmt: skip
+    prompt = transformers.Sam2PromptEncoderConfig(hidden_size=8, image_size=32, mask_input_channels=4)
+    decoder = transformers.Sam2MaskDecoderConfig(
+        hidden_size=8, mlp_dim=8, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=8
+    )
+    transformers.Sam2Model(
+        transformers.Sam2Config(
+            vision_config=vision.to_dict(),
+            prompt_encoder_config=prompt.to_dict(),
+            mask_decoder_config=decoder.to_dict(),
+        )
+    ).save_pretrained(folder)
+    image = transformers.Sam2ImageProcessor(
+        size={"height": 32, "width": 32}, mask_size={"height": 8, "width": 8}
+    )
+    transformers.Sam2Processor(image).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("sam", ["sam", "sam2"])
+def test_a_noun_becomes_a_mask_of_the_frames_size(
+    settings: SegmentSettings, sam: str, tmp_path: Path
+) -> None:
+    if sam == "sam2":
+        save_sam2(tmp_path / sam)
+        settings = replace(settings, sam=str(tmp_path / sam))
     segment = GroundedSam(settings)
     frame = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     found = segment(frame, "Cat")
@@ -94,3 +126,5 @@ def test_a_noun_becomes_a_mask_of_the_frames_size(settings: SegmentSettings) -> 
 def test_networks_that_cannot_be_loaded(settings: SegmentSettings, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"segment\.sam is .* cannot be loaded .*transformers' format"):
         GroundedSam(replace(settings, sam=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"segment\.sam is .* \(it is of the kind grounding-dino"):
+        GroundedSam(replace(settings, sam=settings.detector))

@@ -30,7 +30,7 @@ class Candidate:
         video: path within the folder of videos; size: of the file in bytes.
         start, end: frames of the shot in the video, the end exclusive.
         fps, height, width: of the video, upright.
-        cut: largest change within the clip (`shots.change`).
+        cut: largest change within the clip, by the measure that finds cuts (`shots.compute_changes`).
         subject: the noun, as it stands in the caption.
         box: of the subject in the clip's first frame, `x0 y0 x1 y1` in pixels; score: the detector's.
         area: share of the frame that the mask covers. sides: sides of the frame that the box touches.

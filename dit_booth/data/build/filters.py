@@ -18,7 +18,7 @@ FILTERS: dict[str, Rejects] = {
     "border": lambda c, s: c.sides > s.filters.max_sides,
     "still": lambda c, s: c.change < s.filters.min_change,
     "no motion": lambda c, s: s.filters.min_change <= c.change and c.motion < s.filters.min_motion,
-    "cut": lambda c, s: c.cut >= s.shots.cut,
+    "cut": lambda c, s: c.cut >= s.shots.threshold,
     "blurred": lambda c, s: c.sharpness < s.filters.min_sharpness,
     "watermark": lambda c, s: bool(s.filters.watermark) and c.watermark > s.filters.max_watermark,
 }

@@ -1,6 +1,7 @@
 """Grounded-SAM: Grounding DINO finds the box of a noun, SAM the mask in the box.
 
-Grounding DINO: arXiv 2303.05499. SAM: arXiv 2304.02643. Both through transformers, from the hub or a local folder.
+Grounding DINO: arXiv 2303.05499. SAM: arXiv 2304.02643; SAM 2: arXiv 2408.00714. All through transformers, from the hub
+or a local folder, whose configuration tells which SAM it is.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class GroundedSam:
             self.settings.device
         )
         out = self.sam(**inputs, multimask_output=False)
+        sizes = ("original_sizes", "reshaped_input_sizes")  # SAM 2 has no padding, hence the first alone
         (masks,) = self.sam_processor.post_process_masks(
-            out.pred_masks.cpu(), inputs["original_sizes"].cpu(), inputs["reshaped_input_sizes"].cpu()
+            out.pred_masks.cpu(), *(inputs[name].cpu() for name in sizes if name in inputs)
         )
         mask = masks[0, 0].numpy().astype(bool)
         height, width = mask.shape
@@ -80,12 +82,17 @@ def load_networks(source: str, kind: str) -> tuple[Any, Any]:
             "transformers is not installed, which segment.by=grounded-sam needs; pip install dit-booth[grounded]"
         ) from error
     names = {
-        "detector": ("GroundingDinoProcessor", "GroundingDinoForObjectDetection"),
+        "grounding-dino": ("GroundingDinoProcessor", "GroundingDinoForObjectDetection"),
         "sam": ("SamProcessor", "SamModel"),
+        "sam2": ("Sam2Processor", "Sam2Model"),
+        "sam2_video": ("Sam2Processor", "Sam2Model"),  # as the released weights of SAM 2 say
     }
-    processor, network = (getattr(transformers, name) for name in names[kind])
     place = {"local_files_only": Path(source).is_dir()}
     try:
+        found = transformers.AutoConfig.from_pretrained(source, **place).model_type
+        if (found == "grounding-dino") != (kind == "detector") or found not in names:
+            raise ValueError(f"it is of the kind {found}")
+        processor, network = (getattr(transformers, name) for name in names[found])
         return (
             processor.from_pretrained(source, **place),
             network.from_pretrained(source, use_safetensors=True, **place),

@@ -1,4 +1,4 @@
-"""The page that shows a built data set: playing clips, masks, image prompts, distributions, filters to try."""
+"""The page that shows a data set: playing clips, masks, image prompts, distributions, filters to try."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from einops import rearrange
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -22,14 +21,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_booth.data.build.candidate import Candidate
+from dit_booth.data.build.shown import PLAYED, Clip, Draw, bare, built_set, read_set
 from dit_booth.data.build.stages import processes
-from dit_booth.data.build.write import read_manifest
-from dit_booth.data.image_files import Mask, Pixels, read_mask
+from dit_booth.data.build.write import MANIFEST
+from dit_booth.data.image_files import Mask, Pixels
 from dit_booth.data.image_prompt import prepare
-from dit_booth.data.video import read_video
+from dit_booth.data.readers.formats import FormatName
 
-SIDE, PLAYED = 144, 8
-"""Longer side of the pictures in pixels, and frames of a playing clip."""
+SIDE = 144
+"""Longer side of the pictures in pixels."""
 
 
 @dataclass(frozen=True)
@@ -52,32 +52,41 @@ DIALS = (
 )
 
 
-def make_page(out: Path, *, limit: int, workers: int) -> str:
-    """Return the page of a built set, of at most `limit` candidates that have a mask, in the order of the manifest.
+def make_page(out: Path, *, format: FormatName, limit: int, workers: int) -> str:
+    """Return the page of a data set, of at most `limit` clips: of a built one, or one that a reader of `format` reads.
+
+    A built one shows the candidates that have a mask, in the order of the manifest.
 
     Raises:
-        ValueError: the folder was not built by `build`.
+        ValueError: the folder was not built by `build`, and is no data set of that format.
     """
-    candidates = read_manifest(out)
-    settings = yaml.safe_load((out / "build.yaml").read_text())
-    measured = [c for c in candidates if c.hash]
-    shown = measured[:limit]
-    work = partial(picture, videos=settings["videos"], masks=str(out / "build" / "masks"))
+    found = built_set(out) if (out / MANIFEST).is_file() else read_set(out, format)
+    shown = found.clips[:limit]
     with processes(workers or os.cpu_count() or 1) as pool:
-        pictures = list(
-            tqdm(pool.map(work, shown, chunksize=4), desc="pictures", total=len(shown), unit="clip")
-        )
-    rows = [{**summary(c), **p} for c, p in zip(shown, pictures, strict=True)]
-    dials = [{**asdict(dial), "value": settings["filters"][dial.setting]} for dial in DIALS]
-    data = {"rows": rows, "dials": dials}
+        drawn = pool.map(partial(attempt, found.draw), shown, chunksize=4)
+        rows = list(tqdm(drawn, desc="pictures", total=len(shown), unit="clip"))
+    dials = [{**asdict(dial), "value": found.thresholds[dial.setting]} for dial in DIALS]
+    if not found.built:  # a measure that is the same everywhere (pictures do not move) tells nothing
+        dials = [dial for dial in dials if len({row[str(dial["field"])] for row in rows}) > 1]
     return render(
         title=out.name,
-        total=len(candidates),
-        accepted=sum(not c.reasons for c in candidates),
-        unmeasured=[c for c in candidates if not c.hash],
-        left_out=len(measured) - len(shown),
-        data=embed(data),
+        built=found.built,
+        total=len(found.clips) + len(found.unmeasured),
+        accepted=found.accepted,
+        unmeasured=found.unmeasured,
+        left_out=len(found.clips) - len(shown),
+        data=embed({"rows": rows, "dials": dials}),
     )
+
+
+def attempt(draw: Draw, clip: Clip) -> dict[str, Any]:
+    """Return a clip's row of the page; one that cannot be read has no pictures, and the reason."""
+    try:
+        candidate, frames, mask, pause = draw(clip)
+    except (ValueError, OSError) as error:
+        known = clip if isinstance(clip, Candidate) else bare(clip)
+        return {**summary(known), "clip": "", "still": "", "error": str(error)}
+    return {**summary(candidate), **picture(candidate, frames, mask, pause)}
 
 
 def embed(data: object) -> Markup:
@@ -92,25 +101,21 @@ def summary(candidate: Candidate) -> dict[str, Any]:
     return {**{name: row[name] for name in fields}, "reasons": list(candidate.reasons)}
 
 
-def picture(candidate: Candidate, *, videos: str, masks: str) -> dict[str, str]:
-    """Return a playing clip, and the masked first frame beside the image prompt, as data URLs; none if unreadable."""
-    path, length = Path(videos, candidate.video), candidate.end - candidate.start
-    stride = max(1, length // PLAYED)
-    try:
-        frames = read_video(path, start=candidate.start, frames=min(PLAYED, length), stride=stride)
-        _, height, width, _ = frames.shape
-        mask = read_mask(Path(masks, f"{candidate.name}.png"), height=height, width=width)
-        prompt = prepare(frames[0], size=SIDE, mask=mask, box=candidate.box)
-    except (ValueError, OSError) as error:
-        return {"clip": "", "still": "", "error": str(error)}
+def picture(
+    candidate: Candidate, frames: NDArray[np.uint8], mask: Mask | None, pause: float
+) -> dict[str, str]:
+    """Return a playing clip, and the masked first frame beside the image prompt, as data URLs.
+
+    frames: `f h w 3`, `pause` seconds apart. mask: `h w`, of the first.
+    """
+    prompt = prepare(frames[0], size=SIDE, mask=mask, box=candidate.box)
     image = ((rearrange(prompt, "c h w -> h w c") + 1) * 127.5).round().byte().numpy()
-    still = beside(shrink(overlay(frames[0], mask)), image)
-    pause = round(1000 * stride / candidate.fps)
-    first, *others = [Image.fromarray(shrink(frame)) for frame in frames]
-    animation = {"save_all": True, "append_images": others, "duration": pause, "loop": 0}
+    first_frame = frames[0] if mask is None else overlay(frames[0], mask)
+    first, *others = [Image.fromarray(shrink(frame)) for frame in frames[:PLAYED]]
+    animation = {"save_all": True, "append_images": others, "duration": round(1000 * pause), "loop": 0}
     return {
-        "clip": data_url(first, "WEBP", quality=55, method=2, **animation),
-        "still": data_url(Image.fromarray(still), "JPEG", quality=72),
+        "clip": data_url(first, "WEBP", quality=55, method=2, **(animation if others else {})),
+        "still": data_url(Image.fromarray(beside(shrink(first_frame), image)), "JPEG", quality=72),
     }
 
 

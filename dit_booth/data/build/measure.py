@@ -30,28 +30,36 @@ Flow = NDArray[np.float32]
 
 def measure(candidate: Candidate, *, videos: str, masks: str, watermark: str) -> list[Candidate]:
     """Measure a clip with its mask. ValueError: it cannot be read."""
-    length = candidate.end - candidate.start
-    count = min(SAMPLED, length)
-    stride = max(1, (length - 1) // max(1, count - 1))
+    count, stride = sampling(candidate.end - candidate.start)
     frames = read_video(Path(videos, candidate.video), start=candidate.start, frames=count, stride=stride)
     _, height, width, _ = frames.shape
     mask = read_mask(Path(masks, f"{candidate.name}.png"), height=height, width=width)
+    measured = measure_frames(candidate, frames, mask, stride)
+    return [replace(measured, watermark=watermark_score(frames, watermark) if watermark else 0.0)]
+
+
+def sampling(length: int) -> tuple[int, int]:
+    """Return the number of frames to compare of a clip, and their distance."""
+    count = min(SAMPLED, length)
+    return count, max(1, (length - 1) // max(1, count - 1))
+
+
+def measure_frames(candidate: Candidate, frames: NDArray[np.uint8], mask: Mask, stride: int) -> Candidate:
+    """Measure frames (`f h w 3`, `stride` apart) with the mask (`h w`) of the first."""
+    _, height, width, _ = frames.shape
     scale = min(1.0, SIDE / max(height, width))
     size = max(8, round(width * scale)), max(8, round(height * scale))
     small = [
         cv2.cvtColor(cv2.resize(f, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY) for f in frames
     ]
     shape = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
-    return [
-        replace(
-            candidate,
-            motion=subject_motion(small, shape) * candidate.fps / stride,
-            change=max((float(cv2.absdiff(a, b).mean()) for a, b in pairwise(small)), default=0.0),
-            sharpness=sharpness(small[0], shape),
-            hash=f"{perceptual_hash(small[0]):016x}{perceptual_hash(small[-1]):016x}",
-            watermark=watermark_score(frames, watermark) if watermark else 0.0,
-        )
-    ]
+    return replace(
+        candidate,
+        motion=subject_motion(small, shape) * candidate.fps / stride,
+        change=max((float(cv2.absdiff(a, b).mean()) for a, b in pairwise(small)), default=0.0),
+        sharpness=sharpness(small[0], shape),
+        hash=f"{perceptual_hash(small[0]):016x}{perceptual_hash(small[-1]):016x}",
+    )
 
 
 def subject_motion(frames: list[Grey], mask: Mask) -> float:

@@ -51,10 +51,16 @@ def find_mask(candidate: Candidate, *, videos: str, masks: str, settings: Segmen
     write_mask(Path(masks, f"{candidate.name}.png"), found.mask)
     height, width = found.mask.shape
     x0, y0, x1, y1 = pixel_box(found.box, found.mask, height=height, width=width)
-    edge = 1 + round(0.005 * max(height, width))
-    sides = sum((x0 < edge, y0 < edge, x1 > width - edge, y1 > height - edge))
+    sides = touched_sides((x0, y0, x1, y1), height=height, width=width)
     area = float(found.mask.mean())
     return [replace(candidate, box=(x0, y0, x1, y1), score=found.score, area=area, sides=sides)]
+
+
+def touched_sides(box: Box, *, height: int, width: int) -> int:
+    """Return the number of sides of the frame that a box touches, within a pixel and half a percent."""
+    edge = 1 + round(0.005 * max(height, width))
+    x0, y0, x1, y1 = box
+    return sum((x0 < edge, y0 < edge, x1 > width - edge, y1 > height - edge))
 
 
 def write_mask(file: Path, mask: Mask) -> None:

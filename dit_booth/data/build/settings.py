@@ -12,13 +12,22 @@ SegmenterName = Literal["masks", "grabcut", "grounded-sam"]
 
 @dataclass(frozen=True, kw_only=True)
 class ShotSettings:
+    by: Literal["content", "transnet"] = "content"
+    """Finder of cuts: change of colour (PySceneDetect's), or TransNet V2 (extra [shots]), which sees dissolves too."""
     cut: float = 27.0
-    """Change of hue, saturation and value between two frames (mean, of 255) that is a cut (PySceneDetect's measure)."""
+    """content: change of hue, saturation and value between two frames (mean, of 255) that is a cut."""
+    probability: float = 0.5
+    """transnet: probability of a transition that is a cut."""
     split: bool = True
     """Make a clip of each shot; false: one clip of each video, dropped if it has a cut."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "shots", cut="(0, 255]")
+        check_ranges(self, "shots", cut="(0, 255]", probability="(0, 1]")
+
+    @property
+    def threshold(self) -> float:
+        """The value of the chosen measure from which on two frames are of different shots."""
+        return self.cut if self.by == "content" else self.probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +49,7 @@ class SegmentSettings:
     detector: str = "IDEA-Research/grounding-dino-tiny"
     """Grounding DINO for grounded-sam: a hub name or a local folder."""
     sam: str = "facebook/sam-vit-base"
-    """SAM for grounded-sam: a hub name or a local folder."""
+    """SAM or SAM 2 for grounded-sam: a hub name (such as facebook/sam2.1-hiera-small) or a local folder."""
     min_score: float = 0.35
     """Lowest score of a box of Grounding DINO."""
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""Cut a video into shots, by the change of colour from frame to frame."""
+"""Cut a video into shots, by the change of colour from frame to frame, or by a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dit_booth.data.build.candidate import SHORT, Candidate, Dropped
 from dit_booth.data.build.settings import ShotSettings
-from dit_booth.data.video import probe, stream_video
+from dit_booth.data.video import VideoInfo, probe, stream_video
 
 SIDE = 64  # pixels of the longer side at which frames are compared
 
@@ -29,12 +29,10 @@ def find_shots(
     """
     path = Path(videos, candidate.video)
     info = probe(path)
-    scale = SIDE / max(info.height, info.width)
-    size = max(2, round(info.height * scale)), max(2, round(info.width * scale))
-    changes = change(stream_video(path, size=size))
+    changes = compute_changes(path, info, settings)
     if len(changes) != info.frames - 1:
         raise ValueError(f"{path}: decoded {len(changes) + 1} frames, expected {info.frames}")
-    cuts = [int(i) + 1 for i in np.flatnonzero(changes >= settings.cut)] if settings.split else []
+    cuts = [int(i) + 1 for i in np.flatnonzero(changes >= settings.threshold)] if settings.split else []
     edges = [0, *cuts, info.frames]
     shots = [
         replace(
@@ -54,6 +52,17 @@ def find_shots(
         lengths = ", ".join(str(shot.end - shot.start) for shot in shots[:8])
         raise Dropped(SHORT, f"its shots have {lengths} frames; filters.min_frames is {min_frames}")
     return long
+
+
+def compute_changes(path: Path, info: VideoInfo, settings: ShotSettings) -> NDArray[np.float64]:
+    """Return the change from each frame to the next, by the measure that finds cuts, `f - 1`."""
+    if settings.by == "transnet":
+        from dit_booth.data.build import transnet
+
+        return transnet.change(stream_video(path, size=transnet.SIZE))
+    scale = SIDE / max(info.height, info.width)
+    size = max(2, round(info.height * scale)), max(2, round(info.width * scale))
+    return change(stream_video(path, size=size))
 
 
 def change(frames: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from dit_booth.data.example import Example
 from dit_booth.data.image_files import Box, Mask, MaskEntry, Pixels, read_entries, read_mask, read_rgb
 from dit_booth.data.image_prompt import Augment, pixel_box, prepare
 from dit_booth.data.media import Media
+from dit_booth.data.shapes import Shape, choose_shape
 from dit_booth.data.video import check_length, probe, read_video
 from dit_booth.files import within
 
@@ -66,9 +67,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A row that passed the checks, with the mask and the box of its subject."""
+    """A row that passed the checks, with the mask and the box of its subject, and the shape that it is read in."""
 
     row: Row
+    shape: Shape
     subject: str
     mask: Media | None
     box: Box | None
@@ -83,8 +85,8 @@ class Item:
         return None if self.mask is None else read_mask(self.mask, height=height, width=width)
 
 
-def check_row(row: Row, root: Path, *, frames: int, stride: int, check: Check) -> Item:
-    """Read a row's header, mask and caption, without decoding its video.
+def check_row(row: Row, root: Path, *, shapes: Sequence[Shape], stride: int, check: Check) -> Item:
+    """Read a row's header, mask and caption, without decoding its video, and choose its shape.
 
     Raises:
         ValueError: the reason why the example is broken; of class `Escapes`, that a path leads out of `root`.
@@ -98,13 +100,26 @@ def check_row(row: Row, root: Path, *, frames: int, stride: int, check: Check) -
         check(row.caption, subject)
     if row.still:
         height, width, _ = read_rgb(row.video).shape
+        shape = choose_shape(shapes, frames=1, height=height, width=width, stride=1) or alone(row, shapes)
     else:
         info = probe(row.video)
-        check_length(row.video, info, start=0, frames=frames, stride=stride)
         height, width = info.height, info.width
+        found = choose_shape(shapes, frames=info.frames, height=height, width=width, stride=stride)
+        shape = found or min(shapes)
+        check_length(row.video, info, start=0, frames=shape.frames, stride=stride)
     pixels = None if mask is None else read_mask(mask, height=height, width=width)
     pixel_box(box, pixels, height=height, width=width)
-    return Item(row=row, subject=subject, mask=mask, box=box)
+    return Item(row=row, shape=shape, subject=subject, mask=mask, box=box)
+
+
+def alone(row: Row, shapes: Sequence[Shape]) -> Shape:
+    """Return the only shape, for a picture among other pictures. ValueError: there are several, none of one frame."""
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{row.video}: is a picture, and data.buckets has no shape of one frame; add one, such as"
+            f" {shapes[0]._replace(frames=1)}"
+        )
+    return shapes[0]
 
 
 class Escapes(ValueError):
@@ -144,9 +159,7 @@ def load_item(
     item: Item,
     prompt: Item,
     *,
-    frames: int,
     stride: int,
-    size: tuple[int, int],
     image_size: int,
     augment: Augment | None,
     rng: np.random.Generator | None,
@@ -156,17 +169,19 @@ def load_item(
     Raises:
         ValueError: a file is broken; the message names the example.
     """
-    row = item.row
+    row, shape = item.row, item.shape
     try:
         pictures = (
-            read_rgb(row.video)[None] if row.still else read_video(row.video, frames=frames, stride=stride)
+            read_rgb(row.video)[None]
+            if row.still
+            else read_video(row.video, frames=shape.frames, stride=stride)
         )
         mask = item.read_mask(pictures[0])
         image = cut_prompt(prompt, (pictures[0], mask) if prompt is item else None, image_size, augment, rng)
         _, height, width, _ = pictures.shape
         box = pixel_box(item.box, mask, height=height, width=width)
         shown = np.zeros((height, width), bool) if mask is None else mask
-        video, small = fit(torch.from_numpy(pictures), shown, box=box, size=size)
+        video, small = fit(torch.from_numpy(pictures), shown, box=box, size=shape[1:])
     except (ValueError, OSError) as error:
         raise ValueError(f"example {row.key}: {error}") from error
     masks = torch.zeros(video.shape[0], *small.shape, dtype=torch.bool)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +32,7 @@ from dit_booth.data.readers.item import (
     cut_prompt,
     load_item,
 )
+from dit_booth.data.shapes import Shape
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class TripletsConfig:
         vary_stride: in training, draw the stride from 1 to `stride`.
         size: height and width in pixels, or the side of a square. The video is scaled to cover it and
             cropped.
+        buckets: shapes of which each video has the one that fits it; empty: `frames` and `size`.
         image_size: side of the image prompt; the smaller side of `size` where it is None.
         augment: variation of the image prompt in training.
         cross_pair: cut an image prompt from another clip where the data name one (column `image_from`).
@@ -63,6 +68,7 @@ class TripletsConfig:
     stride: int = 4
     vary_stride: bool = False
     size: int | tuple[int, int] = 256
+    buckets: tuple[Shape, ...] = ()
     image_size: int | None = None
     augment: Augment = field(default_factory=Augment)
     cross_pair: bool = True
@@ -85,6 +91,10 @@ class TripletsConfig:
     @property
     def height_width(self) -> tuple[int, int]:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return self.buckets or (Shape(self.frames, *self.height_width),)
 
     @property
     def prompt_size(self) -> int:
@@ -112,6 +122,25 @@ class Triplets:
         self.config = config
         self.items, self.broken = scan(config, check)
         self.prompts = {item.row.key: item for item in self.items}
+        if len(config.shapes) > 1:
+            counts = Counter(item.shape for item in self.items)
+            found = ", ".join(f"{shape}: {counts[shape]}" for shape in config.shapes)
+            logger.info("examples by shape: %s", found)
+
+    @property
+    def buckets(self) -> Sequence[int]:
+        """The number of each example's shape."""
+        return [self.config.shapes.index(item.shape) for item in self.items]
+
+    def only(self, frames: int) -> Self:
+        """Leave out the examples with another number of frames. ValueError: none is left."""
+        self.items = [item for item in self.items if item.shape.frames == frames]
+        if not self.items:
+            raise ValueError(
+                f"data.triplets.root is {self.config.root!r}, and no video to sample prompts of has {frames} frames at"
+                " data.triplets.stride; lower data.frames, or name longer ones in data.triplets.dev_csv"
+            )
+        return self
 
     def __len__(self) -> int:
         return len(self.items)
@@ -140,9 +169,7 @@ class Triplets:
         return load_item(
             item,
             self._prompt_of(item),
-            frames=config.frames,
             stride=self._stride(rng),
-            size=config.height_width,
             image_size=config.prompt_size,
             augment=None if rng is None else config.augment,
             rng=rng,
@@ -209,7 +236,7 @@ def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Ite
 def _check(row: Row, root: Path, config: TripletsConfig, check: Check) -> Item | str:
     """Return the item, or the reason why it is broken; raise an error for a path that leaves the root."""
     try:
-        return check_row(row, root, frames=config.frames, stride=config.stride, check=check)
+        return check_row(row, root, shapes=config.shapes, stride=config.stride, check=check)
     except Escapes:
         raise
     except (ValueError, OSError) as error:
