@@ -119,7 +119,8 @@ class Latents:
     x: Tensor  # b f c h w
     known: Tensor | None = None  # b f 1 1 1, at the entry: 1 in frames of the video that are known
     added: Tensor | None = None  # b f d h w, at the entry: added to the embedded x, as of further channels
-    context: int = 0  # leading frames outside the video, at times before 0, that every frame reads
+    context: int = 0  # leading frames outside the video that every frame reads
+    context_after: bool = False  # whether their times are after the video's, or before 0
     one_way: bool = True  # whether those read only themselves, or everything
     clip: Clip | None = None  # the frames' indices in a longer video; none: x is the whole video
     readers: tuple[bool, ...] | None = None  # frames of the video that the image reaches; none: all
@@ -283,6 +284,12 @@ class Reference:
     embedding: Tensor  # b e, CLIP's pooled image embedding
     latent: Tensor  # b 1 c h w, clean
     noisy: Tensor | None = None  # b r c h w, r copies at the video's timestep; for the recording pass alone
+    further: tuple[Reference, ...] = ()  # more image prompts, in order; the fields above are the first one's
+
+    @property
+    def all(self) -> tuple[Reference, ...]:
+        """Every image prompt, the first one first; rows that have fewer hold the zero image."""
+        return (self, *self.further)
 
     @property
     def present(self) -> Tensor:

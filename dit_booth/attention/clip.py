@@ -155,10 +155,13 @@ class Clip:
             for i, (frame, places) in enumerate(zip(self.frames, read, strict=True))
         )
 
-    def positions(self, context: int) -> FrameIndices:
-        """Return the positions of the frames, after those of a context, which has negative ones."""
+    def positions(self, context: int, after: bool = False) -> FrameIndices:
+        """Return the positions of the frames, behind those of a context: negative ones, or after the clip's last."""
         if context == 0:
             return self.frames
+        if after:
+            end = self.frames[-1] + 1
+            return (*range(end, end + context), *self.frames)
         if isinstance(self.frames, range) and self.frames.start == 0:
             return range(-context, len(self.frames))
         return (*range(-context, 0), *self.frames)

@@ -297,11 +297,13 @@ LATER: dict[str, object] = {
     "sample.long": dataclasses.asdict(LongConfig()),
     "objective.per_frame": False,
     "data.variations": 0,
+    "data.image_prompts": 1,
     "clips": dataclasses.asdict(ClipsConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
     **{f"stages.{name}.foreground": False for name in STAGES},
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
+    "in_context.place": "before",
 }
 """Settings and sections that came after the first runs: at these values a run is as if without them."""
 

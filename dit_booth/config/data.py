@@ -78,6 +78,8 @@ class DataConfig:
     """Side of the videos in pixels."""
     image_size: int = 0
     """Side of the image prompt in pixels; 0: the videos' side."""
+    image_prompts: int = 1
+    """Image prompts of an example, in the data's order; absent ones are zero images. Strategies read all or the first."""
     workers: int = 0
     """Processes that read the data, on each rank."""
     seed: int = 0
@@ -97,6 +99,7 @@ class DataConfig:
             frames="[1, 10000]",
             size="[8, 8192]",
             image_size="[0, 8192]",
+            image_prompts="[1, 4]",
             workers="[0, 256]",
             variations="[0, 1000000]",
             seed=SEED,
@@ -136,6 +139,7 @@ class DataConfig:
                 frames=self.frames,
                 size=self.size,
                 image_size=self.image_size or None,
+                image_prompts=self.image_prompts,
                 seed=self.seed,
                 split=split,
                 scene=self.toyworld.scene,
@@ -172,6 +176,7 @@ class DataConfig:
                 stride=self.triplets.stride,
                 size=self.size,
                 image_size=self.image_size or None,
+                image_prompts=self.image_prompts,
                 augment=Augment() if varied else Augment(flip=False, degrees=0.0, trim=0.0),
                 cross_pair=self.triplets.cross_pair,
                 max_broken=options.max_broken,

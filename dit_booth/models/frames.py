@@ -11,7 +11,7 @@ from dit_booth.inject import Latents, Site
 
 
 class FrameLayout(NamedTuple):
-    """Visibilities and positions of a pass's frames, those of a context first, at positions below 0."""
+    """Visibilities and positions of a pass's frames, those of a context first."""
 
     plan: Frames  # of attn1
     temporal_plan: Frames | None  # of attn_temp; none: every frame reads every frame
@@ -43,7 +43,7 @@ class FrameLayout(NamedTuple):
                 "windows of temporal attention (freenoise) need temporal_plan all, and no reference before the video"
                 " (in_context); choose another plan or strategy, or another way to sample long videos"
             )
-        return cls(across, in_time, clip.positions(context), clip)
+        return cls(across, in_time, clip.positions(context, latents.context_after), clip)
 
 
 def make_frame_cache(sites: Sequence[Site], plan: FramePlan, temporal_plan: FramePlan | None) -> FrameCache:

@@ -25,6 +25,11 @@ def sincos(position: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
+def image_position(frames: FrameIndices, context: int) -> FrameIndices:
+    """Return the position of a reference's keys: that of the first context frame, else of frame 0 of the video."""
+    return frames[:1] if context else range(1)
+
+
 def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor:
     """2-D sin-cos embedding of a grid: (height * width, dim); the column fills the first half (DiT, MAE)."""
     if dim % 4:

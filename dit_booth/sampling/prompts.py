@@ -35,6 +35,12 @@ class Request:
     image: Tensor
     truth: Tensor | None = None
     identity: IdentityDict | None = None
+    further: tuple[Tensor, ...] = ()
+
+    @property
+    def images(self) -> Tensor:
+        """All image prompts, `r 3 s s`."""
+        return torch.stack([self.image, *self.further])
 
     @classmethod
     def of(cls, example: Example) -> Request:
@@ -45,6 +51,7 @@ class Request:
             image=example.image,
             truth=example.video,
             identity=example.identity,
+            further=example.further,
         )
 
 
@@ -112,9 +119,9 @@ def sample_prompts(
 
 
 def _given(requests: Sequence[Request], task: _Task) -> Tensor:
-    """Return the image prompt that a video is made from."""
+    """Return the image prompts (r 3 s s) that a video is made from."""
     shift = int(task.reference == "shuffled")
-    return requests[(task.index + shift) % len(requests)].image
+    return requests[(task.index + shift) % len(requests)].images
 
 
 def _generate(
@@ -151,5 +158,5 @@ def _case(requests: Sequence[Request], task: _Task, video: Tensor) -> Case:
         identity=request.identity,
         noise_seed=task.noise_seed,
         control=CONTROLS[task.reference],
-        given=_given(requests, task),
+        given=_given(requests, task)[0],
     )

@@ -16,7 +16,13 @@ from dit_booth.models.dit.blocks import BlockModulation, DiTBlock, DiTInputs, Sh
 from dit_booth.models.dit.config import SIZES, DiTConfig
 from dit_booth.models.frames import FrameLayout, make_frame_cache
 from dit_booth.models.layers import allow_einops_in_graph, frame_timesteps, timestep_embedding
-from dit_booth.models.positions import frame_embedding, grid_embedding, rotary_3d, rotary_frames
+from dit_booth.models.positions import (
+    frame_embedding,
+    grid_embedding,
+    image_position,
+    rotary_3d,
+    rotary_frames,
+)
 
 __all__ = ["SIZES", "DiTConfig", "VideoDiT"]
 
@@ -134,7 +140,7 @@ class VideoDiT(nn.Module):
         dim = self.config.shape.hidden // self.config.shape.heads
         rotary, image = (
             rotary_3d(positions, height, width, dim, x.device, x.dtype, riflex)
-            for positions in (frames.positions, range(-context, 1 - context))
+            for positions in (frames.positions, image_position(frames.positions, context))
         )
         per_frame = frames.temporal_plan is not None
         temporal = rotary_frames(

@@ -18,7 +18,7 @@ from dit_booth.attention import FrameIndices, Frames, Riflex
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Modulation, Role, Site
 from dit_booth.models.layers import Attention, timestep_embedding
-from dit_booth.models.positions import Rotary, rotary_3d, rotary_frames
+from dit_booth.models.positions import Rotary, image_position, rotary_3d, rotary_frames
 from dit_booth.models.unet.config import UNetConfig
 
 
@@ -227,10 +227,10 @@ class VideoTransformer(nn.Module):
         y = self.proj_in(rearrange(y, "(b f) c h w -> b f (h w) c", b=b))
         rotary: tuple[Rotary, ...] = ()
         if shared.frame_positions is not None:
-            width, image = y.shape[-1] // self.heads, range(-shared.context, 1 - shared.context)
+            width, frames = y.shape[-1] // self.heads, shared.frame_positions
             rotary = tuple(
                 rotary_3d(positions, h, w, width, x.device, x.dtype, shared.riflex)
-                for positions in (shared.frame_positions, image)
+                for positions in (frames, image_position(frames, shared.context))
             )
         for block in self.transformer_blocks:
             y = block(y, shared, *rotary)
