@@ -129,6 +129,10 @@ class Latents:
         None  # at the exit: what is cut off the output, yet belongs to the loss
     )
 
+    def adding(self, x: Tensor) -> Latents:
+        """Return a copy with x (b f d h w) added to the embedded latents."""
+        return replace(self, added=x if self.added is None else self.added + x)
+
 
 class AuxPrediction(NamedTuple):
     """A prediction outside the video, and the noise-free latents that entered there (b f c h w each)."""

@@ -5,8 +5,6 @@ input channel marks them. Which frames those are is drawn in training (section `
 each other (section `clips`).
 """
 
-from dataclasses import replace
-
 import torch
 from einops import rearrange, repeat
 from torch import nn
@@ -49,4 +47,4 @@ class MaskChannel(nn.Module):
         outside = latents.known.new_zeros(len(latents.x), latents.context, 1, 1, 1)
         mask = torch.cat([outside, latents.known], dim=1).to(latents.x.dtype)
         channel = repeat(mask, "b f 1 1 1 -> (b f) 1 h w", h=height, w=width)
-        return replace(latents, added=rearrange(self.embed(channel), "(b f) d h w -> b f d h w", f=frames))
+        return latents.adding(rearrange(self.embed(channel), "(b f) d h w -> b f d h w", f=frames))
