@@ -25,8 +25,15 @@ from torch import Tensor, nn
 from dit_booth.attention import Clip, Frames, Segment, WindowFusion, attend
 from dit_booth.errors import suggest
 
-Port = Literal["prompt", "latents", "modulation", "qkv"]
-Role = Literal["cross_frame", "text", "temporal", "time", "block", "entry", "exit", "words"]
+Port = Literal["prompt", "latents", "modulation", "qkv", "residual"]
+Role = Literal["cross_frame", "text", "temporal", "time", "block", "entry", "exit", "words", "blocks"]
+
+
+class BlockGroup(NamedTuple):
+    """Blocks that attend in space and time together, and the places after them where something can be added."""
+
+    blocks: Mapping[int, nn.Module]
+    outputs: Mapping[int, int]  # place -> width
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,6 +51,7 @@ class Site:
     heads: int = 1
     projections: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
     embed: nn.Conv2d | None = field(default=None, repr=False)  # entry: the layer that embeds the latents
+    groups: tuple[BlockGroup, ...] = field(default=(), repr=False)  # blocks: to be copied (`Residuals.run`)
     leaf: str = field(init=False, repr=False)  # the name's last part: the same in every block
 
     def __post_init__(self) -> None:
@@ -147,6 +155,23 @@ class Modulation:
 
     vector: Tensor  # b d; f b d where every frame has a timestep of its own: what holds for a video (b d) adds to both
     source: Tensor  # b c, or f b c
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Port ``residual``: what enters the blocks, and what is added to their outputs, by place (`Site.groups`)."""
+
+    x: Tensor  # b f n d, embedded latents
+    latents: Tensor  # b f c h w
+    run: Callable[[Mapping[int, nn.Module], Tensor], Mapping[int, Tensor]]
+    """Run copies of blocks, by number, the first group among them, on r frames before x, at times before the video's
+    (b (r f) n d); return the outputs by place (b (r f) n d). No tap acts in them."""
+    added: Mapping[int, Tensor] = field(default_factory=dict)  # b f n d
+
+    def adding(self, added: Mapping[int, Tensor]) -> Residuals:
+        """Return a copy with more to add."""
+        own = self.added
+        return replace(self, added={**own, **{i: own[i] + x if i in own else x for i, x in added.items()}})
 
 
 class KV(NamedTuple):
@@ -270,7 +295,7 @@ class QKV:
         return replace(self, segments=())
 
 
-Payload = TypeVar("Payload", PromptTokens, Latents, Modulation, QKV)
+Payload = TypeVar("Payload", PromptTokens, Latents, Modulation, QKV, Residuals)
 T = TypeVar("T")
 
 

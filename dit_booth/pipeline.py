@@ -94,8 +94,8 @@ class Pipeline(Components):
     def __call__(self, image: Images, text: str, **options: Unpack[CallOptions]) -> Video:
         """Sample a video of the image's subject.
 
-        image: a path, PIL image, array or tensor (`as_image_prompt`), or a list of up to ``data.image_prompts`` of them;
-            None: from the text alone.
+        image: a path, PIL image, array or tensor (`as_image_prompt`), or a list of at most ``data.image_prompts`` of
+            them; None: from the text alone.
         text: what the video shows, with the subject's words in it.
         options: see `CallOptions`.
         ValueError: the text lacks the subject, or a value cannot work.

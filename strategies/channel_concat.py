@@ -55,7 +55,7 @@ class ChannelConcat(Strategy):
 def lay_out(pictures: Pictures, height: int, width: int) -> Tensor:
     """Return the pictures and the mask of their places as one picture (b (c 1) height width), zero elsewhere.
 
-    One to three stand side by side, four in a square (MAGREF's layout), each as large as its cell allows, in its middle.
+    One to three stand side by side, four in a square (MAGREF), each as large as its cell allows, in the middle.
     """
     b, r, c, *_ = pictures.latents.shape
     rows, columns = (2, (r + 1) // 2) if r > 3 else (1, r)

@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.inject import Condition, Hidden, Latents, Reference, Sites
 from dit_booth.strategy import AnchoredConfig, Strategy, register
+
+from .parts.frames import resized
 
 Place = Literal["before", "after"]
 
@@ -57,15 +58,10 @@ class Prepend(nn.Module):
     def forward(self, latents: Latents, image: Tensor | None) -> Latents:
         if image is None:
             return latents
-        frames, x = image, latents.x
-        if frames.shape[-2:] != x.shape[-2:]:  # a square image prompt beside a wide video
-            flat = rearrange(frames, "b r c h w -> (b r) c h w")
-            flat = F.interpolate(flat, x.shape[-2:], mode="bilinear", antialias=True)
-            frames = rearrange(flat, "(b r) c h w -> b r c h w", b=len(x))
         return replace(
             latents,
-            x=torch.cat([frames.to(x.dtype), x], dim=1),
-            context=frames.shape[1],
+            x=torch.cat([resized(image, latents.x), latents.x], dim=1),
+            context=image.shape[1],
             context_after=self.place == "after",
             one_way=self.one_way,
             context_readers=latents.readers,

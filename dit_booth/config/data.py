@@ -79,7 +79,7 @@ class DataConfig:
     image_size: int = 0
     """Side of the image prompt in pixels; 0: the videos' side."""
     image_prompts: int = 1
-    """Image prompts of an example, in the data's order; absent ones are zero images. Strategies read all or the first."""
+    """Image prompts of an example, in the data's order; absent ones are zero images. Some strategies read the first."""
     workers: int = 0
     """Processes that read the data, on each rank."""
     seed: int = 0
