@@ -17,7 +17,7 @@ NAMES = sorted(file.stem for file in packaged("baselines").glob("*.yaml"))
 SYSTEMS = {
     *("videobooth", "textual_inversion", "dreambooth", "dreambooth_lora", "dreambooth_no_prior"),
     *("tune_a_video", "catvton", "ip_adapter", "phantom", "none", "elite", "text2video_zero"),
-    *("lvdm", "dit_image"),
+    *("lvdm", "dit_image", "skyreels", "magref", "vace"),
 }
 
 
