@@ -130,17 +130,15 @@ class Pipeline(Components):
 
     def image_prompts(self, image: ImageLike | Sequence[ImageLike], mask: Masks = None) -> Tensor:
         """Return one image or several as the networks see them: r 3 s s in [-1, 1]. ValueError: too many, or none."""
-        images, most = (
-            (list(image) if isinstance(image, list | tuple) else [image]),
-            self.config.data.image_prompts,
-        )
-        masks = list(mask) if isinstance(mask, list | tuple) else [mask]
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        masks: list[MaskLike | None] = [None] * len(images)
+        if mask is not None:
+            masks = list(mask) if isinstance(mask, list | tuple) else [mask]
+        most = self.config.data.image_prompts
         if not 1 <= len(images) <= most:
             raise ValueError(
                 f"image has {len(images)} images; give 1 to {most}, as the networks were trained (data.image_prompts)"
             )
-        if mask is None:
-            masks = [None] * len(images)
         if len(masks) != len(images):
             raise ValueError(
                 f"mask has {len(masks)} masks for {len(images)} images; give each image its own, or None"

@@ -4,13 +4,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.inject import Condition, Hidden, Latents, Reference, Sites
 from dit_booth.strategy import AnchoredConfig, Strategy, register
 
-from .parts.frames import resized
+from .parts.frames import latents_of, resized
 
 Place = Literal["before", "after"]
 
@@ -44,8 +43,7 @@ class InContext(Strategy):
         self.attach(leaving, Drop())
 
     def forward(self, reference: Reference, hidden: Hidden) -> Condition:
-        frames = [each.latent * rearrange(each.present, "b -> b 1 1 1 1") for each in reference.all]
-        return Condition(shared=torch.cat(frames, dim=1))  # b r c h w
+        return Condition(shared=latents_of(reference))  # b r c h w
 
 
 class Prepend(nn.Module):

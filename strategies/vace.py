@@ -8,7 +8,6 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from dit_booth.errors import check_ranges
 from dit_booth.inject import Condition, Hidden, Reference, Residuals, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
-from .parts.frames import resized
+from .parts.frames import latents_of, resized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +43,7 @@ class VACE(Strategy):
         self.attach(blocks, SideBranch(entry, blocks, config.every))
 
     def forward(self, reference: Reference, hidden: Hidden) -> Condition:
-        """Return the latents with a mask on channels: b r (c 1) h w, zero where an image prompt is absent."""
-        frames = [
-            F.pad(each.latent, (0, 0, 0, 0, 0, 1), value=1.0) * rearrange(each.present, "b -> b 1 1 1 1")
-            for each in reference.all
-        ]
-        return Condition(shared=torch.cat(frames, dim=1))
+        return Condition(shared=latents_of(reference, mask=True))  # b r (c 1) h w
 
 
 class SideBranch(nn.Module):
@@ -59,8 +53,12 @@ class SideBranch(nn.Module):
         super().__init__()
         assert entry.embed is not None, "an entry site names the layer that embeds the latents"
         like = entry.embed
-        self.embed = nn.Conv2d(  # type: ignore[misc]
-            entry.dim + 1, like.out_channels, like.kernel_size, like.stride, like.padding
+        self.embed = nn.Conv2d(
+            entry.dim + 1,
+            like.out_channels,
+            like.kernel_size,
+            like.stride,
+            like.padding,  # type: ignore[arg-type]
         )
         with torch.no_grad():  # a reference enters as a frame does; the mask has no effect yet
             self.embed.weight[:, : entry.dim].copy_(like.weight)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from dit_booth.strategies.channel_concat import ChannelConcatConfig, Pictures, lay_out
+from dit_booth.strategies.channel_concat import ChannelConcatConfig
 from dit_booth.strategies.in_context import InContextConfig
+from dit_booth.strategies.parts.frames import latents_of, side_by_side
 from dit_booth.strategies.token_bank import TokenBankConfig
 from dit_booth.strategies.vace import VACEConfig
 from torch import Tensor, nn
@@ -133,23 +134,19 @@ def test_strategies_that_read_the_first_image_alone_are_named(caplog: pytest.Log
 
 
 def test_pictures_lie_beside_each_other_as_large_as_their_cells() -> None:
-    latents, present = torch.rand(1, 4, 2, 4, 4) + 1, torch.tensor([[True, True, True, False]])
-    one = lay_out(Pictures(latents[:, :1], present[:, :1]), 4, 8)  # a square in a wide video
-    assert (
-        torch.equal(one[:, :2, :, 2:6], latents[:, 0])
-        and one[0, 2].tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]] * 4
-    )
+    run = trial("channel_concat", image_prompts=4)
+    pictures = latents_of(absent(run.reference()), mask=True)[:1]
+    assert not pictures[0, 1].any(), "the second is absent"
+    latents, c = run.reference().latent[:1, 0], run.x.shape[2]
+    one = side_by_side(pictures[:, :1], 4, 8)  # a square in a wide video
+    assert torch.equal(one[:, :c, :, 2:6], latents) and one[0, c].tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]] * 4
     assert not one[..., :2].any() and not one[..., 6:].any()
-    two = lay_out(Pictures(latents[:, :2], present[:, :2]), 4, 8)
-    assert torch.equal(two[:, :2], torch.cat([latents[:, 0], latents[:, 1]], dim=-1)) and two[:, 2].all()
-    four = lay_out(Pictures(latents, present), 8, 8)
-    assert torch.equal(four[:, :2, 4:, :4], latents[:, 2]) and not four[..., 4:, 4:].any(), (
-        "the last is absent"
-    )
-    small = lay_out(
-        Pictures(latents[:, :3], present[:, :3]), 4, 4
-    )  # cells one wide: each picture is one point
-    assert torch.allclose(small[0, 2, 1], torch.tensor([1.0, 1, 1, 0])) and not small[0, :, [0, 2, 3]].any()
+    two = side_by_side(pictures[:, :2], 4, 8)
+    assert torch.equal(two[:, :c, :, :4], latents) and not two[..., 4:].any()
+    four = side_by_side(pictures, 8, 8)
+    assert torch.equal(four[:, :, 4:, :4], pictures[:, 2]) and torch.equal(four[:, :, 4:, 4:], pictures[:, 3])
+    small = side_by_side(pictures[:, :3], 4, 4)  # cells one wide: each picture is one point
+    assert torch.allclose(small[0, c, 1], torch.tensor([1.0, 0, 1, 0])) and not small[:, :, [0, 2, 3]].any()
 
 
 @BOTH
