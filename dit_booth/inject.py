@@ -67,6 +67,12 @@ class Site:
             return nn.Linear(from_width, own.out_features, bias=own.bias is not None)
         return copy.deepcopy(own).requires_grad_(True)
 
+    def embedding_of(self, channels: int, *, bias: bool = False) -> nn.Conv2d:
+        """Return a new layer that embeds `channels` channels as the entry's own does the latents, on the same grid."""
+        like = self.embed
+        assert like is not None, "an entry site names the layer that embeds the latents"
+        return nn.Conv2d(channels, like.out_channels, like.kernel_size, like.stride, like.padding, bias=bias)  # type: ignore[arg-type]
+
 
 class Dims(NamedTuple):
     """Sizes of what a strategy may read besides the sites."""

@@ -47,16 +47,7 @@ class FurtherChannels(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        assert site.embed is not None, "an entry site names the layer that embeds the latents"
-        like = site.embed
-        self.embed = nn.Conv2d(
-            site.dim + 1,
-            like.out_channels,
-            like.kernel_size,
-            like.stride,
-            like.padding,
-            bias=False,  # type: ignore[arg-type]
-        )
+        self.embed = site.embedding_of(site.dim + 1)
         nn.init.zeros_(self.embed.weight)
 
     def forward(self, latents: Latents, image: Tensor | None) -> Latents:

@@ -35,9 +35,7 @@ class MaskChannel(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        assert site.embed is not None, "an entry site names the layer that embeds the latents"
-        like = site.embed
-        self.embed = nn.Conv2d(1, like.out_channels, like.kernel_size, like.stride, like.padding, bias=False)  # type: ignore[arg-type]
+        self.embed = site.embedding_of(1)
         nn.init.zeros_(self.embed.weight)
 
     def forward(self, latents: Latents, image: object) -> Latents:

@@ -51,20 +51,12 @@ class SideBranch(nn.Module):
 
     def __init__(self, entry: Site, blocks: Site, every: int) -> None:
         super().__init__()
-        assert entry.embed is not None, "an entry site names the layer that embeds the latents"
-        like = entry.embed
-        self.embed = nn.Conv2d(
-            entry.dim + 1,
-            like.out_channels,
-            like.kernel_size,
-            like.stride,
-            like.padding,  # type: ignore[arg-type]
-        )
+        own = entry.embed
+        self.embed = entry.embedding_of(entry.dim + 1, bias=True)
+        assert own is not None and own.bias is not None and self.embed.bias is not None
         with torch.no_grad():  # a reference enters as a frame does; the mask has no effect yet
-            self.embed.weight[:, : entry.dim].copy_(like.weight)
-            self.embed.weight[:, entry.dim :].zero_()
-            if like.bias is not None and self.embed.bias is not None:
-                self.embed.bias.copy_(like.bias)
+            self.embed.weight.copy_(torch.cat([own.weight, torch.zeros_like(own.weight[:, :1])], dim=1))
+            self.embed.bias.copy_(own.bias)
         groups = blocks.groups[::every]
         copied = {i: block for group in groups for i, block in group.blocks.items()}
         self.copies = nn.ModuleDict(
