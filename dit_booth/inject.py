@@ -133,8 +133,8 @@ class Latents:
     x: Tensor  # b f c h w
     known: Tensor | None = None  # b f 1 1 1, at the entry: 1 in frames of the video that are known
     added: Tensor | None = None  # b f d h w, at the entry: added to the embedded x, as of further channels
-    context: int = 0  # leading frames outside the video that every frame reads
-    context_after: bool = False  # whether their times are after the video's, or before 0
+    context: int = 0  # leading frames outside the video that every frame reads, at times before 0
+    context_after: int = 0  # the last `context_after` of them are at times after the video's
     one_way: bool = True  # whether those read only themselves, or everything
     clip: Clip | None = None  # the frames' indices in a longer video; none: x is the whole video
     readers: tuple[bool, ...] | None = None  # frames of the video that the image reaches; none: all

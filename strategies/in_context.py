@@ -60,7 +60,7 @@ class Prepend(nn.Module):
             latents,
             x=torch.cat([resized(image, latents.x), latents.x], dim=1),
             context=image.shape[1],
-            context_after=self.place == "after",
+            context_after=image.shape[1] if self.place == "after" else 0,
             one_way=self.one_way,
             context_readers=latents.readers,
         )

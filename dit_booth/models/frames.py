@@ -58,7 +58,7 @@ def beside(latents: Latents, references: int) -> Latents:
             " false"
         )
     x = latents.x[:, :1].expand(-1, references + latents.x.shape[1], -1, -1, -1)
-    return replace(latents, x=x, context=references + latents.context, one_way=True, context_after=False)
+    return replace(latents, x=x, context=references + latents.context, one_way=True)
 
 
 def make_frame_cache(sites: Sequence[Site], plan: FramePlan, temporal_plan: FramePlan | None) -> FrameCache:

@@ -62,7 +62,7 @@ def test_every_image_is_a_frame_of_its_own(place: Any, backbone: str) -> None:
     run = trial("in_context", backbone, options={"in_context": InContextConfig(place=place)}, image_prompts=3)
     ours = absent(run.reference())
     entering: Latents = watched(run, ours).after["latents.entry"]
-    assert entering.context == 3 and entering.context_after == (place == "after")
+    assert entering.context == 3 and entering.context_after == (3 if place == "after" else 0)
     latents = torch.cat([each.latent for each in ours.all], dim=1)
     latents[0, 1] = 0
     assert torch.equal(entering.x, torch.cat([latents, run.x], dim=1)), "an absent image is a zero latent"
@@ -93,7 +93,8 @@ def test_references_after_the_video_are_its_continuation(positions: Any) -> None
 def test_positions_of_references_beside_a_clip() -> None:
     clip = Clip((0, 4, 5))
     assert clip.positions(2) == (-2, -1, 0, 4, 5)
-    assert clip.positions(2, after=True) == (6, 7, 0, 4, 5)
+    assert clip.positions(2, after=2) == (6, 7, 0, 4, 5)
+    assert clip.positions(3, after=2) == (-1, 6, 7, 0, 4, 5)
     assert Clip(range(3)).positions(2) == range(-2, 3), "one key of the caches of tables"
     with pytest.raises(ValueError, match=r"in_context\.place is 'end'; choose one of before, after"):
         InContextConfig(place="end")  # type: ignore[arg-type]
