@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -130,8 +130,8 @@ class Pipeline(Components):
 
     def image_prompts(self, image: ImageLike | Sequence[ImageLike], mask: Masks = None) -> Tensor:
         """Return one image or several as the networks see them: r 3 s s in [-1, 1]. ValueError: too many, or none."""
-        images = list(image) if isinstance(image, list | tuple) else [image]
-        masks: list[MaskLike | None] = [None] * len(images)
+        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+        masks: list[Any] = [None] * len(images)
         if mask is not None:
             masks = list(mask) if isinstance(mask, list | tuple) else [mask]
         most = self.config.data.image_prompts

@@ -108,10 +108,11 @@ def rows_are_independent(make: Callable[..., Trial]) -> None:
 
 
 def image_matters_as_declared(make: Callable[..., Trial]) -> None:
-    """`reads_image`, `reads_all_images`: after a training step, other images give another output, or none ever do."""
+    """`reads_image`, `reads_all_images`: after a step of each stage, other images change the output, or none ever do."""
     run = make(image_prompts=2)
-    if stages := run.stages:
-        optimizer = torch.optim.AdamW(run.train_in(stages[0]).values(), lr=1e-2)
+    for stage in run.stages:
+        run.model.zero_grad(set_to_none=True)
+        optimizer = torch.optim.AdamW(run.train_in(stage).values(), lr=1e-2)
         target = torch.randn(run.x.shape, generator=torch.Generator().manual_seed(4))
         (run(run.reference(1)) - target).square().mean().backward()
         optimizer.step()

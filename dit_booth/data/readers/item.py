@@ -211,6 +211,7 @@ def cut_prompts(
     They are its reference pictures or, without any, one that is cut out of its first frame; `seen`: that frame and its
     mask, if known.
     """
+    cutouts: list[tuple[Pixels, Mask | None, Box | None]]
     if item.row.references:
         cutouts = [(*read_cutout(picture), None) for picture in item.row.references[:count]]
     else:
