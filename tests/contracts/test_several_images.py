@@ -11,7 +11,7 @@ from dit_booth.strategies.channel_concat import ChannelConcatConfig
 from dit_booth.strategies.in_context import InContextConfig
 from dit_booth.strategies.parts.frames import latents_of, side_by_side
 from dit_booth.strategies.token_bank import TokenBankConfig
-from dit_booth.strategies.vace import VACEConfig
+from dit_booth.strategies.vace import SideBranch, VACEConfig
 from torch import Tensor, nn
 
 from dit_booth.attention import Clip
@@ -168,9 +168,15 @@ def test_further_channels_of_the_frames_that_the_image_reaches(
 # ---- vace --------------------------------------------------------------------------------------------------
 
 
+def branch_of(run: Trial) -> SideBranch:
+    (branch,) = run.model.strategy.part("vace").attached.values()
+    assert isinstance(branch, SideBranch)
+    return branch
+
+
 def passing(run: Trial) -> Trial:
     """Let the branch's outputs through, so that they can be seen."""
-    for layer in run.model.strategy.part("vace").attached["residual"].to_residual.values():
+    for layer in branch_of(run).to_residual.values():
         nn.init.eye_(layer.weight)
     return run
 
@@ -181,7 +187,7 @@ def test_the_branch_starts_as_the_backbone_with_references_before_the_video(layo
     """What it finds in the video's frames is then what the backbone computes with these frames `in_context`."""
     dit = DiTConfig(depth=4, hidden=32, heads=2, layout=layout, plan="all")
     run = passing(trial("vace", image_prompts=2, dit=dit))
-    payload: Residuals = watched(run, run.reference()).after["residual"]
+    payload: Residuals = watched(run, run.reference()).after[run.model.backbone.residual.name]
     assert list(payload.added) == [0, 1, 2, 3] if layout != "interleaved" else [1, 3]
     output = run.model.backbone.final_layer(payload.added[3], payload.run.keywords["c"], *run.x.shape[-2:])
     beside = trial("in_context", image_prompts=2, dit=dit)
@@ -193,7 +199,7 @@ def test_the_branch_starts_as_the_backbone_with_references_before_the_video(layo
 @torch.no_grad()
 def test_the_branch_of_a_unet_adds_to_its_skips_and_its_middle() -> None:
     run = passing(trial("vace", "unet", image_prompts=2))
-    payload: Residuals = watched(run, run.reference()).after["residual"]
+    payload: Residuals = watched(run, run.reference()).after[run.model.backbone.residual.name]
     assert [x.shape[1:] for x in payload.added.values()] == [
         (3, 16, 8), (3, 16, 8), (3, 4, 8), (3, 4, 16), (3, 4, 16),
     ]  # fmt: skip
@@ -202,9 +208,7 @@ def test_the_branch_of_a_unet_adds_to_its_skips_and_its_middle() -> None:
 
 
 def test_every_second_block_and_no_cache_of_past_frames() -> None:
-    branch = (
-        trial("vace", options={"vace": VACEConfig(every=2)}).model.strategy.part("vace").attached["residual"]
-    )
+    branch = branch_of(trial("vace", options={"vace": VACEConfig(every=2)}))
     assert list(branch.copies) == list(branch.to_residual) == ["0"]
     with pytest.raises(ValueError, match=r"vace\.every is 0"):
         VACEConfig(every=0)

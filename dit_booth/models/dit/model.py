@@ -87,7 +87,7 @@ class VideoDiT(nn.Module):
         )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=out_channels)
         self.residual = Site(
-            name="residual", port="residual", role="blocks", dim=hidden, groups=self.groups(depth, hidden)
+            name="x_embedder", port="residual", role="blocks", dim=hidden, groups=self.groups(depth, hidden)
         )
         self.initialise()
 

@@ -68,7 +68,7 @@ class VideoUNet(nn.Module):
         )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=config.out_channels)
         self.residual = Site(
-            name="residual", port="residual", role="blocks", dim=width, groups=(self.way_down(config),)
+            name="conv_in", port="residual", role="blocks", dim=width, groups=(self.way_down(config),)
         )
         self.initialise()
 
