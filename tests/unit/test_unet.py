@@ -18,6 +18,7 @@ from dit_booth.inject import (
     Modulation,
     Payload,
     Recorder,
+    Residuals,
     Site,
     no_injection,
 )
@@ -197,7 +198,7 @@ def test_sites_are_module_paths_in_forward_order() -> None:
     assert order == [site.name for site in sites]
     modules = dict(unet.named_modules())
     for site in sites:
-        if site.port != "latents":
+        if site.port not in ("latents", "residual"):
             assert modules[site.name].site is site
         if site.port == "qkv":
             assert {k: modules[f"{site.name}.{k}"] for k in ("to_q", "to_k", "to_v")} == site.projections
