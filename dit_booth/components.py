@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,9 @@ from dit_booth.models.injected import Injected
 from dit_booth.models.pretrained import load_pretrained, load_strategy_weights, read_strategy_weights
 from dit_booth.models.text.build import build_text
 from dit_booth.models.weights import part, write
+from dit_booth.strategy import Strategies
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,17 +104,19 @@ class Components:
         return data.build(split, check)
 
     def check_images(self, images: Tensor, names: Sequence[str]) -> None:
-        """Check that image prompts (b 3 s s) show a subject, where an active strategy reads them.
+        """Check that image prompts (b 3 s s, or b r 3 s s) show a subject, where an active strategy reads them.
 
         ValueError: one is all white; it says which, by its name.
         """
         if not any(self.model.strategy.part(name).reads_image for name in self.model.active):
             return
-        for name, shown in zip(names, shows_subject(images).tolist(), strict=True):
-            if not shown:
-                raise ValueError(
-                    f"the image prompt of {name} is all white; give a picture that shows the subject"
-                )
+        for place, column in enumerate(columns(images)):
+            which = f", number {place + 1}," if place else ""
+            for name, shown in zip(names, shows_subject(column).tolist(), strict=True):
+                if not shown:
+                    raise ValueError(
+                        f"the image prompt of {name}{which} is all white; give a picture that shows the subject"
+                    )
 
     def stage_data(self, stage: StageName, prior: Tensor | None = None) -> VideoDataset:
         """Open what a stage is trained on: the run's data, or its one subject (prior: class images, n f 3 h w)."""
@@ -123,10 +129,14 @@ class Components:
 
     @torch.no_grad()
     def reference(self, images: Tensor, dtype: torch.dtype, generator: Generators | None = None) -> Reference:
-        """Encode image prompts (b 3 s s in [-1, 1]) as strategies see them, without noise.
+        """Encode image prompts (b 3 s s, or b r 3 s s, in [-1, 1]) as strategies see them, without noise.
 
         `generator` draws from an autoencoder's posterior; without one, torch's global generator does.
         """
+        first, *further = (self._reference(column, dtype, generator) for column in columns(images))
+        return replace(first, further=tuple(further))
+
+    def _reference(self, images: Tensor, dtype: torch.dtype, generator: Generators | None) -> Reference:
         seen = self.image_encoder(images)
         return Reference(
             image=images,
@@ -160,6 +170,19 @@ class Components:
         )
 
 
+def columns(images: Tensor) -> tuple[Tensor, ...]:
+    """Return image prompts by their place: b 3 s s each, of b 3 s s or b r 3 s s."""
+    return (images,) if images.ndim == 4 else images.unbind(1)
+
+
+def warn_of_unread_images(count: int, strategies: Strategies) -> None:
+    """Log the strategies that read the first of several image prompts alone."""
+    parts = [strategies.part(name) for name in strategies.names]
+    names = [part.name for part in parts if part.reads_image and not part.reads_all_images]
+    if count > 1 and names:
+        log.warning("data.image_prompts is %d; %s read the first one alone", count, ", ".join(names))
+
+
 def build(config: RunConfig) -> Components:
     """Build all components on the CPU, seeded: the backbone from `config.weights`, strategies warm-started from it.
 
@@ -181,6 +204,7 @@ def build(config: RunConfig) -> Components:
     )
     taps = load_pretrained(backbone, text, config.weights, config.backbone)
     model = assemble(backbone, text, config.strategy, dims, options=config.options(), seed=config.train.seed)
+    warn_of_unread_images(config.data.image_prompts, model.strategy)
     loaded = load_strategy_weights(model.strategy, taps, f"weights={config.weights}", optional=True)
     for source in config.strategy_weights:
         warn_of_another_base(source, backbone, model.strategy)

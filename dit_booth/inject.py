@@ -26,11 +26,20 @@ from torch import Tensor, nn
 from dit_booth.attention import Clip, Frames, Segment, WindowFusion, attend
 from dit_booth.errors import suggest
 
-Port = Literal["prompt", "latents", "modulation", "qkv", "linear"]
-Role = Literal["cross_frame", "text", "temporal", "time", "block", "entry", "exit", "words", "linear"]
+Port = Literal["prompt", "latents", "modulation", "qkv", "linear", "residual"]
+Role = Literal[
+    "cross_frame", "text", "temporal", "time", "block", "entry", "exit", "words", "linear", "blocks"
+]
 Place = Literal["backbone", "before", "beyond"]
 """Rotary place of a reference's keys: the backbone's own (frame 0; on Wan `wan.reference_place`); the frame before
 frame 0; that frame, with rows and columns that start where the video's end (Stand-In, arXiv 2508.07901)."""
+
+
+class BlockGroup(NamedTuple):
+    """Blocks that attend in space and time together, and the places after them where something can be added."""
+
+    blocks: Mapping[int, nn.Module]
+    outputs: Mapping[int, int]  # place -> width
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,9 +57,8 @@ class Site:
     heads: int = 1
     rotary: bool = False  # qkv: if queries and keys get rotary positions
     projections: Mapping[str, nn.Linear] = field(default_factory=dict, repr=False)
-    embed: nn.Conv2d | nn.Conv3d | None = field(
-        default=None, repr=False
-    )  # entry: the layer that embeds the latents
+    embed: nn.Conv2d | nn.Conv3d | None = field(default=None, repr=False)  # entry: embeds the latents
+    groups: tuple[BlockGroup, ...] = field(default=(), repr=False)  # blocks: to be copied (`Residuals.run`)
     leaf: str = field(init=False, repr=False)  # the name inside its block: the same in every block
 
     def __post_init__(self) -> None:
@@ -65,6 +73,22 @@ class Site:
         if from_width not in (0, own.in_features):
             return nn.Linear(from_width, own.out_features, bias=own.bias is not None)
         return copy.deepcopy(own).requires_grad_(True)
+
+    def embedding_of(self, channels: int, *, bias: bool = False) -> nn.Conv2d:
+        """Return a new layer that embeds `channels` channels of a frame on the grid of the entry's own layer."""
+        like = self.embed
+        assert like is not None, "an entry site names the layer that embeds the latents"
+        kernel, stride, padding = (
+            y[-2:] for y in (like.kernel_size, like.stride, like.padding)
+        )  # of one frame
+        return nn.Conv2d(channels, like.out_channels, kernel, stride, padding, bias=bias)  # type: ignore[arg-type]
+
+    def embedding_weight(self) -> Tensor:
+        """Return the weight of the entry's own layer for the latents' channels of one frame: d c p q."""
+        like = self.embed
+        assert like is not None, "an entry site names the layer that embeds the latents"
+        own = like.weight[:, : self.dim]
+        return own if own.ndim == 4 else own[:, :, 0]
 
 
 class Dims(NamedTuple):
@@ -126,7 +150,8 @@ class Latents:
     x: Tensor  # b f c h w
     known: Tensor | None = None  # b f 1 1 1, at the entry: 1 in frames of the video that are known
     added: Tensor | None = None  # b f d h w, at the entry: added to the embedded x, as of further channels
-    context: int = 0  # leading frames outside the video, at times before 0, that every frame reads
+    context: int = 0  # leading frames outside the video that every frame reads, at times before 0
+    context_after: int = 0  # the last `context_after` of them are at times after the video's
     one_way: bool = True  # whether those read only themselves, or everything
     clip: Clip | None = None  # the frames' indices in a longer video; none: x is the whole video
     readers: tuple[bool, ...] | None = None  # frames of the video that the image reaches; none: all
@@ -134,6 +159,10 @@ class Latents:
     aux_prediction: AuxPrediction | None = (
         None  # at the exit: what is cut off the output, yet belongs to the loss
     )
+
+    def adding(self, x: Tensor) -> Latents:
+        """Return a copy with x (b f d h w) added to the embedded latents."""
+        return replace(self, added=x if self.added is None else self.added + x)
 
 
 class AuxPrediction(NamedTuple):
@@ -157,6 +186,23 @@ class Projection:
 
     x: Tensor  # ... c
     y: Tensor  # ... d
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Port ``residual``: what enters the blocks, and what is added to their outputs, by place (`Site.groups`)."""
+
+    x: Tensor  # b f n d, embedded latents
+    latents: Tensor  # b f c h w
+    run: Callable[[Mapping[int, nn.Module], Tensor], Mapping[int, Tensor]]
+    """Run copies of blocks, by number, the first group among them, on r frames before x, at times before the video's
+    (b (r f) n d); return the outputs by place (b (r f) n d). No tap acts in them."""
+    added: Mapping[int, Tensor] = field(default_factory=dict)  # b f n d
+
+    def adding(self, added: Mapping[int, Tensor]) -> Residuals:
+        """Return a copy with more to add."""
+        own = self.added
+        return replace(self, added={**own, **{i: own[i] + x if i in own else x for i, x in added.items()}})
 
 
 class KV(NamedTuple):
@@ -281,7 +327,7 @@ class QKV:
         return replace(self, segments=())
 
 
-Payload = TypeVar("Payload", PromptTokens, Latents, Modulation, QKV, Projection)
+Payload = TypeVar("Payload", PromptTokens, Latents, Modulation, QKV, Projection, Residuals)
 T = TypeVar("T")
 
 
@@ -299,6 +345,12 @@ class Reference:
     embedding: Tensor  # b e, CLIP's pooled image embedding
     latent: Tensor  # b 1 c h w, clean
     noisy: Tensor | None = None  # b r c h w, r copies at the video's timestep; for the recording pass alone
+    further: tuple[Reference, ...] = ()  # more image prompts, in order; the fields above are the first one's
+
+    @property
+    def all(self) -> tuple[Reference, ...]:
+        """Every image prompt, the first one first; rows that have fewer hold the zero image."""
+        return (self, *self.further)
 
     @property
     def present(self) -> Tensor:

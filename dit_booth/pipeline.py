@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dit_booth.components import Components, build
 from dit_booth.config import LongConfig, RunConfig
 from dit_booth.config.long import LongKind
 from dit_booth.data.image_input import ImageLike, MaskLike
-from dit_booth.data.image_prompt import as_image_prompt
+from dit_booth.data.image_prompt import as_image_prompt, of_number
 from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.samplers import SamplerConfig
 from dit_booth.errors import SEED, check_number, suggest
@@ -31,6 +31,8 @@ from dit_booth.sampling.stream import hash_of, write_while_sampling
 from dit_booth.sampling.video import Video
 from dit_booth.training.stage import active_strategies, schedule_of
 
+Images = ImageLike | Sequence[ImageLike] | None
+Masks = MaskLike | Sequence[MaskLike | None] | None
 EMBEDDED = {"toyworld": "toyworld-dit.safetensors", "toyworld-unet": "toyworld-unet.safetensors"}
 """Adapters that the package brings, by name: VideoBooth's two stages on the toy world (docs/model_card.md)."""
 
@@ -89,21 +91,21 @@ class Pipeline(Components):
         write_text(folder / "finished", "")
         return folder
 
-    def __call__(self, image: ImageLike | None, text: str, **options: Unpack[CallOptions]) -> Video:
+    def __call__(self, image: Images, text: str, **options: Unpack[CallOptions]) -> Video:
         """Sample a video of the image's subject.
 
-        image: a path, PIL image, array or tensor (`as_image_prompt`); None: from the text alone.
+        image: a path, PIL image, array or tensor (`as_image_prompt`), or a list of at most ``data.image_prompts`` of
+            them; None: from the text alone.
         text: what the video shows, with the subject's words in it.
         options: see `CallOptions`.
         ValueError: the text lacks the subject, or a value cannot work.
         """
         call = self._call(image, text, **options)
         video = torch.cat([frames[0] for frames in call.sampler(self)])
-        return Video.from_tensor(video, fps=self.config.sample.fps, text=text, image=call.image)
+        image = None if call.images is None else call.images[0]
+        return Video.from_tensor(video, fps=self.config.sample.fps, text=text, image=image)
 
-    def stream(
-        self, image: ImageLike | None, text: str, **options: Unpack[CallOptions]
-    ) -> Iterator[NDArray[np.uint8]]:
+    def stream(self, image: Images, text: str, **options: Unpack[CallOptions]) -> Iterator[NDArray[np.uint8]]:
         """Iterate over a video's frames (k h w 3) as they are finished, some at a time. Arguments: those of a call.
 
         Memory does not grow with the video where it is made from its beginning on: chunks, diffusion_forcing, lvdm.
@@ -112,9 +114,7 @@ class Pipeline(Components):
         for frames in call.sampler(self):
             yield Video.from_tensor(frames[0], fps=self.config.sample.fps).frames
 
-    def write(
-        self, path: str | Path, image: ImageLike | None, text: str, **options: Unpack[CallOptions]
-    ) -> Path:
+    def write(self, path: str | Path, image: Images, text: str, **options: Unpack[CallOptions]) -> Path:
         """Write a video to an .mp4 file while it is made. Arguments: those of a call.
 
         Ctrl-C leaves what is finished, and the same call goes on from there (`dit_booth.sampling.stream`).
@@ -128,13 +128,30 @@ class Pipeline(Components):
         """Return an image as the networks see it: 3 s s in [-1, 1]."""
         return as_image_prompt(image, size=self.config.data.image_size or self.config.data.size, mask=mask)
 
+    def image_prompts(self, image: ImageLike | Sequence[ImageLike], mask: Masks = None) -> Tensor:
+        """Return one image or several as the networks see them: r 3 s s in [-1, 1]. ValueError: too many, or none."""
+        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+        masks: list[Any] = [None] * len(images)
+        if mask is not None:
+            masks = list(mask) if isinstance(mask, list | tuple) else [mask]
+        most = self.config.data.image_prompts
+        if not 1 <= len(images) <= most:
+            raise ValueError(
+                f"image has {len(images)} images; give 1 to {most}, as the networks were trained (data.image_prompts)"
+            )
+        if len(masks) != len(images):
+            raise ValueError(
+                f"mask has {len(masks)} masks for {len(images)} images; give each image its own, or None"
+            )
+        return torch.stack([self.image_prompt(*pair) for pair in zip(images, masks, strict=True)])
+
     def _call(
         self,
-        image: ImageLike | None,
+        image: Images,
         text: str,
         *,
         subject: str | None = None,
-        mask: MaskLike | None = None,
+        mask: Masks = None,
         seed: int = 0,
         frames: int | None = None,
         size: int | tuple[int, int] | None = None,
@@ -166,7 +183,7 @@ class Pipeline(Components):
         sampler = sampler if steps is None else replace(sampler, steps=steps)
         if not isinstance(long, LongConfig):
             long = config.sample.long if long is None else replace(config.sample.long, kind=long)
-        shown = None if image is None else self.image_prompt(image, mask)
+        shown = None if image is None else self.image_prompts(image, mask)
         return _Call(shown, text, subject or None, seed, (frames, height, width), guidance, sampler, long)
 
     @property
@@ -181,8 +198,8 @@ class CallOptions(TypedDict, total=False):
 
     subject: str | None
     """The words of the text that the image stands for; needed by strategies that replace them."""
-    mask: MaskLike | None
-    """Of the subject; without one, and without transparency in the image, the whole image is taken."""
+    mask: Masks
+    """Of the subject, one for each image; without one, and without transparency, the whole image is taken."""
     seed: int
     """0 by default."""
     frames: int | None
@@ -201,7 +218,7 @@ class CallOptions(TypedDict, total=False):
 class _Call:
     """What one video depends on, besides the pipeline."""
 
-    image: Tensor | None  # 3 s s in [-1, 1]
+    images: Tensor | None  # r 3 s s in [-1, 1]
     text: str
     subject: str | None
     seed: int
@@ -214,10 +231,11 @@ class _Call:
         """Prepare the sampling. ValueError: a value cannot work."""
         data = pipeline.config.data
         side = data.image_size or data.size
-        image = torch.zeros(3, side, side) if self.image is None else self.image
+        images = torch.zeros(1, 3, side, side) if self.images is None else self.images
+        images = torch.stack(of_number(images.unbind(), data.image_prompts))
         return FrameSampler.build(
             pipeline,
-            image[None].to(pipeline.device),
+            images[None].to(pipeline.device),
             [self.text],
             [self.subject],
             [self.seed],
@@ -226,7 +244,7 @@ class _Call:
             sampler=self.sampling,
             start=pipeline.config.start,
             long=self.long,
-            use_image=self.image is not None,
+            use_image=self.images is not None,
         )
 
     def key(self, pipeline: Pipeline) -> str:
@@ -234,7 +252,7 @@ class _Call:
         options = [asdict(part) for part in (self.guidance, self.sampling, self.long)]
         about = [self.text, self.subject, self.seed, self.size, options, pipeline.config.as_dict()]
         models = [pipeline.model, *([pipeline.interpolator.model] if pipeline.interpolator else [])]
-        return hash_of([about, *map(fingerprint, models)], self.image)
+        return hash_of([about, *map(fingerprint, models)], self.images)
 
 
 def load(

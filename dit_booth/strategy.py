@@ -83,6 +83,8 @@ class Strategy(nn.Module):
     """True if the model's output is unchanged by this strategy before any training."""
     reads_image: ClassVar[bool] = True
     """True if the image reaches the network through this strategy."""
+    reads_all_images: bool = False
+    """True if every image prompt reaches the network (`Reference.all`); else the first one alone."""
     reads_known_frames: ClassVar[bool] = False
     """True if the network is told which frames are known (`Latents.known`): stages with this strategy have some."""
     excludes: ClassVar[tuple[str, ...]] = ()

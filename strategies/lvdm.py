@@ -5,8 +5,6 @@ input channel marks them. Which frames those are is drawn in training (section `
 each other (section `clips`).
 """
 
-from dataclasses import replace
-
 import torch
 from einops import rearrange, repeat
 from torch import nn
@@ -37,12 +35,7 @@ class MaskChannel(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        assert site.embed is not None, "an entry site names the layer that embeds the latents"
-        like = site.embed
-        kernel, stride, padding = (
-            y[-2:] for y in (like.kernel_size, like.stride, like.padding)
-        )  # of one frame
-        self.embed = nn.Conv2d(1, like.out_channels, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+        self.embed = site.embedding_of(1)
         nn.init.zeros_(self.embed.weight)
 
     def forward(self, latents: Latents, image: object) -> Latents:
@@ -52,4 +45,4 @@ class MaskChannel(nn.Module):
         outside = latents.known.new_zeros(len(latents.x), latents.context, 1, 1, 1)
         mask = torch.cat([outside, latents.known], dim=1).to(latents.x.dtype)
         channel = repeat(mask, "b f 1 1 1 -> (b f) 1 h w", h=height, w=width)
-        return replace(latents, added=rearrange(self.embed(channel), "(b f) d h w -> b f d h w", f=frames))
+        return latents.adding(rearrange(self.embed(channel), "(b f) d h w -> b f d h w", f=frames))

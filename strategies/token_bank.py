@@ -1,8 +1,9 @@
-"""Token bank: the reference as a few tokens that every frame reads, instead of all its keys and values."""
+"""Token bank: each image prompt as a few tokens that every frame reads, instead of all its keys and values."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from dit_booth.errors import check_ranges
@@ -15,7 +16,7 @@ from .parts.resampler import AveragePool, Perceiver
 @dataclass(frozen=True, kw_only=True)
 class TokenBankConfig(AnchoredConfig):
     source: Literal["clip", "latent"] = "clip"
-    """CLIP's patch states, or the reference's hidden state at each site (a pass through the backbone)."""
+    """CLIP's patch states of each image prompt, or the first's hidden state at each site (a pass of the backbone)."""
     kind: Literal["perceiver", "pool"] = "perceiver"
     """A Perceiver resampler with `tokens` learned queries, or average pooling of the source's grid by `pool`."""
     tokens: int = 16
@@ -46,6 +47,7 @@ class TokenBank(Strategy):
     def __init__(self, config: TokenBankConfig, sites: Sites) -> None:
         super().__init__(config, sites)
         self.clip, self.noise = config.source == "clip", config.reference_noise
+        self.reads_all_images = self.clip
         self.shared = nn.ModuleDict()  # width of the source -> bank
         self.readers: dict[str, ReadBank] = {}
         chosen = sites.match(config.where, port="qkv", role="cross_frame")
@@ -70,13 +72,18 @@ class TokenBank(Strategy):
         return Condition(at={at: self.readers[at].project(x) for at, x in tokens.items()})
 
     def tokens(self, reference: Reference, hidden: Hidden) -> dict[str, Tensor]:
-        """Return site name -> the bank that it reads (b m c)."""
-        patches = reference.states[0][:, 1:]
+        """Return site name -> the banks that it reads (b m c): one of each image prompt."""
+        patches = [each.states[0][:, 1:] for each in reference.all]
         if self.clip and self.shared:
-            (bank,) = self.shared.values()
-            return dict.fromkeys(self.readers, bank(patches))
-        states = {at: hidden.get(at, patches) for at in self.readers}
-        return {at: (self.readers[at].bank or self.shared[str(x.shape[-1])])(x) for at, x in states.items()}
+            (shared,) = self.shared.values()
+            return dict.fromkeys(self.readers, torch.cat([shared(x) for x in patches], dim=1))
+        states = {at: [hidden[at]] if at in hidden else patches for at in self.readers}
+        return {at: torch.cat([self.bank_of(at, x) for x in xs], dim=1) for at, xs in states.items()}
+
+    def bank_of(self, site: str, x: Tensor) -> Tensor:
+        """Resample one image's states (b n c) for a site."""
+        bank: Tensor = (self.readers[site].bank or self.shared[str(x.shape[-1])])(x)
+        return bank
 
 
 class ReadBank(nn.Module):

@@ -165,10 +165,16 @@ class Clip:
             for i, (frame, places) in enumerate(zip(self.frames, read, strict=True))
         )
 
-    def positions(self, context: int) -> FrameIndices:
-        """Return the positions of the frames, after those of a context, which has negative ones."""
+    def positions(self, context: int, after: int = 0) -> FrameIndices:
+        """Return the positions of a context's frames and of the clip's.
+
+        The former are negative, but those of the last `after` of them follow the clip's last frame.
+        """
         if context == 0:
             return self.frames
+        if after:
+            end = self.frames[-1] + 1
+            return (*range(after - context, 0), *range(end, end + after), *self.frames)
         if isinstance(self.frames, range) and self.frames.start == 0:
             return range(-context, len(self.frames))
         return (*range(-context, 0), *self.frames)

@@ -6,6 +6,7 @@
     dit-booth sample toyworld --image star.png --caption "a star is spinning on snow" --subject star
     dit-booth sample toyworld --image star.png --caption "a star is spinning" --subject star --frames 256 --long chunks
     dit-booth sample runs/RUN --split test --videos 24 --frames 128 --long chunks
+    dit-booth sample runs/RUN --image a.png b.png --caption "a cat and a dog run" --subject cat
 
 Videos for prompts of the data are measured; of your own image there are a video and a contact sheet.
 """
@@ -44,10 +45,11 @@ class SampleArguments:
     """Prompts: dev, which settings are chosen on, or test, for published numbers."""
     videos: int = 0
     """Prompts; 0: as many as the run sampled."""
-    image: str = ""
-    """An image, or a folder with image.jpg and a mask, to sample from instead of the data's."""
-    mask: str = ""
-    """The mask of the image's subject; without one, and without transparency, the whole image is taken."""
+    image: tuple[str, ...] = ()
+    """An image, or a folder with image.jpg and a mask, to sample from instead of the data's; several, if the run has
+    data.image_prompts."""
+    mask: tuple[str, ...] = ()
+    """The mask of each image's subject; without one, and without transparency, the whole image is taken."""
     caption: str = ""
     """The text for --image."""
     subject: str = ""
@@ -141,8 +143,9 @@ def folder_of(arguments: SampleArguments) -> Path:
 def sample_image(pipeline: Pipeline, arguments: SampleArguments, seed: int) -> Path:
     """Sample one video of a user's image and caption; return its path. A contact sheet is written beside it."""
     image = None if arguments.references == ("none",) else arguments.image
-    mask = arguments.mask or None
-    name = "-".join([f"{Path(arguments.image).stem}-seed{seed}", *variant_of(arguments)])
+    mask = None if image is None else arguments.mask or None
+    names = [Path(path).stem for path in arguments.image]
+    name = "-".join([*names, f"seed{seed}", *variant_of(arguments)])
     path = pipeline.write(
         folder_of(arguments) / "samples-own-image" / f"{name}.mp4",
         image,
@@ -152,7 +155,7 @@ def sample_image(pipeline: Pipeline, arguments: SampleArguments, seed: int) -> P
         seed=seed,
         frames=arguments.frames or None,
     )
-    shown = None if image is None else pipeline.image_prompt(image, mask)
+    shown = None if image is None else pipeline.image_prompts(image, mask)[0]
     stride = max(1, arguments.frames // 64)
     Video.read(path, text=arguments.caption, image=shown, stride=stride).save(path.with_suffix(".png"))
     return path

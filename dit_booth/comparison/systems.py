@@ -147,7 +147,7 @@ def sample_once(
     config = components.config
     generate(
         components,
-        request.image[None].to(components.device),
+        request.images[None].to(components.device),
         [request.caption],
         [(request.subject or None) if use_image else None],
         [0],

@@ -342,6 +342,7 @@ LATER: dict[str, object] = {
     "autoencoder.tile": 0,
     "data.variations": 0,
     "data.buckets": [],
+    "data.image_prompts": 1,
     "clips": dataclasses.asdict(ClipsConfig()),
     "wan": dataclasses.asdict(WanConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
@@ -352,6 +353,7 @@ LATER: dict[str, object] = {
     "kv_concat.reference_place": "backbone",
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
+    "in_context.place": "before",
 }
 """Settings and sections that came after the first runs: at these values a run is as if without them."""
 

@@ -82,6 +82,8 @@ class DataConfig:
     that fits it, a batch one alone. Empty: size and frames. Data on disk only; samples have size and frames."""
     image_size: int = 0
     """Side of the image prompt in pixels; 0: the videos' side."""
+    image_prompts: int = 1
+    """Image prompts of an example, in the data's order; absent ones are zero images. Some strategies read the first."""
     workers: int = 0
     """Processes that read the data, on each rank."""
     seed: int = 0
@@ -101,6 +103,7 @@ class DataConfig:
             frames="[1, 10000]",
             size="[8, 8192]",
             image_size="[0, 8192]",
+            image_prompts="[1, 4]",
             workers="[0, 256]",
             variations="[0, 1000000]",
             seed=SEED,
@@ -166,6 +169,7 @@ class DataConfig:
                 frames=self.frames,
                 size=self.size,
                 image_size=self.image_size or None,
+                image_prompts=self.image_prompts,
                 seed=self.seed,
                 split=split,
                 scene=self.toyworld.scene,
@@ -204,6 +208,7 @@ class DataConfig:
                 size=self.size,
                 buckets=self.shapes(split),
                 image_size=self.image_size or None,
+                image_prompts=self.image_prompts,
                 augment=Augment() if varied else Augment(flip=False, degrees=0.0, trim=0.0),
                 cross_pair=self.triplets.cross_pair,
                 max_broken=options.max_broken,

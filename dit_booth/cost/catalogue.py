@@ -29,7 +29,7 @@ def describe_strategies(pattern: str = "*") -> list[str]:
 def describe_strategy(cls: type[Strategy]) -> str:
     """Return a strategy's entry, with the default options."""
     ports: dict[str, None] = {}
-    recorded = "nothing"
+    recorded, images = "nothing", "none"
     counts = []
     for name in MODELS:
         backbone, text, dims = bare_model(name)
@@ -40,12 +40,14 @@ def describe_strategy(cls: type[Strategy]) -> str:
         needs = strategy.needs()
         if needs.sites:
             recorded = f"hidden states of the reference ({needs.noise} noise)"
+        images = "none" if not cls.reads_image else "all" if strategy.reads_all_images else "the first"
         counts.append(f"{name} {trained(strategy, backbone) / 1e6:.3g}")
     summary = (cls.__doc__ or "").strip().splitlines()
     lines = [
         f"{cls.name}: {summary[0] if summary else '(no docstring)'}",
         f"ports: {', '.join(ports) or 'none'}",
         f"needs: {recorded}",
+        f"reads of several images: {images}",
         f"stages: {', '.join(s for s in STAGES if s in cls.stages()) or 'none'}",
         f"identity at initialisation: {'yes' if cls.identity_at_init else 'no'}",
         f"not together with: {', '.join(cls.excludes) or '-'}",

@@ -123,7 +123,8 @@ def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
         f"{'backbone':40} {cost_of(model.backbone, alone)}",
     ]
     if list(model.strategy.parameters()) or any(model.strategy.part(name).reads_image for name in names):
-        image = reference(shape, copies=model.strategy.reference_frames(tuple(names)))
+        copies = model.strategy.reference_frames(tuple(names))
+        image = reference(shape, copies=copies, images=config.data.image_prompts)
         both = cost_of(model, lambda: model(*inputs(shape, encoders=encoders), image))
         lines.append(f"{'with ' + config.strategy:40} {both}")
     return lines
@@ -205,14 +206,16 @@ def reference(
     dtype: torch.dtype = torch.float32,
     copies: int = 1,
     encoders: Encoders = VIT_L_14,
+    images: int = 1,
 ) -> Reference:
-    """Return a random image prompt for each video of `shape` (b f c h w), of the video's size."""
+    """Return random image prompts, `images` for each video of `shape` (b f c h w), of the video's size."""
     b, _, c, h, w = shape
     options: Any = {"device": device, "dtype": dtype}
-    return Reference(
+    first = Reference(
         image=torch.ones(b, 3, 8 * h, 8 * w, **options),
         states=tuple(torch.randn(b, encoders.patches, encoders.image, **options) for _ in range(5)),
         embedding=torch.randn(b, encoders.common, **options),
         latent=torch.randn(b, 1, c, h, w, **options),
         noisy=torch.randn(b, copies, c, h, w, **options),
     )
+    return replace(first, further=(first,) * (images - 1))

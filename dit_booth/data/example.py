@@ -39,6 +39,7 @@ class Example:
         subject: the word (or words) of the caption that the image stands for; `Tokenizer` checks
             that the caption contains it.
         image: `3 s s`, float32 in [-1, 1]; the image prompt: the subject on white, cropped to its box.
+        further: more image prompts, in order, of the shape of `image`; absent ones are zero (`data.image_prompts`).
         mask: `f h w` bool, true on the subject. Only the first `mask_frames` frames are annotated; the
             mask of the others is all false and means nothing.
         mask_frames: number of annotated leading frames of `mask`: 1 in VideoBooth's data, all in the toy
@@ -57,6 +58,7 @@ class Example:
     mask: Tensor
     mask_frames: int
     identity: IdentityDict | None = None
+    further: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         _check_picture(self.key, "video", self.video, axes="f 3 h w", channel_axis=1)
@@ -66,6 +68,13 @@ class Example:
                 f"{self.key}: image has shape {tuple(self.image.shape)}; "
                 "it must be square (3 s s): pad it with white"
             )
+        for image in self.further:
+            _check_picture(self.key, "further", image, axes="3 s s", channel_axis=0)
+            if image.shape != self.image.shape:
+                raise ValueError(
+                    f"{self.key}: further has an image of shape {tuple(image.shape)}; "
+                    f"resize it to that of image, {tuple(self.image.shape)}"
+                )
         f, _, h, w = self.video.shape
         if self.mask.dtype != torch.bool or tuple(self.mask.shape) != (f, h, w):
             raise ValueError(
@@ -81,6 +90,11 @@ class Example:
                 f"{self.key}: mask is true in a frame at or after mask_frames={self.mask_frames}; "
                 "clear it there, or count that frame as annotated"
             )
+
+    @property
+    def images(self) -> Tensor:
+        """All image prompts, `r 3 s s`."""
+        return pack([self.image, *self.further], "* c h w")[0]
 
 
 def _check_picture(key: str, name: str, value: Tensor, *, axes: str, channel_axis: int) -> None:
@@ -103,7 +117,8 @@ def _check_picture(key: str, name: str, value: Tensor, *, axes: str, channel_axi
 class Batch:
     """Examples stacked along a first axis `b`; see `Example` for the meaning of each field.
 
-    `video` is `b f 3 h w`, `image` is `b 3 s s`, `mask` is `b f h w`, `mask_frames` is `b` (int64).
+    `video` is `b f 3 h w`, `image` and each of `further` are `b 3 s s`, `mask` is `b f h w`, `mask_frames` is `b`
+    (int64).
     """
 
     keys: list[str]
@@ -114,9 +129,15 @@ class Batch:
     mask: Tensor
     mask_frames: Tensor
     identities: list[IdentityDict | None]
+    further: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def images(self) -> Tensor:
+        """All image prompts, `b r 3 s s`."""
+        return torch.stack([self.image, *self.further], dim=1)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on `device`."""
@@ -131,6 +152,7 @@ class Batch:
             self,
             video=function(self.video),
             image=function(self.image),
+            further=tuple(map(function, self.further)),
             mask=function(self.mask),
             mask_frames=function(self.mask_frames),
         )
@@ -150,6 +172,9 @@ def collate(examples: Sequence[Example]) -> Batch:
             raise ValueError(
                 f"{name} differs in shape within a batch: {shapes}; use one data.size and data.frames, or data.buckets"
             )
+    counts = {len(example.further): example.key for example in examples}
+    if len(counts) > 1:
+        raise ValueError(f"further differs in number within a batch: {counts}; use one data.image_prompts")
     return Batch(
         keys=[example.key for example in examples],
         video=pack([example.video for example in examples], "* f c h w")[0],
@@ -159,6 +184,9 @@ def collate(examples: Sequence[Example]) -> Batch:
         mask=pack([example.mask for example in examples], "* f h w")[0],
         mask_frames=torch.tensor([example.mask_frames for example in examples]),
         identities=[example.identity for example in examples],
+        further=tuple(
+            pack(images, "* c h w")[0] for images in zip(*(e.further for e in examples), strict=True)
+        ),
     )
 
 

@@ -65,12 +65,26 @@ def read_rgb(path: str | Media) -> Pixels:
         CMYK. Nothing is converted silently: only the user knows how such an image should look.
     """
     with open_image(path) as image:
-        if image.mode != "RGB":
-            raise ValueError(
-                f"{path}: the image's mode is {image.mode}, and it must be RGB; convert it first, e.g. "
-                "PIL.Image.open(path).convert('RGB') (put a transparent image on white before that)"
-            )
-        return np.array(ImageOps.exif_transpose(image))
+        return _rgb(image, path)
+
+
+def read_cutout(path: str | Media) -> tuple[Pixels, Mask | None]:
+    """Read an image as `read_rgb` does, or one with transparency, with the mask of what is at least half opaque.
+
+    Returns:
+        `h w 3`, and `h w` bool, or None: the whole image.
+
+    Raises:
+        ValueError: see `read_rgb`; or nothing is opaque.
+    """
+    with open_image(path) as image:
+        if image.mode != "RGBA":
+            return _rgb(image, path), None
+        pixels = np.array(ImageOps.exif_transpose(image))
+    mask: Mask = pixels[..., 3] > 127
+    if not mask.any():
+        raise ValueError(f"{path}: no pixel is half opaque; give a picture that shows the subject")
+    return pixels[..., :3], mask
 
 
 def read_mask(path: str | Media, *, height: int, width: int) -> Mask:
@@ -134,6 +148,15 @@ def _parse_entry(item: EntryJson) -> MaskEntry:
     return MaskEntry(
         value=item["value"], label=item["label"], logit=float(item.get("logit", 1.0)), box=(x0, y0, x1, y1)
     )
+
+
+def _rgb(image: Image.Image, path: str | Media) -> Pixels:
+    if image.mode != "RGB":
+        raise ValueError(
+            f"{path}: the image's mode is {image.mode}, and it must be RGB; convert it first, e.g. "
+            "PIL.Image.open(path).convert('RGB') (put a transparent image on white before that)"
+        )
+    return np.array(ImageOps.exif_transpose(image))
 
 
 def open_image(path: str | Media) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,12 @@ class Augment:
             raise ValueError(f"augment.degrees is {self.degrees}; it must be in [0, 180]")
         if self.trim != 0 and not 0.01 <= self.trim < 1:
             raise ValueError(f"augment.trim is {self.trim}; it must be 0 (off) or in [0.01, 1)")
+
+
+def of_number(images: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return the first `count` of an example's image prompts (`3 s s` each); absent ones are the zero image."""
+    absent = [torch.zeros_like(images[0])] * (count - len(images))
+    return [*images[:count], *absent]
 
 
 def load_image_prompt(

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 LISTS = {"videobooth": "*.csv", "webvid": "*.csv", "metadata": "metadata.*", "shards": "*.tar"}
@@ -26,7 +27,7 @@ def files_named(root: Path, format: str, list_file: Path) -> str:
 
 
 def files_of(root: Path, list_file: Path) -> str:
-    """Hash the names and sizes of the videos and masks that a CSV file in VideoBooth's format lists.
+    """Hash the names and sizes of the videos, masks and references that a CSV file in VideoBooth's format lists.
 
     Contents are not read (a data set may have a terabyte of videos), and modification times do not count (a copy is
     the same data). A file replaced by one of equal size is not detected, nor, within one process, a change after the
@@ -60,8 +61,8 @@ def _row(root: str, videoid: str, page_dir: str) -> Iterator[str]:
         yield f"{video} {Path(root, video).stat().st_size}\n"
     except OSError:
         yield f"{video} -\n"
-    try:
-        with os.scandir(Path(root, "masks", videoid)) as entries:
-            yield from sorted(f"masks/{videoid}/{entry.name} {entry.stat().st_size}\n" for entry in entries)
-    except OSError:
-        return
+    for folder in ("masks", "references"):
+        with suppress(OSError), os.scandir(Path(root, folder, videoid)) as entries:
+            yield from sorted(
+                f"{folder}/{videoid}/{entry.name} {entry.stat().st_size}\n" for entry in entries
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from dit_booth.attention import Clip, FrameCache, FrameIndices, FramePlan, Frames
@@ -11,7 +12,7 @@ from dit_booth.inject import Latents, Site
 
 
 class FrameLayout(NamedTuple):
-    """Visibilities and positions of a pass's frames, those of a context first, at positions below 0."""
+    """Visibilities and positions of a pass's frames, those of a context first."""
 
     plan: Frames  # of attn1
     temporal_plan: Frames | None  # of attn_temp; none: every frame reads every frame
@@ -43,7 +44,21 @@ class FrameLayout(NamedTuple):
                 "windows of temporal attention (freenoise) need temporal_plan all, and no reference before the video"
                 " (in_context); choose another plan or strategy, or another way to sample long videos"
             )
-        return cls(across, in_time, clip.positions(context), clip)
+        return cls(across, in_time, clip.positions(context, latents.context_after), clip)
+
+
+def beside(latents: Latents, references: int) -> Latents:
+    """Return latents with `references` more frames before the video, for a side branch's `FrameLayout`.
+
+    ValueError: the pass reads past frames, which the branch does not keep.
+    """
+    if latents.clip is not None and latents.clip.cache is not None:
+        raise ValueError(
+            "a side branch of copied blocks (vace) keeps no keys and values of past frames; set sample.long.cache to"
+            " false"
+        )
+    x = latents.x[:, :1].expand(-1, references + latents.x.shape[1], -1, -1, -1)
+    return replace(latents, x=x, context=references + latents.context, one_way=True)
 
 
 def make_frame_cache(sites: Sequence[Site], plan: FramePlan, temporal_plan: FramePlan | None) -> FrameCache:

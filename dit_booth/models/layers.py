@@ -32,6 +32,11 @@ def frame_timesteps(t: Tensor, frames: int, context: int = 0) -> Tensor:
     return torch.cat([by_frame[:1].expand(context, -1), by_frame]) if context else by_frame
 
 
+def with_context_frames(t_emb: Tensor, frames: int) -> Tensor:
+    """Return what belongs to timesteps (b d, or f b d) with `frames` more frames before, as frame 0 has it."""
+    return t_emb if t_emb.ndim == 2 else torch.cat([t_emb[:1].expand(frames, -1, -1), t_emb])
+
+
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal embedding of t (...), cosines first, in float32: (... dim). Transformer section 3.5."""
     half = dim // 2

@@ -26,6 +26,11 @@ def sincos(position: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
+def image_position(frames: FrameIndices, context: int) -> int:
+    """Return the position of a reference's keys: that of the first context frame, else of frame 0 of the video."""
+    return frames[0] if context else 0
+
+
 def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor:
     """2-D sin-cos embedding of a grid: (height * width, dim); the column fills the first half (DiT, MAE)."""
     if dim % 4:
@@ -141,7 +146,7 @@ class ImageRotary(NamedTuple):
         *,
         interleaved: bool = False,
     ) -> ImageRotary:
-        """Compute the angles as `rotary_3d`. own: the backbone's position of references; first: that of frame 0."""
+        """Compute the angles as `rotary_3d`. own: the backbone's position of references; first: the first frame's."""
         grid = (height, width, dim, device, dtype, riflex)
         places = ((own, (0, 0)), (first - 1, (0, 0)), (first - 1, (height, width)))
         return cls(

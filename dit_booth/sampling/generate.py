@@ -95,8 +95,8 @@ class FrameSampler:
     ) -> Self:
         """Prepare the sampling of one video per row.
 
-        images: (b 3 s s) in [-1, 1]. A row's noise depends on its seed alone, so a video is the same in every batch.
-        The other arguments: see `SamplingOptions`.
+        images: (b 3 s s), or several of each row (b r 3 s s), in [-1, 1]. A row's noise depends on its seed alone, so a
+        video is the same in every batch. The other arguments: see `SamplingOptions`.
         ValueError: a size that the autoencoder or the backbone cannot cut, an image prompt that is all white, or a way
         to make long videos that this model or this many frames do not allow.
         """

@@ -85,7 +85,7 @@ class Pass:
 class Prompts(NamedTuple):
     """What videos are sampled of, a row each."""
 
-    images: Tensor  # b 3 s s in [-1, 1]
+    images: Tensor  # b 3 s s, or b r 3 s s, in [-1, 1]
     captions: Sequence[str]
     subjects: Sequence[str | None]
 

@@ -37,6 +37,12 @@ class Request:
     identity: IdentityDict | None = None
     frames: int = 0
     """Frames of the video; 0: as many as the run's data have."""
+    further: tuple[Tensor, ...] = ()
+
+    @property
+    def images(self) -> Tensor:
+        """All image prompts, `r 3 s s`."""
+        return torch.stack([self.image, *self.further])
 
     @classmethod
     def of(cls, example: Example, frames: int = 0) -> Request:
@@ -48,6 +54,7 @@ class Request:
             truth=example.video,
             identity=example.identity,
             frames=frames,
+            further=example.further,
         )
 
 
@@ -118,9 +125,9 @@ def sample_prompts(
 
 
 def _given(requests: Sequence[Request], task: _Task) -> Tensor:
-    """Return the image prompt that a video is made from."""
+    """Return the image prompts (r 3 s s) that a video is made from."""
     shift = int(task.reference == "shuffled")
-    return requests[(task.index + shift) % len(requests)].image
+    return requests[(task.index + shift) % len(requests)].images
 
 
 def _generate(
@@ -158,5 +165,5 @@ def _case(requests: Sequence[Request], task: _Task, video: Tensor) -> Case:
         identity=request.identity,
         noise_seed=task.noise_seed,
         control=CONTROLS[task.reference],
-        given=_given(requests, task),
+        given=_given(requests, task)[0],
     )

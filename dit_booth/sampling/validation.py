@@ -52,7 +52,7 @@ def sample_example(components: Components, example: Example, index: int, device:
     torch.manual_seed(_SEED + index)  # an autoencoder's posterior draws from the global generator
     videos = generate(
         components,
-        rearrange(example.image, "c h w -> 1 c h w").to(device),
+        rearrange(example.images, "r c h w -> 1 r c h w").to(device),
         [example.caption],
         [example.subject],
         [_SEED + index],

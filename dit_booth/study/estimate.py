@@ -99,7 +99,8 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
     image = None
     if of.active:
         copies = model.strategy.reference_frames(of.active)
-        image = describe.reference(shape, copies=copies, encoders=encoders)
+        images = config.data.image_prompts
+        image = describe.reference(shape, copies=copies, encoders=encoders, images=images)
     with Flops() as counter:
         prediction = model(*describe.inputs(shape, encoders=encoders), image)
         (prediction.output.square().mean() + prediction.aux_loss).backward()

@@ -107,19 +107,25 @@ def rows_are_independent(make: Callable[..., Trial]) -> None:
 
 
 def image_matters_as_declared(make: Callable[..., Trial]) -> None:
-    """`reads_image`: after one training step another image gives another output, or no image ever does."""
-    run = make()
-    if stages := run.stages:
-        optimizer = torch.optim.AdamW(run.train_in(stages[0]).values(), lr=1e-2)
+    """`reads_image`, `reads_all_images`: after a training step, other images change the output, or none ever do."""
+    run = make(image_prompts=2)
+    if trained := {p for stage in run.stages for p in run.train_in(stage).values()}:
+        optimizer = torch.optim.AdamW([p.requires_grad_() for p in trained], lr=1e-2)
         target = torch.randn(run.x.shape, generator=torch.Generator().manual_seed(4))
         (run(run.reference(1)) - target).square().mean().backward()
         optimizer.step()
+    one, other = run.reference(1), run.reference(2)
     with torch.no_grad():
-        difference = worst(run(run.reference(1)), run(run.reference(2)))
+        plain, moved, second = run(one), run(other), run(replace(one, further=other.further))
+    difference, by_second = worst(plain, moved), worst(plain, second)
     if any(cls.reads_image for cls in run.classes.values()):
         assert difference > 1e-4, f"another image moves the output by {difference:.1e} only"
     else:
         assert difference == 0, "reads_image is false, but the image matters"
+    if any(run.model.strategy.part(name).reads_all_images for name in run.classes):
+        assert by_second > 1e-5, f"another second image moves the output by {by_second:.1e} only"
+    else:
+        assert by_second == 0, "reads_all_images is false, but the second image matters"
 
 
 @torch.no_grad()

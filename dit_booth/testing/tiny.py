@@ -76,9 +76,12 @@ class Trial:
         return [s for s in STAGES if any(s in self.model.strategy.part(n).stages() for n in self.classes)]
 
     def reference(self, seed: int = 0, batch: int = 2) -> Reference:
-        """Encode and noise random images, drawn with `seed`."""
+        """Encode and noise random images, drawn with `seed`: ``data.image_prompts`` of each row."""
         generator = torch.Generator().manual_seed(100 + seed)
-        images = torch.rand(batch, 3, SIZE, SIZE, generator=generator) * 2 - 1
+        first = torch.rand(batch, 3, SIZE, SIZE, generator=generator) * 2 - 1
+        shape = (batch, self.components.config.data.image_prompts - 1, 3, SIZE, SIZE)
+        further = torch.rand(shape, generator=torch.Generator().manual_seed(200 + seed)) * 2 - 1
+        images = torch.cat([first[:, None], further], dim=1)
         reference = self.components.reference(images, torch.float32)
         copies = self.components.copies(reference)
         noise = torch.randn(copies.shape, generator=generator)
@@ -98,16 +101,8 @@ class Trial:
 
     def row(self, i: int) -> tuple[Tensor, Tensor, Prompt, Reference, None, Tensor]:
         """Return the arguments of the network for one of the videos."""
-        rows, ours = slice(i, i + 1), self.reference()
-        assert ours.noisy is not None
-        mine = replace(
-            ours,
-            image=ours.image[rows],
-            states=tuple(s[rows] for s in ours.states),
-            embedding=ours.embedding[rows],
-            latent=ours.latent[rows],
-            noisy=ours.noisy[rows],
-        )
+        rows = slice(i, i + 1)
+        mine = rows_of(self.reference(), rows)
         prompt = self.prompt.each(lambda y: y[rows])
         return self.x[rows], self.t[rows], prompt, mine, None, self.known[rows]
 
@@ -130,11 +125,24 @@ class Trial:
         return self
 
 
+def rows_of(reference: Reference, rows: slice) -> Reference:
+    """Return some rows of a reference."""
+    return Reference(
+        image=reference.image[rows],
+        states=tuple(state[rows] for state in reference.states),
+        embedding=reference.embedding[rows],
+        latent=reference.latent[rows],
+        noisy=None if reference.noisy is None else reference.noisy[rows],
+        further=tuple(rows_of(each, rows) for each in reference.further),
+    )
+
+
 def trial(
     strategy: str,
     backbone: str = "dit-factorised",
     seed: int = 0,
     options: Mapping[str, StrategyConfig] | None = None,
+    image_prompts: int = 1,
     **settings: Any,
 ) -> Trial:
     """Build strategies on one of `BACKBONES`; `settings` are fields of `RunConfig` that replace that backbone's."""
@@ -144,7 +152,7 @@ def trial(
         weights="none",
         clip=ClipConfig(pretrained="none"),
         autoencoder=AutoencoderConfig(patch=3),
-        data=DataConfig(size=SIZE, frames=FRAMES),
+        data=DataConfig(size=SIZE, frames=FRAMES, image_prompts=image_prompts),
         train=TrainConfig(seed=seed),
         **{**BACKBONES[backbone], **settings, **(options or {})},
     )

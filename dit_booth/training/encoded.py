@@ -63,6 +63,13 @@ class Seen:
         return {"image": self.image, "moments": self.moments, "embedding": self.embedding, **states}
 
     @classmethod
+    def cat(cls, rows: Sequence[Seen]) -> Seen:
+        """Stack rows."""
+        parts = [row.tensors() for row in rows]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return cls.load(joined.__getitem__, len(rows[0].states))
+
+    @classmethod
     def load(cls, read: Callable[[str], Tensor], states: int) -> Seen:
         return cls(
             image=read("image"),
@@ -76,7 +83,7 @@ class Seen:
 class EncodedBatch:
     """A batch of encoded examples: `video` holds the moments, `b f c h w`; `zero` is the zero image, one row.
 
-    `mask` is `b f h w`, in pixels, as of `Batch`. `text` holds umT5's states of each caption, `n d`, then those of the
+    `mask` is `b f h w`, in pixels, as of `Batch`. `further`: more image prompts, in order. `text` holds umT5's states of each caption, `n d`, then those of the
     null prompt; empty where the text encoder is CLIP's.
     """
 
@@ -89,6 +96,12 @@ class EncodedBatch:
     zero: Seen
     posterior: Posterior
     text: tuple[Tensor, ...] = ()
+    further: tuple[Seen, ...] = ()
+
+    @property
+    def images(self) -> Tensor:
+        """All image prompts, `b r 3 s s`."""
+        return torch.stack([seen.image for seen in (self.seen, *self.further)], dim=1)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -107,6 +120,7 @@ class EncodedBatch:
             video=function(self.video),
             mask=function(self.mask),
             seen=self.seen.map(function),
+            further=tuple(seen.map(function) for seen in self.further),
             zero=self.zero.map(function),
             text=tuple(map(function, self.text)),
         )
@@ -117,19 +131,22 @@ class EncodedBatch:
             text.keep([*self.captions, text.null_prompt], self.text)
 
     def reference(self, no_image: Tensor, dtype: torch.dtype, generator: Draws) -> Reference:
-        """Return the image prompts as strategies see them; rows in `no_image` (b, bool) have the zero image."""
+        """Return the image prompts as strategies see them; rows in `no_image` (b, bool) have zero images."""
 
         def choose(own: Tensor, zero: Tensor) -> Tensor:
             dropped = no_image.to(own.device).reshape(-1, *[1] * (own.ndim - 1))
             return torch.where(dropped, zero, own)
 
-        seen, zero = self.seen, self.zero
-        return Reference(
-            image=choose(seen.image, zero.image),
-            states=tuple(choose(a, b).to(dtype) for a, b in zip(seen.states, zero.states, strict=True)),
-            embedding=choose(seen.embedding, zero.embedding).to(dtype),
-            latent=self.posterior.draw(choose(seen.moments, zero.moments), generator).to(dtype),
-        )
+        def one(seen: Seen) -> Reference:
+            zero = self.zero
+            return Reference(
+                image=choose(seen.image, zero.image),
+                states=tuple(choose(a, b).to(dtype) for a, b in zip(seen.states, zero.states, strict=True)),
+                embedding=choose(seen.embedding, zero.embedding).to(dtype),
+                latent=self.posterior.draw(choose(seen.moments, zero.moments), generator).to(dtype),
+            )
+
+        return replace(one(self.seen), further=tuple(map(one, self.further)))
 
 
 class EncodedData:
@@ -148,6 +165,7 @@ class EncodedData:
                 " with other settings; encode anew: dit-booth data cache NEW_FOLDER --config ..."
             )
         self.posterior = Posterior(**self.index["posterior"])
+        self.image_prompts = config.data.image_prompts
         self._shards: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -166,13 +184,18 @@ class EncodedData:
         """Return example `index` with the image prompt of `epoch`, as a batch of one row."""
         key, caption, subject = self.index["examples"][index]
         variation = epoch % self.index["variations"]
+        first, *further = (
+            self._seen(index, f"{prompt_name(index, variation, place)}.")
+            for place in range(self.image_prompts)
+        )
         return EncodedBatch(
             keys=[key],
             captions=[caption],
             subjects=[subject],
             video=self._read(index, f"{index}.video")[None],
             mask=self._read(index, f"{index}.mask")[None],
-            seen=self._seen(index, f"{index}.{variation}."),
+            seen=first,
+            further=tuple(further),
             zero=self._seen(0, "zero."),
             posterior=self.posterior,
             text=self._text(index),
@@ -180,15 +203,15 @@ class EncodedData:
 
     def collate(self, rows: Sequence[EncodedBatch]) -> EncodedBatch:
         """Stack rows."""
-        parts = [row.seen.tensors() for row in rows]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        first, *further = zip(*((row.seen, *row.further) for row in rows), strict=True)
         return EncodedBatch(
             keys=[key for row in rows for key in row.keys],
             captions=[caption for row in rows for caption in row.captions],
             subjects=[subject for row in rows for subject in row.subjects],
             video=torch.cat([row.video for row in rows]),
             mask=torch.cat([row.mask for row in rows]),
-            seen=Seen.load(joined.__getitem__, len(rows[0].seen.states)),
+            seen=Seen.cat(first),
+            further=tuple(map(Seen.cat, further)),
             zero=rows[0].zero,
             posterior=self.posterior,
             text=(*(state for row in rows for state in row.text[:1]), *rows[0].text[1:]),
@@ -278,7 +301,7 @@ def is_whole(file: Path, address: str) -> bool:
 def encode_shard(
     components: Components, dataset: Triplets, members: range, variations: int, rows: int
 ) -> dict[str, Tensor]:
-    """Return the tensors of a file: a video of each example, its mask, and all variations of its image prompt."""
+    """Return the tensors of a file: a video of each example, its mask, and all variations of its image prompts."""
     out: dict[str, Tensor] = {}
     for numbers in alike(members, lambda number: dataset.items[number].shape, rows):
         filled = numbers + numbers[-1:] * (rows - len(numbers))  # all batches are as large as training's
@@ -287,8 +310,11 @@ def encode_shard(
         out |= {f"{number}.mask": example.mask for number, example in zip(numbers, examples, strict=False)}
         out |= encode_captions(components, {f"{n}.text": dataset.items[n].row.caption for n in numbers})
         for variation in range(variations):
-            images = torch.stack([dataset.image_at(number, variation) for number in filled])
-            out |= rows_of(see(components, images), [f"{number}.{variation}" for number in numbers])
+            prompts = [dataset.images_at(number, variation) for number in filled]
+            for place, column in enumerate(zip(*prompts, strict=True)):
+                images = torch.stack(column)
+                names = [prompt_name(number, variation, place) for number in numbers]
+                out |= rows_of(see(components, images), names)
     if members.start == 0:
         out |= rows_of(see(components, torch.zeros_like(images)), ["zero"])
         out |= encode_captions(components, {"null.text": components.model.text.null_prompt})
@@ -301,6 +327,11 @@ def alike(members: range, shape_of: Callable[[int], object], rows: int) -> Itera
     for shape in dict.fromkeys(shapes.values()):
         numbers = [number for number in members if shapes[number] == shape]
         yield from (numbers[first : first + rows] for first in range(0, len(numbers), rows))
+
+
+def prompt_name(number: int, variation: int, place: int) -> str:
+    """Return what the names of an image prompt's tensors begin with; `place`: among those of the example."""
+    return f"{number}.{variation}.{place}" if place else f"{number}.{variation}"
 
 
 def rows_of(seen: Seen, names: Sequence[str]) -> dict[str, Tensor]:

@@ -154,15 +154,15 @@ def make_reference(
     dtype: torch.dtype,
     generator: Generators,
 ) -> Reference:
-    """Return the image prompts as strategies see them; rows in `no_image` (b, bool) have the zero image.
+    """Return the image prompts as strategies see them; rows in `no_image` (b, bool) have zero images.
 
     ValueError: an image prompt is all white.
     """
     if isinstance(batch, EncodedBatch):
-        components.check_images(batch.seen.image, batch.keys)
+        components.check_images(batch.images, batch.keys)
         return batch.reference(no_image, dtype, generator)
-    components.check_images(batch.image, batch.keys)
-    images = batch.image * rearrange(~no_image, "b -> b 1 1 1").to(batch.image.device)
+    components.check_images(batch.images, batch.keys)
+    images = batch.images * rearrange(~no_image, "b -> b 1 1 1 1").to(batch.image.device)
     return components.reference(images, dtype, generator)
 
 

@@ -141,3 +141,5 @@ def test_the_list_has_every_strategy_with_the_papers_counts(program: Any) -> Non
     assert "dit-nano 0, dit-s 0" in entries["none"]
     assert "ports: prompt, modulation, qkv" in entries["token_replacement"]
     assert "not together with: kv_concat, spatial_concat" in entries["in_context"]
+    assert "ports: residual\n" in entries["vace"] and "of several images: all" in entries["vace"]
+    assert "of several images: the first" in entries["kv_concat"] and "images: none" in entries["none"]

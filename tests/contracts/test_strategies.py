@@ -42,7 +42,7 @@ COMPILED_SUMS = (
     "lvdm",  # it trains the whole backbone, of which others leave out a part
     "spatial_concat",  # it trains projections of the backbone, some of which others replace
     "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection",
-    "in_context+elite_local+lora+textual_inversion",
+    "in_context+channel_concat+elite_local+lora+textual_inversion+vace",
 )
 STAND_IN = KVConcatConfig(
     projections="low_rank",
@@ -73,7 +73,9 @@ SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
         {"token_bank": TokenBankConfig(source="latent", tokens=4, depth=1, reference_noise="matched")},
     ),
     "a bank for each site": ("token_bank", {"token_bank": TokenBankConfig(tokens=5, depth=1, per_site=True)}),
-    "both ways": ("in_context", {"in_context": InContextConfig(one_way=False)}),
+    "both ways": ("in_context", {"in_context": InContextConfig(one_way=False, place="after")}),
+    "magref": ("channel_concat+token_bank", {"token_bank": TokenBankConfig(tokens=4, depth=1)}),
+    "a side branch and words": ("token_replacement+vace", {}),
     "with text": ("spatial_concat", {"spatial_concat": SpatialConcatConfig(skip_text=False)}),
     "everything at once": (
         "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection",

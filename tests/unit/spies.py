@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_booth.inject import QKV, Injection, Latents, Modulation, Site, Sites
+from dit_booth.inject import QKV, Injection, Latents, Modulation, Residuals, Site, Sites
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 
 
@@ -22,6 +22,8 @@ class Spy(nn.Module):
 
     def forward(self, payload: Any, image: object) -> Any:
         self.seen.append(payload)
+        if isinstance(payload, Residuals):  # place 0 has the payload's shape
+            return payload.adding({0: payload.x * (self.factor - 1)})
         field = {QKV: "q", Modulation: "vector", Latents: "x"}[type(payload)]
         return replace(payload, **{field: getattr(payload, field) * self.factor})
 

@@ -16,8 +16,8 @@ from dit_booth.training.stage import active_strategies, schedule_of, set_trainab
 NAMES = sorted(file.stem for file in packaged("baselines").glob("*.yaml"))
 SYSTEMS = {
     *("videobooth", "textual_inversion", "dreambooth", "dreambooth_lora", "dreambooth_no_prior"),
-    *("tune_a_video", "catvton", "ip_adapter", "phantom", "stand_in", "none", "elite"),
-    *("lvdm", "dit_image", "text2video_zero"),
+    *("tune_a_video", "catvton", "ip_adapter", "phantom", "stand_in", "none", "elite", "text2video_zero"),
+    *("lvdm", "dit_image", "skyreels", "magref", "vace"),
 }
 
 

@@ -18,6 +18,8 @@ from PIL import Image
 from dit_booth.config import DataConfig
 from dit_booth.config.data import ImagesOptions, TripletsOptions
 from dit_booth.data.example import Example, Loader
+from dit_booth.data.listing import _files_of, files_named, list_files
+from dit_booth.data.readers.formats import read_images
 from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 from dit_booth.data.video import write_video
 
@@ -129,6 +131,84 @@ def test_every_format_gives_the_same_example(
     assert not torch.equal(varied, made.image) and torch.equal(varied, data.at(0, 3).image)
 
 
+def add_references(root: Path, name: str) -> None:
+    """Two pictures: a red one, and a blue square that is cut out by its transparency."""
+    folder = {"videobooth": root / "references" / "a", "folder": root / "deep"}.get(name, root)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{'' if name == 'videobooth' else 'a.'}{number}.png" for number in (1, 2)]
+    Image.new("RGB", (20, 20), (200, 0, 0)).save(files[0])
+    cut = Image.new("RGBA", (20, 20), (0, 200, 0, 0))
+    cut.paste((0, 0, 200, 255), (5, 5, 15, 15))
+    cut.save(files[1])
+    if name == "shards":
+        with tarfile.open(root / "0000.tar", "a") as tar:
+            for number, file in enumerate(files, 1):
+                tar.add(file, f"s0.{number}.png")
+                file.unlink()
+    if name == "metadata":
+        line = json.loads((root / "metadata.jsonl").read_text())
+        (root / "metadata.jsonl").write_text(json.dumps({**line, "references": ["a.1.png", "a.2.png"]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("videobooth", make_videobooth),
+        ("folder", make_folder),
+        ("metadata", make_jsonl),
+        ("shards", make_shards),
+    ],
+)
+def test_every_format_has_reference_pictures(
+    source: Path, tmp_path: Path, expected: Example, name: str, make: Callable[[Path, Path], None]
+) -> None:
+    root = tmp_path / "set"
+    make(source, root)
+    before = files_named(root, name, list_files(root, name)[0])
+    add_references(root, name)
+    _files_of.cache_clear()
+    if name != "shards":  # a shard counts by its size, which is a multiple of a tar record's
+        assert files_named(root, name, list_files(root, name)[0]) != before, "they count in the address"
+    made = open_set(root, name, image_prompts=3)[0]
+    assert torch.equal(made.video, expected.video) and torch.equal(made.mask, expected.mask)
+    red, blue, absent = made.images
+    assert (red.mean(dim=(1, 2)) - torch.tensor([0.57, -1, -1])).abs().max() < 0.05
+    assert (blue.mean(dim=(1, 2)) - torch.tensor([-1, -1, 0.57])).abs().max() < 0.05, "the opaque part alone"
+    assert not absent.any() and len(made.further) == 2
+    assert torch.equal(open_set(root, name)[0].image, made.image), "one image prompt: the first picture"
+    data = open_set(root, name, image_prompts=3)
+    varied = data.at(0, 1).images
+    assert torch.equal(torch.stack(data.images_at(0, 1)), varied) and not torch.equal(varied, made.images)
+
+
+def test_pictures_with_numbers_are_references_unless_they_have_a_caption(
+    source: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "a.1", "a.2", "b", "b.1"):
+        shutil.copy(source / "picture.png", tmp_path / f"{name}.png")
+    for name in ("a", "b", "b.1"):
+        (tmp_path / f"{name}.txt").write_text(CAPTION)
+    rows = list(read_images(tmp_path, tmp_path))
+    assert [(row.key, len(row.references)) for row in rows] == [("a", 2), ("b.1", 0), ("b", 0)]
+    shutil.copy(source / "picture.png", tmp_path / "c.1.png")
+    with pytest.raises(ValueError, match=r"c\.1\.png has no caption"):
+        list(read_images(tmp_path, tmp_path))
+
+
+def test_bad_reference_pictures(source: Path, tmp_path: Path) -> None:
+    make_folder(source, tmp_path)
+    Image.new("RGBA", (8, 8)).save(tmp_path / "deep" / "a.1.png")
+    with pytest.raises(ValueError, match=r"a\.1\.png: no pixel is half opaque"):
+        open_set(tmp_path, "folder")
+    Image.new("L", (8, 8)).save(tmp_path / "deep" / "a.1.png")
+    with pytest.raises(ValueError, match=r"a\.1\.png: the image's mode is L, and it must be RGB"):
+        open_set(tmp_path, "folder")
+    (tmp_path / "deep" / "a.1.png").unlink()
+    (tmp_path / "deep" / "a.1.png").symlink_to(source / "picture.png")
+    with pytest.raises(ValueError, match="leads out of"):
+        open_set(tmp_path, "folder")
+
+
 def test_a_video_without_a_mask_shows_its_whole_first_frame(source: Path, tmp_path: Path) -> None:
     make_videobooth(source, tmp_path / "set", masks=False)
     made = open_set(tmp_path / "set", "webvid")[0]
@@ -210,6 +290,8 @@ def test_hostile_and_broken_shards(source: Path, tmp_path: Path, fault: str) -> 
         ({**metadata_of("../a.mp4")}, "leads out of"),
         ({**metadata_of("a.mp4"), "mask": "/etc/passwd"}, "leads out of"),
         ({**metadata_of("a.mp4"), "box": [1, 2]}, "box is"),
+        ({**metadata_of("a.mp4"), "references": "b.png"}, "references is 'b.png'; write a list of paths"),
+        ({**metadata_of("a.mp4"), "references": ["../b.png"]}, "leads out of"),
         ({**metadata_of("a.mp4"), "subject": "bird"}, "does not contain the subject 'bird'"),
         ("no object", "one object in each line"),
     ],

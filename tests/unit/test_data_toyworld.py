@@ -11,6 +11,7 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_booth.data.example import collate
 from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.toyworld.looks import (
     COLOUR_CONTRAST,
@@ -294,3 +295,16 @@ def test_a_wrong_option_is_refused(options, message):
 def test_an_index_beyond_the_end_is_refused():
     with pytest.raises(IndexError, match="0 to 4"):
         Toyworld(ToyworldConfig(length=5))[5]
+
+
+def test_further_image_prompts_are_the_first_one_turned() -> None:
+    one, three = (Toyworld(ToyworldConfig(frames=1, size=8, image_prompts=n))[5] for n in (1, 3))
+    assert not one.further and len(three.further) == 2
+    assert torch.equal(three.image, one.image) and torch.equal(three.video, one.video)
+    assert torch.equal(three.images[1], one.image.rot90(1, (-2, -1)))
+    batch = collate([three, three])
+    assert batch.images.shape == (2, 3, 3, 8, 8) and torch.equal(batch.images[1], three.images)
+    with pytest.raises(ValueError, match=r"further differs in number within a batch: .*data\.image_prompts"):
+        collate([one, three])
+    with pytest.raises(ValueError, match=r"further has an image of shape \(3, 4, 4\)"):
+        replace(three, further=(torch.zeros(3, 4, 4),))

@@ -12,7 +12,7 @@ import torch
 from spies import Spy, tapped, worst
 from torch import Tensor, nn
 
-from dit_booth.inject import QKV, Injection, Latents, Modulation
+from dit_booth.inject import QKV, Injection, Latents, Modulation, Residuals
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.model import DiTConfig, VideoDiT
 from dit_booth.models.layers import Attention, timestep_embedding
@@ -203,6 +203,7 @@ def test_sites_are_named_by_their_modules_in_the_order_of_the_forward_pass() -> 
     assert Counter(site.role for site in sites) == {
         "entry": 1,
         "text": 1,
+        "blocks": 1,
         "block": 5,
         "cross_frame": 5,
         "temporal": 5,
@@ -220,6 +221,8 @@ def test_every_site_is_called_once_with_the_documented_shapes() -> None:
             assert payload.x.shape == (2, 3, CHANNELS, 4, 6)
             assert site.dim == CHANNELS
             assert (payload.x is x) == (site.role == "entry")
+        elif isinstance(payload, Residuals):
+            assert payload.x.shape == (2, 3, 6, site.dim) and not payload.added
         elif isinstance(payload, Modulation):
             assert payload.vector.shape == (2, site.dim)
             assert site.dim == (WIDTH if site.role == "text" else 9 * WIDTH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,27 @@ def test_training_inputs_are_equal_bit_for_bit_and_no_encoder_is_built(
         dropped += int((~wanted.reference.present).sum())
     assert 0 < dropped < 24
     assert lean.built_autoencoder is None and lean.built_image_encoder is None
+
+
+def test_several_image_prompts_are_encoded_each(config: RunConfig, whole: Components, tmp_path: Path) -> None:
+    from PIL import Image
+
+    references = Path(config.data.triplets.root) / "references" / "clip1"
+    references.mkdir(parents=True)
+    try:
+        for number, colour in enumerate(("red", "lime", "blue")):
+            Image.new("RGB", (9, 12), colour).save(references / f"{number}.png")
+        several = replace(whole, config=replace(config, data=replace(config.data, image_prompts=2)))
+        list(encode_data(several, tmp_path))
+        data = EncodedData(with_cache(several.config, tmp_path))
+        wanted, made = inputs_of(several, several.dataset(), 1), inputs_of(several, data, 1)
+    finally:
+        shutil.rmtree(references.parent)
+    assert wanted.reference is not None and made.reference is not None
+    for ours, theirs in zip(made.reference.all, wanted.reference.all, strict=True):
+        for name in ("image", "embedding", "latent"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert len(made.reference.all) == 2 and torch.equal(made.x_t, wanted.x_t)
 
 
 def test_encoders_are_built_when_sampling_needs_them(

@@ -136,7 +136,7 @@ def test_sites_match_by_glob_port_and_role() -> None:
         "blocks.3.attn1",
     ]
     assert len(sites.match("*", role="temporal")) == 5
-    assert sites.match("*") == list(sites) == list(sites.items) and len(sites.items) == 18
+    assert sites.match("*") == list(sites) == list(sites.items) and len(sites.items) == 19
     assert {s.role for s in sites.match("blocks.*", port="qkv")} == {"cross_frame", "temporal"}
     assert sites.of(port="qkv", role="text") == [], "a DiT has no text attention"
     assert [s.name for s in sites.of(port="latents")] == ["latents.entry", "latents.exit"]

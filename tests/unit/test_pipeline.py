@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 from safetensors.torch import save_file
 
 import dit_booth
+from dit_booth.commands.sample import SampleArguments
 from dit_booth.config import RunConfig
 from dit_booth.models.registry import MODELS, create_model, list_models
 from dit_booth.models.weights import ASSETS, read
@@ -85,6 +88,30 @@ def test_images_of_every_kind_give_the_same_video(
         for image in (picture, str(tmp_path / "star.png"), tmp_path / "star.png", pixels, tensor)
     ]
     assert all(np.array_equal(videos[0], video) for video in videos[1:])
+
+
+def test_several_images_at_a_call(pipe: Pipeline, picture: Image.Image) -> None:
+    """The embedded strategies read the first one."""
+    call: Any = {"subject": "star", "frames": 2}
+    one = pipe(picture, TEXT, **call).frames
+    assert np.array_equal(pipe([picture], TEXT, mask=[None], **call).frames, one)
+    with pytest.raises(ValueError, match=r"image has 2 images; give 1 to 1, .* \(data\.image_prompts\)"):
+        pipe([picture, picture], TEXT, **call)
+    two = replace(pipe, config=replace(pipe.config, data=replace(pipe.config.data, image_prompts=2)))
+    other = Image.fromarray(np.asarray(picture)[..., ::-1].copy())
+    assert np.array_equal(two([picture, other], TEXT, **call).frames, one)
+    assert np.array_equal(two(picture, TEXT, **call).frames, one), "the second is absent"
+    for images, mask, says in (
+        ([picture, other], [None], "mask has 1 masks for 2 images; give each image its own, or None"),
+        ([], None, "image has 0 images; give 1 to 2"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            two(images, TEXT, mask=mask, **call)
+    white = Image.new("RGB", (8, 8), "white")
+    with pytest.raises(ValueError, match="number 2, is all white"):
+        two([picture, white], TEXT, **call)
+    parsed = tyro.cli(SampleArguments, args=["toyworld", "--image", "a.png", "b.png", "--caption", "x"])
+    assert parsed.image == ("a.png", "b.png")
 
 
 def test_bad_calls_say_what_is_wrong(pipe: Pipeline, picture: Image.Image) -> None:

@@ -18,6 +18,7 @@ from dit_booth.inject import (
     Modulation,
     Payload,
     Recorder,
+    Residuals,
     Site,
     no_injection,
 )
@@ -198,13 +199,14 @@ def test_sites_are_module_paths_in_forward_order() -> None:
     assert order == [site.name for site in sites]
     modules = dict(unet.named_modules())
     for site in sites:
-        if site.port != "latents":
+        if site.port not in ("latents", "residual"):
             assert modules[site.name].site is site
         if site.port == "qkv":
             assert {k: modules[f"{site.name}.{k}"] for k in ("to_q", "to_k", "to_v")} == site.projections
     assert Counter(site.role for site in sites) == {
         "entry": 1,
         "exit": 1,
+        "blocks": 1,
         "time": 1,
         "cross_frame": 4,
         "text": 4,
@@ -220,6 +222,8 @@ def test_every_site_is_called_once_with_the_documented_shapes() -> None:
         (payload,) = spy.seen
         if isinstance(payload, Latents):
             assert payload.x.shape == (2, 3, site.dim, 5, 7)
+        elif isinstance(payload, Residuals):
+            assert payload.x.shape == (2, 3, 35, site.dim) and not payload.added
         elif isinstance(payload, Modulation):
             assert payload.vector.shape == (2, site.dim) == (2, 32)
             assert payload.source.shape == (2, 8)

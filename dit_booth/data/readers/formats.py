@@ -8,14 +8,21 @@ metadata    metadata.jsonl, .csv or .parquet with file_name (or video) and text 
             mask (a path), box: as Hugging Face's folders and the trainers that read them
 shards      tar files of WebDataset: <key>.mp4, <key>.txt or <key>.json (caption, subject, box), <key>.png (the mask)
 images      picture.jpg (or .png), picture.txt as in folder, and maybe picture.mask.png: examples of one frame
+
+Pictures that are the image prompts, instead of a cut of frame 0, in order:
+
+videobooth, webvid      root/references/<videoid>/*.png (or .jpg), by name
+folder, images, shards  clip.1.png (or .jpg), clip.2.png, ... beside the clip, without captions of their own
+metadata                a list of paths in the column references (in .csv, as JSON)
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +77,7 @@ def read_videobooth(file: Path, root: Path) -> Iterable[Row]:
             caption=name,
             video=safe(root, Path("videos", page_dir, f"{videoid}.mp4")),
             masks=safe(root, Path("masks", videoid)),
+            references=pictures_in(root, Path("references", videoid)),
             image_from=line.get("image_from") or "",
         )
 
@@ -79,7 +87,13 @@ def read_webvid(file: Path, root: Path) -> Iterable[Row]:
     for row in read_videobooth(file, root):
         assert row.masks is not None
         has_masks = (row.masks / "mask.json").is_file()
-        yield row if has_masks else Row(key=row.key, caption=row.caption, video=row.video)
+        yield row if has_masks else replace(row, masks=None, image_from="")
+
+
+def pictures_in(root: Path, folder: Path) -> tuple[Path, ...]:
+    """Return the pictures of a folder below `root`, by name; none if there is no such folder."""
+    names = sorted(path.name for path in safe(root, folder).glob("*") if path.suffix.lower() in IMAGES)
+    return tuple(safe(root, folder / name) for name in names)
 
 
 def read_folder(folder: Path, root: Path) -> Iterable[Row]:
@@ -91,7 +105,9 @@ def read_folder(folder: Path, root: Path) -> Iterable[Row]:
 def read_images(folder: Path, root: Path) -> Iterable[Row]:
     """List the pictures below a folder that have a caption beside them."""
     pictures = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and not p.name.endswith(MASK))
-    for picture in sorted(pictures):
+    found = sorted(pictures)
+    references = {reference for picture in found for reference in numbered(picture)}
+    for picture in (p for p in found if p not in references):
         yield beside(picture, picture.with_name(picture.stem + MASK), root, still=True)
 
 
@@ -106,7 +122,28 @@ def beside(video: Path, mask: Path, root: Path, *, still: bool) -> Row:
     caption, subject = parse_text(text, text.read_bytes())
     found = safe(root, mask.relative_to(root)) if mask.is_file() else None
     key = str(name.with_suffix(""))
-    return Row(key=key, caption=caption, subject=subject, video=safe(root, name), mask=found, still=still)
+    return Row(
+        key=key,
+        caption=caption,
+        subject=subject,
+        video=safe(root, name),
+        mask=found,
+        references=tuple(safe(root, path.relative_to(root)) for path in numbered(video)),
+        still=still,
+    )
+
+
+def numbered(video: Path) -> Iterator[Path]:
+    """Iterate over the reference pictures beside a file: ``clip.1.png``, ``clip.2.jpg``, ... up to a missing one.
+
+    One with a caption of its own (``clip.1.txt``) is an example, not a reference.
+    """
+    for number in itertools.count(1):
+        named = (video.with_name(f"{video.stem}.{number}{suffix}") for suffix in IMAGES)
+        picture = next((path for path in named if path.is_file()), None)
+        if picture is None or picture.with_suffix(".txt").is_file():
+            return
+        yield picture
 
 
 def parse_text(name: object, data: bytes) -> tuple[str, str]:
@@ -134,6 +171,9 @@ def read_metadata(file: Path, root: Path) -> Iterable[Row]:
             video=safe(root, folder / video),
             mask=safe(root, folder / str(mask)) if mask else None,
             box=parse_box(line.get("box"), where),
+            references=tuple(
+                safe(root, folder / name) for name in parse_paths(line.get("references"), where)
+            ),
             still=Path(video).suffix.lower() in IMAGES,
         )
 
@@ -180,6 +220,19 @@ def parse_box(value: object, where: str) -> Box | None:
     return x0, y0, x1, y1
 
 
+def parse_paths(value: object, where: str) -> list[str]:
+    """Return a list of paths, maybe written as JSON; empty if there is none. ValueError: it is something else."""
+    if value is None or value == "":
+        return []
+    try:
+        names = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        names = value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f'{where}: references is {value!r}; write a list of paths: ["a.png", "b.png"]')
+    return names
+
+
 def read_shard(archive: Path, root: Path) -> Iterable[Row]:
     """List the samples of a tar file of WebDataset; they are read in place, so any order costs the same."""
     samples: dict[str, dict[str, Member]] = defaultdict(dict)
@@ -196,8 +249,25 @@ def read_shard(archive: Path, root: Path) -> Iterable[Row]:
         caption, subject, box = describe_sample(archive, stem, parts)
         still = f".{video.name.rpartition('.')[2].lower()}" in IMAGES
         mask: Media | None = parts.get(".png") or parts.get(MASK)
-        key = f"{archive.relative_to(root).with_suffix('')}/{stem}"
-        yield Row(key=key, caption=caption, subject=subject, video=video, mask=mask, box=box, still=still)
+        yield Row(
+            key=f"{archive.relative_to(root).with_suffix('')}/{stem}",
+            caption=caption,
+            subject=subject,
+            video=video,
+            mask=mask,
+            box=box,
+            references=tuple(numbered_parts(parts)),
+            still=still,
+        )
+
+
+def numbered_parts(parts: Mapping[str, Member]) -> Iterator[Member]:
+    """Iterate over a sample's reference pictures: those with the suffixes ``.1.png``, ``.2.jpg``, ..."""
+    for number in itertools.count(1):
+        picture = next((parts[s] for end in IMAGES if (s := f".{number}{end}") in parts), None)
+        if picture is None:
+            return
+        yield picture
 
 
 def describe_sample(archive: Path, stem: str, parts: Mapping[str, Member]) -> tuple[str, str, Box | None]:

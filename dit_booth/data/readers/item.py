@@ -14,8 +14,17 @@ from einops import rearrange
 from torch import Tensor
 
 from dit_booth.data.example import Example
-from dit_booth.data.image_files import Box, Mask, MaskEntry, Pixels, read_entries, read_mask, read_rgb
-from dit_booth.data.image_prompt import Augment, pixel_box, prepare
+from dit_booth.data.image_files import (
+    Box,
+    Mask,
+    MaskEntry,
+    Pixels,
+    read_cutout,
+    read_entries,
+    read_mask,
+    read_rgb,
+)
+from dit_booth.data.image_prompt import Augment, of_number, pixel_box, prepare
 from dit_booth.data.media import Media
 from dit_booth.data.shapes import Shape, choose_shape
 from dit_booth.data.video import check_length, probe, read_video
@@ -51,6 +60,7 @@ class Row:
         subject, mask, box: the one subject, where the format names it; without a mask, the whole first frame is the
             image prompt. A box alone is cut out with its background.
         image_from: key of the example that the image prompt is cut from; empty: its own first frame.
+        references: pictures that are the image prompts instead, in order; with transparency, what is opaque.
         still: the video is an image, and the example has one frame.
     """
 
@@ -62,6 +72,7 @@ class Row:
     mask: Media | None = None
     box: Box | None = None
     image_from: str = ""
+    references: tuple[Media, ...] = ()
     still: bool = False
 
 
@@ -109,6 +120,8 @@ def check_row(row: Row, root: Path, *, shapes: Sequence[Shape], stride: int, che
         check_length(row.video, info, start=0, frames=shape.frames, stride=stride)
     pixels = None if mask is None else read_mask(mask, height=height, width=width)
     pixel_box(box, pixels, height=height, width=width)
+    for reference in row.references:
+        read_cutout(reference)
     return Item(row=row, shape=shape, subject=subject, mask=mask, box=box)
 
 
@@ -161,10 +174,11 @@ def load_item(
     *,
     stride: int,
     image_size: int,
+    image_prompts: int,
     augment: Augment | None,
     rng: np.random.Generator | None,
 ) -> Example:
-    """Read an example; its image prompt is cut from the first frame of `prompt`, mostly itself.
+    """Read an example; its image prompts are those of `prompt`, mostly itself.
 
     Raises:
         ValueError: a file is broken; the message names the example.
@@ -177,7 +191,8 @@ def load_item(
             else read_video(row.video, frames=shape.frames, stride=stride)
         )
         mask = item.read_mask(pictures[0])
-        image = cut_prompt(prompt, (pictures[0], mask) if prompt is item else None, image_size, augment, rng)
+        seen = (pictures[0], mask) if prompt is item else None
+        image, *further = cut_prompts(prompt, seen, image_size, image_prompts, augment, rng)
         _, height, width, _ = pictures.shape
         box = pixel_box(item.box, mask, height=height, width=width)
         shown = np.zeros((height, width), bool) if mask is None else mask
@@ -194,19 +209,33 @@ def load_item(
         image=image,
         mask=masks,
         mask_frames=1,
+        further=tuple(further),
     )
 
 
-def cut_prompt(
+def cut_prompts(
     item: Item,
     seen: tuple[Pixels, Mask | None] | None,
     size: int,
+    count: int,
     augment: Augment | None,
     rng: np.random.Generator | None,
-) -> Tensor:
-    """Cut an image prompt (`3 s s`) out of an item's first frame; `seen`: that frame and its mask, if known."""
-    frame, mask = seen or item.first_frame()
-    return prepare(frame, size=size, mask=mask, box=item.box, augment=augment, rng=rng)
+) -> list[Tensor]:
+    """Make the `count` image prompts (`3 s s` each) of an item; absent ones are zero.
+
+    They are its reference pictures or, without any, one that is cut out of its first frame; `seen`: that frame and its
+    mask, if known.
+    """
+    cutouts: list[tuple[Pixels, Mask | None, Box | None]]
+    if item.row.references:
+        cutouts = [(*read_cutout(picture), None) for picture in item.row.references[:count]]
+    else:
+        cutouts = [(*(seen or item.first_frame()), item.box)]
+    images = [
+        prepare(pixels, size=size, mask=mask, box=box, augment=augment, rng=rng)
+        for pixels, mask, box in cutouts
+    ]
+    return of_number(images, count)
 
 
 def fit(

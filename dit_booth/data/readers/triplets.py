@@ -29,7 +29,7 @@ from dit_booth.data.readers.item import (
     Row,
     check_caption,
     check_row,
-    cut_prompt,
+    cut_prompts,
     load_item,
 )
 from dit_booth.data.shapes import Shape
@@ -54,6 +54,7 @@ class TripletsConfig:
             cropped.
         buckets: shapes of which each video has the one that fits it; empty: `frames` and `size`.
         image_size: side of the image prompt; the smaller side of `size` where it is None.
+        image_prompts: image prompts of an example: as many of those that it has, in order, then zero images.
         augment: variation of the image prompt in training.
         cross_pair: cut an image prompt from another clip where the data name one (column `image_from`).
         max_broken: number of broken examples that are left out with a warning; more are an error.
@@ -70,6 +71,7 @@ class TripletsConfig:
     size: int | tuple[int, int] = 256
     buckets: tuple[Shape, ...] = ()
     image_size: int | None = None
+    image_prompts: int = 1
     augment: Augment = field(default_factory=Augment)
     cross_pair: bool = True
     max_broken: int = 0
@@ -81,6 +83,7 @@ class TripletsConfig:
         bounds += [("size", min(self.height_width), 8), ("image_size", self.prompt_size, 8)]
         for name, value, low in (
             *bounds,
+            ("image_prompts", self.image_prompts, 1),
             ("max_broken", self.max_broken, 0),
             ("variations", self.variations, 0),
             ("seed", self.seed, 0),
@@ -153,12 +156,19 @@ class Triplets:
         """Example `index` as varied for training in `epoch`."""
         return self._load(index, self._draws(index, epoch))
 
-    def image_at(self, index: int, epoch: int) -> Tensor:
-        """Image prompt of example `index` in `epoch`, `3 s s`, as `at` gives it, without reading the whole video."""
+    def images_at(self, index: int, epoch: int) -> list[Tensor]:
+        """Image prompts of example `index` in `epoch`, `3 s s` each, as `at` gives them, without reading the video."""
         rng, item = self._draws(index, epoch), self.items[index]
         self._stride(rng)  # drawn before the image is
         try:
-            return cut_prompt(self._prompt_of(item), None, self.config.prompt_size, self.config.augment, rng)
+            return cut_prompts(
+                self._prompt_of(item),
+                None,
+                self.config.prompt_size,
+                self.config.image_prompts,
+                self.config.augment,
+                rng,
+            )
         except (ValueError, OSError) as error:
             raise ValueError(f"example {item.row.key}: {error}") from error
 
@@ -171,6 +181,7 @@ class Triplets:
             self._prompt_of(item),
             stride=self._stride(rng),
             image_size=config.prompt_size,
+            image_prompts=config.image_prompts,
             augment=None if rng is None else config.augment,
             rng=rng,
         )
@@ -186,7 +197,9 @@ class Triplets:
         )
 
     def _prompt_of(self, item: Item) -> Item:
-        return self.prompts.get(item.row.image_from, item) if self.config.cross_pair else item
+        if item.row.references or not self.config.cross_pair:
+            return item
+        return self.prompts.get(item.row.image_from, item)
 
 
 def scan(config: TripletsConfig, check: Check = check_caption) -> tuple[list[Item], dict[str, str]]:

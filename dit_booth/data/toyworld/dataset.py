@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,6 +24,7 @@ class ToyworldConfig:
         frames: frames per video.
         size: side of the square video in pixels.
         image_size: side of the image prompt in pixels; None: that of the video.
+        image_prompts: image prompts of an example; further ones are the first, turned by a right angle each.
         seed: seed of all examples.
         split: `train`, `dev` or `test`: disjoint combinations of shape, texture and colours (`looks.split_of`).
         length: number of examples; index `i` is the same example at every length.
@@ -36,6 +37,7 @@ class ToyworldConfig:
     frames: int = 8
     size: int = 32
     image_size: int | None = None
+    image_prompts: int = 1
     seed: int = 0
     split: Split = "train"
     scene: Scene = "short"
@@ -46,7 +48,8 @@ class ToyworldConfig:
     def __post_init__(self) -> None:
         image_size = self.size if self.image_size is None else self.image_size
         bounds = (("frames", self.frames, 1), ("size", self.size, 8), ("image_size", image_size, 8))
-        for name, value, low in (*bounds, ("seed", self.seed, 0), ("length", self.length, 1)):
+        counts = (("image_prompts", self.image_prompts, 1), ("length", self.length, 1))
+        for name, value, low in (*bounds, ("seed", self.seed, 0), *counts):
             if value < low:
                 raise ValueError(f"data.{name} is {value}; it must be at least {low}")
         words = (
@@ -78,6 +81,12 @@ class Toyworld:
         Raises:
             IndexError: `index` is not in [0, length).
         """
+        example = self._scene(index)
+        turned = (example.image.rot90(turns, (-2, -1)) for turns in range(1, self.config.image_prompts))
+        return replace(example, further=tuple(turned)) if self.config.image_prompts > 1 else example
+
+    def _scene(self, index: int) -> Example:
+        """Example `index` with one image prompt."""
         config = self.config
         if not 0 <= index < config.length:
             raise IndexError(f"index is {index}; the toy world holds 0 to {config.length - 1} (data.length)")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -10,17 +12,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_booth.attention import FrameCache, FrameIndices, FramePlan
-from dit_booth.inject import Injection, Latents, Modulation, Site, no_injection
+from dit_booth.inject import BlockGroup, Injection, Latents, Modulation, Residuals, Site, no_injection
 from dit_booth.models.clip.encoders import Text
 from dit_booth.models.dit.blocks import BlockModulation, DiTBlock, DiTInputs, TokenConv
 from dit_booth.models.dit.config import SIZES, DiTConfig
-from dit_booth.models.frames import FrameLayout, make_frame_cache
-from dit_booth.models.layers import compile_each, frame_timesteps, name_linear_sites, timestep_embedding
+from dit_booth.models.frames import FrameLayout, beside, make_frame_cache
+from dit_booth.models.layers import (
+    compile_each,
+    frame_timesteps,
+    name_linear_sites,
+    timestep_embedding,
+    with_context_frames,
+)
 from dit_booth.models.modulation import ShiftScaleGate
 from dit_booth.models.positions import (
     ImageRotary,
     frame_embedding,
     grid_embedding,
+    image_position,
     rotary_3d,
     rotary_frames,
 )
@@ -81,6 +90,9 @@ class VideoDiT(nn.Module):
         )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=out_channels)
         name_linear_sites(self)
+        self.residual = Site(
+            name="x_embedder", port="residual", role="blocks", dim=hidden, groups=self.groups(depth, hidden)
+        )
         self.initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Text | Tensor, inject: Injection = no_injection) -> Tensor:
@@ -93,10 +105,13 @@ class VideoDiT(nn.Module):
         shared = self.build_inputs(c, latents, frames)
         x = self.x_embedder(latents.x, frames.positions, latents.added)  # b f n d
         tokens = self.text_tokens(text)  # b 1 l d
+        run = partial(self.run_copies, latents=latents, c=c, tokens=tokens)
+        added = inject(self.residual, Residuals(x, latents.x, run)).added
         for i, block in enumerate(self.blocks):
             if i == self.frame_embedding_block:
                 x = x + frame_embedding(frames.positions, x.shape[-1], x.device).to(x.dtype)
             x, tokens = self.run_block(i, block, x, tokens, shared, inject.inside(f"blocks.{i}"))
+            x = x + added[i] if i in added else x
         x = self.final_layer(x, c if self.config.head_text else t_emb, height, width)
         return inject(self.exit, replace(latents, x=x)).x
 
@@ -141,7 +156,8 @@ class VideoDiT(nn.Module):
             return shared
         dim = self.config.shape.hidden // self.config.shape.heads
         grid = (height, width, dim, x.device, x.dtype, riflex)
-        rotary, image = rotary_3d(frames.positions, *grid), ImageRotary.build(-context, -context, *grid)
+        own = image_position(frames.positions, context)
+        rotary, image = rotary_3d(frames.positions, *grid), ImageRotary.build(own, min(0, own), *grid)
         per_frame = frames.temporal_plan is not None
         temporal = rotary_frames(
             frames.positions, dim, x.device, x.dtype, group_per_frame=per_frame, riflex=riflex
@@ -169,6 +185,36 @@ class VideoDiT(nn.Module):
             out = block(x, tokens, shared, inject)
         return out
 
+    def run_copies(
+        self,
+        copies: Mapping[int, nn.Module],
+        x: Tensor,
+        *,
+        latents: Latents,
+        c: Tensor,
+        tokens: Tensor | None,
+    ) -> dict[int, Tensor]:
+        """Run copies of blocks on x with r reference frames before it (`Residuals.run`)."""
+        references = x.shape[1] - latents.x.shape[1]
+        side = beside(latents, references)
+        frames = FrameLayout.build(side, self.plan, self.temporal_plan)
+        shared = self.build_inputs(with_context_frames(c, references), side, frames)
+        own = self.x_embedder.add_positions(x[:, :references], shared.grid, frames.positions[:references])
+        x = torch.cat([own, x[:, references:]], dim=1)
+        outputs: dict[int, Tensor] = {}
+        for i, block in copies.items():
+            if i == self.frame_embedding_block:
+                x = x + frame_embedding(frames.positions, x.shape[-1], x.device).to(x.dtype)
+            x, tokens = self.run_block(i, block, x, tokens, shared, no_injection)
+            outputs[i] = x
+        return outputs
+
+    def groups(self, depth: int, hidden: int) -> tuple[BlockGroup, ...]:
+        """Return the blocks that can be copied: each by itself or, where space and time alternate, in pairs."""
+        size = 2 if self.config.layout == "interleaved" else 1
+        numbers = [range(i, min(i + size, depth)) for i in range(0, depth, size)]
+        return tuple(BlockGroup({i: self.blocks[i] for i in group}, {group[-1]: hidden}) for group in numbers)
+
     def compile_blocks(self, **options: object) -> None:
         """Compile each block with torch.compile (`compile_each`)."""
         compile_each(self.blocks, **options)
@@ -177,7 +223,7 @@ class VideoDiT(nn.Module):
         """Return every site of the backbone, in the order of the forward pass."""
         blocks = [site for block in self.blocks if isinstance(block, DiTBlock) for site in block.sites()]
         text = [self.text_site] if self.text_site else []
-        return [self.entry, *text, *blocks, self.exit]
+        return [self.entry, *text, self.residual, *blocks, self.exit]
 
     def initialise(self) -> None:
         """Initialise as DiT: Xavier-uniform layers, zero gates and a zero output."""
@@ -247,13 +293,17 @@ class PatchEmbed(nn.Module):
         tokens: Tensor = self.proj(rearrange(x, "b f c h w -> (b f) c h w"))
         if added is not None:
             tokens = tokens + rearrange(added, "b f d h w -> (b f) d h w")
-        rows, columns, hidden = height // self.patch, width // self.patch, tokens.shape[1]
+        grid = height // self.patch, width // self.patch
         # The convolution's layout is channels first; without this copy every norm would copy.
         tokens = rearrange(tokens, "(b f) d h w -> b f (h w) d", f=frames).contiguous()
+        return self.add_positions(tokens, grid, frame_positions or range(frames))
+
+    def add_positions(self, tokens: Tensor, grid: tuple[int, int], frames: FrameIndices) -> Tensor:
+        """Add the fixed positions of tokens (b f n d) of frames at these positions, if the DiT has fixed ones."""
         if not self.sincos:
             return tokens
-        positions = (frame_positions or range(frames)) if self.with_frames else None
-        return tokens + grid_embedding(rows, columns, hidden, x.device, positions).to(tokens.dtype)
+        at = frames if self.with_frames else None
+        return tokens + grid_embedding(*grid, tokens.shape[-1], tokens.device, at).to(tokens.dtype)
 
 
 class TimestepEmbedder(nn.Module):

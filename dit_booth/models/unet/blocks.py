@@ -18,7 +18,7 @@ from dit_booth.attention import FrameIndices, Frames, Riflex
 from dit_booth.attention.plans import seen_by_all
 from dit_booth.inject import Injection, Role
 from dit_booth.models.layers import Attention, Linear, Sole
-from dit_booth.models.positions import ImageRotary, Rotary, rotary_3d, rotary_frames
+from dit_booth.models.positions import ImageRotary, Rotary, image_position, rotary_3d, rotary_frames
 from dit_booth.models.unet.config import UNetConfig
 
 
@@ -216,7 +216,8 @@ class VideoTransformer(nn.Module):
         if shared.frame_positions is not None:
             grid = (h, w, y.shape[-1] // self.heads, x.device, x.dtype, shared.riflex)
             rotary = rotary_3d(shared.frame_positions, *grid)
-            image_rotary = ImageRotary.build(-shared.context, -shared.context, *grid)
+            own = image_position(shared.frame_positions, shared.context)
+            image_rotary = ImageRotary.build(own, min(0, own), *grid)
         for block in self.transformer_blocks:
             y = block(y, shared, rotary, image_rotary)
         y = self.proj_out(y)

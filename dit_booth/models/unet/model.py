@@ -6,16 +6,25 @@ that a strategy injects (``to_k_new``, ``to_k_global``, ...) belong to the strat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from dit_booth.attention import FrameCache, FramePlan
-from dit_booth.inject import Injection, Latents, Site, no_injection
+from dit_booth.inject import BlockGroup, Injection, Latents, Residuals, Site, no_injection
 from dit_booth.models.clip.encoders import Text
-from dit_booth.models.frames import FrameLayout, make_frame_cache
-from dit_booth.models.layers import Attention, TimestepEmbedding, frame_timesteps, name_linear_sites
+from dit_booth.models.frames import FrameLayout, beside, make_frame_cache
+from dit_booth.models.layers import (
+    Attention,
+    TimestepEmbedding,
+    frame_timesteps,
+    name_linear_sites,
+    with_context_frames,
+)
 from dit_booth.models.unet.blocks import (
     FrameConv,
     MidLevel,
@@ -64,6 +73,9 @@ class VideoUNet(nn.Module):
         )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=config.out_channels)
         name_linear_sites(self)
+        self.residual = Site(
+            name="conv_in", port="residual", role="blocks", dim=width, groups=(self.way_down(config),)
+        )
         self.initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Text, inject: Injection = no_injection) -> Tensor:
@@ -74,8 +86,11 @@ class VideoUNet(nn.Module):
         t_emb = self.time_embedding(by_frame, x.dtype, inject)  # (f) b c
         shared = self.build_inputs(t_emb, text, latents, inject)
         x = self.conv_in(x) if latents.added is None else self.conv_in(x) + latents.added
+        run = partial(self.run_copies, latents=latents, t_emb=t_emb, text=text)
+        added = inject(self.residual, Residuals(to_tokens(x), latents.x, run)).added
         skips = go_down(self.down_blocks, x, shared)  # b f c h w, at falling resolution
-        x = self.mid_block(skips[-1], shared)
+        x = add_tokens(self.mid_block(skips[-1], shared), added.get(len(skips)))
+        skips = [add_tokens(skip, added.get(i)) for i, skip in enumerate(skips)]
         x = go_up(self.up_blocks, x, skips, shared)
         if self.config.watermark:
             x = x + self.watermark(x, shared)
@@ -96,6 +111,25 @@ class VideoUNet(nn.Module):
             t_emb, text.tokens, frames.plan, inject, latents.context, frames.temporal_plan, rotary, riflex
         )
 
+    def run_copies(
+        self, copies: Mapping[int, nn.Module], x: Tensor, *, latents: Latents, t_emb: Tensor, text: Text
+    ) -> dict[int, Tensor]:
+        """Run a copy of the way down on x with r reference frames before it (`Residuals.run`): ControlNet's branch."""
+        references, height = x.shape[1] - latents.x.shape[1], latents.x.shape[-2]
+        side = beside(latents, references)
+        shared = self.build_inputs(with_context_frames(t_emb, references), text, side, no_injection)
+        *down, mid = copies.values()
+        skips = go_down(nn.ModuleList(down), rearrange(x, "b f (h w) c -> b f c h w", h=height), shared)
+        return dict(enumerate(map(to_tokens, [*skips, mid(skips[-1], shared)])))
+
+    def way_down(self, config: UNetConfig) -> BlockGroup:
+        """Return what can be copied, whose outputs are the skips and the middle."""
+        widths, last = [config.channels[0]], len(config.channels) - 1
+        for i, width in enumerate(config.channels):
+            widths += [width] * (config.layers_per_block + (i < last))
+        blocks = [*self.down_blocks, self.mid_block]
+        return BlockGroup(dict(enumerate(blocks)), dict(enumerate([*widths, config.channels[-1]])))
+
     def make_frame_cache(self) -> FrameCache:
         """Return an empty cache of past frames, for one noise level. ValueError: a plan reads later frames.
 
@@ -112,7 +146,7 @@ class VideoUNet(nn.Module):
     def sites(self) -> list[Site]:
         """Return every site of the backbone, in the order of the forward pass."""
         attentions = [module.site for module in self.modules() if isinstance(module, Attention)]
-        return [self.entry, self.time_embedding.site, *attentions, self.exit]
+        return [self.entry, self.time_embedding.site, self.residual, *attentions, self.exit]
 
     def initialise(self) -> None:
         """Zero the last layer of every residual branch, and the output layer (latent diffusion).
@@ -148,3 +182,13 @@ class VideoUNet(nn.Module):
                 f"text.tokens is {tuple(tokens.shape)}; give (b l d) with b = {x.shape[0]}, the videos,"
                 f" and d = {width} (unet.text_dim)"
             )
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """Return features (b f c h w) as tokens (b f n c)."""
+    return rearrange(x, "b f c h w -> b f (h w) c")
+
+
+def add_tokens(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Return features (b f c h w) with tokens (b f n c) added; as they are if there are none."""
+    return x if tokens is None else x + rearrange(tokens, "b f (h w) c -> b f c h w", h=x.shape[-2])

@@ -5,7 +5,9 @@ Parameter names are those of diffusers' ``WanTransformer3DModel``, whose folders
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -15,12 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_booth.attention import FrameCache, FramePlan
-from dit_booth.inject import Injection, Latents, Site, no_injection
+from dit_booth.inject import BlockGroup, Injection, Latents, Residuals, Site, no_injection
 from dit_booth.models.clip.encoders import Text
-from dit_booth.models.frames import FrameLayout, make_frame_cache
-from dit_booth.models.layers import TimestepEmbedding, compile_each, frame_timesteps, name_linear_sites
+from dit_booth.models.frames import FrameLayout, beside, make_frame_cache
+from dit_booth.models.layers import (
+    TimestepEmbedding,
+    compile_each,
+    frame_timesteps,
+    name_linear_sites,
+    with_context_frames,
+)
 from dit_booth.models.modulation import ShiftScaleGate
-from dit_booth.models.positions import ImageRotary, rotary_3d
+from dit_booth.models.positions import ImageRotary, image_position, rotary_3d
 from dit_booth.models.wan.blocks import FeedForward, WanBlock, WanInputs, WideLayerNorm, wide
 from dit_booth.models.wan.config import SIZES, WanConfig
 
@@ -58,6 +66,10 @@ class VideoWan(nn.Module):
             name="latents.entry", port="latents", role="entry", dim=channels, embed=self.patch_embedding
         )
         self.exit = Site(name="latents.exit", port="latents", role="exit", dim=out_channels)
+        groups = tuple(BlockGroup({i: block}, {i: hidden}) for i, block in enumerate(self.blocks))
+        self.residual = Site(
+            name="patch_embedding", port="residual", role="blocks", dim=hidden, groups=groups
+        )
         name_linear_sites(self)
         self.initialise()
 
@@ -76,8 +88,11 @@ class VideoWan(nn.Module):
         t_emb = self.condition_embedder.time_embedder(by_frame, x.dtype, inject)  # (f) b d
         shared = self.build_inputs(latents, t_emb, text, image, inject)
         x = self.patch_embedding(latents.x, latents.added)  # b f n d
+        run = partial(self.run_copies, latents=latents, t_emb=t_emb, text=text, image=image)
+        added = inject(self.residual, Residuals(x, latents.x, run)).added
         for i, block in enumerate(self.blocks):
             x = self.run_block(i, block, x, shared, inject.inside(f"blocks.{i}"))
+            x = x + added[i] if i in added else x
         x = self.head(x, t_emb, height, width)
         return inject(self.exit, replace(latents, x=x)).x
 
@@ -91,14 +106,14 @@ class VideoWan(nn.Module):
                 "sample.long.kind is freenoise, which averages windows of temporal attention; Wan has none: choose"
                 " chunks or diffusion_forcing"
             )
-        context = latents.context
-        place = {"before": -1 - context, "first": -context, "after": frames.positions[-1] + 1}
+        own = image_position(frames.positions, latents.context)
+        place = {"before": min(0, own) - 1, "first": own, "after": max(frames.positions) + 1}
         reference = place[self.config.reference_place]
         x, dim = latents.x, self.config.shape.hidden // self.config.shape.heads
         height, width = (n // self.config.patch for n in x.shape[-2:])
         grid = (height, width, dim, x.device, x.dtype, frames.clip.riflex)
         rotary = rotary_3d(frames.positions, *grid, interleaved=True)
-        image_rotary = ImageRotary.build(reference, -context, *grid, interleaved=True)
+        image_rotary = ImageRotary.build(reference, min(0, own), *grid, interleaved=True)
         modulation, words, picture = self.condition_embedder(t_emb, text.tokens, image, inject)
         return WanInputs(modulation, words, picture, frames.plan, rotary, image_rotary)
 
@@ -111,6 +126,25 @@ class VideoWan(nn.Module):
         else:
             out = block(x, shared, inject)
         return out
+
+    def run_copies(
+        self,
+        copies: Mapping[int, nn.Module],
+        x: Tensor,
+        *,
+        latents: Latents,
+        t_emb: Tensor,
+        text: Text,
+        image: Tensor | None,
+    ) -> dict[int, Tensor]:
+        """Run copies of blocks on x with r reference frames before it (`Residuals.run`)."""
+        references = x.shape[1] - latents.x.shape[1]
+        side = beside(latents, references)
+        shared = self.build_inputs(side, with_context_frames(t_emb, references), text, image, no_injection)
+        outputs: dict[int, Tensor] = {}
+        for i, block in copies.items():
+            x = outputs[i] = self.run_block(i, block, x, shared, no_injection)
+        return outputs
 
     def head(self, x: Tensor, t_emb: Tensor, height: int, width: int) -> Tensor:
         """Norm, modulation by the timestep embedding itself, and projection of tokens (b f n d) back to latents."""
@@ -131,7 +165,7 @@ class VideoWan(nn.Module):
     def sites(self) -> list[Site]:
         """Return every site of the backbone, in the order of the forward pass."""
         blocks = [site for block in self.blocks if isinstance(block, WanBlock) for site in block.sites()]
-        return [self.entry, self.condition_embedder.time_embedder.site, *blocks, self.exit]
+        return [self.entry, self.condition_embedder.time_embedder.site, self.residual, *blocks, self.exit]
 
     @torch.no_grad()
     def to_precision(self, dtype: torch.dtype) -> Self:
