@@ -110,16 +110,14 @@ def _load_wan(backbone: nn.Module, folder: Path, source: str) -> None:
         raise ValueError(f"{source} is a Wan folder; set --backbone wan")
     file = folder / "config.json"
     settings, shards = read_json(file), Shards.find(folder, "diffusion_pytorch_model")
-    original = settings.get("_class_name") == ORIGINAL
-    if original:
-        settings = from_original_settings(settings, shards.files)
+    names = {name: name for name in shards.files}  # ours -> the folder's
+    if settings.get("_class_name") == ORIGINAL:
+        settings, names = from_original_settings(settings, names), from_original(names)
     mismatches = find_wan_mismatches(
         settings, backbone.config, channels=backbone.exit.dim, text_dim=backbone.text_dim
     )
     raise_mismatches(mismatches, f"{source}: {file}")
-    load_shards(
-        backbone, shards, f"{source}: {folder} for the wan backbone", from_original if original else dict
-    )
+    load_shards(backbone, shards, f"{source}: {folder} for the wan backbone", names)
 
 
 def _load_diffusers(backbone: nn.Module, text: nn.Module, path: Path, folder: Path, source: str) -> None:

@@ -8,7 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,19 +228,15 @@ def _read_shapes(file: Path) -> dict[str, Size]:
 
 
 @torch.no_grad()
-def load_shards(
-    module: nn.Module, shards: Shards, source: str, rename: Callable[[Mapping[str, str]], Mapping[str, str]]
-) -> None:
+def load_shards(module: nn.Module, shards: Shards, source: str, upstream: Mapping[str, str]) -> None:
     """Load a folder's tensors one at a time, so that memory holds the module's and one more. ValueError: mismatches.
 
-    rename: map of names, applied to {name: name}.
+    upstream: our name -> the folder's, for each of its tensors.
     """
-    upstream = rename({name: name for name in shards.files})  # our name -> the file's
     own = module.state_dict()
     given = {name: shards.shapes[theirs] for name, theirs in upstream.items()}
-    _raise_unless_equal(
-        own, given, own, source, "choose the sizes that the file was made with, or weights=none"
-    )
+    fix = "choose the sizes that the file was made with, or weights=none"
+    _raise_unless_equal(own, given, own, source, fix)
     for file in dict.fromkeys(shards.files.values()):
         with safe_open(file, "pt") as opened:
             for name, theirs in upstream.items():
