@@ -242,7 +242,8 @@ class QKV:
     def image(self, kv: KV, frames: Frames | None = None) -> Segment:
         """Return the image's keys and values as a segment of one group, read with the image's queries.
 
-        Its position is that of frame 0 of the video (of the first context frame, where there is one).
+        Its position is that of frame 0 of the video (of the first context frame, where there is one); on Wan, as
+        `wan.reference_place` says.
         """
         k, v = (rearrange(y, "b m c -> b 1 m c") for y in kv)
         if frames is None:

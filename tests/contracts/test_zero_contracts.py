@@ -1,10 +1,11 @@
 """Every registered strategy under ZeRO-2 and ZeRO-3 on two CPU ranks, which check one after the other.
 
-Each by itself on the DiT; on the U-Net, whose engines cost most, in sums that train all of their members in one stage.
+Each by itself on the DiT; on the U-Net and Wan, to save engines, in sums that train all of their members in one stage.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,17 +23,19 @@ SUMS = (
 
 def test_partitioned_over_two_ranks_every_strategy_trains_as_in_one_piece(program: Any) -> None:
     trained = [name for name, cls in registered().items() if cls.stages()]
-    check(program, "dit-factorised", trained)
+    check(program, ["dit-factorised"], trained)
 
 
 def test_partitioned_over_two_ranks_sums_of_every_strategy_train_as_in_one_piece(program: Any) -> None:
-    check(program, "unet", SUMS)
+    check(program, ["unet", "wan"], SUMS)
 
 
-def check(program: Any, backbone: str, strategies: tuple[str, ...] | list[str]) -> None:
-    first, second = program.two_ranks(*strategies, "--backbones", backbone, program="dit_booth.testing.zero")
+def check(program: Any, backbones: list[str], strategies: tuple[str, ...] | list[str]) -> None:
+    first, second = program.two_ranks(
+        *strategies, "--backbones", *backbones, program="dit_booth.testing.zero"
+    )
     assert (first.code, second.code) == (0, 0), first.output[-4000:] + second.output[-4000:]
-    for name in strategies:
+    for name, backbone in product(strategies, backbones):
         assert f"{name} on {backbone}, ranks 2: ZeRO 2 and 3 as one piece" in first.output
 
 

@@ -52,6 +52,7 @@ def usual() -> dict[str, str]:
         "--data.triplets.stride 2",
         "--stages.joint.steps 9",
         "--unet.heads 2",
+        "--wan.heads 2",
         "--clips.level 50",
         "--known.prediction 0.1",
         "--schedule coarse fine",
@@ -84,6 +85,7 @@ def test_what_changes_no_stage(usual: dict[str, str], flags: str) -> None:
         "--stages.coarse.train strategy.*",
         "--stages.coarse.strategies token_replacement kv_concat",
         "--token-replacement.l1-weight 0.5",
+        "--backbone wan --weights none",
     ],
 )
 def test_what_changes_a_stage_and_those_after_it(usual: dict[str, str], flags: str) -> None:
