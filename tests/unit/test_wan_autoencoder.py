@@ -18,6 +18,7 @@ from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.autoencoder.model import Autoencoder, build_autoencoder
 from dit_booth.models.autoencoder.posterior import Posterior
 from dit_booth.models.text.config import TextConfig
+from dit_booth.models.wan.config import WanConfig
 from dit_booth.study.estimate import latents_of
 
 torch.set_num_threads(1)
@@ -116,6 +117,7 @@ def test_costs_count_latent_frames_and_umt5s_tokens() -> None:
     config = RunConfig(
         strategy="none",
         backbone="wan",
+        wan=WanConfig(depth=1, hidden=32, heads=2, ffn=64),
         autoencoder=section,
         text=TextConfig(kind="umt5"),
         data=DataConfig(frames=9),
