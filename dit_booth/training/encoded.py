@@ -83,8 +83,8 @@ class Seen:
 class EncodedBatch:
     """A batch of encoded examples: `video` holds the moments, `b f c h w`; `zero` is the zero image, one row.
 
-    `mask` is `b f h w`, in pixels, as of `Batch`. `further`: more image prompts, in order. `text` holds umT5's states of
-    each caption, `n d`, then those of the null prompt; empty where the text encoder is CLIP's.
+    `mask` is `b f h w`, in pixels, as of `Batch`. `further`: more image prompts, in order. `text` holds umT5's states
+    of each caption, `n d`, then those of the null prompt; empty where the text encoder is CLIP's.
     """
 
     keys: list[str]
