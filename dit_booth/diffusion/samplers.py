@@ -265,7 +265,8 @@ def _sample_unipc(
         raise ValueError(
             "sampler.kind is unipc, whose steps use earlier ones: it cannot take a part of them; use euler"
         )
-    scheduler: Any = UniPCMultistepScheduler(
+    made: Any = UniPCMultistepScheduler
+    scheduler: Any = made(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=objective.config.shift
     )
     scheduler.set_timesteps(config.steps)

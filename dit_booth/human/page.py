@@ -167,6 +167,7 @@ def _write(
     html = render(
         (ASSETS / "study.html").read_text(),
         title=texts.title,
+        filters=None,
         **text,
         example=example is not None,
         policy=_policy(settings.post),

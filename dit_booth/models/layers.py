@@ -114,7 +114,7 @@ class Linear(nn.Linear):
 class Sole(nn.Sequential):
     """One linear layer, under the name ``0`` (upstream's ``to_out.0``)."""
 
-    def forward(self, x: Tensor, inject: Injection = no_injection) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, inject: Injection = no_injection) -> Tensor:
         y: Tensor = self[0](x, inject)
         return y
 

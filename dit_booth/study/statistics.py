@@ -206,7 +206,8 @@ def satterthwaite(parts: Sequence[ArrayLike], free: Sequence[float]) -> Array:
     values = [np.asarray(part, dtype=np.float64) for part in parts]
     total = np.sum(values, axis=0)
     spread = np.sum([value**2 / df for value, df in zip(values, free, strict=True)], axis=0)
-    return np.divide(total**2, spread, out=np.zeros_like(total), where=spread > 0)
+    degrees: Array = np.divide(total**2, spread, out=np.zeros_like(total), where=spread > 0)
+    return degrees
 
 
 def fill(table: Array) -> tuple[Array | None, int]:

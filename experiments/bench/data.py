@@ -175,7 +175,8 @@ def compare_cache(root: str, size: int, clip: str, repeats: int, folder: Path) -
 
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     sizes = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4}
-    AutoencoderKL(**blocks, **sizes, layers_per_block=1).save_pretrained(folder / "vae")
+    made: Any = AutoencoderKL
+    made(**blocks, **sizes, layers_per_block=1).save_pretrained(folder / "vae")
     triplets = {"root": root, "stride": STRIDE}
     data = {"kind": "triplets", "frames": FRAMES, "size": size, "variations": 1, "triplets": triplets}
     config = RunConfig.create(

@@ -189,8 +189,8 @@ def lines(arguments: Arguments, folder: Path) -> Iterator[str]:
     yield "| size | first screen, s | first pair, s |\n| --- | --- | --- |"
     for name, (width, height) in SIZES.items():
         with tempfile.TemporaryDirectory() as profile:
-            size = {"width": width, "height": height, "phone": name == "phone"}
-            with Browser(program, Path(profile), **size) as browser:
+            phone = name == "phone"
+            with Browser(program, Path(profile), width=width, height=height, phone=phone) as browser:
                 found = [measure_start(browser, page) for _ in range(5)]
                 if arguments.pictures:
                     take_pictures(browser, f"file://{page}", Path(arguments.pictures), name)

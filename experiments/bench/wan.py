@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import tyro
@@ -44,7 +45,8 @@ class Inputs:
 
 def diffusers_pass(given: Inputs) -> Callable[[], Tensor]:
     depth, hidden, heads, ffn = CONFIG.shape
-    net = WanTransformer3DModel(
+    made: Any = WanTransformer3DModel
+    net = made(
         num_layers=depth,
         num_attention_heads=heads,
         attention_head_dim=hidden // heads,

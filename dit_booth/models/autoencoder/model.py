@@ -145,7 +145,8 @@ class WanAutoencoder(Autoencoder):
     def __init__(self, vae: nn.Module, config: AutoencoderConfig) -> None:
         super().__init__()
         self.vae: Any = vae.requires_grad_(False)
-        self.config, sizes = config, self.vae.config
+        sizes: Any = vae.config
+        self.config = config
         if sizes.scale_factor_temporal != config.frames_factor:
             raise ValueError(
                 f"AutoencoderConfig.path: the autoencoder has {sizes.scale_factor_temporal} frames in a latent frame,"
@@ -170,7 +171,8 @@ class WanAutoencoder(Autoencoder):
         self._check_video(video)
         self.config.latent_frames(video.shape[1], "the video's number of frames")
         frames = rearrange(video, "b f c h w -> b c f h w").to(self.vae.dtype)
-        return rearrange(self.vae.encode(frames).latent_dist.parameters, "b c f h w -> b f c h w")
+        found: Tensor = self.vae.encode(frames).latent_dist.parameters
+        return rearrange(found, "b c f h w -> b f c h w")
 
     def decode(self, latents: Tensor) -> Tensor:
         self._check_latents(latents)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -114,20 +114,23 @@ def _rename(state: Mapping[str, Tensor], backbone: str) -> dict[str, Tensor]:
     """
     copies = {name: tensor.clone() for name, tensor in state.items()}  # diffusers scales in place
     if backbone == "wan" and any(name.startswith(("diffusion_model.", "lora_unet_")) for name in state):
-        from diffusers.loaders import WanLoraLoaderMixin
+        from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
         converted: dict[str, Tensor] = WanLoraLoaderMixin.lora_state_dict(copies)
         return converted
     if backbone != "unet" or not any(name.startswith("lora_unet_") for name in state):
         return copies
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+    from diffusers.utils import state_dict_utils
 
+    to_peft: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = (
+        state_dict_utils.convert_unet_state_dict_to_peft
+    )
     theirs, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(copies)
     scalars = {name.removesuffix(".alpha"): torch.tensor(float(y)) for name, y in (alphas or {}).items()}
-    scalars = convert_unet_state_dict_to_peft(scalars)
+    scalars = to_peft(scalars)
     alphas_of_layers = {f"{name.removesuffix('.lora_A.weight')}.alpha": y for name, y in scalars.items()}
-    return {**convert_unet_state_dict_to_peft(theirs), **alphas_of_layers}
+    return {**to_peft(theirs), **alphas_of_layers}
 
 
 def _read_changes(
