@@ -142,7 +142,7 @@ class WanAutoencoder(Autoencoder):
     lies in [-1, 1].
     """
 
-    def __init__(self, vae: nn.Module, config: AutoencoderConfig) -> None:
+    def __init__(self, vae: Any, config: AutoencoderConfig) -> None:
         super().__init__()
         self.vae: Any = vae.requires_grad_(False)
         sizes: Any = vae.config
