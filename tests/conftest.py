@@ -280,8 +280,6 @@ def in_process(
     monkeypatch.chdir(ROOT)
 
     def run(*arguments: str, main: Callable[[list[str]], int] = main) -> Ended:
-        if "deepspeed" in sys.modules:  # it keeps the group of the run before, which has ended
-            monkeypatch.setattr(sys.modules["deepspeed"].utils.groups, "_WORLD_GROUP", None)
         capfd.readouterr()
         caplog.clear()
         code = main(list(arguments))

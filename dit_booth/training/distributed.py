@@ -158,6 +158,7 @@ def free_memory(ranks: Ranks) -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group; the process may `start` again."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        import_deepspeed().utils.groups._WORLD_GROUP = None  # else the next engine would be given this one

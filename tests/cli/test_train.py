@@ -23,6 +23,9 @@ config = dit_booth.RunConfig.create(
 )
 pipe = dit_booth.train(config)
 again = dit_booth.train(config)  # finished: only loaded
+settings = config.as_dict() | {"out": "other", "train": {"batch_size": 2, "seed": 1}}
+other = dit_booth.train(dit_booth.RunConfig.create(settings))  # a second training in one process
+assert other.config.folder() == "other" and os.path.isfile("other/finished")
 image = np.full((12, 12, 3), 90, np.uint8)
 videos = [p(image, "a star is spinning on snow").frames for p in (pipe, again)]
 assert np.array_equal(*videos) and videos[0].shape == (3, 12, 12, 3)
