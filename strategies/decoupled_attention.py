@@ -60,12 +60,17 @@ class ImageTokens(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Keys and values of the image tokens; they start as the attention's own where the width is the same."""
+    """Keys and values of the image tokens.
+
+    They start as the base's own for image states (Wan, image to video), or as the attention's where the width is equal.
+    """
 
     def __init__(self, site: Site, width: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.to_k_ip, self.to_v_ip = (site.copy_of(f"to_{y}", from_width=width) for y in "kv")
+        of_image = "add_k_proj" in site.projections
+        names = ("add_k_proj", "add_v_proj") if of_image else ("to_k", "to_v")
+        self.to_k_ip, self.to_v_ip = (site.copy_of(name, from_width=width) for name in names)
 
     def project(self, tokens: Tensor) -> KV:
         return KV(self.to_k_ip(tokens), self.to_v_ip(tokens))

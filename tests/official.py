@@ -34,6 +34,13 @@ TINY_WAN: dict[str, Any] = {
     "out_channels": 4,
     "text_dim": 24,
 }
+_WAN_HEADS = {"attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096}
+_WAN_14B = {**_WAN_HEADS, "num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+RELEASED_WAN: dict[str, dict[str, Any]] = {
+    "wan_1.3b": {**_WAN_HEADS, "num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "wan_14b": _WAN_14B,
+    "wan_14b_image": {**_WAN_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+}
 TINY_TEXT = {
     "vocab_size": 2048,
     "hidden_size": 128,
@@ -89,6 +96,45 @@ def wan(**more: Any) -> nn.Module:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(**{**TINY_WAN, **more}).eval()
+
+
+ORIGINAL_WAN = (
+    ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
+    ("condition_embedder.time_embedder.linear_2.", "time_embedding.2."),
+    ("condition_embedder.time_proj.", "time_projection.1."),
+    ("condition_embedder.text_embedder.linear_1.", "text_embedding.0."),
+    ("condition_embedder.text_embedder.linear_2.", "text_embedding.2."),
+    ("condition_embedder.image_embedder.norm1.", "img_emb.proj.0."),
+    ("condition_embedder.image_embedder.ff.net.0.proj.", "img_emb.proj.1."),
+    ("condition_embedder.image_embedder.ff.net.2.", "img_emb.proj.3."),
+    ("condition_embedder.image_embedder.norm2.", "img_emb.proj.4."),
+    (".norm2.", ".norm3."),
+    (".ffn.net.0.proj.", ".ffn.0."),
+    (".ffn.net.2.", ".ffn.2."),
+    (".attn1.", ".self_attn."),
+    (".attn2.", ".cross_attn."),
+    (".to_q.", ".q."),
+    (".to_k.", ".k."),
+    (".to_v.", ".v."),
+    (".to_out.0.", ".o."),
+    (".add_k_proj.", ".k_img."),
+    (".add_v_proj.", ".v_img."),
+    (".norm_added_k.", ".norm_k_img."),
+    ("proj_out.", "head.head."),
+    (".scale_shift_table", ".modulation"),
+)
+"""Parts of diffusers' names of Wan, and the original's."""
+
+
+def original_wan(state: Mapping[str, Tensor]) -> State:
+    """Wan's tensors under the names of the original repository."""
+    out: State = {}
+    for name, tensor in state.items():
+        old = "head.modulation" if name == "scale_shift_table" else name
+        for theirs, original in ORIGINAL_WAN:
+            old = old.replace(theirs, original)
+        out[old] = tensor
+    return out
 
 
 def image_unet(**sizes: Any) -> Any:

@@ -109,11 +109,21 @@ class PrefixCache(FrameCache):
         context = len(own.frames) - len(frames)
         if site not in self.past:
             assert tuple(frames) == self.prefix, "the first pass is that of the prefix"
+            self._check_ends(plan)
             self.past[site] = self.prefix, own.k[:, context:], own.v[:, context:]
             return ()
         _, k, v = self.past[site]
         read = ((),) * context + plan.between(frames, self.prefix)
         return (Segment(k, v, read),) if any(read) else ()
+
+    def _check_ends(self, plan: FramePlan) -> None:
+        last = self.prefix[-1]
+        for frame in self.prefix:
+            if (latest := plan.reads(frame)[-1]) > last:
+                raise ValueError(
+                    f"frame {frame} reads frame {latest} under plan {plan.text!r}, but the prefix ends at frame {last}:"
+                    " let chunks of a video and their prefix (sample.long) be multiples of the plan's chunk"
+                )
 
     def reaches(self, plan: FramePlan, frame: int) -> bool:
         return frame not in self.prefix and bool(plan.between((frame,), self.prefix)[0])

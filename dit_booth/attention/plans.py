@@ -27,6 +27,8 @@ _TERMS: dict[str, tuple[bool, Term]] = {
     "window": (True, lambda i, f, k: range(max(i - k + 1, 0), i + 1)),
     "sink": (True, lambda i, f, k: range(min(k, f))),
     "keyframes": (True, lambda i, f, k: {i // k * k, max(i - 1, 0)}),
+    "chunk": (True, lambda i, f, k: range(i // k * k, min(i // k * k + k, f))),
+    "past": (False, lambda i, f, k: range(i + 1)),
 }
 
 
@@ -36,7 +38,8 @@ class FramePlan:
 
     ``first+previous`` (Tune-A-Video, VideoBooth; a frame's own keys are not included), ``first`` (Text2Video-Zero),
     ``self``, ``self+first``, ``window(k)`` (the last k frames, its own among them), ``keyframes(m)`` (the keyframe at
-    or before it, every m-th frame, and the previous frame), ``sink(s)+window(k)``, ``all`` (joint space-time).
+    or before it, every m-th frame, and the previous frame), ``sink(s)+window(k)``, ``all`` (joint space-time),
+    ``chunk(k)+past`` (every frame up to the end of its chunk of k: CausVid, Self-Forcing) or ``chunk(k)+window(m)``.
     A key is read once however many terms name it.
     """
 
@@ -61,7 +64,7 @@ class FramePlan:
         if not self.causal:
             raise ValueError(
                 f"plan {self.text!r} reads frames that come later, which a video made in parts does not have yet; use"
-                " first, previous, self, window(k), keyframes(m), sink(s)"
+                " first, previous, self, window(k), keyframes(m), sink(s), chunk(k), past"
             )
         return tuple(sorted({j for reads, k in _terms(self.text) for j in reads(frame, UNLIMITED_FRAMES, k)}))
 
@@ -74,7 +77,7 @@ class FramePlan:
 
     @property
     def causal(self) -> bool:
-        """True if no frame reads later ones, but for the first s frames of `sink(s)`."""
+        """True if no frame reads later ones, but for the first s frames of `sink(s)` and those of its `chunk(k)`."""
         return all(part.strip() != "all" for part in self.text.split("+"))
 
 

@@ -270,7 +270,12 @@ class RunConfig:
     @property
     def network(self) -> DiTConfig | UNetConfig | WanConfig:
         """The section of the chosen backbone."""
-        return {"dit": self.dit, "unet": self.unet, "wan": self.wan}[self.backbone]
+        networks: dict[str, DiTConfig | UNetConfig | WanConfig] = {
+            "dit": self.dit,
+            "unet": self.unet,
+            "wan": self.wan,
+        }
+        return networks[self.backbone]
 
     @property
     def text_source(self) -> TextConfig:

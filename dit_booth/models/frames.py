@@ -1,4 +1,4 @@
-"""Frames of a pass as both backbones lay them out: their positions, and which ones each reads."""
+"""Frames of a pass as all backbones lay them out: their positions, and which ones each reads."""
 
 from __future__ import annotations
 

@@ -164,6 +164,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(source_dim, dim, bias=bias)
         self.to_v = nn.Linear(source_dim, dim, bias=bias)
         self.to_out = nn.Linear(dim, dim)
+        self.norm_q: nn.Module
+        self.norm_k: nn.Module
         self.norm_q, self.norm_k = (
             nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2)
         )

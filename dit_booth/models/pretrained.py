@@ -14,8 +14,18 @@ from dit_booth.models.upstream.clip import find_clip_mismatches, from_transforme
 from dit_booth.models.upstream.dit import from_official, inflate, is_official_dit
 from dit_booth.models.upstream.stable_diffusion import find_unet_mismatches, from_diffusers, is_video_only
 from dit_booth.models.upstream.videobooth import MAPPER, from_videobooth
+from dit_booth.models.upstream.wan import (
+    DIFFUSERS,
+    ORIGINAL,
+    find_wan_mismatches,
+    from_original,
+    from_original_settings,
+)
+from dit_booth.models.wan.model import VideoWan
 from dit_booth.models.weights import (
     ASSETS,
+    Shards,
+    load_shards,
     load_strictly,
     part,
     raise_mismatches,
@@ -25,26 +35,32 @@ from dit_booth.models.weights import (
 )
 
 log = logging.getLogger(__name__)
+UNET = "UNet2DConditionModel"
+"""``_class_name`` of Stable Diffusion's U-Net in diffusers."""
 
 
 def load_pretrained(backbone: nn.Module, text: nn.Module, source: str, kind: str) -> dict[str, Tensor]:
     """Load the backbone, and the text encoder if the source has one; return the source's tensors for strategies.
 
-    source: `embedded`, `none`, a run folder, a weights file of ours, a Stable Diffusion folder (diffusers),
-    VideoBooth's U-Net (.pt), or DiT's official file (.pt). ValueError: it is missing, or of another architecture; the
-    error lists the differences.
+    source: `embedded`, `none`, a run folder, a weights file of ours, a Stable Diffusion folder (diffusers), a folder of
+    Wan (diffusers' or the original's), VideoBooth's U-Net (.pt), or DiT's official file (.pt). ValueError: it is
+    missing, or of another architecture; the error lists the differences.
     """
     if source == "none":
         return {}
     path = ASSETS / f"{kind}.safetensors" if source == "embedded" else Path(source).expanduser()
-    if path.is_dir() and (folder := _find_unet_folder(path)):
-        _load_diffusers(backbone, text, path, folder, f"weights={source}")
+    if source == "embedded" and not path.is_file():
+        raise ValueError(
+            f"weights is 'embedded', but no {kind} weights are embedded; use none, or a source of yours"
+        )
+    if path.is_dir() and (folder := _find_network_folder(path)):
+        _load_folder(backbone, text, path, folder, f"weights={source}")
         return {}
     file = path / "weights.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
             f"weights is {source!r}, but {file} is not a file; use embedded, none, a run folder, a .safetensors file,"
-            " a Stable Diffusion folder (with unet/config.json), VideoBooth's U-Net or DiT (.pt)"
+            " a Stable Diffusion or Wan folder (with unet/ or transformer/config.json), VideoBooth's U-Net or DiT (.pt)"
         )
     label = f"weights={source}: {file.name} for the {kind} backbone"
     state, _ = read_any(file)
@@ -62,9 +78,48 @@ def load_pretrained(backbone: nn.Module, text: nn.Module, source: str, kind: str
     return {}
 
 
-def _find_unet_folder(path: Path) -> Path | None:
-    """Return the U-Net's folder inside a diffusers pipeline, or the folder itself if it is a U-Net's."""
-    return next((folder for folder in (path / "unet", path) if (folder / "config.json").is_file()), None)
+def _find_network_folder(path: Path) -> Path | None:
+    """Return the network's folder inside a pipeline (diffusers), or the folder itself if it is a network's."""
+    return next(
+        (
+            folder
+            for folder in (path / "unet", path / "transformer", path)
+            if (folder / "config.json").is_file()
+        ),
+        None,
+    )
+
+
+def _load_folder(backbone: nn.Module, text: nn.Module, path: Path, folder: Path, source: str) -> None:
+    """Load a network's folder by the kind that its ``config.json`` names. ValueError: none that is known."""
+    kind = read_json(folder / "config.json").get("_class_name", UNET)
+    if kind in (DIFFUSERS, ORIGINAL):
+        _load_wan(backbone, folder, source)
+    elif kind == UNET:
+        _load_diffusers(backbone, text, path, folder, source)
+    else:
+        raise ValueError(
+            f"{source}: {folder / 'config.json'} is of a {kind}; give a folder of Stable Diffusion 1.x ({UNET}) or of"
+            f" Wan ({DIFFUSERS}, {ORIGINAL})"
+        )
+
+
+def _load_wan(backbone: nn.Module, folder: Path, source: str) -> None:
+    """Load Wan's transformer from diffusers' folder, or from the original's."""
+    if not isinstance(backbone, VideoWan):
+        raise ValueError(f"{source} is a Wan folder; set --backbone wan")
+    file = folder / "config.json"
+    settings, shards = read_json(file), Shards.find(folder, "diffusion_pytorch_model")
+    original = settings.get("_class_name") == ORIGINAL
+    if original:
+        settings = from_original_settings(settings, shards.files)
+    mismatches = find_wan_mismatches(
+        settings, backbone.config, channels=backbone.exit.dim, text_dim=backbone.text_dim
+    )
+    raise_mismatches(mismatches, f"{source}: {file}")
+    load_shards(
+        backbone, shards, f"{source}: {folder} for the wan backbone", from_original if original else dict
+    )
 
 
 def _load_diffusers(backbone: nn.Module, text: nn.Module, path: Path, folder: Path, source: str) -> None:

@@ -8,17 +8,17 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dit_booth.errors import list_mismatches
-from dit_booth.files import PACKAGE, replacing
+from dit_booth.errors import HasShape, list_mismatches
+from dit_booth.files import PACKAGE, replacing, within
 
 JsonObject = Mapping[str, Any]
 """Content of a configuration file."""
@@ -156,7 +156,93 @@ def load_strictly(
     """
     own = module.state_dict()
     required = () if partial else own if names is None else names
+    _raise_unless_equal(own, state, required, source, fix)
+    module.load_state_dict(dict(state), strict=False)  # checked above
+
+
+def _raise_unless_equal(
+    own: Mapping[str, HasShape],
+    state: Mapping[str, HasShape],
+    required: Collection[str],
+    source: str,
+    fix: str,
+) -> None:
     found = list_mismatches(own, state, required, LISTED)
     if found:
         raise ValueError(f"{source}: the weights are of another architecture: {found}; {fix}")
-    module.load_state_dict(dict(state), strict=False)  # checked above
+
+
+# ---- folders of shards -------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """The shape of a tensor that was not read."""
+
+    shape: torch.Size
+
+
+class Shards(NamedTuple):
+    """Tensors of a folder's safetensors files, unread: their shapes, and the files they are in."""
+
+    shapes: dict[str, Size]
+    files: dict[str, Path]
+
+    @classmethod
+    def find(cls, folder: Path, stem: str) -> Shards:
+        """Find ``<stem>.safetensors``, or the files that ``<stem>.safetensors.index.json`` lists.
+
+        ValueError: a file is missing or broken, lies outside the folder, or lacks a tensor that the index names.
+        """
+        index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if not index.is_file():
+            if not whole.is_file():
+                raise ValueError(f"{folder} has no {whole.name} or {index.name}; copy the weights there")
+            shapes = _read_shapes(whole)
+            return cls(shapes, dict.fromkeys(shapes, whole))
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ValueError(f"{index} has no weight_map; copy it again")
+        files = {name: within(str(index), folder, Path(str(file))) for name, file in listed.items()}
+        there: dict[str, Size] = {}
+        for file in dict.fromkeys(files.values()):
+            if not file.is_file():
+                raise ValueError(f"{index} names {file.name}, which is not there; copy all shards")
+            there |= _read_shapes(file)
+        lost = [name for name in files if name not in there]
+        if lost:
+            raise ValueError(
+                f"{files[lost[0]]} lacks {lost[0]}, which {index.name} says it has; copy it again"
+            )
+        return cls({name: there[name] for name in files}, files)
+
+
+def _read_shapes(file: Path) -> dict[str, Size]:
+    try:
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()  # no dict
+            return {name: Size(torch.Size(opened.get_slice(name).get_shape())) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read as safetensors: {error}; it may be cut off: copy it again"
+        ) from error
+
+
+@torch.no_grad()
+def load_shards(
+    module: nn.Module, shards: Shards, source: str, rename: Callable[[Mapping[str, str]], Mapping[str, str]]
+) -> None:
+    """Load a folder's tensors one at a time, so that memory holds the module's and one more. ValueError: mismatches.
+
+    rename: map of names, applied to {name: name}.
+    """
+    upstream = rename({name: name for name in shards.files})  # our name -> the file's
+    own = module.state_dict()
+    given = {name: shards.shapes[theirs] for name, theirs in upstream.items()}
+    _raise_unless_equal(
+        own, given, own, source, "choose the sizes that the file was made with, or weights=none"
+    )
+    for file in dict.fromkeys(shards.files.values()):
+        with safe_open(file, "pt") as opened:
+            for name, theirs in upstream.items():
+                if shards.files[theirs] == file:
+                    own[name].copy_(opened.get_tensor(theirs))

@@ -136,10 +136,22 @@ def test_compiled(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "names"),
+    [*(("unet", names) for names in COMPILED_SUMS), *(("wan", names) for names in COMPILED_SUMS[-2:])],
+)
+def test_compiled_in_sums(names: str, backbone: str) -> None:
+    """All strategies in few sums: the compiler goes through the taps of each; on Wan, of those with parameters."""
+    check_strategy(names, backbones=[backbone], promises=[promises.compiled_is_the_same])
+
+
 @pytest.mark.parametrize("names", COMPILED_SUMS)
-def test_compiled_on_the_unet(names: str) -> None:
-    """All strategies in few sums: the compiler goes through the taps of each of them."""
-    check_strategy(names, backbones=["unet"], promises=[promises.compiled_is_the_same])
+def test_sums_on_wan_leave_it_untouched_and_are_saved(names: str) -> None:
+    check_strategy(
+        names,
+        backbones=["wan"],
+        promises=[promises.backbone_is_untouched, promises.saved_and_loaded_is_the_same],
+    )
 
 
 def test_the_compiled_sums_leave_no_strategy_out() -> None:

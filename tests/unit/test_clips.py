@@ -15,12 +15,13 @@ from dit_booth.strategies.spatial_concat import SpatialConcatConfig
 from dit_booth.strategies.token_bank import TokenBankConfig
 from torch import Tensor
 
-from dit_booth.attention import Clip, FrameCache, FramePlan, Segment, attend
+from dit_booth.attention import Clip, FrameCache, FramePlan, PrefixCache, Segment, attend
 from dit_booth.inject import Latents, Reference
 from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.frames import FrameLayout
 from dit_booth.models.unet.blocks import VideoNorm
 from dit_booth.models.unet.model import UNetConfig
+from dit_booth.models.wan.model import WanConfig
 from dit_booth.testing import Trial, trial, worst
 
 torch.set_num_threads(1)
@@ -33,13 +34,14 @@ PLANS = (
     "keyframes(4)",
     "keyframes(3)+self",
 )
+CHUNKED = ("chunk(3)+past", "chunk(3)+sink(1)+window(4)")
 CLIPS = ((0, 1, 2), (3, 4), (5, 6, 7, 8))
 
 
 # ---- plans by index ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [*PLANS, "all"])
+@pytest.mark.parametrize("text", [*PLANS, *CHUNKED, "all"])
 def test_a_plan_by_indices_is_the_plan_of_the_whole_video(text: str) -> None:
     plan, every = FramePlan(text), range(FRAMES)
     assert plan.between(every, every) == plan.frames(FRAMES)
@@ -48,7 +50,7 @@ def test_a_plan_by_indices_is_the_plan_of_the_whole_video(text: str) -> None:
         assert {keys[place] for place in read} == set(plan.frames(FRAMES)[i]) & set(keys)
 
 
-@pytest.mark.parametrize("text", PLANS)
+@pytest.mark.parametrize("text", [*PLANS, *CHUNKED])
 def test_what_is_kept_is_all_that_later_frames_read_of_the_past(text: str) -> None:
     plan = FramePlan(text)
     for start in range(1, 20):
@@ -96,6 +98,28 @@ def test_attention_with_the_cache_equals_attention_over_the_whole_video(text: st
     assert cache.extend("text", "text", own, frames) == ()
 
 
+@pytest.mark.parametrize("text", CHUNKED)
+def test_chunks_with_the_cache_equal_attention_over_the_whole_video(text: str) -> None:
+    """A frame reads the later frames of its chunk: clips must end with a chunk, and so must a prefix."""
+    plan = FramePlan(text)
+    assert plan.frames(FRAMES)[3][-1] == 5 and (0 in plan.frames(FRAMES)[8]) and plan.causal
+    q, k, v = torch.randn(3, 1, FRAMES, 2, 2, 4, dtype=F64)
+    whole = attend(q, (Segment(k, v, plan.frames(FRAMES)),))
+    cache, parts = FrameCache({"cross_frame": plan}), []
+    for rows in (slice(0, 3), slice(3, 9)):
+        frames = range(FRAMES)[rows]
+        own = Segment(k[:, rows], v[:, rows], Clip(frames, cache).visible(plan))
+        parts.append(attend(q[:, rows], (own, *cache.extend("a", "cross_frame", own, frames))))
+    assert worst(torch.cat(parts, dim=1), whole) < 1e-12
+    own = Segment(k[:, :2], v[:, :2], ((0, 1), (0, 1)))
+    with pytest.raises(ValueError, match=r"frame 0 reads frame 2 under plan 'chunk\(3\)"):
+        FrameCache({"cross_frame": plan}).extend("a", "cross_frame", own, (0, 1))
+    with pytest.raises(
+        ValueError, match=r"frame 0 reads frame 2 .* but the prefix ends at frame 1: let chunks"
+    ):
+        PrefixCache({"cross_frame": plan}, (0, 1)).extend("a", "cross_frame", own, (0, 1))
+
+
 def test_a_frame_that_is_gone_and_a_plan_that_looks_ahead() -> None:
     own = Segment(*(torch.zeros(1, 2, 1, 1, 4) for _ in "kv"), ((0,), (0,)))
     cache = FrameCache({"cross_frame": FramePlan("window(4)")})
@@ -139,6 +163,10 @@ CAUSAL: dict[str, dict[str, Any]] = {
             positions="rotary",
         ),
     },
+    "wan": {
+        "backbone": "wan",
+        "wan": WanConfig(depth=2, hidden=32, heads=2, ffn=64, plan="sink(1)+window(3)"),
+    },
 }
 
 
@@ -174,6 +202,8 @@ KEYFRAMES: dict[str, Any] = {"reference_at": "keyframes", "keyframe_every": 4}
         ("dit-rotary", "kv_concat", {"kv_concat": KVConcatConfig(update="direct", **KEYFRAMES)}),
         ("dit", "in_context", {"in_context": InContextConfig(**KEYFRAMES)}),
         ("dit-rotary", "decoupled_attention", {"decoupled_attention": DecoupledAttentionConfig(**KEYFRAMES)}),
+        ("wan", "kv_concat", {"kv_concat": KVConcatConfig(update="direct", **KEYFRAMES)}),
+        ("wan", "in_context", {}),
         ("unet", "kv_concat", {}),
         ("unet", "spatial_concat", {"spatial_concat": SpatialConcatConfig(**KEYFRAMES)}),
     ],
@@ -182,7 +212,7 @@ KEYFRAMES: dict[str, Any] = {"reference_at": "keyframes", "keyframe_every": 4}
 def test_clips_with_the_cache_equal_the_whole_video(
     backbone: str, strategy: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both backbones, float64; the U-Net with norms of single frames, as its own pool what a clip lacks."""
+    """Every backbone, float64; the U-Net with norms of single frames, as its own pool what a clip lacks."""
     monkeypatch.setattr(VideoNorm, "forward", frame_by_frame)
     run, x, reference = in_float64(strategy, CAUSAL[backbone], options)
     whole = run.model(x, run.t, run.prompt, reference).output

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import dit, long, measure, side_by_side, unet
+from experiments.bench import dit, long, measure, side_by_side, unet, wan
 from experiments.bench.side_by_side import Row, SideBySideArguments
 
 
@@ -65,6 +65,16 @@ def test_the_dits_job_is_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None
     out = dit.job("interleaved")()
     assert out.shape == (1, dit.FRAMES, dit.CHANNELS, 8, 8)
     assert not out.requires_grad
+
+
+def test_wans_jobs_and_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wan, "CONFIG", wan.WanConfig(depth=1, hidden=32, heads=2, ffn=32))
+    for name, value in (("FRAMES", 2), ("SIDE", 4), ("TEXT", 8)):
+        monkeypatch.setattr(wan, name, value)
+    out = {name: wan.job(name)() for name in wan.JOBS}
+    assert all(y.shape == (1, 2, 16, 4, 4) and y.any() for y in out.values())
+    rows = [row(name) | {"over_first": over} for name, over in zip(wan.JOBS, (1.0, 0.8, 0.92), strict=True)]
+    assert "| reference | 1.50 | 1.25 | 0.92 | 1.15 | 900 | 1.00 |" in wan.page(rows)
 
 
 def test_jobs_run_side_by_side(

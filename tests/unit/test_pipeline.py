@@ -140,7 +140,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 
 
 def test_models_by_name() -> None:
-    assert list_models("*nano") == ["dit-nano", "unet-nano"]
+    assert list_models("*nano") == ["dit-nano", "unet-nano", "wan-nano"]
     plain, trained = create_model("dit-nano"), create_model("dit-nano", "kv_concat", pretrained=True)
     assert not list(plain.strategy.parameters()) and list(trained.strategy.parameters())
     toyworld = RunConfig.create("toyworld")

@@ -41,7 +41,8 @@ class DiTConfig:
     """factorised: cross-frame, then temporal attention in every block; interleaved: blocks alternate (Latte,
     2401.03048); joint: one attention over space and time (plan all); image: every frame by itself (plan self; DiT)."""
     plan: str = "first+previous"
-    """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
+    """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), chunk(k), past,
+    all."""
     temporal_plan: str = "all"
     """Frames that a place reads in temporal attention, written as plan; self: an image model, whose frames stand alone
     but for plan (Text2Video-Zero)."""

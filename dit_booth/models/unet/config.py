@@ -28,7 +28,8 @@ class UNetConfig:
     down_attention: tuple[bool, ...] = (True, True, True, False)
     """Levels with transformer blocks; the up path mirrors them."""
     plan: str = "first+previous"
-    """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), all."""
+    """Frames that a frame reads: a sum of self, first, previous, window(k), keyframes(m), sink(s), chunk(k), past,
+    all."""
     temporal_plan: str = "all"
     """Frames that a place reads in temporal attention, written as plan; self: an image model, whose frames stand alone
     but for plan and the group norms' statistics (Text2Video-Zero)."""

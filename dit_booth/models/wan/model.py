@@ -46,7 +46,7 @@ class VideoWan(nn.Module):
         super().__init__()
         depth, hidden, _, _ = config.shape
         out_channels = out_channels or channels
-        self.config, self.plan = config, FramePlan(config.plan)
+        self.config, self.plan, self.text_dim = config, FramePlan(config.plan), text_dim
         self.temporal_plan: FramePlan | None = None  # no temporal attention
         self.patch_embedding = PatchEmbedding(channels, config.condition_channels, hidden, config.patch)
         self.condition_embedder = ConditionEmbedder(config, text_dim)
@@ -161,7 +161,7 @@ class PatchEmbedding(nn.Conv3d):
         super().__init__(channels + condition_channels, hidden, sides, sides)
         self.patch, self.channels = patch, channels
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """Latents (b f c h w) -> tokens (b f n d), with zeros for condition channels that x has not.
 
         added: b f d h w, of the tokens' grid, to add to the embedded patches. ValueError: a shape does not fit.
@@ -223,6 +223,13 @@ class TextEmbedder(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(dim, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """ValueError: the tokens are of another text encoder."""
+        width = self.linear_1.in_features
+        if tokens.shape[-1] != width:
+            raise ValueError(
+                f"text.tokens is {tuple(tokens.shape)}; give (b l c) with c = {width}, the width of the text encoder"
+                " that these weights read"
+            )
         y: Tensor = self.linear_2(F.gelu(self.linear_1(tokens), approximate="tanh"))
         return y
 
@@ -236,5 +243,5 @@ class ImageEmbedder(nn.Module):
         self.ff = FeedForward(dim, dim, hidden, approximate="none")
 
     def forward(self, states: Tensor) -> Tensor:
-        y = self.ff(self.norm1(states).to(states.dtype))
-        return self.norm2(y).to(states.dtype)
+        y: Tensor = self.norm2(self.ff(self.norm1(states).to(states.dtype)))
+        return y.to(states.dtype)
