@@ -15,6 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dit_booth.config import RunConfig
 
 LATENTS = (4, 32, 32)
 WAN_LATENTS = (16, 60, 104)
@@ -23,9 +27,28 @@ WAN = ("--autoencoder.kind", "wan", "--text.kind", "umt5", "--data.frames", "81"
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: printed; 1: settings that cannot work, said in one line."""
-    from dit_booth.config.parse import parse
     from dit_booth.cost.describe import table_of_run, table_of_sizes
     from dit_booth.cost.memory import table_of_memory
+
+    try:
+        config, latents = parse_network(argv, prog)
+        lines = (
+            table_of_run(config, latents) + table_of_memory(config, latents)
+            if config
+            else table_of_sizes(latents)
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
+
+
+def parse_network(
+    argv: Sequence[str], prog: str | None = None
+) -> tuple[RunConfig | None, tuple[int, int, int]]:
+    """Return the run (none: no option of one was given) and the latents. ValueError: settings that cannot work."""
+    from dit_booth.config.parse import parse
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--latents", type=int, nargs=3, metavar=("C", "H", "W"))
@@ -38,15 +61,4 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
         rest = [f"--{given.backbone or 'dit'}.size", given.size, *rest]
     if given.backbone:
         rest = ["--backbone", given.backbone, *(WAN if large else ()), *rest]
-    try:
-        config = parse(rest, description=__doc__ or "", prog=prog) if rest else None
-        lines = (
-            table_of_run(config, latents) + table_of_memory(config, latents)
-            if config
-            else table_of_sizes(latents)
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(lines))
-    return 0
+    return (parse(rest, description=__doc__ or "", prog=prog) if rest else None), latents

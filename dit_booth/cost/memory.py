@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dit_booth.config import RunConfig, StageName
-from dit_booth.cost.describe import VIT_L_14, Encoders, Latents, build, inputs, reference
+from dit_booth.cost.describe import VIT_L_14, Device, Encoders, Latents, build, inputs, reference
 from dit_booth.models.injected import Injected
 from dit_booth.training.stage import (
     active_strategies,
@@ -193,15 +193,17 @@ def activations(
     return first + (second - first) * (blocks - low) // (high - low)
 
 
-def step_bytes(config: RunConfig, latents: Latents, index: int, encoders: Encoders) -> int:
+def step_bytes(
+    config: RunConfig, latents: Latents, index: int, encoders: Encoders, device: Device = "meta"
+) -> int:
     """Return the peak of a step's tensors, forward and backward, on one video; gradients leave as they are made."""
     name = schedule_of(config)[index]
-    model = build(config, latents, encoders=encoders).bfloat16()
+    model = build(config, latents, device, encoders).bfloat16()
     for parameter in train_in(config, model, index):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     frames = config.autoencoder.latent_frames(stage_config(config, name).frames_of(config.data.frames))
     shape = (1, frames, *latents)
-    options: Any = {"dtype": torch.bfloat16, "encoders": encoders}
+    options: Any = {"device": device, "dtype": torch.bfloat16, "encoders": encoders}
     image = reference(shape, copies=model.strategy.reference_frames(model.active), **options)
     given = inputs(shape, **options)
     counter = LiveBytes()
