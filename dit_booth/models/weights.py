@@ -241,8 +241,6 @@ def load_shards(
     _raise_unless_equal(
         own, given, own, source, "choose the sizes that the file was made with, or weights=none"
     )
-    for file in dict.fromkeys(shards.files.values()):
-        with safe_open(file, "pt") as opened:
-            for name, theirs in upstream.items():
-                if shards.files[theirs] == file:
-                    own[name].copy_(opened.get_tensor(theirs))
+    for name, theirs in upstream.items():
+        with safe_open(shards.files[theirs], "pt") as opened:  # anew: what was read of a mapped file stays resident
+            own[name].copy_(opened.get_tensor(theirs))
