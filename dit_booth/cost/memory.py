@@ -39,8 +39,8 @@ CARDS = (24, 48, 80)
 SPARE = 0.1
 """Share of a card that is left for what is not counted."""
 RANKS = (1, 2, 4, 8)
-DEPTHS = (2, 3)
-"""Blocks of the networks that run dry; memory grows by the same amount with every further block."""
+DEPTHS = (4, 5)
+"""Blocks of the networks that run dry: from the fourth one on, memory grows by the same amount with every block."""
 
 
 class LiveBytes(TorchDispatchMode):

@@ -242,5 +242,7 @@ def load_shards(
         own, given, own, source, "choose the sizes that the file was made with, or weights=none"
     )
     for name, theirs in upstream.items():
-        with safe_open(shards.files[theirs], "pt") as opened:  # anew: what was read of a mapped file stays resident
+        with safe_open(
+            shards.files[theirs], "pt"
+        ) as opened:  # anew: what was read of a mapped file stays resident
             own[name].copy_(opened.get_tensor(theirs))

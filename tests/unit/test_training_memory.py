@@ -52,13 +52,13 @@ def test_a_dry_step_has_the_bytes_of_a_real_one(config: RunConfig, checkpointing
 
 
 def test_a_block_more_is_as_many_bytes_more(config: RunConfig) -> None:
-    """The extrapolation from networks of two and three blocks; recomputation's peak moves a little with the depth."""
-    deep, sizes = replace(config, wan=replace(config.wan, depth=4)), {}
-    for again, tolerance in ((False, 0.0), (True, 0.02)):
-        sizes[again] = activations(deep, LATENTS, 0, ENCODERS, 4, again)
+    """The extrapolation from networks of four and five blocks."""
+    deep, sizes = replace(config, wan=replace(config.wan, depth=7)), {}
+    for again in (False, True):
+        sizes[again] = activations(deep, LATENTS, 0, ENCODERS, 7, again)
         run = replace(deep, wan=replace(deep.wan, checkpointing=again))
-        assert sizes[again] == pytest.approx(step_bytes(run, LATENTS, 0, ENCODERS), rel=tolerance)
-    assert sizes[True] < sizes[False] / 2
+        assert sizes[again] == step_bytes(run, LATENTS, 0, ENCODERS)
+    assert sizes[True] < sizes[False] / 3
 
 
 def test_zero_divides_what_its_stage_says() -> None:

@@ -205,7 +205,15 @@ def test_both_stages_run_from_the_folder(
 ) -> None:
     """``deepspeed experiments/run.py --config wan_1.3b --weights FOLDER`` in bfloat16, in this process."""
     out = tmp_path / "run"
-    flags = ["--config", "wan_1.3b", "--weights", str(folder), "--data.triplets.root", str(data), *TINY.split()]
+    flags = [
+        "--config",
+        "wan_1.3b",
+        "--weights",
+        str(folder),
+        "--data.triplets.root",
+        str(data),
+        *TINY.split(),
+    ]
     ended = in_process(*flags, *ON_CPU.split(), "--out", str(out))
     assert ended.code == 0, ended.output
     assert steps_of(out) == [("coarse", 1), ("coarse", 2), ("fine", 1), ("fine", 2)]
