@@ -15,12 +15,13 @@ from dit_booth.inject import (
     AuxPrediction,
     Condition,
     Hidden,
+    Injection,
     Noise,
     Recorder,
     Reference,
     timestep_of_reference,
 )
-from dit_booth.models.clip.encoders import Prompt
+from dit_booth.models.clip.encoders import Prompt, Text
 from dit_booth.models.text.build import AnyTextEncoder
 from dit_booth.strategy import Strategies
 
@@ -67,10 +68,14 @@ class Injected(nn.Module):
             names = [name for name in self.active if name not in conditions]
             conditions |= self.conditions(timestep_of_reference(t), reference, names)
         inject = self.strategy.bind(self.active, conditions, known, clip or Clip(range(x.shape[1])))
-        output = self.backbone(x, t, self.text(prompt, inject), inject)
+        output = self.backbone(x, t, self.read(prompt, inject, x.dtype), inject)
         aux_losses = [c.aux_loss for c in conditions.values() if c.aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else output.new_zeros(())
         return Prediction(output, aux_loss, inject.aux_prediction)
+
+    def read(self, prompt: Prompt, inject: Injection, dtype: torch.dtype) -> Text:
+        """Encode a prompt in the latents' dtype: DeepSpeed casts parameters, and umT5 is none of them."""
+        return Text(*(states.to(dtype) for states in self.text(prompt, inject)))
 
     def conditions(self, t: Tensor, reference: Reference, names: Sequence[str]) -> dict[str, Condition]:
         """Record what the named strategies need at timestep t (b,), and make their conditions of it."""
@@ -104,8 +109,8 @@ class Injected(nn.Module):
         (in the golden tensors the reference's pass uses them too).
         """
         recorder = Recorder(self.strategy.bind(self.active, of_reference=True), sites)
-        text = self.text(Prompt.without_subject(self.null_ids.expand(len(latent), -1)), recorder)
-        self.backbone(latent, t, text, recorder)
+        null = Prompt.without_subject(self.null_ids.expand(len(latent), -1))
+        self.backbone(latent, t, self.read(null, recorder, latent.dtype), recorder)
         frames = latent.shape[1]
         return {
             site: rearrange(state, "b (r m) c -> b r m c", r=frames)[:, 0]

@@ -237,8 +237,7 @@ def load_shards(module: nn.Module, shards: Shards, source: str, upstream: Mappin
     given = {name: shards.shapes[theirs] for name, theirs in upstream.items()}
     fix = "choose the sizes that the file was made with, or weights=none"
     _raise_unless_equal(own, given, own, source, fix)
-    for file in dict.fromkeys(shards.files.values()):
-        with safe_open(file, "pt") as opened:
-            for name, theirs in upstream.items():
-                if shards.files[theirs] == file:
-                    own[name].copy_(opened.get_tensor(theirs))
+    for name, theirs in upstream.items():
+        # Opened anew: what was read of a mapped file stays resident.
+        with safe_open(shards.files[theirs], "pt") as opened:
+            own[name].copy_(opened.get_tensor(theirs))

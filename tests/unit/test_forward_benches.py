@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import dit, long, measure, side_by_side, unet, wan
+from experiments.bench import dit, load, long, measure, side_by_side, unet, wan
 from experiments.bench.side_by_side import Row, SideBySideArguments
 
 
@@ -39,6 +39,16 @@ def test_the_unets_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.allclose(out["plain"], out["fine"])
     assert torch.allclose(out["guided, zero image"], null + 4 * (out["fine"] - null), atol=1e-4)
     assert not torch.allclose(out["guided"], out["guided, zero image"])
+
+
+def test_loading_a_folder_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(load, "SIZES", {"depth": 2, "hidden": 32, "heads": 2, "ffn": 64})
+    monkeypatch.setattr(load, "SHARD", "100kB")
+    size = load.write_folder(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    built = load.components_from(str(tmp_path), **load.SIZES)
+    assert sum(4 * p.numel() for p in built.model.backbone.parameters()) == pytest.approx(size, rel=0.1)
+    assert load.peak_of_loading(str(tmp_path)) >= 0
 
 
 def test_the_pages_hold_the_bars_and_the_figures() -> None:

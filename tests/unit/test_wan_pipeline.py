@@ -194,15 +194,27 @@ TINY = """
     --stages.coarse.steps 2 --stages.fine.steps 2 --train.batch-size 2 --sample.videos 1 --sampler.steps 2
     --text.dtype float32
 """
+ON_CPU = """
+    --train.compile false --ds-config engines/zero2_bfloat16.json --clip.model dit-booth-tiny --clip.pretrained embedded
+    --data.workers 0
+"""
 
 
 def test_both_stages_run_from_the_folder(
     theirs: Any, folder: Path, data: Path, in_process: Any, steps_of: Any, tmp_path: Path
 ) -> None:
-    """``deepspeed experiments/run.py --backbone wan --weights FOLDER``, in this process."""
+    """``deepspeed experiments/run.py --config wan_1.3b --weights FOLDER`` in bfloat16, in this process."""
     out = tmp_path / "run"
-    flags = ["--backbone", "wan", "--weights", str(folder), "--data.triplets.root", str(data), *TINY.split()]
-    ended = in_process(*flags, "--strategy", "token_replacement+kv_concat", "--out", str(out))
+    flags = [
+        "--config",
+        "wan_1.3b",
+        "--weights",
+        str(folder),
+        "--data.triplets.root",
+        str(data),
+        *TINY.split(),
+    ]
+    ended = in_process(*flags, *ON_CPU.split(), "--out", str(out))
     assert ended.code == 0, ended.output
     assert steps_of(out) == [("coarse", 1), ("coarse", 2), ("fine", 1), ("fine", 2)]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

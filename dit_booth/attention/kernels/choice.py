@@ -126,6 +126,7 @@ TABLE = (
     KernelSupport("torch_flash", CUDA_FLASH, "cuda", F16, 8, 8, 256, (8, 0)),
     KernelSupport("math", MATH, "cpu", F32 + F64, max_length=SHORT_ON_CPU),
     KernelSupport("torch_flash", CPU_FLASH, "cpu", F16 + F32 + F64),
+    KernelSupport("torch_flash", CPU_FLASH, "meta", F16),  # shapes and memory of a GPU's kernels
     KernelSupport("torch_efficient", EFFICIENT, "cuda", F16, 8, capability=(8, 0)),
     KernelSupport("torch_efficient", EFFICIENT, "cuda", (torch.float16,), 8, capability=(7, 0)),
     KernelSupport("torch_efficient", EFFICIENT, "cuda", F32, 4, capability=(5, 0)),
