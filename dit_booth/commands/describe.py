@@ -28,7 +28,7 @@ WAN = ("--autoencoder.kind", "wan", "--text.kind", "umt5", "--data.frames", "81"
 def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: printed; 1: settings that cannot work, said in one line."""
     from dit_booth.cost.describe import table_of_run, table_of_sizes
-    from dit_booth.cost.memory import table_of_memory
+    from dit_booth.training.memory import table_of_memory
 
     try:
         config, latents = parse_network(argv, prog)

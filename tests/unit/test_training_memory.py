@@ -11,7 +11,7 @@ from dit_booth.commands.describe import parse_network
 from dit_booth.config import RunConfig
 from dit_booth.config.parse import parse
 from dit_booth.cost.describe import Encoders, table_of_run
-from dit_booth.cost.memory import GIB, LiveBytes, StageMemory, Way, activations, fitting, step_bytes
+from dit_booth.training.memory import GIB, LiveBytes, StageMemory, Way, activations, fitting, step_bytes
 
 torch.set_num_threads(1)
 LATENTS = (4, 8, 8)
