@@ -85,19 +85,22 @@ def krippendorff(table: Array, *, ordinal: bool = True) -> float:
 def side_rate(own: Sequence[Observation]) -> Rate | None:
     """Estimate the share of answers for the right side, a tie counting half; 0.5 without a bias.
 
-    Sides are balanced, so preferences hardly move the mean, but they would be taken for noise without an effect of each
-    pair of videos that changes its sign with the side. Answers to one trial depend on each other: they are averaged.
+    Sides are balanced, so preferences hardly move the mean, but they would be taken for noise without effects that change
+    their sign with the side: of each pair of videos, and of each rater's taste in a pair of systems. Answers to one trial
+    depend on each other: they are averaged.
     """
     trials: dict[tuple[str, int], list[Observation]] = defaultdict(list)
     for o in own:
         trials[o.rater, o.trial].append(o)
     looks = [found[0] for found in trials.values()]
     sign = np.array([[1.0 if o.swapped else -1.0] for o in looks])
+    cells: list[object] = [o.cell for o in looks]
+    tastes: list[object] = [(o.rater, o.first, o.second) for o in looks]
     rate = estimate_rate(
         [float(np.mean([o.right for o in found])) for found in trials.values()],
         [o.rater for o in looks],
         [o.prompt for o in looks],
-        [indicators([o.cell for o in looks]) * sign] if looks else [],
+        [indicators(kinds) * sign for kinds in (cells, tastes)] if looks else [],
     )
     return rate and replace(rate, answers=len(own))
 

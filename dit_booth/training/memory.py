@@ -5,8 +5,9 @@ Parameters and gradients are bfloat16, the master weights and AdamW's two moment
 1910.02054, section 3). Stage 1 divides the 12 among the ranks, stage 2 also the gradients, stage 3 everything.
 Activations are the peak of what lives in one step on one video, run on the meta device: nothing is computed.
 
-Left out: text encoder and autoencoder (encoded data need neither: `data.cache`), communication buffers, the CUDA
-context, and what the allocator loses; `SPARE` stands for them.
+umT5 counts where a strategy changes words, which encodes captions in every step; its activations do not. Left out are
+other encoders (encoded data need none: `data.cache`), communication buffers, the CUDA context, and what the allocator
+loses; `SPARE` stands for them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ CARDS = (24, 48, 80)
 SPARE = 0.1
 """Share of a card that is left for what is not counted."""
 RANKS = (1, 2, 4, 8)
+UMT5_BYTES = 2 * 5_680_910_336
+"""umT5-XXL's encoder in bfloat16."""
 DEPTHS = (4, 5)
 """Blocks of the networks that run dry: from the fourth one on, memory grows by the same amount with every block."""
 
@@ -110,13 +113,15 @@ class StageMemory:
     trained: int
     activations: int
     recomputed: int  # bytes of activations with checkpointing
+    text: int = 0  # bytes of a text encoder that runs in every step, whole on each rank
 
     def rank(self, ranks: int, way: Way, *, ema: bool) -> float:
         """Return the bytes on one of `ranks` GPUs."""
         split = [1.0 / ranks if way.zero >= stage else 1.0 for stage in (1, 2, 3)]
         weights, averaged = 2 * self.parameters * split[2], 4.0 * ema * self.trained * split[2]
         states = self.trained * (12 * split[0] + 2 * split[1])
-        return weights + averaged + states + (self.recomputed if way.checkpointing else self.activations)
+        activations = self.recomputed if way.checkpointing else self.activations
+        return weights + averaged + states + self.text + activations
 
 
 def table_of_memory(config: RunConfig, latents: Latents) -> list[str]:
@@ -129,7 +134,7 @@ def table_of_memory(config: RunConfig, latents: Latents) -> list[str]:
             "",
             f"training of {name}, one video on each GPU: {stage.trained / 1e6:.1f} M of {stage.parameters / 1e6:.1f} M"
             f" parameters, {stage.activations / GIB:.2f} GiB of activations, {stage.recomputed / GIB:.2f} recomputed"
-            " (checkpointing)",
+            f" (checkpointing){f', {stage.text / GIB:.1f} of umT5' if stage.text else ''}",
             "GPUs" + "".join(f"{way!s:>20}" for way in WAYS) + "   [GiB on each]",
         ]
         for ranks in RANKS:
@@ -162,7 +167,14 @@ def measure(config: RunConfig, latents: Latents, index: int) -> StageMemory:
         trained=sum(p.numel() for p in trained),
         activations=both[0],
         recomputed=both[1],
+        text=UMT5_BYTES if config.text.kind == "umt5" and changes_words(whole) else 0,
     )
+
+
+def changes_words(model: Injected) -> bool:
+    """Return True if an active strategy acts before the text encoder."""
+    words = {site.name for site in model.text.sites()}
+    return any(words & model.strategy.part(name).attached.keys() for name in model.active)
 
 
 def train_in(config: RunConfig, model: Injected, index: int) -> list[nn.Parameter]:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -40,7 +41,8 @@ def write_folder(folder: Path) -> int:
     """Write random weights by diffusers' class, in shards; return their bytes."""
     from diffusers import WanTransformer3DModel
 
-    WanTransformer3DModel(
+    made: Any = WanTransformer3DModel
+    made(
         num_layers=SIZES["depth"],
         num_attention_heads=SIZES["heads"],
         attention_head_dim=SIZES["hidden"] // SIZES["heads"],

@@ -65,6 +65,8 @@ def test_zero_divides_what_its_stage_says() -> None:
     alone = [stage.rank(1, Way(checkpointing=False, zero=zero), ema=True) for zero in (1, 2, 3)]
     assert alone == [2000 + 400 + 1200 + 200 + 50] * 3
     assert stage.rank(4, Way(checkpointing=True, zero=3), ema=True) == 500 + 100 + 300 + 50 + 10
+    with_text = replace(stage, text=7000)
+    assert with_text.rank(4, Way(checkpointing=True, zero=3), ema=True) == 7000 + 500 + 100 + 300 + 50 + 10
 
 
 def test_the_first_way_that_fits() -> None:
