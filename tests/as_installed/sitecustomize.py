@@ -2,4 +2,5 @@
 
 import sys
 
-sys.modules["transformers"] = None  # type: ignore[assignment]  # as if it were not there
+for name in ("transformers", "peft"):  # peft needs transformers, and diffusers imports it where it is
+    sys.modules[name] = None  # type: ignore[assignment]  # as if it were not there
