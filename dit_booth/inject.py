@@ -13,7 +13,6 @@ argument. A port is narrow: a payload, never the layer itself.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,7 +71,12 @@ class Site:
         own = self.projections[projection]
         if from_width not in (0, own.in_features):
             return nn.Linear(from_width, own.out_features, bias=own.bias is not None)
-        return copy.deepcopy(own).requires_grad_(True)
+        layer = nn.Linear(
+            own.in_features, own.out_features, bias=False, device="meta"
+        )  # no site, as the own may have
+        layer.weight = nn.Parameter(own.weight.detach().clone())
+        layer.bias = None if own.bias is None else nn.Parameter(own.bias.detach().clone())
+        return layer
 
     def embedding_of(self, channels: int, *, bias: bool = False) -> nn.Conv2d:
         """Return a new layer that embeds `channels` channels of a frame on the grid of the entry's own layer."""

@@ -63,8 +63,8 @@ def test_the_pages_hold_the_bars_and_the_figures() -> None:
 
 def test_the_page_of_long_videos_holds_their_ratios() -> None:
     figures = {"seconds_per_frame": [0.5, 0.45], "peak_mib": [800.0, 820.0]}
-    page = long.page([row("") | {"backbone": "dit", "way": "chunks"} | figures])
-    assert "| dit | chunks | 0.500 | 0.450 | 0.90 | 800 | 820 | 1.02 |" in page
+    page = long.page([row("") | {"backbone": "dit", "way": "chunks", "steps": 2} | figures])
+    assert "| dit | chunks | 2 | 0.500 | 0.450 | 0.90 | 800 | 820 | 1.02 |" in page
 
 
 def test_the_dits_job_is_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
