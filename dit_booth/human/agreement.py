@@ -85,9 +85,9 @@ def krippendorff(table: Array, *, ordinal: bool = True) -> float:
 def side_rate(own: Sequence[Observation]) -> Rate | None:
     """Estimate the share of answers for the right side, a tie counting half; 0.5 without a bias.
 
-    Sides are balanced, so preferences hardly move the mean, but they would be taken for noise without effects that change
-    their sign with the side: of each pair of videos, and of each rater's taste in a pair of systems. Answers to one trial
-    depend on each other: they are averaged.
+    Sides are balanced, so preferences hardly move the mean, but they would be taken for noise without effects that
+    change their sign with the side: of each pair of videos, and of each rater's taste in a pair of systems. Answers to
+    one trial depend on each other: they are averaged.
     """
     trials: dict[tuple[str, int], list[Observation]] = defaultdict(list)
     for o in own:
