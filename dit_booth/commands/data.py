@@ -20,25 +20,16 @@ from typing import Annotated
 import torch
 import tyro
 
-from dit_booth.commands.program import RESUMES, run_program
+from dit_booth.commands.program import RESUMES, run_program, run_subcommand
 from dit_booth.config import RunConfig
 from dit_booth.data.build.settings import BuildSettings
 from dit_booth.data.readers.formats import FormatName
-from dit_booth.errors import suggest
 from dit_booth.files import write_text
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: done; 1: an error, said in one line; 2: no such subcommand; 130: interrupted, resumable."""
-    words, name = list(argv), prog or "dit-booth data"
-    kind = words[0] if words else "--help"
-    if kind in ("-h", "--help"):
-        print(f"usage: {name} {{{','.join(KINDS)}}} [OPTIONS]\n\n{__doc__}")
-        raise SystemExit(0)
-    if kind not in KINDS:
-        print(f"error: {name} {kind!r} is no subcommand{suggest(kind, KINDS)}", file=sys.stderr)
-        return 2
-    return KINDS[kind](words[1:], f"{name} {kind}")
+    return run_subcommand(KINDS, argv, prog=prog or "dit-booth data", description=__doc__)
 
 
 def run_build(argv: Sequence[str], prog: str) -> int:

@@ -9,7 +9,6 @@ What is exported, `load_lora_weights` of a diffusers pipeline takes; what is imp
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from dit_booth.commands.program import run_program
-from dit_booth.errors import suggest
+from dit_booth.commands.program import run_program, run_subcommand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +41,7 @@ class ImportArguments:
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
     """0: written; 1: an error, said in one line; 2: no such subcommand."""
-    words, name = list(argv), prog or "dit-booth lora"
-    kind = words[0] if words else "--help"
-    if kind in ("-h", "--help"):
-        print(f"usage: {name} {{{','.join(KINDS)}}} [OPTIONS]\n\n{__doc__}")
-        raise SystemExit(0)
-    if kind not in KINDS:
-        print(f"error: {name} {kind!r} is no subcommand{suggest(kind, KINDS)}", file=sys.stderr)
-        return 2
-    return KINDS[kind](words[1:], f"{name} {kind}")
+    return run_subcommand(KINDS, argv, prog=prog or "dit-booth lora", description=__doc__)
 
 
 def run_export(argv: Sequence[str], prog: str) -> int:

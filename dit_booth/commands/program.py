@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import tyro
+
+from dit_booth.errors import suggest
 
 A = TypeVar("A")
 RESUMES = "stopped; the same command resumes"
@@ -44,3 +46,26 @@ def run_program(
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def run_subcommand(
+    kinds: Mapping[str, Callable[[Sequence[str], str], int]],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str | None,
+) -> int:
+    """Run the subcommand that the command line names, with its arguments and its name; without one, print the usage.
+
+    Returns:
+        The subcommand's status; 2: there is no such subcommand.
+    """
+    words = list(argv)
+    kind = words[0] if words else "--help"
+    if kind in ("-h", "--help"):
+        print(f"usage: {prog} {{{','.join(kinds)}}} [OPTIONS]\n\n{description}")
+        raise SystemExit(0)
+    if kind not in kinds:
+        print(f"error: {prog} {kind!r} is no subcommand{suggest(kind, kinds)}", file=sys.stderr)
+        return 2
+    return kinds[kind](words[1:], f"{prog} {kind}")
