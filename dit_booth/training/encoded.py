@@ -221,7 +221,7 @@ class EncodedData:
         return Seen.load(lambda name: self._read(index, prefix + name)[None], self.index["states"])
 
     def _text(self, index: int) -> tuple[Tensor, ...]:
-        if not self.index.get("text"):
+        if not self.index["text"]:
             return ()
         return self._read(index, f"{index}.text"), self._read(0, "null.text")
 
