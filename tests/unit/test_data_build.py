@@ -167,8 +167,17 @@ def test_classes_and_given_subjects() -> None:
     assert "child" in singulars("children") and group_of("Dogs") == "dog" and group_of("glass") == "glass"
 
 
-def test_spacy_is_an_option() -> None:
-    pytest.importorskip("spacy", reason="spaCy is not installed (extra [nouns])")
+def test_spacy_is_an_option(tmp_path: Path) -> None:
+    spacy = pytest.importorskip("spacy", reason="spaCy is not installed (extra [nouns])")
+    model = spacy.blank("en")  # knows three words: a parser's model is a download
+    rules = model.add_pipe("attribute_ruler")
+    for word, pos, role in (("dog", "NOUN", "nsubj"), ("field", "NOUN", "pobj"), ("rex", "PROPN", "nsubj")):
+        rules.add([[{"LOWER": word}]], {"POS": pos, "DEP": role})
+    model.to_disk(tmp_path / "model")
+    settings = NounSettings(tagger="spacy", model=str(tmp_path / "model"))
+    caption = "Rex, a happy Dog, runs in the field"
+    row = Candidate(videoid="a", page_dir="p", caption=caption, video="a.mp4")
+    assert [c.subject for c in find_nouns(row, settings=settings)] == ["Dog", "field"]
     row = Candidate(videoid="a", page_dir="p", caption="a dog", video="a.mp4")
     with pytest.raises(ValueError, match="no_such_model"):
         find_nouns(row, settings=NounSettings(tagger="spacy", model="no_such_model"))

@@ -12,22 +12,25 @@ SegmenterName = Literal["masks", "grabcut", "grounded-sam"]
 
 @dataclass(frozen=True, kw_only=True)
 class ShotSettings:
-    by: Literal["content", "transnet"] = "content"
-    """Finder of cuts: change of colour (PySceneDetect's), or TransNet V2 (extra [shots]), which sees dissolves too."""
+    by: Literal["content", "adaptive", "transnet"] = "content"
+    """Finder of cuts: change of colour, as PySceneDetect measures it; that in relation to the frames around, so that a
+    fast pan is none (adaptive); or TransNet V2, which sees dissolves, too. Extra [shots] has the latter two."""
     cut: float = 27.0
     """content: change of hue, saturation and value between two frames (mean, of 255) that is a cut."""
+    ratio: float = 3.0
+    """adaptive: this many times the mean change of the frames around is a cut."""
     probability: float = 0.5
     """transnet: probability of a transition that is a cut."""
     split: bool = True
     """Make a clip of each shot; false: one clip of each video, dropped if it has a cut."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "shots", cut="(0, 255]", probability="(0, 1]")
+        check_ranges(self, "shots", cut="(0, 255]", ratio="(0, 255]", probability="(0, 1]")
 
     @property
     def threshold(self) -> float:
         """The value of the chosen measure from which on two frames are of different shots."""
-        return self.cut if self.by == "content" else self.probability
+        return {"content": self.cut, "adaptive": self.ratio, "transnet": self.probability}[self.by]
 
 
 @dataclass(frozen=True, kw_only=True)

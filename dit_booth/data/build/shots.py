@@ -62,6 +62,10 @@ def compute_changes(path: Path, info: VideoInfo, settings: ShotSettings) -> NDAr
         return transnet.change(stream_video(path, size=transnet.SIZE))
     scale = SIDE / max(info.height, info.width)
     size = max(2, round(info.height * scale)), max(2, round(info.width * scale))
+    if settings.by == "adaptive":
+        from dit_booth.data.build import adaptive
+
+        return adaptive.change(stream_video(path, size=size))
     return change(stream_video(path, size=size))
 
 
