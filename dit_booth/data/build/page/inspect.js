@@ -49,23 +49,27 @@ function makeDial(dial, i) {
 }
 
 function makeCard(row) {
-  const card = document.createElement("article");
+  const card = document.createElement("article"), about = document.createElement("div");
+  about.className = "about";
   const text = (tag, value, name = "") => {
     const node = document.createElement(tag);
     node.textContent = value;
     node.className = name;
-    card.append(node);
+    about.append(node);
     return node;
   };
-  for (const [source, alt] of [[row.clip, "the clip"], [row.still, "mask on the first frame, and image prompt"]]) {
-    if (!source) continue;
+  const picture = (source, alt) => {
+    if (!source) return;
     const image = new Image();
     image.loading = "lazy";
     image.decoding = "async";
     image.alt = `${alt}: ${row.caption}`;
     image.src = source;
     card.append(image);
-  }
+  };
+  picture(row.clip, "the clip");
+  card.append(about);
+  picture(row.still, "mask on the first frame, and image prompt");
   text("b", row.subject);
   text("small", row.caption);
   text("small", `${row.videoid} · area ${number(row.area)} · sides ${row.sides} · motion ${number(row.motion)} · ` +
