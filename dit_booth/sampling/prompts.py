@@ -46,12 +46,13 @@ class Request:
 
     @classmethod
     def of(cls, example: Example, frames: int = 0) -> Request:
+        """Return an example's request; a picture is no truth of a video of several frames."""
         return cls(
             prompt=example.key,
             caption=example.caption,
             subject=example.subject,
             image=example.image,
-            truth=example.video,
+            truth=example.video if len(example.video) == (frames or len(example.video)) else None,
             identity=example.identity,
             frames=frames,
             further=example.further,
@@ -84,7 +85,8 @@ def requests_of(components: Components, sample: SampleConfig, frames: int = 0) -
     subject, data = components.config.subject, components.config.data
     if not subject.prompts:
         dataset = components.dataset(sample.split, frames)
-        return [Request.of(dataset[i], frames) for i in range(min(sample.videos, len(dataset)))]
+        count = frames or data.frames
+        return [Request.of(dataset[i], count) for i in range(min(sample.videos, len(dataset)))]
     image = subject.read_image(data.prompt_side)
     captions = [caption_of(prompt, subject.word) for prompt in subject.prompts[: sample.videos]]
     return [Request(prompt=c, caption=c, subject=subject.word, image=image, frames=frames) for c in captions]

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dit_booth.components import Components
 from dit_booth.config import DataConfig, RunConfig, SampleConfig, StageConfig, SubjectConfig, TripletsOptions
+from dit_booth.config.data import ImagesOptions
 from dit_booth.config.parse import parse, to_argv
 from dit_booth.data.example import Loader
 from dit_booth.pipeline import Pipeline
@@ -95,3 +97,18 @@ def test_wide_videos_are_encoded_trained_on_and_sampled(
     assert case.video.shape == (3, 3, *SIZE)
     pipe = Pipeline(**vars(components))
     assert pipe(requests[0].image, "a box", subject="box").frames.shape == (3, *SIZE, 3)
+
+
+def test_pictures_are_trained_on_and_prompt_videos_without_a_truth(data: DataConfig, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a box\nbox")
+    pictures = replace(data, kind="images", images=ImagesOptions(root=str(tmp_path)))
+    components = components_of("dit-factorised", pictures)
+    batch = Loader(components.dataset(), batch_size=2).batch(0)
+    inputs = make_inputs(components, batch, StageConfig(), generator_of(0), torch.float32, with_image=True)
+    assert inputs.x_t.shape[:2] == (2, 1) and torch.isfinite(inputs.predict(components.model).output).all()
+    requests = requests_of(components, SampleConfig(videos=1))
+    (case,) = sample_prompts(
+        components, SampleConfig(), requests, tmp_path, Ranks(0, 1, torch.device("cpu"))
+    ).values()
+    assert case.video.shape == (3, 3, *SIZE) and case.truth is None
