@@ -108,6 +108,8 @@ class DataConfig:
             variations="[0, 1000000]",
             seed=SEED,
         )
+        if isinstance(self.size, tuple) and len(self.size) != 2:
+            raise ValueError(f"data.size is {self.size}; give one side, or height and width")
         if 0 < self.image_size < 8:
             raise ValueError(f"data.image_size is {self.image_size}; use 8 or more, or 0 for data.size")
         if self.kind != "toyworld" and not self.on_disk.root:

@@ -12,7 +12,7 @@ of PyAV's wheel do, linked by their plain names (libavcodec.so.62, ...) in a fol
 from __future__ import annotations
 
 import argparse
-import gc
+import itertools
 import re
 import resource
 import statistics
@@ -185,14 +185,13 @@ def compare_cache(
 
 
 def memory_of(config: RunConfig) -> float:
-    """Return the memory that a run's components keep once they are built, in MiB."""
-    gc.collect()
-    before = own_memory()
+    """Return the size of the tensors of a run's components once they are built, which go to its device, in MiB."""
     components = build(config)
-    gc.collect()
-    kept = own_memory() - before
-    assert (components.built_autoencoder is None) == bool(config.data.cache)
-    return kept
+    modules = (components.model, components.built_autoencoder, components.built_image_encoder)
+    tensors = {
+        id(t): t for m in modules if m is not None for t in itertools.chain(m.parameters(), m.buffers())
+    }
+    return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
 
 
 def write_autoencoder(folder: Path, *, channels: tuple[int, ...], groups: int, layers: int) -> Path:

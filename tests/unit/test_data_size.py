@@ -50,7 +50,7 @@ def test_a_size_is_a_side_or_height_and_width(data: DataConfig) -> None:
     )
     square = replace(config, data=replace(data, size=12))
     assert encoding_address(config) != encoding_address(square)
-    for size in ((4, 24), (12, 9000), (12, 24, 3)):
+    for size in ((4, 24), (12, 9000), (12, 24, 32)):
         with pytest.raises(ValueError, match=r"data\.size is \("):
             replace(data, size=size)  # type: ignore[arg-type]
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 
 def change(frames: Iterable[NDArray[np.uint8]]) -> NDArray[np.float64]:
-    """Return the change from each frame to the next in relation to the mean of the two before and after, `f - 1`.
+    """Return the change from each frame to the next in relation to the mean of two before it and two after it, `f - 1`.
 
-    It is 0 where the change itself is below the detector's lowest (15 of 255), and for the first and last two, which
-    have too few around them. frames: `h w 3`.
+    It is 0 where the change itself is below the detector's lowest (15 of 255), and at either end, where too few are
+    around it. frames: `h w 3`.
 
     Raises:
         ValueError: the package is not installed.
