@@ -38,6 +38,8 @@ WRONG = {
     "no_subject": "names no subject",
     "no_json": "finds no 'car'",
     "bad_json": "not a list of objects",
+    ".._outside": "leads out of",
+    "latin": "is not UTF-8",
 }
 
 
@@ -85,9 +87,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "masks" / "no_subject").mkdir()
     (root / "masks" / "no_subject" / "mask.json").write_text('[{"value": 0, "label": "background"}]')
     (root / "masks" / "bad_json" / "mask.json").write_text("{")
-    files = [*(f"{name}.mp4" for name in (*MASKED, *WRONG) if name != "alpha"), "alpha.mov"]
+    listed = [name for name in (*MASKED, *WRONG) if name not in ("alpha", ".._outside", "latin")]
+    files = [*(f"{name}.mp4" for name in listed), "alpha.mov", "../outside.mp4"]
     text = "\ufeffvideo,caption\r\n" + "".join(f"{file},a car on the road\r\n" for file in files)
-    (root / "captions.csv").write_text(text, encoding="utf-8")
+    (root / "captions.csv").write_bytes(text.encode() + b"latin.mp4,a caf\xe9\r\n")
     return root
 
 
@@ -134,11 +137,14 @@ def test_all_subjects_of_a_clip_are_kept_and_it_is_listed_once(report: Report, r
     assert lists.count("two,") == 1
 
 
-def test_every_rejected_video_is_counted(report: Report) -> None:
+def test_every_rejected_video_is_counted_and_named(report: Report, root: Path) -> None:
     lines = list(report.lines())
     assert lines[0].startswith(f"{len(MASKED) + 1} triplets of ")
     counted = sum(int(line.split("  ")[-2].split()[-1]) for line in lines[1:] if "unreadable" in line)
-    assert counted == sum("unreadable" in c.reasons for c in report.candidates) >= 8
+    broken = [c for c in report.candidates if "unreadable" in c.reasons]
+    assert counted == len(broken) >= 8
+    written = (root / "set" / "report.txt").read_text()
+    assert all(f"  {c.videoid}" in written and c.details in written for c in broken), "each is named"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from dit_booth.data.build.candidate import Candidate
+from dit_booth.data.build.candidate import BROKEN, Candidate
 from dit_booth.data.build.captions import read_captions
 from dit_booth.data.build.filters import decide
 from dit_booth.data.build.measure import measure
@@ -44,6 +44,14 @@ class Report:
             candidate = first[reason]
             example = f"{candidate.videoid} {candidate.subject}".strip()
             yield f"  {reason:12} {count:6}  such as {example}{f': {d}' if (d := candidate.details) else ''}"
+
+    def unreadable(self) -> Iterator[str]:
+        """Iterate over a line for each file, or line of the captions, that cannot be read, with the reason."""
+        broken = (candidate for candidate in self.candidates if BROKEN in candidate.reasons)
+        yield from (
+            f"  {candidate.videoid} {candidate.subject}".rstrip() + f": {candidate.details}"
+            for candidate in broken
+        )
 
 
 def build(settings: BuildSettings) -> Report:
@@ -83,5 +91,5 @@ def build(settings: BuildSettings) -> Report:
     write_set(candidates, masks=masks, out=out)
     write_text(out / "build.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
     report = Report(candidates)
-    write_text(out / "report.txt", "".join(f"{line}\n" for line in report.lines()))
+    write_text(out / "report.txt", "\n".join([*report.lines(), "", f"{BROKEN}:", *report.unreadable(), ""]))
     return report
