@@ -66,7 +66,7 @@ def _subject(example: Example, index: int, data: DataConfig, folder: Path) -> Su
     words = caption(other, colours=False, texture=False)  # a star is moving left on grass
     video = folder / "video.mp4"
     if not video.is_file():
-        frames, _ = render_video(other, frames=data.frames, size=data.size)
+        frames, _ = render_video(other, frames=data.frames, size=data.side)
         write_video(video, frames, fps=8, lossless=True)
     return Subject(index, request, image, str(video), "{}" + words.split(other.shape, 1)[1])
 

@@ -247,7 +247,9 @@ class RunConfig:
     autoencoder: AutoencoderConfig = AutoencoderConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError, naming the field, for numbers of frames that the autoencoder cannot group."""
+        """Raise ValueError, naming the field, for numbers of frames or a size that cannot be."""
+        if not self.subject.prompts:  # else no video of the data need be read
+            self.data.check_toyworld()
         self.autoencoder.latent_frames(self.data.frames, "data.frames")
         for name in STAGES:
             for length in getattr(self.stages, name).lengths:

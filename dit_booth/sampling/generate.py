@@ -331,7 +331,7 @@ def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor)
     """
     config = components.config
     frames = config.autoencoder.video_frames(like.shape[1])
-    video = config.subject.read_video(frames, config.data.size).to(like.device)
+    video = config.subject.read_video(frames, config.data.height_width).to(like.device)
     x0 = components.autoencoder.encode(rearrange(video, "f c h w -> 1 f c h w"), None).to(like.dtype)
     nothing = Pass(components.tokenize([components.model.text.null_prompt], [None]), None)
 

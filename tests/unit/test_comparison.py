@@ -171,7 +171,7 @@ def test_a_subjects_settings_name_its_files(tmp_path: Path):
     assert (image.image, image.video, image.token) == (str(subject.image), "", "sks")
     video = subject.settings(RunConfig.create("tune_a_video").subject)
     assert (video.video, video.captions) == (subject.video, (subject.scene,))
-    data = video.build(frames=3, size=16, image_size=0, seed=0, prior=None)
+    data = video.build(frames=3, size=(16, 16), side=16, seed=0, prior=None)
     assert data[0].video.shape == torch.Size([3, 3, 16, 16]) and data[0].caption.startswith("a")
 
 

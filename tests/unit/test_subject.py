@@ -39,7 +39,7 @@ def picture(tmp_path: Path) -> Callable[..., str]:
 
 
 def build(subject: SubjectConfig, **changes: object) -> SubjectData:
-    given = {"frames": 3, "size": SIZE, "image_size": 0, "seed": 0, "prior": None, **changes}
+    given = {"frames": 3, "size": (SIZE, SIZE), "side": SIZE, "seed": 0, "prior": None, **changes}
     return subject.build(**given)  # type: ignore[arg-type]
 
 
@@ -201,7 +201,9 @@ def test_bad_videos_are_one_clear_error_each(picture, tmp_path):
         build(SubjectConfig(**given))
     with pytest.raises(ValueError, match=r"subject\.video .*short\.mp4 has 2 frames and data\.frames is 3"):
         build(SubjectConfig(video=str(tmp_path / "short.mp4"), **given))
-    with pytest.raises(ValueError, match=r"subject\.video .*large\.mp4 is 12 x 16 pixels and data\.size 12"):
+    with pytest.raises(
+        ValueError, match=r"subject\.video .*large\.mp4 is 16 x 12 pixels and data\.size 12 x 12"
+    ):
         build(SubjectConfig(video=str(tmp_path / "large.mp4"), **given))
     with pytest.raises(ValueError, match=r"subject\.video: .*none\.mp4"):
         build(SubjectConfig(video=str(tmp_path / "none.mp4"), **given))

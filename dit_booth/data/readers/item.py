@@ -62,6 +62,7 @@ class Row:
         image_from: key of the example that the image prompt is cut from; empty: its own first frame.
         references: pictures that are the image prompts instead, in order; with transparency, what is opaque.
         still: the video is an image, and the example has one frame.
+        fault: the reason why the example is broken, if its caption cannot be read.
     """
 
     key: str
@@ -74,6 +75,7 @@ class Row:
     image_from: str = ""
     references: tuple[Media, ...] = ()
     still: bool = False
+    fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ def check_row(row: Row, root: Path, *, shapes: Sequence[Shape], stride: int, che
     Raises:
         ValueError: the reason why the example is broken; of class `Escapes`, that a path leads out of `root`.
     """
+    if row.fault:
+        raise ValueError(row.fault)
     subject, mask, box = row.subject, row.mask, row.box
     if row.masks is not None:
         folder = row.masks.relative_to(root)
