@@ -1,6 +1,6 @@
 """All systems on real videos, and the per-subject ones on one picture: tiny budgets, to see that everything runs.
 
-    python -m experiments.bench.compare_real --data real_triplets --image panda --word panda --out runs/real     # resumes
+    python -m experiments.bench.compare_real --data real_triplets --image panda --word panda --out runs/real
 
 `--data` is a folder in VideoBooth's format with four examples or more, `--image` a picture or a folder with one and its
 mask. Writes the comparison's folder with its page, a run for each per-subject system, ``real.png``
@@ -10,7 +10,7 @@ mask. Writes the comparison's folder with its page, a run for each per-subject s
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from dit_booth.commands.personalise import PersonaliseArguments, per_subject_met
 from dit_booth.commands.report import ReportArguments, write_report
 from dit_booth.comparison.compare import Comparison, compare
 from dit_booth.comparison.work import Point
-from dit_booth.data.video import read_video
 from dit_booth.evaluation.folder import VideoFolder
 
 SETTINGS: Mapping[str, Any] = {
