@@ -356,6 +356,7 @@ LATER: dict[str, object] = {
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
     "in_context.place": "before",
+    "start.background": 0.0,
 }
 """Settings and sections that came after the first runs: at these values a run is as if without them."""
 

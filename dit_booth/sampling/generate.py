@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Required, Self, TypedDict, Unpack
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from dit_booth.attention import Clip, Riflex, WindowFusion
@@ -19,6 +19,7 @@ from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, WarpedStart
+from dit_booth.evaluation.segment import subject_masks
 from dit_booth.models.layers import Attention
 from dit_booth.sampling.long import (
     Chunks,
@@ -212,6 +213,11 @@ def check_long(
             f"start.kind is {start.kind}, but sample.long.kind is {kind}: warp is for none and chunks, inversion for"
             " none; set one of them to its default (noise, none)"
         )
+    if start.background:
+        raise ValueError(
+            f"start.background is {start.background}, but sample.long.kind is {kind}: the background is smoothed over a"
+            " whole video; set it to 0, or use none"
+        )
     if known is not None and kind != "lvdm":
         raise ValueError(f"known frames are given, but sample.long.kind is {kind}; use none or lvdm")
     if kind == "lvdm":
@@ -298,6 +304,10 @@ class Whole(LatentSampler):
         noise = self.noise(self.frames)
         if self.warp is not None:
             latents, step = self.warp.latents(network.predict, noise, range(self.frames), network.draws)
+            sampled = self.run(network.predict, latents, step)
+            if not self.start.background:
+                return sampled
+            latents = self.warp.smooth(latents, foreground_of(network.components, sampled))
             return self.run(network.predict, latents, step)
         if self.start.kind == "inversion":
             return self.run(network.predict, inverted_video(network.components, self.sampler, noise))
@@ -322,6 +332,17 @@ def completed(network: GuidedNetwork, clips: ClipSampler, known: KnownVideo) -> 
     known.check(len(network.draws), len(network.clip.frames))
     latents = network.components.autoencoder.encode(known.video, network.draws)
     return clips.complete(latents.to(network.dtype), known.mask)
+
+
+def foreground_of(components: Components, latents: Tensor) -> Tensor:
+    """Segment the subject of sampled frames (b f c h w), at the latents' resolution: b f 1 h w, 1 where it shows.
+
+    It is what differs from a smooth background (Text2Video-Zero: a network that detects salient objects).
+    """
+    video = components.autoencoder.decode(latents).float().clamp(-1, 1)
+    masks = torch.stack([subject_masks(one) for one in video]).to(latents)
+    factor = components.autoencoder.factor
+    return reduce(masks, "b f (h i) (w j) -> b f 1 h w", "max", i=factor, j=factor)
 
 
 def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor) -> Tensor:
