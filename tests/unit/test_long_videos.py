@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -374,7 +375,7 @@ class Interrupted:
     def __iter__(self) -> Iterator[Tensor]:
         for frames in self.sampler:
             if not self.left:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             self.left -= 1
             yield frames
 
