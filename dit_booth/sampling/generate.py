@@ -20,8 +20,10 @@ from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, WarpedStart
 from dit_booth.evaluation.segment import subject_masks
+from dit_booth.models.autoencoder.model import StreamDecoder
 from dit_booth.models.layers import Attention
 from dit_booth.sampling.long import (
+    IN_PARTS,
     Chunks,
     LatentSampler,
     Predicted,
@@ -74,6 +76,7 @@ class FrameSampler:
 
     components: Components
     latents: LatentSampler
+    decoder: StreamDecoder
 
     @classmethod
     @torch.no_grad()
@@ -121,7 +124,8 @@ class FrameSampler:
         network, other = network_of(components), components.interpolator
         shape = (channels, height // factor, width // factor)
         between = network if other is None or long.kind != "lvdm" else network_of(other)
-        return cls(components, make_sampler(network, between, sampler, frames, shape, start, long, known))
+        latents = make_sampler(network, between, sampler, frames, shape, start, long, known)
+        return cls(components, latents, components.autoencoder.stream_decoder())
 
     @property
     def frames(self) -> int:
@@ -135,11 +139,13 @@ class FrameSampler:
 
     def state(self) -> dict[str, Tensor]:
         """Return what `restore` needs to go on after the last frames."""
-        return {name: tensor.clone() for name, tensor in self.latents.state().items()}
+        state = self.latents.state() | self.decoder.state()
+        return {name: tensor.clone() for name, tensor in state.items()}
 
     def restore(self, state: State) -> None:
         """Go on from a state, with the frames that would have followed."""
         self.latents.restore(state)
+        self.decoder.restore(state, self.components.device)
 
     def __iter__(self) -> Self:
         return self
@@ -149,8 +155,7 @@ class FrameSampler:
         """Sample the next frames."""
         if self.done == self.frames:
             raise StopIteration
-        latents = self.latents.next_block()
-        return self.components.autoencoder.decode(latents).clamp(-1, 1)
+        return self.decoder.decode(self.latents.next_block()).clamp(-1, 1)
 
 
 def make_sampler(
@@ -186,16 +191,17 @@ def check_grouped(
     section = components.config.autoencoder
     if section.frames_factor == 1:
         return
-    for name, needs in (
-        (f"sample.long.kind {long.kind}", long.kind != "none"),
-        ("start.kind warp", start.kind == "warp"),
-        ("a video of known frames", known is not None),
-    ):
-        if needs:
-            raise ValueError(
-                f"{name} needs a latent of every frame, but autoencoder.kind is {section.kind}, whose latents hold"
-                f" {section.frames_factor} frames each; use the default"
-            )
+    if start.kind == "warp" or known is not None:
+        name = "start.kind warp" if known is None else "a video of known frames"
+        raise ValueError(
+            f"{name} needs a latent of every frame, but autoencoder.kind is {section.kind}, whose latents hold"
+            f" {section.frames_factor} frames each; use the default"
+        )
+    if section.tile and long.kind in IN_PARTS:
+        raise ValueError(
+            f"sample.long.kind {long.kind} decodes a video in parts, but autoencoder.tile is {section.tile}, and tiles"
+            " are those of whole videos; set it to 0"
+        )
 
 
 def check_long(
@@ -233,9 +239,10 @@ def check_long(
     if kind == "freenoise":
         return
     if frames <= long.prefix:
+        video = components.config.autoencoder.video_frames(frames)
         raise ValueError(
-            f"frames is {frames}, no more than the {long.prefix} of sample.long.prefix; sample more, or lower"
-            " the prefix"
+            f"frames is {video}: the network sees {frames}, no more than the {long.prefix} of sample.long.prefix;"
+            " sample more, or lower the prefix"
         )
     if not components.config.objective.per_frame:
         warn_of_timesteps(kind)

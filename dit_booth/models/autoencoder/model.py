@@ -1,7 +1,7 @@
 """Autoencoders: frame by frame (lossless space-to-depth, AutoencoderKL, AutoencoderTiny), and Wan's, in groups."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class Autoencoder(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (b f c h w) to a video (b f 3 h*factor w*factor), nominally in [-1, 1], not clamped."""
 
+    def stream_decoder(self) -> "StreamDecoder":
+        """Return what decodes one batch of videos part by part."""
+        return StreamDecoder(self)
+
     def train(self, mode: bool = True) -> "Autoencoder":
         """Stay in eval mode."""
         return super().train(False)
@@ -66,6 +70,27 @@ class Autoencoder(nn.Module, ABC):
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}: expected (b, f, {self.channels}, h, w)"
             )
+
+
+class StreamDecoder:
+    """Decodes videos some latent frames at a time, in order, to the frames that `Autoencoder.decode` makes at once.
+
+    Between two parts its state, of bounded size, can be saved.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.autoencoder = autoencoder
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the next latents (b f c h w) to the next frames (b g 3 h*factor w*factor)."""
+        return self.autoencoder.decode(latents)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `restore` needs to go on after the last part."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from a state, which may have other entries, too."""
 
 
 class PixelAutoencoder(Autoencoder):
@@ -179,6 +204,50 @@ class WanAutoencoder(Autoencoder):
         z = rearrange(self.posterior.undo_scale(latents), "b f c h w -> b c f h w")
         video: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
         return rearrange(video, "b c f h w -> b f c h w").to(latents.dtype)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """Return what decodes part by part; with `tile`, its one part is the whole video."""
+        return StreamDecoder(self) if self.config.tile else WanStreamDecoder(self)
+
+
+class WanStreamDecoder(StreamDecoder):
+    """Decodes by Wan's causal convolutions, each of which goes on from its last two inputs.
+
+    They are diffusers' own cache, which `AutoencoderKLWan.decode` drops at the end of a call.
+    """
+
+    REPEAT = "Rep"
+    """diffusers' mark of a temporal upsampling that has seen the first latent frame alone."""
+
+    def __init__(self, autoencoder: WanAutoencoder) -> None:
+        super().__init__(autoencoder)
+        self.wan, self.vae = autoencoder, autoencoder.vae
+        self.cache: list[Tensor | str | None] = [None] * self.vae._cached_conv_counts["decoder"]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        self.wan._check_latents(latents)
+        z = rearrange(self.wan.posterior.undo_scale(latents), "b f c h w -> b c f h w")
+        parts = []
+        for y in self.vae.post_quant_conv(z.to(self.vae.dtype)).split(1, dim=2):
+            first = self.cache[0] is None
+            parts.append(self.vae.decoder(y, feat_cache=self.cache, feat_idx=[0], first_chunk=first))
+        video = torch.cat(parts, dim=2)
+        if self.vae.config.patch_size is not None:
+            video = unpatchify(video, self.vae.config.patch_size)
+        return rearrange(video.clamp(-1, 1), "b c f h w -> b f c h w").to(latents.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        marked = [i for i, held in enumerate(self.cache) if held == self.REPEAT]
+        held = {f"decoder.{i}": x for i, x in enumerate(self.cache) if isinstance(x, Tensor)}
+        return {**held, "decoder.repeats": torch.tensor(marked)}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        marked = set(state["decoder.repeats"].tolist())
+        for i in range(len(self.cache)):
+            held = state.get(f"decoder.{i}")
+            self.cache[i] = self.REPEAT if i in marked else None if held is None else held.to(device)
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
