@@ -42,7 +42,7 @@ COMPILED_SUMS = (
     "lvdm",  # it trains the whole backbone, of which others leave out a part
     "spatial_concat",  # it trains projections of the backbone, some of which others replace
     "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection",
-    "in_context+channel_concat+elite_local+lora+textual_inversion+vace",
+    "in_context+channel_concat+elite_local+image_to_video+lora+textual_inversion+vace",
 )
 STAND_IN = KVConcatConfig(
     projections="low_rank",
