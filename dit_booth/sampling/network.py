@@ -119,7 +119,7 @@ class GuidedNetwork:
         """Encode the prompts. ValueError: an image prompt that is all white."""
         if with_image:
             components.check_images(prompts.images, prompts.captions)
-        dtype = next(components.model.parameters()).dtype
+        dtype = components.model.dtype
         passes = make_passes(components, guidance, prompts, dtype, with_image)
         if reuse:
             passes = [one.with_constant_conditions(components) for one in passes]

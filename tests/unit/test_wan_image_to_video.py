@@ -108,6 +108,19 @@ def test_ten_guided_steps_are_wan_image_to_video_pipelines(
 
 
 @torch.no_grad()
+def test_in_bfloat16_parts_stay_in_float32_and_samples_stay_near(
+    config: RunConfig, ours: Components, picture: Image.Image
+) -> None:
+    half = build(config)
+    half.model.to_precision(torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    kinds = {name: p.dtype for name, p in half.model.backbone.named_parameters()}
+    assert kinds["scale_shift_table"] == kinds["blocks.0.norm2.weight"] == torch.float32
+    found, exact = latents_of(half, picture), latents_of(ours, picture)
+    assert found.dtype == torch.bfloat16 and 0 < (found - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@torch.no_grad()
 def test_a_dropped_image_leaves_the_channels_empty(ours: Components, picture: Image.Image) -> None:
     images = torch.stack([as_image_prompt(picture, size=WIDTH), torch.zeros(3, WIDTH, WIDTH)])
     reference = ours.with_first_frame(ours.reference(images, torch.float32), 3, 4, 6)
