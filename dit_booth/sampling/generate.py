@@ -115,14 +115,15 @@ class FrameSampler:
         frames = components.config.autoencoder.latent_frames(frames)
         check_long(components, frames, start, long, known)
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-        prompts, clip = Prompts(images, captions, subjects), clip_of(components, frames, long)
+        shape = (channels, height // factor, width // factor)
+        prompts = Prompts(images, captions, subjects, (frames, *shape[1:]))
+        clip = clip_of(components, frames, long)
 
         def network_of(parts: Components) -> GuidedNetwork:
             shown = use_image and bool(parts.model.active)
             return GuidedNetwork.build(parts, guidance, prompts, draws, clip, with_image=shown, reuse=reuse)
 
         network, other = network_of(components), components.interpolator
-        shape = (channels, height // factor, width // factor)
         between = network if other is None or long.kind != "lvdm" else network_of(other)
         latents = make_sampler(network, between, sampler, frames, shape, start, long, known)
         return cls(components, latents, components.autoencoder.stream_decoder())
