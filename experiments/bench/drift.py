@@ -1,6 +1,6 @@
 """Drift of long videos, by the frames that the image reaches, by the frame plan, and by the way they are made.
 
-    python -m experiments.bench.drift --out runs/drift                               # 100 minutes of one core; resumes
+    python -m experiments.bench.drift --out runs/drift                               # an hour of one core; resumes
     python -m experiments.bench.drift --out runs/drift --only first keyframes-8      # the primary contrast alone
     python -m experiments.bench.drift --out runs/drift --page docs/results/long.md   # the page of what is there
 
@@ -70,19 +70,24 @@ def way(kind: str, **options: object) -> PlainDict:
     return {"sample": {"long": {"kind": kind, **options}}}
 
 
-KEYFRAMES = anchored("keyframes(8)", 8)
+def with_lvdm(settings: PlainDict) -> PlainDict:
+    names = ["token_replacement", "kv_concat", "lvdm"]
+    return {**settings, "strategy": "+".join(names), "stages": {"fine": {"strategies": names}}}
+
+
+KEYFRAMES = anchored("self+keyframes(8)", 8)
 VARIANTS = {
-    "first": Variant(anchored("first+previous")),
+    "first": Variant(anchored("self+first+previous")),
     "keyframes-8": Variant(KEYFRAMES),
-    "keyframes-4": Variant(anchored("keyframes(4)", 4)),
-    "keyframes-16": Variant(anchored("keyframes(16)", 16)),
+    "keyframes-4": Variant(anchored("self+keyframes(4)", 4)),
+    "keyframes-16": Variant(anchored("self+keyframes(16)", 16)),
     "window": Variant(anchored("window(8)")),
     "sink+window": Variant(anchored("sink(1)+window(8)")),
     "diffusion_forcing": Variant(KEYFRAMES, way("diffusion_forcing"), "keyframes-8"),
     "freenoise": Variant(KEYFRAMES, way("freenoise"), "keyframes-8"),
     "whole": Variant(KEYFRAMES, way("none"), "keyframes-8"),
     "riflex": Variant(KEYFRAMES, way("none", riflex=16), "keyframes-8"),
-    "lvdm": Variant({"strategy": "kv_concat+lvdm", **KEYFRAMES}, way("lvdm")),
+    "lvdm": Variant(with_lvdm(KEYFRAMES), way("lvdm")),
 }
 
 

@@ -39,35 +39,38 @@ that both have. Intervals are of 95 %, over training seeds and prompts (`dit_boo
 REPEAT = """## To repeat
 
 ```bash
-python -m experiments.bench.drift --out runs/drift                               # 100 minutes of one core; resumes
+python -m experiments.bench.drift --out runs/drift                               # an hour of one core; resumes
 python -m experiments.bench.drift --out runs/drift --page docs/results/long.md   # this page, of what is there
 python -m experiments.bench.drift --out docs/results/long.scores.jsonl.gz --page /tmp/long.md    # of the scores here
 ```
 """
 DESIGN = f"""## Design
 
-Videos of 128 frames of the toy world's long scenes, the first prompts of the `test` split, `kv_concat` on the DiT nano
-(`experiments/configs/long.yaml`).
+Videos of 128 frames of the toy world's long scenes, the first prompts of the `test` split, by the embedded DiT and its
+`token_replacement+kv_concat` (`experiments/configs/long.yaml`).
 
 * **Primary contrast**, declared before any of its videos was made: `{PRIMARY[0]}` minus `{PRIMARY[1]}`, drift of
-  {METRIC}, five training seeds and 24 prompts. `first`: plan `first+previous`, the image at frame 0. `keyframes-m`:
-  plan `keyframes(m)`, the image again at every m-th frame. Everything else has one seed and eight prompts, and is
-  exploratory.
+  {METRIC}, five training seeds and 24 prompts. `first`: plan `self+first+previous`, the image's keys at frame 0.
+  `keyframes-m`: plan `self+keyframes(m)`, the image's keys again at every m-th frame. In all variants the image also
+  enters every frame by the subject's words (`token_replacement`): `kv_concat` alone, which was trained beside it, does
+  not transfer the colours. Everything else has one seed and eight prompts, and is exploratory.
 * `window`: plan `window(8)`, the image at frame 0; `sink+window`: `sink(1)+window(8)`. All of these are made in
   chunks of 16 frames with a clean prefix of two.
 * `diffusion_forcing`, `freenoise`, `whole` (all frames at once) and `riflex` (the same with L = 16) have the
-  weights of `{PRIMARY[0]}`, seed 0; `lvdm` is trained with `kv_concat+lvdm`, and predicts clip after clip.
-* One stage on crops of 8 frames, where `keyframes(8)` and `first+previous` are one plan, is shared. Each variant
-  then trains 40 steps on crops of 16 frames, which hold a second keyframe (`keyframes-16` has none). All frames
-  have timesteps of their own.
-* Four sampling steps, no guidance: on four dev prompts of 8 frames, the embedded pipeline had an appearance of
-  16.1 with 4 steps, 15.9 with 6 and 15.7 with 12. The oracle fits the true subject to every frame, and divides the
+  weights of `{PRIMARY[0]}`, seed 0; `lvdm` is trained with `lvdm`, too, and predicts clip after clip.
+* One stage on crops of 8 frames, where `self+keyframes(8)` and `self+first+previous` are one plan, is shared. Each
+  variant then trains 40 steps on crops of 16 frames, which hold a second keyframe (`keyframes-16` has none). All
+  frames have timesteps of their own. Rates are low: an earlier study at 1e-3, by `kv_concat` alone and plans without
+  `self`, had forgotten the subjects before its first video, and is not shown.
+* Four sampling steps, no guidance: on four dev prompts of 64 frames, the embedded pipeline had an appearance of
+  26.7 with 4 steps and 26.3 with 8. The oracle fits the true subject to every frame, and divides the
   scene's light out; frames with the bar, which passes in the middle half, have no value.
 """
 LIMITS = """**What it cannot show.** The seeds are those of the last 40 steps: all variants share one stage and one
 embedded base, so the intervals leave out what another base would do. Training never shows two frames that are more
-than 15 apart, so `first` reads frame 0 at distances that are new to the network. Four steps without guidance are
-fewer than the demo's. Drawn shapes of 32 pixels.
+than 15 apart, so `first` reads frame 0 at distances that are new to the network. The words bring the image to all
+frames, which keeps `first` from drifting as far as it could. Four steps without guidance are fewer than the demo's.
+Drawn shapes of 32 pixels.
 """
 Results = dict[str, list[Score]]
 """Name of a variant -> its scores."""

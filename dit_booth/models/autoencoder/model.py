@@ -222,32 +222,46 @@ class WanStreamDecoder(StreamDecoder):
     def __init__(self, autoencoder: WanAutoencoder) -> None:
         super().__init__(autoencoder)
         self.wan, self.vae = autoencoder, autoencoder.vae
-        self.cache: list[Tensor | str | None] = [None] * self.vae._cached_conv_counts["decoder"]
+        self.caches: list[list[Tensor | str | None]] = []
+        """Of each row: what each convolution holds."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
         self.wan._check_latents(latents)
         z = rearrange(self.wan.posterior.undo_scale(latents), "b f c h w -> b c f h w")
-        parts = []
-        for y in self.vae.post_quant_conv(z.to(self.vae.dtype)).split(1, dim=2):
-            first = self.cache[0] is None
-            parts.append(self.vae.decoder(y, feat_cache=self.cache, feat_idx=[0], first_chunk=first))
-        video = torch.cat(parts, dim=2)
-        if self.vae.config.patch_size is not None:
-            video = unpatchify(video, self.vae.config.patch_size)
+        rows = self.vae.post_quant_conv(z.to(self.vae.dtype)).split(1)
+        if not self.caches:
+            self.caches = [[None] * self._convolutions for _ in rows]
+        video = torch.cat([self._decode_row(*row) for row in zip(rows, self.caches, strict=True)])
         return rearrange(video.clamp(-1, 1), "b c f h w -> b f c h w").to(latents.dtype)
 
+    def _decode_row(self, z: Tensor, cache: list[Tensor | str | None]) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        parts = []
+        for frame in z.split(1, dim=2):
+            first = cache[0] is None
+            parts.append(self.vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=first))
+        patch, video = self.vae.config.patch_size, torch.cat(parts, dim=2)
+        return video if patch is None else unpatchify(video, patch)
+
+    @property
+    def _convolutions(self) -> int:
+        count: int = self.vae._cached_conv_counts["decoder"]
+        return count
+
     def state(self) -> dict[str, Tensor]:
-        marked = [i for i, held in enumerate(self.cache) if held == self.REPEAT]
-        held = {f"decoder.{i}": x for i, x in enumerate(self.cache) if isinstance(x, Tensor)}
-        return {**held, "decoder.repeats": torch.tensor(marked)}
+        by_convolution = list(zip(*self.caches, strict=True))
+        marked = [i for i, rows in enumerate(by_convolution) if rows[0] == self.REPEAT]
+        held = {i: [x for x in rows if isinstance(x, Tensor)] for i, rows in enumerate(by_convolution)}
+        tensors = {f"decoder.{i}": torch.cat(rows) for i, rows in held.items() if rows}
+        return {**tensors, "decoder.repeats": torch.tensor(marked)}
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        marked = set(state["decoder.repeats"].tolist())
-        for i in range(len(self.cache)):
-            held = state.get(f"decoder.{i}")
-            self.cache[i] = self.REPEAT if i in marked else None if held is None else held.to(device)
+        names = {i: f"decoder.{i}" for i in range(self._convolutions)}
+        held = {i: state[name].to(device).split(1) for i, name in names.items() if name in state}
+        marks = dict.fromkeys(state["decoder.repeats"].tolist(), self.REPEAT)
+        count = max(map(len, held.values()), default=0)
+        self.caches = [[held[i][row] if i in held else marks.get(i) for i in names] for row in range(count)]
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
