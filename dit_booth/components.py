@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from dit_booth.config import RunConfig, StageName
 from dit_booth.data.example import VideoDataset
-from dit_booth.data.image_prompt import shows_subject
+from dit_booth.data.image_prompt import cut_to_aspect, resized_to, shows_subject
 from dit_booth.data.readers.item import check_caption
 from dit_booth.data.subject import insert_before
 from dit_booth.data.toyworld import Split
 from dit_booth.diffusion.noise import Generators
 from dit_booth.diffusion.objectives import Objective, make_objective
-from dit_booth.inject import Dims, Reference
+from dit_booth.inject import Dims, FirstFrame, Reference
 from dit_booth.models.assemble import assemble, build_backbone
 from dit_booth.models.autoencoder.model import Autoencoder, build_autoencoder
 from dit_booth.models.clip.encoders import ImageEncoder, Prompt, build_clip
@@ -30,6 +32,7 @@ from dit_booth.models.fingerprint import metadata, warn_of_another_base
 from dit_booth.models.injected import Injected
 from dit_booth.models.pretrained import load_pretrained, load_strategy_weights, read_strategy_weights
 from dit_booth.models.text.build import build_text
+from dit_booth.models.wan.image_encoder import WanImageEncoder
 from dit_booth.models.weights import part, write
 from dit_booth.strategy import Strategies
 
@@ -52,10 +55,12 @@ class Components:
     """Names of the strategies' parameters that `weights` or `strategy_weights` had; others are at their start."""
     interpolator: Components | None = None
     """A model of its own for the clips between predicted frames (LVDM); none: this one. Autoencoders must be equal."""
+    state_encoder: WanImageEncoder | None = None
+    """Makes the states that image-to-video weights read, where a strategy passes them on."""
 
     def to(self, device: torch.device) -> Self:
         """Move all components to a device, in place."""
-        for module in (self.model, self.built_autoencoder, self.built_image_encoder):
+        for module in (self.model, self.built_autoencoder, self.built_image_encoder, self.state_encoder):
             if module is not None:
                 module.to(device)
         return self
@@ -145,6 +150,26 @@ class Components:
             latent=self.autoencoder.encode(images.unsqueeze(1), generator).to(dtype),
         )
 
+    @torch.no_grad()
+    def with_first_frame(self, reference: Reference, frames: int, height: int, width: int) -> Reference:
+        """Return the reference with its image as the first frame of a video of so many latent frames, rows and columns.
+
+        As it is, if no active strategy reads that. The autoencoder's mode is taken: nothing is drawn.
+        """
+        if not self.model.strategy.reads_first_frame(self.model.active):
+            return reference
+        autoencoder, section = self.autoencoder, self.config.autoencoder
+        size = height * autoencoder.factor, width * autoencoder.factor
+        picture = cut_to_aspect(reference.image, *size)
+        after = section.video_frames(frames) - 1 if section.frames_factor > 1 else 0
+        video = F.pad(
+            rearrange(resized_to(picture, *size), "b c h w -> b 1 c h w"), (0, 0, 0, 0, 0, 0, 0, after)
+        )
+        mode = replace(autoencoder.posterior, sample=False)
+        latent = mode.draw(autoencoder.moments(video)).to(reference.latent)
+        states = None if self.state_encoder is None else self.state_encoder(picture).to(reference.latent)
+        return replace(reference, first_frame=FirstFrame(latent, states))
+
     def save_weights(self, folder: Path) -> None:
         """Write ``weights.safetensors`` (backbone, text encoder) and ``strategy.safetensors`` (the adapter).
 
@@ -211,4 +236,22 @@ def build(config: RunConfig) -> Components:
         loaded |= load_strategy_weights(
             model.strategy, read_strategy_weights(source), f"strategy_weights {source}"
         )
-    return Components(config, model, autoencoder, image_encoder, make_objective(config.objective), loaded)
+    built = Components(config, model, autoencoder, image_encoder, make_objective(config.objective), loaded)
+    built.state_encoder = build_state_encoder(config, model.strategy)
+    return built
+
+
+def build_state_encoder(config: RunConfig, strategies: Strategies) -> WanImageEncoder | None:
+    """Build the encoder whose states image-to-video weights read, if a strategy passes them on.
+
+    Such weights with no such strategy see zeros in the place of the image: a line in the log says so.
+    """
+    reads = strategies.reads_first_frame(strategies.names)
+    if reads and config.image_states_width:
+        return WanImageEncoder(config.image_encoder_source, config.image_states_width)
+    if not reads and config.backbone == "wan" and config.wan.condition_channels:
+        log.warning(
+            "wan.condition_channels is %d: image-to-video weights, which see zeros without strategy image_to_video",
+            config.wan.condition_channels,
+        )
+    return None

@@ -45,6 +45,7 @@ __all__ = [
     "Bound",
     "Condition",
     "Dims",
+    "FirstFrame",
     "Hidden",
     "Injection",
     "Latents",
@@ -185,6 +186,16 @@ Noise = Literal["matched", "clean"]
 
 
 @dataclass(frozen=True)
+class FirstFrame:
+    """The image prompt as the first frame of a video, for strategies that read it so (`Strategy.reads_first_frame`)."""
+
+    latent: Tensor  # b k c h w, clean: the image, and frames of zeros after it where the autoencoder groups frames
+    states: Tensor | None = (
+        None  # b m e, of the encoder whose states image-to-video weights read; none: they do not
+    )
+
+
+@dataclass(frozen=True)
 class Reference:
     """The image prompt as strategies see it. Rows without an image hold the zero image (VideoBooth's dropout)."""
 
@@ -194,6 +205,7 @@ class Reference:
     latent: Tensor  # b 1 c h w, clean
     noisy: Tensor | None = None  # b r c h w, r copies at the video's timestep; for the recording pass alone
     further: tuple[Reference, ...] = ()  # more image prompts, in order; the fields above are the first one's
+    first_frame: FirstFrame | None = None  # the first one's, if an active strategy reads it
 
     @property
     def all(self) -> tuple[Reference, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ class Latents:
     x: Tensor  # b f c h w
     known: Tensor | None = None  # b f 1 1 1, at the entry: 1 in frames of the video that are known
     added: Tensor | None = None  # b f d h w, at the entry: added to the embedded x, as of further channels
+    image: Tensor | None = None  # b m e, at the entry: image states that image-to-video weights read (Wan)
     context: int = 0  # leading frames outside the video that every frame reads, at times before 0
     context_after: int = 0  # the last `context_after` of them are at times after the video's
     one_way: bool = True  # whether those read only themselves, or everything
@@ -49,6 +51,10 @@ class Latents:
     def adding(self, x: Tensor) -> Latents:
         """Return a copy with x (b f d h w) added to the embedded latents."""
         return replace(self, added=x if self.added is None else self.added + x)
+
+    def filled(self, channels: Tensor, image: Tensor | None) -> Latents:
+        """Return a copy with image-to-video weights' further channels (b f e h w) behind x, and image states."""
+        return replace(self, x=torch.cat([self.x, channels], dim=2), image=image)
 
 
 class AuxPrediction(NamedTuple):

@@ -51,6 +51,7 @@ class Pipeline(Components):
         base: str = "",
         settings: Mapping[str, object] | None = None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Load a pipeline, with the strategies of its last stage active.
 
@@ -59,6 +60,7 @@ class Pipeline(Components):
         base: for an adapter, where the backbone is (`RunConfig.weights`); default: where the adapter's run had it from.
         settings: of the run to replace, nested: ``{"guidance": {"image": 3}}``.
         device: default: CUDA if there is a GPU.
+        dtype: of backbone and strategies (`Injected.to_precision`), such as bfloat16.
         ValueError: there is no such source, the run is not finished, or weights do not fit.
         """
         path = Path(source).expanduser()
@@ -80,7 +82,7 @@ class Pipeline(Components):
         if schedule := schedule_of(config):
             built.model.active = active_strategies(config, schedule, len(schedule) - 1)
         pipeline = cls(**vars(built))
-        pipeline.model.requires_grad_(False).eval()
+        pipeline.model.to_precision(dtype).requires_grad_(False).eval()
         return pipeline.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
     def save(self, folder: str | Path) -> Path:
@@ -260,9 +262,10 @@ def load(
     base: str = "",
     settings: Mapping[str, object] | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Pipeline:
     """Load a pipeline: see `Pipeline.load`."""
-    return Pipeline.load(source, base=base, settings=settings, device=device)
+    return Pipeline.load(source, base=base, settings=settings, device=device, dtype=dtype)
 
 
 def _run(folder: Path, settings: Mapping[str, object]) -> tuple[RunConfig, dict[Path, str]]:

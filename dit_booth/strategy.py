@@ -85,6 +85,8 @@ class Strategy(nn.Module):
     """True if the image reaches the network through this strategy."""
     reads_all_images: bool = False
     """True if every image prompt reaches the network (`Reference.all`); else the first one alone."""
+    reads_first_frame: ClassVar[bool] = False
+    """True if the image prompt is also wanted as the first frame of a video (`Reference.first_frame`)."""
     reads_known_frames: ClassVar[bool] = False
     """True if the network is told which frames are known (`Latents.known`): stages with this strategy have some."""
     excludes: ClassVar[tuple[str, ...]] = ()
@@ -175,6 +177,10 @@ class Strategies(nn.Module):
     def reads_known_frames(self, active: Sequence[str]) -> bool:
         """True if one of the active strategies tells the network which frames are known."""
         return any(self.part(name).reads_known_frames for name in active)
+
+    def reads_first_frame(self, active: Sequence[str]) -> bool:
+        """True if one of the active strategies reads the image prompt as the first frame of a video."""
+        return any(self.part(name).reads_first_frame for name in active)
 
     def first_token_suffices(self, active: Sequence[str]) -> bool:
         """True if one of the active strategies finds a subject by its first token."""

@@ -19,6 +19,16 @@ VAE: dict[str, Any] = {
     "latents_mean": [-0.2, 0.1, 0.0, 0.3],
     "latents_std": [0.5, 1.5, 2.0, 0.8],
 }
+VISION = {
+    "hidden_size": 20,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+IMAGE_TO_VIDEO = {"image_dim": 20, "added_kv_proj_dim": 32, "in_channels": 12}
+"""Of the network: the encoder's width, and 4 channels of a mask and 4 of latents behind the video's 4."""
 
 
 def tokenizer() -> Any:
@@ -47,9 +57,18 @@ def autoencoder(**options: Any) -> Any:
     return AutoencoderKLWan(**{**VAE, **options}).eval()
 
 
-def pipeline(scheduler: str = "UniPCMultistepScheduler", shift: float = 3.0) -> Any:
-    """diffusers' pipeline of the tiny parts."""
+def image_encoder() -> Any:
+    """CLIP's vision tower, of three layers."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(3)
+    return CLIPVisionModel(CLIPVisionConfig(**VISION)).eval()
+
+
+def pipeline(scheduler: str = "UniPCMultistepScheduler", shift: float = 3.0, *, image: bool = False) -> Any:
+    """diffusers' pipeline of the tiny parts, text to video, or image to video."""
     import diffusers
+    from transformers import CLIPImageProcessor
 
     options = {
         "UniPCMultistepScheduler": {
@@ -59,13 +78,18 @@ def pipeline(scheduler: str = "UniPCMultistepScheduler", shift: float = 3.0) -> 
         },
         "FlowMatchEulerDiscreteScheduler": {"shift": shift},
     }
-    return diffusers.WanPipeline(
-        tokenizer=tokenizer(),
-        text_encoder=text_encoder(),
-        vae=autoencoder(),
-        scheduler=getattr(diffusers, scheduler)(**options[scheduler]),
-        transformer=official.randomised(official.wan()).eval(),
-    )
+    parts = {
+        "tokenizer": tokenizer(),
+        "text_encoder": text_encoder(),
+        "vae": autoencoder(),
+        "scheduler": getattr(diffusers, scheduler)(**options[scheduler]),
+        "transformer": official.randomised(official.wan(**(IMAGE_TO_VIDEO if image else {}))).eval(),
+    }
+    if not image:
+        return diffusers.WanPipeline(**parts)
+    side = VISION["image_size"]
+    parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+    return diffusers.WanImageToVideoPipeline(**parts, image_encoder=image_encoder())
 
 
 def write(folder: Path, **options: Any) -> Any:

@@ -293,6 +293,16 @@ class RunConfig:
         return dataclasses.replace(section, path=self._pipeline_folder, subfolder=section.subfolder or "vae")
 
     @property
+    def image_states_width(self) -> int:
+        """Width of the image states that the backbone's weights read (Wan, image to video); 0: none."""
+        return self.wan.image_dim if self.backbone == "wan" else 0
+
+    @property
+    def image_encoder_source(self) -> str:
+        """The folder of the encoder whose states image-to-video weights read: the pipeline's, where none is set."""
+        return self.wan.image_encoder or self._pipeline_folder
+
+    @property
     def _pipeline_folder(self) -> str:
         return self.weights if is_pipeline(self.weights) else ""
 
@@ -347,6 +357,7 @@ LATER: dict[str, object] = {
     "data.image_prompts": 1,
     "clips": dataclasses.asdict(ClipsConfig()),
     "wan": dataclasses.asdict(WanConfig()),
+    "wan.image_encoder": "",
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
     **{f"stages.{name}.foreground": False for name in STAGES},
     "lora.layers": ["*.to_q", "*.to_v"],
@@ -356,6 +367,7 @@ LATER: dict[str, object] = {
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
     "in_context.place": "before",
+    "start.background": 0.0,
 }
 """Settings and sections that came after the first runs: at these values a run is as if without them."""
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dit_booth.data.image_prompt import as_image_prompt, shows_subject
+from dit_booth.data.readers.item import fit
 from dit_booth.data.subject import SubjectData, as_frame
 from dit_booth.data.video import probe, read_video
 from dit_booth.errors import check_ranges
@@ -93,7 +94,9 @@ class SubjectConfig:
         return image
 
     def read_video(self, frames: int, size: tuple[int, int]) -> Tensor:
-        """Read the first frames of the video (f 3 h w in [-1, 1]). ValueError: it is shorter, or of another size."""
+        """Read the first frames of the video (f 3 h w in [-1, 1]), scaled and cropped about their middle if they are of
+        another size. ValueError: it has fewer.
+        """
         if not self.video:
             raise ValueError(
                 f"subject.video is empty, and subject.tune_on is {self.tune_on}; give a video of the subject"
@@ -109,11 +112,6 @@ class SubjectConfig:
                 f"subject.video {path} has {there} frames and data.frames is {frames}; lower data.frames, or give a"
                 " longer video"
             )
-        video = rearrange(torch.from_numpy(pixels), "f h w c -> f c h w").float() / 127.5 - 1
-        if tuple(video.shape[-2:]) != size:
-            height, width = size
-            raise ValueError(
-                f"subject.video {path} is {video.shape[-2]} x {video.shape[-1]} pixels and data.size {height} x"
-                f" {width}; resize it to that, or change data.size"
-            )
-        return video
+        _, height, width, _ = pixels.shape
+        no_mask, whole = np.zeros((height, width), bool), (0, 0, width, height)
+        return fit(torch.from_numpy(pixels), no_mask, box=whole, size=size)[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dit_booth.config import RunConfig
 from dit_booth.cost.flops import Flops
-from dit_booth.inject import Dims, Injection, Reference, Site, no_injection
+from dit_booth.inject import Dims, FirstFrame, Injection, Reference, Site, no_injection
 from dit_booth.models.assemble import assemble, build_backbone
 from dit_booth.models.clip.encoders import ClipConfig, Prompt, Text, TextEncoder
 from dit_booth.models.clip.weights import model_settings
@@ -63,6 +63,8 @@ class Encoders:
 VIT_L_14 = Encoders()
 UMT5_XXL = 4096
 """Width of its states."""
+VIT_H_14_TOKENS = 257
+"""Image states that Wan's image-to-video weights read of CLIP."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def table_of_run(config: RunConfig, latents: Latents) -> list[str]:
     ]
     if list(model.strategy.parameters()) or any(model.strategy.part(name).reads_image for name in names):
         copies = model.strategy.reference_frames(tuple(names))
-        image = reference(shape, copies=copies, images=config.data.image_prompts)
+        width, images = config.image_states_width, config.data.image_prompts
+        image = reference(shape, copies=copies, images=images, image_dim=width)
         both = cost_of(model, lambda: model(*inputs(shape, encoders=encoders), image))
         lines.append(f"{'with ' + config.strategy:40} {both}")
     return lines
@@ -207,9 +210,13 @@ def reference(
     copies: int = 1,
     encoders: Encoders = VIT_L_14,
     images: int = 1,
+    image_dim: int = 0,
 ) -> Reference:
-    """Return random image prompts, `images` for each video of `shape` (b f c h w), of the video's size."""
-    b, _, c, h, w = shape
+    """Return random image prompts, `images` for each video of `shape` (b f c h w), of the video's size.
+
+    image_dim: width of the states that image-to-video weights read; 0: none.
+    """
+    b, f, c, h, w = shape
     options: Any = {"device": device, "dtype": dtype}
     first = Reference(
         image=torch.ones(b, 3, 8 * h, 8 * w, **options),
@@ -217,5 +224,9 @@ def reference(
         embedding=torch.randn(b, encoders.common, **options),
         latent=torch.randn(b, 1, c, h, w, **options),
         noisy=torch.randn(b, copies, c, h, w, **options),
+        first_frame=FirstFrame(
+            torch.randn(b, f, c, h, w, **options),
+            torch.randn(b, VIT_H_14_TOKENS, image_dim, **options) if image_dim else None,
+        ),
     )
     return replace(first, further=(first,) * (images - 1))

@@ -130,6 +130,24 @@ def as_image_prompt(image: ImageLike, *, size: int, mask: MaskLike | None = None
     return _resize(_square_on_white(picture, subject[y0:y1, x0:x1]), size)
 
 
+def cut_to_aspect(images: Tensor, height: int, width: int) -> Tensor:
+    """Cut the largest rectangle of a video's aspect out of the middle of image prompts: `b 3 s s` to `b 3 h' w'`.
+
+    An image of the video's aspect, which was padded to a square, comes back without its padding.
+    """
+    side, longer = images.shape[-1], max(height, width)
+    down, across = (max(1, round(side * n / longer)) for n in (height, width))
+    top, left = (side - down) // 2, (side - across) // 2
+    return images[..., top : top + down, left : left + across]
+
+
+def resized_to(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize `b 3 h' w'` to `b 3 height width`, clamped to [-1, 1]; equal sizes stay as they are."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 def prepare(
     image: Pixels,
     *,
@@ -222,8 +240,7 @@ def _square_on_white(picture: Tensor, mask: Mask | None) -> Tensor:
 
 def _resize(square: Tensor, size: int) -> Tensor:
     """`1 3 s s` to `3 size size`, clamped to [-1, 1]."""
-    resized = F.interpolate(square, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-    return rearrange(resized, "1 c h w -> c h w").clamp(-1, 1)
+    return rearrange(resized_to(square, size, size), "1 c h w -> c h w")
 
 
 def _flip_and_rotate(square: Tensor, augment: Augment, rng: np.random.Generator) -> Tensor:

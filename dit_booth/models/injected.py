@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from einops import rearrange
@@ -19,10 +19,12 @@ from dit_booth.inject import (
     Noise,
     Recorder,
     Reference,
+    Site,
     timestep_of_reference,
 )
 from dit_booth.models.clip.encoders import Prompt, Text
 from dit_booth.models.text.build import AnyTextEncoder
+from dit_booth.models.wan.model import VideoWan
 from dit_booth.strategy import Strategies
 
 
@@ -72,6 +74,22 @@ class Injected(nn.Module):
         aux_losses = [c.aux_loss for c in conditions.values() if c.aux_loss is not None]
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else output.new_zeros(())
         return Prediction(output, aux_loss, inject.aux_prediction)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the latents that the backbone takes: that of the layer that embeds them."""
+        entry: Site = self.backbone.entry  # type: ignore[assignment]
+        assert entry.embed is not None, "an entry site names the layer that embeds the latents"
+        return entry.embed.weight.dtype
+
+    def to_precision(self, dtype: torch.dtype) -> Self:
+        """Cast backbone and strategies, but for the parts of Wan that its release keeps in float32."""
+        if isinstance(self.backbone, VideoWan):
+            self.backbone.to_precision(dtype)
+        else:
+            self.backbone.to(dtype)
+        self.strategy.to(dtype)
+        return self
 
     def read(self, prompt: Prompt, inject: Injection, dtype: torch.dtype) -> Text:
         """Encode a prompt in the latents' dtype: DeepSpeed casts parameters, and umT5 is none of them."""

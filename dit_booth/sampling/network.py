@@ -83,11 +83,12 @@ class Pass:
 
 
 class Prompts(NamedTuple):
-    """What videos are sampled of, a row each."""
+    """What videos are sampled of, a row each, and their size."""
 
     images: Tensor  # b 3 s s, or b r 3 s s, in [-1, 1]
     captions: Sequence[str]
     subjects: Sequence[str | None]
+    size: tuple[int, int, int]  # latent frames, rows and columns
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class GuidedNetwork:
         """Encode the prompts. ValueError: an image prompt that is all white."""
         if with_image:
             components.check_images(prompts.images, prompts.captions)
-        dtype = next(components.model.parameters()).dtype
-        passes = make_passes(components, guidance, *prompts, dtype, with_image)
+        dtype = components.model.dtype
+        passes = make_passes(components, guidance, prompts, dtype, with_image)
         if reuse:
             passes = [one.with_constant_conditions(components) for one in passes]
         return cls(components, guidance, passes, draws, clip, dtype)
@@ -172,9 +173,7 @@ class GuidedNetwork:
 def make_passes(
     components: Components,
     guidance: GuidanceConfig,
-    images: Tensor,
-    captions: Sequence[str],
-    subjects: Sequence[str | None],
+    prompts: Prompts,
     dtype: torch.dtype,
     use_image: bool,
 ) -> list[Pass]:
@@ -183,15 +182,18 @@ def make_passes(
     Without its text a branch has the null prompt (or ``guidance.negative``), without its image the zero image, as rows
     that training drops have; with ``guidance.unconditional=omit`` it has no image at all, hence a pass of its own.
     """
-
+    images, captions, subjects, size = prompts
     null = guidance.negative or components.model.text.null_prompt
 
     def one(branches: Sequence[Branch], with_image: bool) -> Pass:
         words = [word for b in branches for word in (captions if b.text else [null] * len(images))]
         named = [name for b in branches for name in (subjects if b.text else [None] * len(images))]
         pictures = torch.cat([images if b.image else torch.zeros_like(images) for b in branches])
-        reference = components.reference(pictures, dtype) if with_image else None
-        return Pass(components.tokenize(words, named), reference)
+        words_of = components.tokenize(words, named)
+        if not with_image:
+            return Pass(words_of, None)
+        reference = components.reference(pictures, dtype)
+        return Pass(words_of, components.with_first_frame(reference, *size))
 
     branches = guidance.branches()
     if guidance.unconditional == "zero_image":

@@ -14,7 +14,7 @@ from dit_booth.components import Components
 from dit_booth.config import STAGES, DataConfig, StageName, TrainConfig
 from dit_booth.config.parse import config_class
 from dit_booth.diffusion.objectives import make_objective
-from dit_booth.inject import Dims, Reference
+from dit_booth.inject import Dims, FirstFrame, Reference
 from dit_booth.models.assemble import Backbone, BackboneConfig, assemble, build_backbone
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.autoencoder.model import build_autoencoder
@@ -83,6 +83,7 @@ class Trial:
         further = torch.rand(shape, generator=torch.Generator().manual_seed(200 + seed)) * 2 - 1
         images = torch.cat([first[:, None], further], dim=1)
         reference = self.components.reference(images, torch.float32)
+        reference = self.components.with_first_frame(reference, FRAMES, *self.x.shape[-2:])
         copies = self.components.copies(reference)
         noise = torch.randn(copies.shape, generator=generator)
         return replace(reference, noisy=0.6 * copies + 0.8 * noise)
@@ -127,6 +128,7 @@ class Trial:
 
 def rows_of(reference: Reference, rows: slice) -> Reference:
     """Return some rows of a reference."""
+    first = reference.first_frame
     return Reference(
         image=reference.image[rows],
         states=tuple(state[rows] for state in reference.states),
@@ -134,6 +136,7 @@ def rows_of(reference: Reference, rows: slice) -> Reference:
         latent=reference.latent[rows],
         noisy=None if reference.noisy is None else reference.noisy[rows],
         further=tuple(rows_of(each, rows) for each in reference.further),
+        first_frame=None if first is None else FirstFrame(first.latent[rows], None),
     )
 
 

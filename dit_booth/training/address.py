@@ -22,6 +22,7 @@ from dit_booth.config.parse import is_plugin
 from dit_booth.config.pipeline_folder import is_pipeline
 from dit_booth.data.listing import files_named
 from dit_booth.data.readers.formats import FORMATS
+from dit_booth.models.wan.image_encoder import ENCODER
 from dit_booth.models.weights import ASSETS
 from dit_booth.strategy import find
 from dit_booth.training.stage import active_strategies, declared_globs, schedule_of, stage_config
@@ -86,6 +87,7 @@ def stages_of(config: RunConfig) -> list[Stage]:
             "strategies": _strategies(config, active),
             **_plugins(config, active),
             **_known_frames(config, active),
+            **_image_encoder(config, active),
             **(_subject(config) if name == "subject" else {}),
         }
         out.append(Stage(index, name, stage_config(config, name).steps, active, digest({**common, **own})))
@@ -128,7 +130,7 @@ def _common(config: RunConfig) -> PlainDict:
         "schema": SCHEMA,
         **token,
         **rest,
-        config.backbone: settings.get(config.backbone, {}),
+        config.backbone: {k: v for k, v in settings.get(config.backbone, {}).items() if k != "image_encoder"},
         "weights": _weights(config),
         "strategy_weights": [_local("strategy_weights", source) for source in config.strategy_weights],
         "clip_weights": _local_or_hub(config.clip.pretrained),
@@ -175,6 +177,16 @@ def _known_frames(config: RunConfig, active: tuple[str, ...]) -> PlainDict:
     classes = find(config.strategy)
     read = any(classes[name].reads_known_frames for name in active)
     return {"known": asdict(config.known)} if read else {}
+
+
+def _image_encoder(config: RunConfig, active: tuple[str, ...]) -> dict[str, str]:
+    """Return the hash of the image encoder that image-to-video weights read, if an active strategy passes it on."""
+    classes = find(config.strategy)
+    if not config.image_states_width or not any(classes[name].reads_first_frame for name in active):
+        return {}
+    return {
+        "image_encoder": _local("wan.image_encoder", os.fspath(Path(config.image_encoder_source, ENCODER)))
+    }
 
 
 def _globs(config: RunConfig, name: StageName, active: tuple[str, ...]) -> tuple[str, ...]:

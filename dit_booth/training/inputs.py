@@ -118,6 +118,7 @@ def make_inputs(
         t = frame_times(t, objective.from_timestep(level), known)
     if with_image:
         reference = make_reference(components, batch, no_image, dtype, generator)
+        reference = components.with_first_frame(reference, frames, *x0.shape[-2:])
         clean = components.copies(reference)
         noisy = objective.noise(clean, timestep_of_reference(t), randn_like(clean, generator))
         reference = replace(reference, noisy=noisy)

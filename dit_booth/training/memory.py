@@ -216,7 +216,8 @@ def step_bytes(
     frames = config.autoencoder.latent_frames(stage_config(config, name).frames_of(config.data.frames))
     shape = (1, frames, *latents)
     options: Any = {"device": device, "dtype": torch.bfloat16, "encoders": encoders}
-    image = reference(shape, copies=model.strategy.reference_frames(model.active), **options)
+    copies = model.strategy.reference_frames(model.active)
+    image = reference(shape, copies=copies, image_dim=config.image_states_width, **options)
     given = inputs(shape, **options)
     counter = LiveBytes()
     with counter:

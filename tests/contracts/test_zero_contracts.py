@@ -16,7 +16,7 @@ from dit_booth.strategy import find, registered
 pytestmark = pytest.mark.slow
 SUMS = (
     "token_replacement+kv_concat+adaln+decoupled_attention+token_bank+query_projection+spatial_concat",
-    "in_context+channel_concat+elite_local+lvdm+vace",
+    "in_context+channel_concat+elite_local+image_to_video+lvdm+vace",
     "lora+textual_inversion",
 )
 BACKBONES = ("dit-factorised", "unet", "wan")

@@ -149,6 +149,13 @@ def test_a_saved_pipeline_loads_as_it_was(pipe: Pipeline, picture: Image.Image, 
     assert np.array_equal(based(picture, TEXT, subject="star").frames, expected)
 
 
+def test_a_pipeline_in_bfloat16_samples_nearly_the_same(pipe: Pipeline, picture: Image.Image) -> None:
+    half = dit_booth.load("toyworld", settings=SHORT, dtype=torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    videos = [p(picture, TEXT, subject="star").frames.astype(float) for p in (pipe, half)]
+    assert 0 < np.abs(videos[0] - videos[1]).mean() < 3
+
+
 def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     for source, says in (
         ("toywrld", "is no run folder, no adapter file and not embedded; nearest: toyworld"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 import wan_pipeline
@@ -145,6 +147,22 @@ def test_a_subject_that_is_missing_or_cut(text: Umt5TextEncoder) -> None:
         text.tokenize(["a", "b"], ["a"])
     partly = text.tokenize(["a bear runs"], ["bear cat"], first_token_suffices=True)
     assert not partly.spans.any() and partly.subjects[0, 0] in partly.ids
+
+
+def test_a_hub_name_is_read_from_the_cache(
+    config: TextConfig, folder: Path, text: Umt5TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    entry, commit = tmp_path / "models--Wan-AI--small", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(folder, entry / "snapshots" / commit)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text(commit)
+    found = Umt5TextEncoder(replace(config, path="Wan-AI/small"))
+    captions = ["a dog runs", "the grass"]
+    assert torch.equal(found(found.tokenize(captions)).tokens, text(text.tokenize(captions)).tokens)
+    with pytest.raises(ValueError, match=r"text\.path = 'Wan-AI/other'.* could not be"):
+        Umt5TextEncoder(replace(config, path="Wan-AI/other"))
 
 
 def test_what_is_not_there(config: TextConfig, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -46,8 +46,11 @@ class WanConfig:
     """Width of the image states that the text attention also reads, by keys of their own (image to video: 1280);
     0: none (text to video)."""
     condition_channels: int = 0
-    """Input channels behind the latents' own (image to video: 20, a mask of 4 and a latent video of 16); zeros where
-    nothing is put into them."""
+    """Input channels behind the latents' own (image to video: 20, a mask of 4 and a latent video of 16), which strategy
+    image_to_video fills; else zeros."""
+    image_encoder: str = ""
+    """With image_dim: folder with image_encoder/ and image_processor/ (transformers), whose states of the image
+    strategy image_to_video passes on. Empty: the pipeline's folder in `weights`."""
     reference_place: Literal["before", "first", "after"] = "before"
     """Rotary place of a reference's keys in time: before frame 0, that of frame 0, or after the last frame."""
     attention: str = "auto"

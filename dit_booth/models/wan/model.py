@@ -82,13 +82,13 @@ class VideoWan(nn.Module):
         image: Tensor | None = None,
     ) -> Tensor:
         """image: b m e with e = `image_dim`, CLIP states that image-to-video weights read; none: no image."""
-        latents = inject(self.entry, Latents(x, clip=inject.clip))
+        latents = inject(self.entry, Latents(x, clip=inject.clip, image=image))
         height, width = latents.x.shape[-2:]
         by_frame = frame_timesteps(t, latents.x.shape[1] - latents.context, latents.context)
         t_emb = self.condition_embedder.time_embedder(by_frame, x.dtype, inject)  # (f) b d
-        shared = self.build_inputs(latents, t_emb, text, image, inject)
+        shared = self.build_inputs(latents, t_emb, text, inject)
         x = self.patch_embedding(latents.x, latents.added)  # b f n d
-        run = partial(self.run_copies, latents=latents, t_emb=t_emb, text=text, image=image)
+        run = partial(self.run_copies, latents=latents, t_emb=t_emb, text=text)
         added = inject(self.residual, Residuals(x, latents.x, run)).added
         for i, block in enumerate(self.blocks):
             x = self.run_block(i, block, x, shared, inject.inside(f"blocks.{i}"))
@@ -96,9 +96,7 @@ class VideoWan(nn.Module):
         x = self.head(x, t_emb, height, width)
         return inject(self.exit, replace(latents, x=x)).x
 
-    def build_inputs(
-        self, latents: Latents, t_emb: Tensor, text: Text, image: Tensor | None, inject: Injection
-    ) -> WanInputs:
+    def build_inputs(self, latents: Latents, t_emb: Tensor, text: Text, inject: Injection) -> WanInputs:
         """Build the inputs that all blocks share. ValueError: windows of temporal attention, which Wan has not."""
         frames = FrameLayout.build(latents, self.plan, self.temporal_plan)
         if frames.clip.fusion is not None:
@@ -114,7 +112,7 @@ class VideoWan(nn.Module):
         grid = (height, width, dim, x.device, x.dtype, frames.clip.riflex)
         rotary = rotary_3d(frames.positions, *grid, interleaved=True)
         image_rotary = ImageRotary.build(reference, min(0, own), *grid, interleaved=True)
-        modulation, words, picture = self.condition_embedder(t_emb, text.tokens, image, inject)
+        modulation, words, picture = self.condition_embedder(t_emb, text.tokens, latents.image, inject)
         return WanInputs(modulation, words, picture, frames.plan, rotary, image_rotary)
 
     def run_block(self, i: int, block: nn.Module, x: Tensor, shared: WanInputs, inject: Injection) -> Tensor:
@@ -128,19 +126,12 @@ class VideoWan(nn.Module):
         return out
 
     def run_copies(
-        self,
-        copies: Mapping[int, nn.Module],
-        x: Tensor,
-        *,
-        latents: Latents,
-        t_emb: Tensor,
-        text: Text,
-        image: Tensor | None,
+        self, copies: Mapping[int, nn.Module], x: Tensor, *, latents: Latents, t_emb: Tensor, text: Text
     ) -> dict[int, Tensor]:
         """Run copies of blocks on x with r reference frames before it (`Residuals.run`)."""
         references = x.shape[1] - latents.x.shape[1]
         side = beside(latents, references)
-        shared = self.build_inputs(side, with_context_frames(t_emb, references), text, image, no_injection)
+        shared = self.build_inputs(side, with_context_frames(t_emb, references), text, no_injection)
         outputs: dict[int, Tensor] = {}
         for i, block in copies.items():
             x = outputs[i] = self.run_block(i, block, x, shared, no_injection)
