@@ -152,6 +152,14 @@ def test_the_scheduler_of_a_folder(folder: Path, theirs: Any, tmp_path: Path) ->
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match=r"scheduler_config\.json is of DDIMScheduler; known are"):
         pipeline_settings(str(tmp_path))
+    for name, option in (
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 3}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+    ):
+        file, (changed, value) = tmp_path / "scheduler" / "scheduler_config.json", list(option.items())[-1]
+        file.write_text(json.dumps({"_class_name": name, **option}))
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json has {changed} {value}, our sampler"):
+            pipeline_settings(str(tmp_path))
     (tmp_path / "transformer" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json is no configuration of Wan's transformer"):
         pipeline_settings(str(tmp_path))
