@@ -22,6 +22,7 @@ from dit_booth.config.pipeline_folder import pipeline_settings
 from dit_booth.diffusion import GuidanceConfig, SamplerConfig
 from dit_booth.diffusion.noise import randn
 from dit_booth.sampling.generate import FrameSampler
+from dit_booth.training import state
 from dit_booth.training.address import stages_of
 from dit_booth.training.inputs import _region as make_region
 
@@ -209,9 +210,25 @@ ON_CPU = """
 
 
 def test_both_stages_run_from_the_folder(
-    theirs: Any, folder: Path, data: Path, in_process: Any, steps_of: Any, tmp_path: Path
+    theirs: Any,
+    folder: Path,
+    data: Path,
+    in_process: Any,
+    steps_of: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """``deepspeed experiments/run.py --config wan_1.3b --weights FOLDER`` in bfloat16, in this process."""
+    dtypes = []
+
+    def spied(*arguments: Any) -> Any:
+        engine = make_engine(*arguments)
+        parameters = engine.module.parameters(), engine.optimizer.single_partition_of_fp32_groups
+        dtypes.append([{p.dtype for p in group} for group in parameters])
+        return engine
+
+    make_engine = state.make_engine
+    monkeypatch.setattr(state, "make_engine", spied)
     out = tmp_path / "run"
     flags = [
         "--config",
@@ -224,6 +241,7 @@ def test_both_stages_run_from_the_folder(
     ]
     ended = in_process(*flags, *ON_CPU.split(), "--out", str(out))
     assert ended.code == 0, ended.output
+    assert dtypes == [[{torch.bfloat16}, {torch.float32}]] * 2, "parameters, and master weights"
     assert steps_of(out) == [("coarse", 1), ("coarse", 2), ("fine", 1), ("fine", 2)]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line), "through umT5, too"
