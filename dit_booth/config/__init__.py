@@ -249,6 +249,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raise ValueError, naming the field, for numbers of frames that the autoencoder cannot group."""
         self.autoencoder.latent_frames(self.data.frames, "data.frames")
+        for shape in self.data.shapes("train"):
+            self.autoencoder.latent_frames(shape.frames, f"the number of frames of {shape} in data.buckets")
         for name in STAGES:
             for length in getattr(self.stages, name).lengths:
                 self.autoencoder.latent_frames(length or 1, f"stages.{name}.frames")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import wan_pipeline
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 import dit_booth
@@ -19,12 +20,17 @@ from dit_booth.components import Components, build
 from dit_booth.config import RunConfig
 from dit_booth.config.parse import parse
 from dit_booth.config.pipeline_folder import pipeline_settings
+from dit_booth.data.example import Loader
+from dit_booth.data.video import write_video
 from dit_booth.diffusion import GuidanceConfig, SamplerConfig
 from dit_booth.diffusion.noise import randn
+from dit_booth.models.text import umt5
 from dit_booth.sampling.generate import FrameSampler
 from dit_booth.training import state
 from dit_booth.training.address import stages_of
+from dit_booth.training.encoded import EncodedData, encode_data
 from dit_booth.training.inputs import _region as make_region
+from dit_booth.training.inputs import generator_of, make_inputs
 
 torch.set_num_threads(1)
 CAPTIONS = ["a red dog runs on the grass", "a polar bear, number 7"]
@@ -258,11 +264,6 @@ def test_both_stages_run_from_the_folder(
 def test_encoded_data_bring_the_text_states(
     theirs: Any, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dit_booth.data.example import Loader
-    from dit_booth.models.text import umt5
-    from dit_booth.training.encoded import EncodedData, encode_data
-    from dit_booth.training.inputs import generator_of, make_inputs
-
     flags = [
         "--weights",
         str(folder),
@@ -292,6 +293,46 @@ def test_encoded_data_bring_the_text_states(
         make_inputs(lean, batch, replace(stage, frames=1), draws, torch.float32, with_image=True)
     with pytest.raises(ValueError, match=r"single_frames is true, but autoencoder\.kind is wan"):
         make_inputs(lean, batch, replace(stage, single_frames=True), draws, torch.float32, with_image=False)
+
+
+def test_shapes_references_and_text_of_encoded_data_together(
+    theirs: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two shapes, two image prompts of an example or one: all as from the files, without umT5."""
+    root = tmp_path / "data"
+    for number, width in enumerate((16, 16, 32, 32)):
+        video = torch.rand(5, 3, 16, width, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        write_video(root / f"clip{number}.mp4", video, fps=8)
+        (root / f"clip{number}.txt").write_text(f"a red box, number {number}\nbox\n")
+    for number, colour in enumerate(("red", "blue"), 1):
+        Image.new("RGB", (9, 12), colour).save(root / f"clip1.{number}.png")
+    section = {"frames": 5, "size": 16, "buckets": ["16x16", "16x32"], "image_prompts": 2, "variations": 1}
+    triplets = {"root": str(root), "format": "folder", "stride": 1}
+    config = RunConfig.create(
+        weights=str(folder),
+        strategy="in_context",
+        data={"kind": "triplets", "triplets": triplets, **section},
+        text=FLOAT,
+        train={"batch_size": 2},
+    )
+    whole, cache = build(config), tmp_path / "cache"
+    list(encode_data(whole, cache))
+    monkeypatch.setattr(umt5, "load_encoder", None)
+    lean = build(replace(config, data=replace(config.data, cache=str(cache))))
+    stage, shapes, there = replace(config.stages.fine, drop=0.0), set(), []
+    for number in range(2):
+        outputs = []
+        for components, dataset in ((whole, whole.dataset()), (lean, EncodedData(lean.config))):
+            batch = Loader(dataset, batch_size=2, seed=3).batch(number)  # type: ignore[arg-type]
+            draws = [generator_of(number, row) for row in range(2)]
+            inputs = make_inputs(components, batch, stage, draws, torch.float32, with_image=True)
+            outputs.append(inputs.predict(components.model).output)
+        torch.testing.assert_close(*outputs)
+        shapes.add(outputs[0].shape)
+        assert inputs.reference is not None
+        there += inputs.reference.further[0].present.tolist()
+    assert len(shapes) == 2 and there.count(True) == 1
+    assert lean.model.text.frozen._encoder is None  # type: ignore[union-attr]
 
 
 def test_the_mask_of_a_latent_is_the_mean_of_its_frames_masks() -> None:
