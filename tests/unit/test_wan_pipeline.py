@@ -191,11 +191,18 @@ def test_sampling_refuses_what_needs_a_latent_of_every_frame(ours: Components) -
     with pytest.raises(ValueError, match=r"sample\.long\.riflex is 8; .*use 5 or 9"):
         sampler(ours, long=LongConfig(riflex=8))
     assert sampler(ours, long=LongConfig(riflex=5)).frames == FRAMES
-    with pytest.raises(ValueError, match=r"frames is 8; .* takes 4k \+ 1 frames: use 5 or 9"):
-        FrameSampler.build(
-            ours, torch.zeros(1, 3, 16, 16), ["a"], [None], [0],
-            size=(8, 16, 16), guidance=GuidanceConfig(), sampler=SamplerConfig(),
-        )  # fmt: skip
+    for size, says in (
+        ((8, 16, 16), r"frames is 8; .* takes 4k \+ 1 frames: use 5 or 9"),
+        ((9, 16, 20), "size is 16 x 20 pixels; the autoencoder needs multiples of 8"),
+        ((9, 16, 24), r"latents of 2 x 3 cannot be cut into patches of 2; change wan\.patch or data\.size"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            next(
+                FrameSampler.build(
+                    ours, torch.zeros(1, 3, 16, 16), ["a"], [None], [0],
+                    size=size, guidance=GuidanceConfig(), sampler=SamplerConfig(),
+                )
+            )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
