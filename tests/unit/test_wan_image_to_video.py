@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import dit_booth
 from dit_booth.components import Components, build
 from dit_booth.config import RunConfig
 from dit_booth.data.example import Loader
@@ -159,6 +160,28 @@ def test_a_training_step_on_files_and_on_encoded_data(
     )
     outputs[0].square().mean().backward()
     assert len(trained) == 20 and all(p.grad is not None and p.grad.any() for p in trained.values())
+
+
+def test_the_folders_own_weights_sample_an_image(
+    theirs: Any, folder: Path, in_process: Any, picture: Image.Image, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    flags = [
+        "--data.frames",
+        "5",
+        "--data.size",
+        "16",
+        "--data.image-size",
+        "48",
+        "--sampler.steps",
+        "2",
+        "--text.dtype",
+        "float32",
+    ]
+    ended = in_process("--config", "wan_image_sample", "--weights", str(folder), *flags, "--out", str(out))
+    assert ended.code == 0, ended.output
+    video = dit_booth.load(out, device="cpu")(picture, CAPTION, frames=5, size=(HEIGHT, WIDTH))
+    assert video.frames.shape == (5, HEIGHT, WIDTH, 3)
 
 
 def test_the_middle_of_an_image_prompt_has_the_videos_aspect() -> None:

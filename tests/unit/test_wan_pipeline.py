@@ -268,6 +268,17 @@ def test_both_stages_run_from_the_folder(
     )
 
 
+def test_the_folders_own_weights_sample_without_training(
+    theirs: Any, folder: Path, in_process: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--data.frames", "5", "--data.size", "16", "--sampler.steps", "2", "--text.dtype", "float32"]
+    ended = in_process("--config", "wan_sample", "--weights", str(folder), *flags, "--out", str(out))
+    assert ended.code == 0, ended.output
+    video = dit_booth.load(out, device="cpu")(None, "a red dog runs", frames=9, size=(16, 32))
+    assert video.frames.shape == (9, 16, 32, 3)
+
+
 def test_encoded_data_bring_the_text_states(
     theirs: Any, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
