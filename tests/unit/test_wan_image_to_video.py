@@ -166,18 +166,8 @@ def test_the_folders_own_weights_sample_an_image(
     theirs: Any, folder: Path, in_process: Any, picture: Image.Image, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    flags = [
-        "--data.frames",
-        "5",
-        "--data.size",
-        "16",
-        "--data.image-size",
-        "48",
-        "--sampler.steps",
-        "2",
-        "--text.dtype",
-        "float32",
-    ]
+    size = ["--data.frames", "5", "--data.size", "16", "--data.image-size", "48"]
+    flags = [*size, "--sampler.steps", "2", "--text.dtype", "float32"]
     ended = in_process("--config", "wan_image_sample", "--weights", str(folder), *flags, "--out", str(out))
     assert ended.code == 0, ended.output
     video = dit_booth.load(out, device="cpu")(picture, CAPTION, frames=5, size=(HEIGHT, WIDTH))
