@@ -129,7 +129,7 @@ class Components:
         if stage != "subject":
             return self.dataset()
         return self.config.subject.build(
-            frames=data.frames, size=data.size, image_size=data.image_size, seed=data.seed, prior=prior
+            frames=data.frames, size=data.height_width, side=data.prompt_side, seed=data.seed, prior=prior
         )
 
     @torch.no_grad()

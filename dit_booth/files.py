@@ -6,6 +6,7 @@ Standard library only, so that a sweep without work starts quickly.
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,9 @@ SLOT = "DIT_BOOTH_SLOT"
 """Environment variable with the devices that a sweep gave a process (``host:devices``); stored in its lock."""
 WRITER = re.compile(r"\.(\d+)@(.+)\.part$")
 """Suffix of a partial file's name: process id and host of its writer."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of writing to a disk that is full, whatever is read meanwhile."""
 
 PACKAGE = Path(__file__).parent
 CONFIGS = ("configs", "baselines")

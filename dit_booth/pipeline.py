@@ -128,7 +128,7 @@ class Pipeline(Components):
 
     def image_prompt(self, image: ImageLike, mask: MaskLike | None = None) -> Tensor:
         """Return an image as the networks see it: 3 s s in [-1, 1]."""
-        return as_image_prompt(image, size=self.config.data.image_size or self.config.data.size, mask=mask)
+        return as_image_prompt(image, size=self.config.data.prompt_side, mask=mask)
 
     def image_prompts(self, image: ImageLike | Sequence[ImageLike], mask: Masks = None) -> Tensor:
         """Return one image or several as the networks see them: r 3 s s in [-1, 1]. ValueError: too many, or none."""
@@ -232,8 +232,7 @@ class _Call:
     def sampler(self, pipeline: Pipeline) -> FrameSampler:
         """Prepare the sampling. ValueError: a value cannot work."""
         data = pipeline.config.data
-        side = data.image_size or data.size
-        images = torch.zeros(1, 3, side, side) if self.images is None else self.images
+        images = torch.zeros(1, 3, data.prompt_side, data.prompt_side) if self.images is None else self.images
         images = torch.stack(of_number(images.unbind(), data.image_prompts))
         return FrameSampler.build(
             pipeline,

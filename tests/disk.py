@@ -1,11 +1,25 @@
-"""A log of what reaches the disk, for tests of durability: everything does happen, in the order that is logged."""
+"""A log of what reaches the disk, for tests of durability, in which everything does happen; and a disk that is full."""
 
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Let the kernel refuse to make any file of this process longer than `room` bytes (EFBIG, like ENOSPC)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class DiskLog(list[tuple[str, Path]]):

@@ -106,7 +106,7 @@ def settings_of(arguments: PersonaliseArguments) -> RunConfig:
     config = RunConfig.create(arguments.method, **merge(settings, nested(arguments.set)))
     data = config.data
     config.subject.build(
-        frames=data.frames, size=data.size, image_size=data.image_size, seed=data.seed, prior=None
+        frames=data.frames, size=data.height_width, side=data.prompt_side, seed=data.seed, prior=None
     )
     method = Path(arguments.method).stem
     return replace(config, out=config.out or f"runs/{method}-{config.backbone}-{config.fingerprint()}")

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -83,6 +84,11 @@ def _prepare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) ->
     folder, base = comparison.folder, RunConfig.create("none", **comparison.settings)
     files = folder / "subjects" / digest([asdict(base.data), comparison.split], 8)
     subjects = read_subjects(base.data, comparison.split, comparison.subjects, files)
+    for system, subject in product(systems, subjects):
+        if system.kind == "subject":
+            subject.settings(
+                system.config.subject
+            )  # an error of the last one, too, comes before any training
     budget = resolve(comparison.budget, folder, lambda: base_throughput(base, ranks))
     costs = [_cost(system, subjects[0], folder, ranks) for system in systems]
     plans = [

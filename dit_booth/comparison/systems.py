@@ -151,7 +151,7 @@ def sample_once(
         [request.caption],
         [(request.subject or None) if use_image else None],
         [0],
-        size=(frames or config.data.frames, config.data.size, config.data.size),
+        size=(frames or config.data.frames, *config.data.height_width),
         guidance=config.guidance,
         sampler=replace(config.sampler, steps=steps),
         start=StartConfig() if frames else config.start,

@@ -247,7 +247,9 @@ class RunConfig:
     autoencoder: AutoencoderConfig = AutoencoderConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError, naming the field, for numbers of frames that the autoencoder cannot group."""
+        """Raise ValueError, naming the field, for numbers of frames or a size that cannot be."""
+        if not self.subject.prompts:  # else no video of the data need be read
+            self.data.check_toyworld()
         self.autoencoder.latent_frames(self.data.frames, "data.frames")
         for shape in self.data.shapes("train"):
             self.autoencoder.latent_frames(shape.frames, f"the number of frames of {shape} in data.buckets")
@@ -367,6 +369,7 @@ LATER: dict[str, object] = {
     **{f"{name}.reference_at": "all" for name in ANCHORED},
     **{f"{name}.keyframe_every": 8 for name in ANCHORED},
     "in_context.place": "before",
+    "start.background": 0.0,
 }
 """Settings and sections that came after the first runs: at these values a run is as if without them."""
 

@@ -75,13 +75,13 @@ class DataConfig:
     which are videos of one frame."""
     frames: int = 8
     """Frames of a video."""
-    size: int = 32
-    """Side of the videos in pixels."""
+    size: int | tuple[int, int] = 32
+    """Side of the videos in pixels, or height and width, such as 480 832 (the toy world has squares alone)."""
     buckets: tuple[str, ...] = ()
     """Shapes to train on, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, such as 256x256 192x320 192x320x4: a video has the one
     that fits it, a batch one alone. Empty: size and frames. Data on disk only; samples have size and frames."""
     image_size: int = 0
-    """Side of the image prompt in pixels; 0: the videos' side."""
+    """Side of the image prompt in pixels; 0: the videos' shorter side."""
     image_prompts: int = 1
     """Image prompts of an example, in the data's order; absent ones are zero images. Some strategies read the first."""
     workers: int = 0
@@ -137,14 +137,30 @@ class DataConfig:
             )
 
     def shapes(self, split: Split) -> tuple[Shape, ...]:
-        """Return the shapes of a split; those that are sampled from are squares, so that their videos are alike."""
+        """Return the shapes of a split; all that are sampled from have `size`, so that their videos are alike."""
         if self.kind == "images":
             shapes = [parse_shape(text, 1)._replace(frames=1) for text in self.buckets]
         else:
             shapes = [parse_shape(text, self.frames) for text in self.buckets]
         if split != "train":
-            shapes = [shape._replace(height=self.size, width=self.size) for shape in shapes]
+            height, width = self.height_width
+            shapes = [shape._replace(height=height, width=width) for shape in shapes]
         return tuple(dict.fromkeys(shapes))
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width of the videos in pixels."""
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+    @property
+    def side(self) -> int:
+        """The shorter side of the videos in pixels."""
+        return min(self.height_width)
+
+    @property
+    def prompt_side(self) -> int:
+        """Side of the image prompts in pixels."""
+        return self.image_size or self.side
 
     @property
     def on_disk(self) -> TripletsOptions | ImagesOptions:
@@ -163,11 +179,17 @@ class DataConfig:
         """
         return self._toyworld(split) if self.kind == "toyworld" else self._on_disk(split, check)
 
+    def check_toyworld(self) -> None:
+        """Raise ValueError for a size that the toy world's videos cannot have, if they are what is read."""
+        if self.kind == "toyworld" and len(set(self.height_width)) > 1:
+            raise ValueError(f"data.size is {self.size}, and data.kind toyworld has squares; give one side")
+
     def _toyworld(self, split: Split) -> Toyworld:
+        self.check_toyworld()
         return Toyworld(
             ToyworldConfig(
                 frames=self.frames,
-                size=self.size,
+                size=self.side,
                 image_size=self.image_size or None,
                 image_prompts=self.image_prompts,
                 seed=self.seed,

@@ -12,7 +12,7 @@ LongKind = Literal["none", "chunks", "diffusion_forcing", "freenoise", "lvdm"]
 
 @dataclass(frozen=True, kw_only=True)
 class LongConfig:
-    """Options of sampling long videos (docs/long.md)."""
+    """Options of sampling long videos (docs/long.md); its frames, but those of riflex, are latent ones."""
 
     kind: LongKind = "none"
     """none: all frames at once; chunks: each continues from the clean last frames before it; diffusion_forcing: a queue
@@ -31,7 +31,7 @@ class LongConfig:
     interpolated: int = 0
     """lvdm: frames of a clip that interpolates between two predicted ones, its ends included; 0: prediction alone."""
     riflex: int = 0
-    """The training's number of frames, after which longer videos would repeat: one rotary frequency of time is lowered
+    """Frames of a training video, after which longer ones would repeat: one rotary frequency of time is lowered
     (RIFLEx, arXiv 2502.15894). 0: none is."""
 
     def __post_init__(self) -> None:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dit_booth.data.image_prompt import as_image_prompt, shows_subject
+from dit_booth.data.readers.item import fit
 from dit_booth.data.subject import SubjectData, as_frame
 from dit_booth.data.video import probe, read_video
 from dit_booth.errors import check_ranges
@@ -61,15 +62,16 @@ class SubjectConfig:
             raise ValueError("subject.captions is empty; give at least one text with {}")
 
     def build(
-        self, *, frames: int, size: int, image_size: int, seed: int, prior: Tensor | None
+        self, *, frames: int, size: tuple[int, int], side: int, seed: int, prior: Tensor | None
     ) -> SubjectData:
         """Read the subject's files. ValueError: none given, no word, or an image that shows nothing.
 
-        prior: class images (n f 3 h w in [-1, 1]), or None.
+        size: height and width of the videos; side: of the image prompt. prior: class images (n f 3 h w in [-1, 1]),
+        or None.
         """
-        image, moving = self.read_image(image_size or size), self.tune_on == "video"
+        image, moving = self.read_image(side), self.tune_on == "video"
         return SubjectData(
-            video=self.read_video(frames, size) if moving else as_frame(image, size, size),
+            video=self.read_video(frames, size) if moving else as_frame(image, *size),
             image=image,
             captions=self.captions,
             word=self.word,
@@ -79,20 +81,22 @@ class SubjectConfig:
             seed=seed,
         )
 
-    def read_image(self, size: int) -> Tensor:
+    def read_image(self, side: int) -> Tensor:
         """Read the image prompt (3 s s in [-1, 1]). ValueError: no image or word, or an image that shows nothing."""
         for name in ("image", "word"):
             if not getattr(self, name):
                 raise ValueError(f"subject.{name} is empty; stage subject needs it")
-        image = as_image_prompt(self.image, size=size, mask=self.mask or None)
+        image = as_image_prompt(self.image, size=side, mask=self.mask or None)
         if not shows_subject(image[None]).all():
             raise ValueError(
                 f"subject.image {self.image} is all white; give a picture that shows the subject"
             )
         return image
 
-    def read_video(self, frames: int, size: int) -> Tensor:
-        """Read the first frames of the video (f 3 s s in [-1, 1]). ValueError: it is shorter, or of another size."""
+    def read_video(self, frames: int, size: tuple[int, int]) -> Tensor:
+        """Read the first frames of the video (f 3 h w in [-1, 1]), scaled and cropped about their middle if they are of
+        another size. ValueError: it has fewer.
+        """
         if not self.video:
             raise ValueError(
                 f"subject.video is empty, and subject.tune_on is {self.tune_on}; give a video of the subject"
@@ -108,10 +112,6 @@ class SubjectConfig:
                 f"subject.video {path} has {there} frames and data.frames is {frames}; lower data.frames, or give a"
                 " longer video"
             )
-        video = rearrange(torch.from_numpy(pixels), "f h w c -> f c h w").float() / 127.5 - 1
-        if tuple(video.shape[-2:]) != (size, size):
-            raise ValueError(
-                f"subject.video {path} is {video.shape[-1]} x {video.shape[-2]} pixels and data.size {size};"
-                " resize it to a square of that side"
-            )
-        return video
+        _, height, width, _ = pixels.shape
+        no_mask, whole = np.zeros((height, width), bool), (0, 0, width, height)
+        return fit(torch.from_numpy(pixels), no_mask, box=whole, size=size)[0]

@@ -86,6 +86,18 @@ def caption_of(template: str, word: str) -> str:
     return template.replace("{}", f"{article} {word}")
 
 
+def template_from(caption: str, word: str) -> str:
+    """Return a caption's template: "a red car is turning" and ``car`` make ``{} is turning``.
+
+    The article, and one word between it and the subject's, go with it. ValueError: the caption lacks the word.
+    """
+    words = r"\s+".join(re.escape(part) for part in word.split())
+    found = re.search(rf"(?<!\w)(?:(?:an?|the)\s+(?:\w+\s+)?)?{words}(?!\w)", caption, flags=re.IGNORECASE)
+    if not words or found is None:
+        raise ValueError(f"the caption {caption!r} does not contain the subject {word!r} as whole words")
+    return f"{caption[: found.start()]}{{}}{caption[found.end() :]}"
+
+
 def insert_before(caption: str, subject: str | None, token: str) -> str:
     """Put a rare token before every whole occurrence of the subject: "a star is ..." -> "a sks star is ..."."""
     if not subject:

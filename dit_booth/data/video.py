@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit_booth.data.media import Media, is_file, open_media, size_of
-from dit_booth.files import replacing
+from dit_booth.files import NO_ROOM, replacing
 
 # Visually lossless, and small enough for a web page.
 _X264 = {"crf": "18", "preset": "medium"}
@@ -326,6 +326,8 @@ def _open(path: str | Media) -> Iterator[InputContainer]:
         with av.open(source, mode="r") as container:
             yield container
     except av.FFmpegError as error:
+        if error.errno in NO_ROOM:  # of a video that is written from this one
+            raise OSError(error.errno, error.strerror) from error
         raise ValueError(
             f"{path}: not a readable video ({error.strerror}); replace it, or leave it out"
         ) from error

@@ -67,7 +67,7 @@ def renoise(objective: Objective, x: Tensor, t0: Tensor, t1: Tensor, eps: Tensor
         )
     dtype = compute_dtype(x, eps)
     (a0, s0), (a1, s1) = (_levels(objective, t, x, dtype) for t in (t0, t1))
-    kept = a1 / a0
+    kept = torch.where(a0 > 0, a1 / a0, 1.0)  # pure noise stays pure noise
     noise = (s1.square() - (kept * s0).square()).clamp_min(0).sqrt()
     return (kept * x + noise * eps).to(x.dtype)
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from einops import repeat
 from torch import Tensor
 
-from dit_booth.diffusion.motion_warp import motion_field, renoise, warp
+from dit_booth.diffusion.motion_warp import motion_field, renoise, smooth_background, warp
 from dit_booth.diffusion.noise import Generators, randn
 from dit_booth.diffusion.objectives import Objective
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample, time_before
@@ -29,9 +30,14 @@ class StartConfig:
     """warp: share of the steps after which the moved frames go on (Text2Video-Zero: t1 = 47 of 50)."""
     motion: tuple[float, float] = (12.0, 12.0)
     """warp: motion per frame to the left and up, in pixels of an image of 512 (Text2Video-Zero: 12, 12)."""
+    background: float = 0.0
+    """warp: weight of frame 0's moved background in that of the other frames, which are then sampled twice; 0: none
+    (Text2Video-Zero's background smoothing: 0.6)."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "start", denoised="[0, 1)", renoised="[0, 1)", motion="[-512, 512]")
+        check_ranges(
+            self, "start", denoised="[0, 1)", renoised="[0, 1)", motion="[-512, 512]", background="[0, 1]"
+        )
         if self.renoised > self.denoised:
             raise ValueError(
                 f"start.renoised is {self.renoised}, more than start.denoised {self.denoised}; moved frames get noise"
@@ -72,3 +78,16 @@ class WarpedStart:
         )
         eps = randn(noise.shape, draws, noise.device, noise.dtype)
         return renoise(objective, moved, t0, t1, eps), early
+
+    def smooth(self, latents: Tensor, foreground: Tensor) -> Tensor:
+        """Mix the moved background of frame 0 into that of all frames of a video, from frame 0 on (b f c h w).
+
+        latents: of `latents`; foreground: b f 1 h w in [0, 1]. What frame 0's own foreground moves to is left as it is.
+        """
+        frames = latents.shape[1]
+        field = motion_field(range(frames), self.config.motion)
+        moved, shown = (
+            warp(repeat(whole[:, 0], "b c h w -> b f c h w", f=frames), field)
+            for whole in (latents, foreground)
+        )
+        return smooth_background(latents, moved, torch.maximum(foreground, shown), self.config.background)

@@ -62,9 +62,22 @@ def frame_embedding(frame_positions: FrameIndices, dim: int, device: torch.devic
 class Rotary(NamedTuple):
     """Rotary angles (RoFormer, arXiv 2104.09864, eq. 34) of f groups of n tokens, shared by all heads."""
 
-    cos: Tensor  # f n 1 d/2
-    sin: Tensor  # f n 1 d/2
+    cos: Tensor  # f n 1 d
+    sin: Tensor  # f n 1 d, times -1 for the first of each pair
     interleaved: bool = False  # pairs are neighbours (RoFormer, Wan), not elements of the two halves
+
+    @classmethod
+    def of(cls, angle: Tensor, dtype: torch.dtype, *, interleaved: bool = False) -> Rotary:
+        """Build the tables of the pairs' angles (f n 1 d/2), in float32 at least."""
+        wide = torch.promote_types(dtype, torch.float32)
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        pairs = (cos, cos), (-sin, sin)
+        tables = (
+            (torch.stack(pair, dim=-1).flatten(-2) for pair in pairs)
+            if interleaved
+            else (torch.cat(pair, dim=-1) for pair in pairs)
+        )
+        return cls(*tables, interleaved=interleaved)
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate x (b g m k d): group i as frame i, token j as place j of the grid.
@@ -74,15 +87,12 @@ class Rotary(NamedTuple):
         groups = x.shape[1]
         if x.shape[2] != self.cos.shape[1] or groups > self.cos.shape[0]:
             return x
-        cos, sin = self.cos[:groups], self.sin[:groups]
-        wide = x.to(cos.dtype)
-        pairs = (
-            rearrange(wide, "... (d p) -> ... d p", p=2).unbind(-1) if self.interleaved else wide.chunk(2, -1)
-        )
-        first, second = pairs
-        rotated = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
-        joined = torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
-        return joined.to(x.dtype)
+        wide = x.to(self.cos.dtype)
+        if self.interleaved:
+            partners = rearrange(wide, "... (d p) -> ... d p", p=2).flip(-1).flatten(-2)
+        else:
+            partners = wide.roll(x.shape[-1] // 2, dims=-1)
+        return (wide * self.cos[:groups]).addcmul(partners, self.sin[:groups]).to(x.dtype)
 
 
 @lru_cache(maxsize=64)
@@ -121,8 +131,9 @@ def rotary_3d(
         rearrange(row, "h p -> 1 h 1 p").expand(*shape, -1),
         rearrange(column, "w p -> 1 1 w p").expand(*shape, -1),
     )
-    rotary = _rotary(rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype)
-    return rotary._replace(interleaved=interleaved)
+    return Rotary.of(
+        rearrange(torch.cat(parts, dim=-1), "f h w p -> f (h w) 1 p"), dtype, interleaved=interleaved
+    )
 
 
 class ImageRotary(NamedTuple):
@@ -169,12 +180,12 @@ def rotary_frames(
     group_per_frame: bool,
     riflex: Riflex | None = None,
 ) -> Rotary:
-    """Angles of the frame alone, for temporal attention, where the frames are one group (1 f 1 d/2).
+    """Angles of the frame alone, for temporal attention, where the frames are one group (1 f 1 d).
 
-    group_per_frame: every frame is a group (f 1 1 d/2).
+    group_per_frame: every frame is a group (f 1 1 d).
     """
     angle = _angles(frame_positions, dim // 2, device, riflex)
-    return _rotary(rearrange(angle, "f p -> f 1 1 p" if group_per_frame else "f p -> 1 f 1 p"), dtype)
+    return Rotary.of(rearrange(angle, "f p -> f 1 1 p" if group_per_frame else "f p -> 1 f 1 p"), dtype)
 
 
 def _angles(
@@ -199,8 +210,3 @@ def riflex_frequencies(frequency: Tensor, riflex: Riflex) -> Tensor:
     changed = frequency.clone()
     changed[intrinsic] = 0.9 * 2 * math.pi / riflex.length
     return changed
-
-
-def _rotary(angle: Tensor, dtype: torch.dtype) -> Rotary:
-    wide = torch.promote_types(dtype, torch.float32)
-    return Rotary(angle.cos().to(wide), angle.sin().to(wide))

@@ -124,10 +124,15 @@ def read(file: Path) -> dict[str, Tensor]:
 
 
 def write(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors atomically: the file appears whole, or not at all."""
+    """Write tensors atomically: the file appears whole, or not at all. OSError: such as a full disk."""
     plain = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with replacing(file) as partial:
-        save_file(plain, partial, dict(metadata) if metadata else None)  # {} without tensors is a broken file
+        try:
+            save_file(
+                plain, partial, dict(metadata) if metadata else None
+            )  # {} without tensors is a broken file
+        except SafetensorError as error:
+            raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

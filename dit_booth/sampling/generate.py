@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Required, Self, TypedDict, Unpack
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from dit_booth.attention import Clip, Riflex, WindowFusion
@@ -19,8 +19,11 @@ from dit_booth.diffusion.guidance import GuidanceConfig
 from dit_booth.diffusion.inversion import invert
 from dit_booth.diffusion.samplers import Model, SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, WarpedStart
+from dit_booth.evaluation.segment import subject_masks
+from dit_booth.models.autoencoder.model import StreamDecoder
 from dit_booth.models.layers import Attention
 from dit_booth.sampling.long import (
+    IN_PARTS,
     Chunks,
     LatentSampler,
     Predicted,
@@ -73,6 +76,7 @@ class FrameSampler:
 
     components: Components
     latents: LatentSampler
+    decoder: StreamDecoder
 
     @classmethod
     @torch.no_grad()
@@ -121,7 +125,8 @@ class FrameSampler:
 
         network, other = network_of(components), components.interpolator
         between = network if other is None or long.kind != "lvdm" else network_of(other)
-        return cls(components, make_sampler(network, between, sampler, frames, shape, start, long, known))
+        latents = make_sampler(network, between, sampler, frames, shape, start, long, known)
+        return cls(components, latents, components.autoencoder.stream_decoder())
 
     @property
     def frames(self) -> int:
@@ -135,11 +140,13 @@ class FrameSampler:
 
     def state(self) -> dict[str, Tensor]:
         """Return what `restore` needs to go on after the last frames."""
-        return {name: tensor.clone() for name, tensor in self.latents.state().items()}
+        state = self.latents.state() | self.decoder.state()
+        return {name: tensor.clone() for name, tensor in state.items()}
 
     def restore(self, state: State) -> None:
         """Go on from a state, with the frames that would have followed."""
         self.latents.restore(state)
+        self.decoder.restore(state, self.components.device)
 
     def __iter__(self) -> Self:
         return self
@@ -149,8 +156,7 @@ class FrameSampler:
         """Sample the next frames."""
         if self.done == self.frames:
             raise StopIteration
-        latents = self.latents.next_block()
-        return self.components.autoencoder.decode(latents).clamp(-1, 1)
+        return self.decoder.decode(self.latents.next_block()).clamp(-1, 1)
 
 
 def make_sampler(
@@ -186,16 +192,17 @@ def check_grouped(
     section = components.config.autoencoder
     if section.frames_factor == 1:
         return
-    for name, needs in (
-        (f"sample.long.kind {long.kind}", long.kind != "none"),
-        ("start.kind warp", start.kind == "warp"),
-        ("a video of known frames", known is not None),
-    ):
-        if needs:
-            raise ValueError(
-                f"{name} needs a latent of every frame, but autoencoder.kind is {section.kind}, whose latents hold"
-                f" {section.frames_factor} frames each; use the default"
-            )
+    if start.kind == "warp" or known is not None:
+        name = "start.kind warp" if known is None else "a video of known frames"
+        raise ValueError(
+            f"{name} needs a latent of every frame, but autoencoder.kind is {section.kind}, whose latents hold"
+            f" {section.frames_factor} frames each; use the default"
+        )
+    if section.tile and long.kind in IN_PARTS:
+        raise ValueError(
+            f"sample.long.kind {long.kind} decodes a video in parts, but autoencoder.tile is {section.tile}, and tiles"
+            " are those of whole videos; set it to 0"
+        )
 
 
 def check_long(
@@ -213,6 +220,11 @@ def check_long(
             f"start.kind is {start.kind}, but sample.long.kind is {kind}: warp is for none and chunks, inversion for"
             " none; set one of them to its default (noise, none)"
         )
+    if start.background:
+        raise ValueError(
+            f"start.background is {start.background}, but sample.long.kind is {kind}: the background is smoothed over a"
+            " whole video; set it to 0, or use none"
+        )
     if known is not None and kind != "lvdm":
         raise ValueError(f"known frames are given, but sample.long.kind is {kind}; use none or lvdm")
     if kind == "lvdm":
@@ -228,9 +240,10 @@ def check_long(
     if kind == "freenoise":
         return
     if frames <= long.prefix:
+        video = components.config.autoencoder.video_frames(frames)
         raise ValueError(
-            f"frames is {frames}, no more than the {long.prefix} of sample.long.prefix; sample more, or lower"
-            " the prefix"
+            f"frames is {video}: the network sees {frames}, no more than the {long.prefix} of sample.long.prefix;"
+            " sample more, or lower the prefix"
         )
     if not components.config.objective.per_frame:
         warn_of_timesteps(kind)
@@ -299,6 +312,10 @@ class Whole(LatentSampler):
         noise = self.noise(self.frames)
         if self.warp is not None:
             latents, step = self.warp.latents(network.predict, noise, range(self.frames), network.draws)
+            sampled = self.run(network.predict, latents, step)
+            if not self.start.background:
+                return sampled
+            latents = self.warp.smooth(latents, foreground_of(network.components, sampled))
             return self.run(network.predict, latents, step)
         if self.start.kind == "inversion":
             return self.run(network.predict, inverted_video(network.components, self.sampler, noise))
@@ -325,6 +342,17 @@ def completed(network: GuidedNetwork, clips: ClipSampler, known: KnownVideo) -> 
     return clips.complete(latents.to(network.dtype), known.mask)
 
 
+def foreground_of(components: Components, latents: Tensor) -> Tensor:
+    """Segment the subject of sampled frames (b f c h w), at the latents' resolution: b f 1 h w, 1 where it shows.
+
+    It is what differs from a smooth background (Text2Video-Zero: a network that detects salient objects).
+    """
+    video = components.autoencoder.decode(latents).float().clamp(-1, 1)
+    masks = torch.stack([subject_masks(one) for one in video]).to(latents)
+    factor = components.autoencoder.factor
+    return reduce(masks, "b f (h i) (w j) -> b f 1 h w", "max", i=factor, j=factor)
+
+
 def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor) -> Tensor:
     """Return the noise that samples `subject.video`, once per row of `like` (b f c h w): null prompt, no guidance.
 
@@ -332,7 +360,7 @@ def inverted_video(components: Components, sampler: SamplerConfig, like: Tensor)
     """
     config = components.config
     frames = config.autoencoder.video_frames(like.shape[1])
-    video = config.subject.read_video(frames, config.data.size).to(like.device)
+    video = config.subject.read_video(frames, config.data.height_width).to(like.device)
     x0 = components.autoencoder.encode(rearrange(video, "f c h w -> 1 f c h w"), None).to(like.dtype)
     nothing = Pass(components.tokenize([components.model.text.null_prompt], [None]), None)
 

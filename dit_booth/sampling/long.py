@@ -26,6 +26,8 @@ from dit_booth.training.stage import frames_of_training
 log = logging.getLogger(__name__)
 State = Mapping[str, Tensor]
 """What a sampler goes on from, by name."""
+IN_PARTS = ("chunks", "diffusion_forcing", "lvdm")
+"""Kinds of `sample.long` whose videos are made in parts."""
 
 
 class LatentSampler(ABC):

@@ -69,16 +69,16 @@ def sample_class_images(components: Components, numbers: Sequence[int]) -> Tenso
     ValueError: values that are not finite.
     """
     config, active = components.config, components.model.active
-    captions, size = config.subject.captions, config.data.size
+    captions, side = config.subject.captions, config.data.prompt_side
     components.model.active = ()
     try:
         images = generate(
             components,
-            torch.zeros(len(numbers), 3, size, size, device=components.device),
+            torch.zeros(len(numbers), 3, side, side, device=components.device),
             [caption_of(template_of(captions, number), config.subject.word) for number in numbers],
             [None] * len(numbers),
             [_SEED + number for number in numbers],
-            size=(1, size, size),
+            size=(1, *config.data.height_width),
             guidance=config.guidance,
             sampler=config.sampler,
             use_image=False,

@@ -85,7 +85,7 @@ def requests_of(components: Components, sample: SampleConfig, frames: int = 0) -
     if not subject.prompts:
         dataset = components.dataset(sample.split, frames)
         return [Request.of(dataset[i], frames) for i in range(min(sample.videos, len(dataset)))]
-    image = subject.read_image(data.image_size or data.size)
+    image = subject.read_image(data.prompt_side)
     captions = [caption_of(prompt, subject.word) for prompt in subject.prompts[: sample.videos]]
     return [Request(prompt=c, caption=c, subject=subject.word, image=image, frames=frames) for c in captions]
 
@@ -135,7 +135,7 @@ def _generate(
 ) -> Tensor:
     config, first = components.config, requests[tasks[0].index]
     truth = first.truth
-    size = (config.data.size, config.data.size) if truth is None else truth.shape[-2:]
+    size = config.data.height_width if truth is None else truth.shape[-2:]
     videos = generate(
         components,
         torch.stack([_given(requests, task) for task in tasks]).to(components.device),

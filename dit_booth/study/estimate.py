@@ -100,19 +100,22 @@ def flops_of_step(config: RunConfig, of: Stage) -> float:
     if of.active:
         copies = model.strategy.reference_frames(of.active)
         images = config.data.image_prompts
-        image = describe.reference(shape, copies=copies, encoders=encoders, images=images)
+        prompts = (rows, 1, *latents_of(config, (config.data.prompt_side,) * 2))
+        image = describe.reference(prompts, copies=copies, encoders=encoders, images=images)
     with Flops() as counter:
         prediction = model(*describe.inputs(shape, encoders=encoders), image)
         (prediction.output.square().mean() + prediction.aux_loss).backward()
     return float(counter.total * config.train.batch_size)
 
 
-def latents_of(config: RunConfig) -> describe.Latents:
-    """Return channels, height and width of a frame's latents."""
+def latents_of(config: RunConfig, size: tuple[int, int] | None = None) -> describe.Latents:
+    """Return channels, height and width of a picture's latents; `size`: its own in pixels, none: that of the videos."""
+    channels, factor = CHANNELS.get(config.autoencoder.kind, 4), FACTOR
     if config.autoencoder.kind == "pixel":
-        patch = config.autoencoder.patch
-        return 3 * patch**2, config.data.size // patch, config.data.size // patch
-    return CHANNELS.get(config.autoencoder.kind, 4), config.data.size // FACTOR, config.data.size // FACTOR
+        factor = config.autoencoder.patch
+        channels = 3 * factor**2
+    height, width = size or config.data.height_width
+    return channels, height // factor, width // factor
 
 
 def config_of(settings: Mapping[str, object]) -> RunConfig:

@@ -26,10 +26,10 @@ def schedule_of(config: RunConfig) -> tuple[StageName, ...]:
 
 
 def frames_of_training(config: RunConfig) -> int:
-    """Return the most frames that a video of the run's stages has: ``data.frames``, or the longest crop."""
+    """Return the most latent frames that a video of the run's stages has: of ``data.frames``, or the longest crop."""
     stages = [stage_config(config, name) for name in schedule_of(config)]
     lengths = [stage.frames_of(config.data.frames) for stage in stages if not stage.single_frames]
-    return max(lengths, default=config.data.frames)
+    return config.autoencoder.latent_frames(max(lengths, default=config.data.frames))
 
 
 def active_strategies(config: RunConfig, schedule: Sequence[StageName], index: int) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ class VideoPool:
                 f"data.kind is {config.data.kind!r}, and toyworld_base.py renders the toy world only; use run.py"
             )
         # Written by the readers where it stays: what passes through pipes is copied several times.
-        shape = (count, config.data.frames, 3, config.data.size, config.data.size)
+        shape = (count, config.data.frames, 3, *config.data.height_width)
         videos = torch.empty(shape, dtype=torch.uint8).share_memory_()
         bounds = np.linspace(0, count, 8 * processes + 1).astype(int)
         jobs = [(world, videos[a:b], int(a)) for a, b in pairwise(bounds)]

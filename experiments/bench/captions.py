@@ -93,7 +93,7 @@ def sampled(components: Components, asked: list[tuple[str, Example]], batch: int
                 [example.caption for example in rows],
                 [None] * len(rows),
                 range(at, at + len(rows)),
-                size=(data.frames, data.size, data.size),
+                size=(data.frames, *data.height_width),
                 guidance=components.config.guidance,
                 sampler=components.config.sampler,
                 use_image=False,

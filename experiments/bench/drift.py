@@ -16,17 +16,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 import yaml
+from numpy.typing import NDArray
 
 from dit_booth.commands.sample import nested
 from dit_booth.config import PlainDict
 from dit_booth.config.parse import merge
+from dit_booth.data.video import read_video
 from dit_booth.evaluation import score
 from dit_booth.evaluation.case import Case
 from dit_booth.evaluation.oracle import oracle_scores
@@ -35,11 +38,16 @@ from dit_booth.files import write_text
 from dit_booth.models.weights import ASSETS
 from dit_booth.pipeline import EMBEDDED, Pipeline
 from dit_booth.sampling.prompts import Request, requests_of, sample_prompts
+from dit_booth.sampling.video import Video
 from dit_booth.training.distributed import Ranks
-from experiments.bench.drift_page import PRIMARY, TRUTH, write_page
+from experiments.bench.drift_page import METRIC, PICTURES, PRIMARY, TRUTH, Results, read_results, write_page
+from experiments.bench.drift_pictures import draw_frames, draw_sheet
 
 log = logging.getLogger("dit_booth")
 ALONE = Ranks(0, 1, torch.device("cpu"))
+SHARED = "shared"
+SHOWN = (0, 1)
+"""Prompts on the sheet."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +70,31 @@ def way(kind: str, **options: object) -> PlainDict:
     return {"sample": {"long": {"kind": kind, **options}}}
 
 
-KEYFRAMES = anchored("keyframes(8)", 8)
+def with_lvdm(settings: PlainDict) -> PlainDict:
+    names = ["token_replacement", "kv_concat", "lvdm"]
+    return {**settings, "strategy": "+".join(names), "stages": {"fine": {"strategies": names}}}
+
+
+KEYFRAMES = anchored("self+keyframes(8)", 8)
 VARIANTS = {
-    "first": Variant(anchored("first+previous")),
+    "first": Variant(anchored("self+first+previous")),
     "keyframes-8": Variant(KEYFRAMES),
-    "keyframes-4": Variant(anchored("keyframes(4)", 4)),
-    "keyframes-16": Variant(anchored("keyframes(16)", 16)),
+    "keyframes-4": Variant(anchored("self+keyframes(4)", 4)),
+    "keyframes-16": Variant(anchored("self+keyframes(16)", 16)),
     "window": Variant(anchored("window(8)")),
     "sink+window": Variant(anchored("sink(1)+window(8)")),
     "diffusion_forcing": Variant(KEYFRAMES, way("diffusion_forcing"), "keyframes-8"),
     "freenoise": Variant(KEYFRAMES, way("freenoise"), "keyframes-8"),
     "whole": Variant(KEYFRAMES, way("none"), "keyframes-8"),
     "riflex": Variant(KEYFRAMES, way("none", riflex=16), "keyframes-8"),
-    "lvdm": Variant({"strategy": "kv_concat+lvdm", **KEYFRAMES}, way("lvdm")),
+    "lvdm": Variant(with_lvdm(KEYFRAMES), way("lvdm")),
 }
 
 
 @dataclass(frozen=True)
 class DriftArguments:
     out: Path
-    """Folder of the trainings, the videos and their scores."""
+    """Folder of the trainings, the videos and their scores; with --page also a file of scores."""
     only: tuple[str, ...] = (TRUTH, *VARIANTS)
     """Variants to make; truth: the prompts' real videos."""
     seeds: int = 5
@@ -174,7 +187,7 @@ class Study:
     def shared(self) -> Path:
         """Train the shared stage; return the run's folder."""
         adapter = str(ASSETS / EMBEDDED["toyworld"])
-        return self.run("shared", {"schedule": ["joint"], "strategy_weights": [adapter]}, KEYFRAMES)
+        return self.run(SHARED, {"schedule": ["joint"], "strategy_weights": [adapter]}, KEYFRAMES)
 
     def run(self, name: str, *settings: PlainDict) -> Path:
         """Train a run to its end, unless it is there; sample nothing. Return its folder.
@@ -208,6 +221,28 @@ def case_of(request: Request) -> Case:
     )
 
 
+def draw_pictures(options: DriftArguments, results: Results) -> None:
+    """Draw the plot beside the page, and, of a study's folder, the sheet of two prompts."""
+    assert options.page is not None
+    frames, sheet = (options.page.with_name(name.format(options.page.stem)) for name in PICTURES)
+    draw_frames(results, (TRUTH, *PRIMARY), METRIC, frames)
+    if options.out.is_dir():
+        pipeline = Pipeline.load(options.out / SHARED / "run", device="cpu")
+        requests = requests_of(pipeline, replace(pipeline.config.sample, videos=max(SHOWN) + 1))
+        draw_sheet([videos_of(options.out, requests[i], i, results) for i in SHOWN], sheet)
+
+
+def videos_of(folder: Path, request: Request, index: int, results: Results) -> dict[str, NDArray[np.uint8]]:
+    """Return the videos of a prompt (f h w 3): the real one, and each variant's of the first seed."""
+    assert request.truth is not None
+    videos = {TRUTH: Video.from_tensor(request.truth, fps=8).frames}
+    for name in results:
+        file = folder / f"{name}-seed0" / "samples" / f"{index:03d}-seed0.mp4"
+        if file.is_file():
+            videos[name] = read_video(file)
+    return videos
+
+
 def main(options: DriftArguments) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
@@ -215,7 +250,10 @@ def main(options: DriftArguments) -> None:
     if unknown:
         raise ValueError(f"--only names {unknown[0]!r}; choose from {', '.join((TRUTH, *VARIANTS))}")
     if options.page is not None:
-        write_page(options.page, options.out, [TRUTH, *VARIANTS])
+        results = read_results(options.out, [TRUTH, *VARIANTS])
+        if results:
+            draw_pictures(options, results)
+        write_page(options.page, results)
         return
     study = Study(options.out, nested(options.set), options.piece)
     for piece in options.pieces:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,63 +13,85 @@ from numpy.typing import ArrayLike
 
 from dit_booth.evaluation.catalogue import describe
 from dit_booth.evaluation.drift import last_minus_first
-from dit_booth.evaluation.scores import Score, read_scores
+from dit_booth.evaluation.scores import Score, read_scores, write_scores
+from dit_booth.files import write_text
 from dit_booth.study.statistics import CrossedEstimate, Scores, estimate_mean, paired_difference
-from experiments.bench.measure import write_lines
 
 PRIMARY = ("keyframes-8", "first")
 """The primary contrast: the first minus the second, in the drift of `METRIC`."""
 TRUTH = "truth"
 METRIC = "appearance"
 MOTION = ("speed", "rotation")
-INTRO = f"""# Drift in long videos
+FINDINGS = "## What came out"
+"""Heading of the section that is written by hand, and stays when the page is made anew."""
+PICTURES = {"{}_frames.png": f"{METRIC} over the frames", "{}_sheet.png": "every 16th frame of two prompts"}
+"""Pictures beside the page, by its name."""
+METRICS = (METRIC, *MOTION, "right_shape")
+TITLE = "# Drift in long videos\n"
+MEASURES = f"""## Measures
+
+**Drift** is the mean of the last quarter of the frames minus that of the first; {METRIC} is a distance to the true
+subject, so positive drift is a video that gets worse. Levels stand beside it, because a video that is wrong from the
+start cannot get much worse, and motion, because a video that stands still drifts least. `truth` is the prompts' real
+videos: what the measures make of a perfect one. The last column compares with `{PRIMARY[0]}` on the seeds and prompts
+that both have. Intervals are of 95 %, over training seeds and prompts (`dit_booth/study/statistics.py`).
+"""
+REPEAT = """## To repeat
 
 ```bash
 python -m experiments.bench.drift --out runs/drift                               # an hour of one core; resumes
 python -m experiments.bench.drift --out runs/drift --page docs/results/long.md   # this page, of what is there
+python -m experiments.bench.drift --out docs/results/long.scores.jsonl.gz --page /tmp/long.md    # of the scores here
 ```
-
-Videos of 128 frames of the toy world's long scenes, the first prompts of the `test` split, `kv_concat` on the DiT
-nano (`experiments/configs/long.yaml`). **Drift** is the mean of the last quarter of the frames minus that of the
-first; {METRIC} is a distance, so positive drift is a video that gets worse. Motion stands beside it, because a
-video that stands still drifts least. Intervals are of 95 %, over training seeds and prompts
-(`dit_booth/study/statistics.py`).
 """
 DESIGN = f"""## Design
 
+Videos of 128 frames of the toy world's long scenes, the first prompts of the `test` split, by the embedded DiT and its
+`token_replacement+kv_concat` (`experiments/configs/long.yaml`).
+
 * **Primary contrast**, declared before any of its videos was made: `{PRIMARY[0]}` minus `{PRIMARY[1]}`, drift of
-  {METRIC}, five training seeds and 24 prompts. `first`: plan `first+previous`, the image at frame 0. `keyframes-m`:
-  plan `keyframes(m)`, the image again at every m-th frame. Everything else has one seed and eight prompts, and is
-  exploratory.
+  {METRIC}, five training seeds and 24 prompts. `first`: plan `self+first+previous`, the image's keys at frame 0.
+  `keyframes-m`: plan `self+keyframes(m)`, the image's keys again at every m-th frame. In all variants the image also
+  enters every frame by the subject's words (`token_replacement`): `kv_concat` alone, which was trained beside it, does
+  not transfer the colours. Everything else has one seed and eight prompts, and is exploratory.
 * `window`: plan `window(8)`, the image at frame 0; `sink+window`: `sink(1)+window(8)`. All of these are made in
   chunks of 16 frames with a clean prefix of two.
 * `diffusion_forcing`, `freenoise`, `whole` (all frames at once) and `riflex` (the same with L = 16) have the
-  weights of `{PRIMARY[0]}`, seed 0; `lvdm` is trained with `kv_concat+lvdm`, and predicts clip after clip.
-* One stage on crops of 8 frames, where `keyframes(8)` and `first+previous` are one plan, is shared. Each variant
-  then trains 40 steps on crops of 16 frames, which hold a second keyframe (`keyframes-16` has none). All frames
-  have timesteps of their own.
-* Four sampling steps, no guidance: on four dev prompts of 8 frames, the embedded pipeline had an appearance of
-  16.1 with 4 steps, 15.9 with 6 and 15.7 with 12. The oracle fits the true subject to every frame, and divides the
+  weights of `{PRIMARY[0]}`, seed 0; `lvdm` is trained with `lvdm`, too, and predicts clip after clip.
+* One stage on crops of 8 frames, where `self+keyframes(8)` and `self+first+previous` are one plan, is shared. Each
+  variant then trains 40 steps on crops of 16 frames, which hold a second keyframe (`keyframes-16` has none). All
+  frames have timesteps of their own. Rates are low: an earlier study at 1e-3, by `kv_concat` alone and plans without
+  `self`, had forgotten the subjects before its first video, and is not shown.
+* Four sampling steps, no guidance: on four dev prompts of 64 frames, the embedded pipeline had an appearance of
+  26.7 with 4 steps and 26.3 with 8. The oracle fits the true subject to every frame, and divides the
   scene's light out; frames with the bar, which passes in the middle half, have no value.
 """
 LIMITS = """**What it cannot show.** The seeds are those of the last 40 steps: all variants share one stage and one
 embedded base, so the intervals leave out what another base would do. Training never shows two frames that are more
-than 15 apart, so `first` reads frame 0 at distances that are new to the network. Four steps without guidance are
-fewer than the demo's. Drawn shapes of 32 pixels.
+than 15 apart, so `first` reads frame 0 at distances that are new to the network. The words bring the image to all
+frames, which keeps `first` from drifting as far as it could. Four steps without guidance are fewer than the demo's.
+Drawn shapes of 32 pixels.
 """
 Results = dict[str, list[Score]]
 """Name of a variant -> its scores."""
 Summary = Callable[[ArrayLike], float]
 
 
-def read_results(folder: Path, names: Sequence[str]) -> Results:
-    """Return the scores of the variants that have some."""
-    found = {
-        name: [
-            one for file in sorted(folder.glob(f"{name}-seed*/scores/*.jsonl")) for one in read_scores(file)
-        ]
-        for name in names
-    }
+def read_results(source: Path, names: Sequence[str]) -> Results:
+    """Return the scores of the variants that have some: of the study's folder, or of the file beside its page."""
+    if source.is_file():
+        scores = read_scores(source)
+        found = {name: [one for one in scores if one.point == name] for name in names}
+    else:
+        found = {
+            name: [
+                replace(one, point=name)
+                for file in sorted(source.glob(f"{name}-seed*/scores/*.jsonl"))
+                for one in read_scores(file)
+                if one.metric in METRICS
+            ]
+            for name in names
+        }
     return {name: scores for name, scores in found.items() if scores}
 
 
@@ -99,53 +123,46 @@ def values_of(scores: Sequence[Score], metric: str, of: Summary) -> Scores:
     return out
 
 
-def write_page(file: Path, folder: Path, names: Sequence[str]) -> None:
-    """Write the page, and the values of every video beside it (.jsonl)."""
-    results = read_results(folder, names)
-    found = [*table(results), "", *contrasts(results)] if results else ["**There are no scores yet.**"]
-    file.write_text("\n".join([INTRO, *found, "", DESIGN, LIMITS]))
-    rows = [
-        {
-            "variant": name,
-            "seed": one.seed,
-            "prompt": one.prompt,
-            "metric": one.metric,
-            "first_quarter": _rounded(first_quarter(one.value)),
-            "last_quarter": _rounded(last_quarter(one.value)),
-            "mean": _rounded(mean(one.value)),
-        }
-        for name, scores in results.items()
-        for one in scores
-        if one.metric in (METRIC, *MOTION, "right_shape")
-    ]
-    if rows:
-        write_lines(file.with_suffix(".jsonl"), rows)
+def write_page(file: Path, results: Results) -> None:
+    """Write the page, with the pictures beside it that are there, and all scores (.scores.jsonl.gz)."""
+    figures = [*contrasts(results), "", *table(results)] if results else ["**There are no scores yet.**"]
+    names = {name.format(file.stem): label for name, label in PICTURES.items()}
+    pictures = [f"![{label}]({name})\n" for name, label in names.items() if file.with_name(name).is_file()]
+    parts = [TITLE, findings(file), "## Figures\n", *figures, "", *pictures, MEASURES, REPEAT, DESIGN, LIMITS]
+    write_text(file, "\n".join(parts))
+    if results:
+        write_scores(file.with_suffix(".scores.jsonl.gz"), chain.from_iterable(results.values()))
 
 
-def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 5)
+def findings(file: Path) -> str:
+    """Return the section of the page that is written by hand; empty if there is none."""
+    _, heading, rest = (file.read_text() if file.is_file() else "").partition(FINDINGS)
+    return heading + rest.partition("\n## ")[0]
 
 
 def table(results: Results) -> list[str]:
     """Return the table: levels and drift of the appearance, and motion, of every variant."""
     unit = describe(METRIC).unit
     lines = [
-        f"| variant | seeds x prompts | {METRIC} ({unit}), first quarter | last quarter | drift | right shape, last"
-        " quarter | speed (sides per 100 frames) | rotation (degrees per frame) |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        f"| variant | seeds x prompts | {METRIC} ({unit}), first quarter | last quarter | drift | drift minus"
+        f" {PRIMARY[0]}'s | right shape, last quarter | speed (sides per 100 frames) | rotation (degrees per frame) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    base = results.get(PRIMARY[0], [])
     for name, scores in results.items():
         drift = values_of(scores, METRIC, last_minus_first)
-        size = f"{len(drift)} x {max(map(len, drift.values()), default=0)}"
+        beside = None if name in (PRIMARY[0], TRUTH) else difference(scores, base, METRIC, last_minus_first)
         cells = [
+            f"{len(drift)} x {max(map(len, drift.values()), default=0)}",
             number(estimate(scores, METRIC, first_quarter)),
             number(estimate(scores, METRIC, last_quarter)),
             with_interval(estimate_mean(drift)),
+            with_interval(beside),
             number(estimate(scores, "right_shape", last_quarter), 2),
             number(estimate(scores, "speed", mean), 2, 100),
             number(estimate(scores, "rotation", mean)),
         ]
-        lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

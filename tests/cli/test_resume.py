@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dit_booth.data.video import write_video
+
 pytestmark = pytest.mark.slow
 STEPS = 16
 LONGER = ["--stages.coarse.steps", str(STEPS), "--sample.videos", "1"]
@@ -38,19 +40,35 @@ def lines(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
-@pytest.fixture(scope="module")
-def unbroken(program, tiny, train_all, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    ended = program.run(*tiny, *train_all, *LONGER, "--out", str(folder))
-    assert ended.code == 0, ended.output
-    return folder
+def write_clips(root: Path) -> list[str]:
+    """Write five videos of three shapes; return the flags to train on them in buckets."""
+    root.mkdir()
+    for number, (frames, height, width) in enumerate([(3, 12, 24)] * 2 + [(3, 12, 12)] * 2 + [(2, 12, 24)]):
+        video = torch.rand(frames, 3, height, width, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        write_video(root / f"{number}.mp4", video, fps=8)
+        (root / f"{number}.txt").write_text(f"a box of number {number}\nbox\n")
+    flags = ["--data.kind", "triplets", "--data.triplets.root", str(root), "--data.triplets.format", "folder"]
+    return [*flags, "--data.triplets.stride", "1", "--data.buckets", "12x12", "12x24", "12x24x2"]
 
 
-def test_interrupted_then_killed_it_still_ends_with_the_same_weights(
-    program, tiny, train_all, unbroken: Path, steps_of, tmp_path: Path
+def test_interrupted_then_killed_in_buckets_it_still_ends_with_the_same_weights(
+    program, tiny, train_all, steps_of, tmp_path: Path
 ):
-    folder = tmp_path / "run"
-    command = [*tiny, *train_all, *LONGER, *WORKER, "--train.checkpoint-every", "2", "--out", str(folder)]
+    data = write_clips(tmp_path / "data")
+    folder, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    ended = program.run(*tiny, *train_all, *LONGER, *data, "--out", str(unbroken))
+    assert ended.code == 0, ended.output
+    command = [
+        *tiny,
+        *train_all,
+        *LONGER,
+        *data,
+        *WORKER,
+        "--train.checkpoint-every",
+        "2",
+        "--out",
+        str(folder),
+    ]
 
     ended = program.cut(*command, folder=folder, steps=3, number=signal.SIGINT)
     assert ended.code == 130, ended.output

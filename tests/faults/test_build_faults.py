@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from disk import full_disk
 from odd_videos import ramp, write, write_no_frames, write_sound
 from PIL import Image
 
@@ -16,6 +19,9 @@ from dit_booth.data.build import BuildSettings, FilterSettings, Report, build
 from dit_booth.data.build.candidate import Candidate
 from dit_booth.data.build.captions import read_captions
 from dit_booth.data.build.settings import SegmentSettings
+from dit_booth.data.build.stages import run_stage
+from dit_booth.data.build.write import COLUMN_TYPES, write_clip
+from dit_booth.data.parquet import write_parquet
 from dit_booth.data.readers.triplets import Triplets, TripletsConfig
 
 torch.set_num_threads(1)
@@ -164,3 +170,34 @@ def test_lists_that_cannot_be_used_at_all(root: Path, tmp_path: Path) -> None:
         read_captions(tmp_path / "list.csv", root / "videos")
     with pytest.raises(ValueError, match=r"none\.csv cannot be read"):
         read_captions(tmp_path / "none.csv", root / "videos")
+
+
+def test_a_full_disk_stops_the_build_rejects_no_clip_and_the_same_build_goes_on(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 255, (6, 32, 48, 3)).astype(np.uint8))
+    row = Candidate(videoid="a_1-6", page_dir="p", caption="c", video="a.mp4", start=1, end=6)
+    work = partial(write_clip, videos=str(tmp_path), out=str(tmp_path / "set"))
+    stage = partial(run_stage, "clips", [row], work, settings=0, folder=tmp_path / "build", workers=1)
+    with full_disk(2000), pytest.raises(OSError, match="too large"):
+        stage()
+    assert not list((tmp_path / "set").rglob("*.*"))
+    (done,) = stage()
+    assert not done.reasons and (tmp_path / "set" / "videos" / "p" / "a_1-6.mp4").is_file()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"videoid": "a" * 4000}) + "\n")
+    with full_disk(100), pytest.raises(OSError, match=r"table\.parquet cannot be written"):
+        write_parquet(tmp_path / "rows.jsonl", tmp_path / "table.parquet", COLUMN_TYPES)
+
+
+def test_lists_of_the_users_own_are_neither_removed_nor_taken_for_the_sets(
+    root: Path, report: Report, tmp_path: Path
+) -> None:
+    settings = BuildSettings(
+        videos=str(root / "videos"), captions=str(tmp_path / "list.csv"), out=str(tmp_path)
+    )
+    (tmp_path / "list.csv").write_text("video,caption\nfine.mp4,a car\n")
+    with pytest.raises(ValueError, match=r"list\.csv', which lies in out"):
+        build(settings)
+    shutil.copytree(root / "set", tmp_path / "set")
+    (tmp_path / "set" / "notes.csv").write_text("a,b\n")
+    (tmp_path / "set" / "old.csv").write_text("videoid,page_dir,name,image_from\n")
+    build(replace(settings, out=str(tmp_path / "set"), segment=SegmentSettings(folder=str(root / "masks"))))
+    assert {file.name for file in (tmp_path / "set").glob("*.csv")} == {"notes.csv"}

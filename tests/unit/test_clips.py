@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dit_booth.strategies.channel_concat import ChannelConcatConfig
 from dit_booth.strategies.decoupled_attention import DecoupledAttentionConfig
 from dit_booth.strategies.elite import EliteLocalConfig
 from dit_booth.strategies.in_context import InContextConfig
@@ -263,6 +264,7 @@ def test_a_clip_of_another_length_and_a_reference_that_reads_the_video() -> None
 # ---- where the image reaches ---------------------------------------------------------------------------------------
 
 ANCHORED = {
+    "channel_concat": ChannelConcatConfig,
     "kv_concat": KVConcatConfig,
     "decoupled_attention": DecoupledAttentionConfig,
     "elite_local": EliteLocalConfig,

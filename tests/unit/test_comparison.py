@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dit_booth.comparison.budget import Budget, flops_text, keep, parse_budget, resolve
 from dit_booth.comparison.plan import Plan, make_plan, shared_config
-from dit_booth.comparison.subjects import read_subjects
+from dit_booth.comparison.subjects import Subject, read_subjects
 from dit_booth.comparison.systems import System, SystemCost, find_systems, sample_once, sampling_flops
 from dit_booth.config import DataConfig, RunConfig, SubjectConfig
+from dit_booth.config.data import TripletsOptions
 from dit_booth.cost.flops import Flops
 from dit_booth.data.image_prompt import as_image_prompt
 from dit_booth.data.toyworld import Toyworld, ToyworldConfig, another_scene, render_video
@@ -171,23 +173,59 @@ def test_a_subjects_settings_name_its_files(tmp_path: Path):
     assert (image.image, image.video, image.token) == (str(subject.image), "", "sks")
     video = subject.settings(RunConfig.create("tune_a_video").subject)
     assert (video.video, video.captions) == (subject.video, (subject.scene,))
-    data = video.build(frames=3, size=16, image_size=0, seed=0, prior=None)
+    data = video.build(frames=3, size=(16, 16), side=16, seed=0, prior=None)
     assert data[0].video.shape == torch.Size([3, 3, 16, 16]) and data[0].caption.startswith("a")
 
 
-def test_data_without_another_scene_refuse_systems_that_tune_on_videos(tmp_path: Path, write_triplets):
-    captions = ["a cat runs", "a cat sleeps"]
-    root = write_triplets(tmp_path / "data", captions, "cat")
-    data = RunConfig.create(
-        "none",
-        data={"kind": "triplets", "size": 16, "frames": 2, "triplets": {"root": str(root), "stride": 1}},
-    ).data
-    subjects = read_subjects(data, "test", 2, tmp_path / "subjects")
+def read_clips(root: Path, files: Path, count: int, frames: int = 2) -> list[Subject]:
+    options = TripletsOptions(root=str(root), stride=1)
+    return read_subjects(
+        DataConfig(kind="triplets", size=16, frames=frames, triplets=options), "test", count, files
+    )
+
+
+def test_a_clip_on_disk_is_tuned_on_where_it_is_not_compared(tmp_path: Path, write_triplets):
+    root = write_triplets(tmp_path / "data", ["a black cat runs", "the cat sleeps"], "cat")
+    subjects = read_clips(root, tmp_path / "rest", 2)
+    assert [subject.scene for subject in subjects] == ["{} runs", "{} sleeps"]
+    whole = read_clips(root, tmp_path / "whole", 2, frames=3)
+    for few, many in zip(subjects, whole, strict=True):
+        after, truth = read_video(few.video), as_pixels(many.request.truth)
+        assert after.shape == (2, 16, 16, 3)
+        assert np.array_equal(after[0], truth[2]), "frames 2 and 3: those after the two that are compared"
+        assert not np.array_equal(read_video(many.video)[0], truth[2])
+    with (root / "all.csv").open("w") as file:
+        file.write(
+            "videoid,page_dir,name,image_from\nclip0,page,a cat runs,clip1\nclip1,page,the cat sleeps,\n"
+        )
+    (paired, other) = read_clips(root, tmp_path / "paired", 2)
+    assert paired.scene == "{} sleeps", "the clip that the image prompt is cut from"
+    assert np.array_equal(read_video(paired.video), as_pixels(other.request.truth))
+
+
+def as_pixels(video: Tensor | None) -> np.ndarray:
+    assert video is not None
+    return ((video + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_a_clip_without_further_frames_refuses_systems_that_tune_on_videos(tmp_path: Path, write_triplets):
+    root = write_triplets(tmp_path / "data", ["a cat runs", "a cat sleeps"], "cat")
+    subjects = read_clips(root, tmp_path / "subjects", 2, frames=4)  # of 6
     assert subjects[0].settings(SubjectConfig()).word == "cat"
-    with pytest.raises(ValueError, match=r"has no video of another scene"):
+    with pytest.raises(ValueError, match=r"has no second video"):
         subjects[0].settings(SubjectConfig(tune_on="video"))
     with pytest.raises(ValueError, match=r"--subjects is 3, and the test split has 2"):
-        read_subjects(data, "test", 3, tmp_path / "subjects")
+        read_clips(root, tmp_path / "subjects", 3)
+
+
+def test_an_image_prompt_without_subject_is_an_error_of_its_subject(tmp_path: Path):
+    (subject,) = read_subjects(DATA, "test", 1, tmp_path)
+    white = replace(subject, request=replace(subject.request, image=torch.ones(3, 16, 16)))
+    with pytest.raises(ValueError, match=r"the image prompt of toyworld/0/test/0 is all white"):
+        white.settings(SubjectConfig())
+    unnamed = replace(subject, request=replace(subject.request, subject=""))
+    with pytest.raises(ValueError, match=r"the image prompt of toyworld/0/test/0 has no subject in words"):
+        unnamed.settings(SubjectConfig())
 
 
 # ---- costs -------------------------------------------------------------------------------------------------

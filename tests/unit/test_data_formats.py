@@ -191,8 +191,8 @@ def test_pictures_with_numbers_are_references_unless_they_have_a_caption(
     rows = list(read_images(tmp_path, tmp_path))
     assert [(row.key, len(row.references)) for row in rows] == [("a", 2), ("b.1", 0), ("b", 0)]
     shutil.copy(source / "picture.png", tmp_path / "c.1.png")
-    with pytest.raises(ValueError, match=r"c\.1\.png has no caption"):
-        list(read_images(tmp_path, tmp_path))
+    (broken,) = [row.fault for row in read_images(tmp_path, tmp_path) if row.fault]
+    assert "c.1.png has no caption" in broken
 
 
 def test_bad_reference_pictures(source: Path, tmp_path: Path) -> None:
@@ -308,9 +308,19 @@ def test_a_folder_whose_caption_is_missing_or_not_utf8(source: Path, tmp_path: P
     (tmp_path / "deep" / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"a\.txt: not UTF-8"):
         open_set(tmp_path, "folder")
-    (tmp_path / "deep" / "a.txt").unlink()
-    with pytest.raises(ValueError, match=r"has no caption; write it into a\.txt"):
-        open_set(tmp_path, "folder")
+    shutil.copy(tmp_path / "deep" / "a.mp4", tmp_path / "b.mp4")
+    shutil.copy(tmp_path / "deep" / "a.mp4", tmp_path / "c.mp4")
+    (tmp_path / "b.txt").write_text(CAPTION)
+    with pytest.raises(ValueError, match=r"c\.mp4 has no caption; write it into c\.txt"):
+        open_set(tmp_path, "folder", max_broken=1)
+    data = open_set(tmp_path, "folder", max_broken=2)
+    assert [item.row.key for item in data.items] == ["b"] and set(data.broken) == {"c", "deep/a"}
+
+
+def test_a_table_that_is_no_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "metadata.parquet").write_bytes(b"junk" * 100)
+    with pytest.raises(ValueError, match=r"metadata\.parquet: not a readable Parquet file"):
+        open_set(tmp_path, "metadata")
 
 
 def test_the_configuration_chooses_the_format(source: Path, tmp_path: Path) -> None:

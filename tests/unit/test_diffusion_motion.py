@@ -70,6 +70,12 @@ def test_noise_is_never_taken_away() -> None:
         renoise(objective, x, t, torch.tensor([300, 899]), x)
 
 
+def test_pure_noise_stays_as_it_is() -> None:
+    x, t = latents(1, 1, 4, 3, 3), torch.tensor([1.0])
+    flow = make_objective(ObjectiveConfig(kind="flow"))
+    assert torch.equal(renoise(flow, x, t, t, latents(*x.shape, seed=1)), x)
+
+
 def test_the_foreground_stays_and_the_background_is_a_convex_combination() -> None:
     x, warped = latents(2, 3, 4, 5, 6), latents(2, 3, 4, 5, 6, seed=1)
     mask = (latents(2, 3, 1, 5, 6, seed=2) > 0).float()

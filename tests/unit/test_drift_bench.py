@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dit_booth.attention import FramePlan
 from dit_booth.config import RunConfig
 from dit_booth.evaluation.scores import Score, write_scores
 from experiments.bench.drift import VARIANTS, DriftArguments, Piece, Study
-from experiments.bench.drift_page import PRIMARY, TRUTH, contrasts, read_results, write_page
+from experiments.bench.drift_page import (
+    FINDINGS,
+    PRIMARY,
+    TRUTH,
+    contrasts,
+    read_results,
+    table,
+    write_page,
+)
+from experiments.bench.drift_pictures import CELL, GAP, LABEL, TEXT, draw_sheet, moving_average
 
 NAMES = [TRUTH, *VARIANTS]
 
@@ -38,24 +48,39 @@ def test_the_page_tells_levels_drift_and_the_primary_contrast(tmp_path: Path) ->
     write(tmp_path, "keyframes-8", 5, 1.0)
     write(tmp_path, "first", 5, 3.0)
     write(tmp_path, "window", 1, 5.0)
-    write_page(tmp_path / "long.md", tmp_path, NAMES)
-    page = (tmp_path / "long.md").read_text()
+    file, results = tmp_path / "long.md", read_results(tmp_path, NAMES)
+    file.write_text(f"# Old\n\n{FINDINGS}\n\nBy hand.\n\n## Figures\n\nEarlier ones.\n")
+    write_page(file, results)
+    page = file.read_text()
     rows = {
         line.split(" | ")[0].strip("| "): line.split(" | ") for line in page.splitlines() if " x 3 |" in line
     }
-    assert rows["keyframes-8"][1:5] == ["5 x 3", "10.0", "11.0", rows["keyframes-8"][4]]
+    assert rows["keyframes-8"][1:4] == ["5 x 3", "10.0", "11.0"] and rows["keyframes-8"][5] == "-"
     assert rows["keyframes-8"][4].startswith("+1.02 ±") and rows["first"][4].startswith("+3.02 ±")
-    assert rows["window"][1] == "1 x 3" and rows["window"][6] == "1.00" and rows["window"][5] == "-"
+    assert rows["first"][5].startswith("+2.00") and rows["window"][5].startswith("+4.00")
+    assert rows["window"][1] == "1 x 3" and rows["window"][7] == "1.00" and rows["window"][6] == "-"
     (said,) = [line for line in page.splitlines() if line.startswith("**keyframes-8 minus first**")]
     assert (
         "5 training seeds, 3 prompts: drift of appearance -2.00" in said and "keyframes-8 drifts less" in said
     )
-    lines = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
-    assert len(lines) == (5 + 5 + 1) * 3 * 2
-    assert next(line for line in lines if line["variant"] == "keyframes-8") == {
-        "variant": "keyframes-8", "seed": 0, "prompt": "p0", "metric": "appearance",
-        "first_quarter": 10.0, "last_quarter": 11.0, "mean": 54.75,
-    }  # fmt: skip
+    assert page.count(FINDINGS) == page.count("By hand.") == 1 and "Earlier" not in page
+    scores = tmp_path / "long.scores.jsonl.gz"
+    again = read_results(scores, NAMES)
+    assert again.keys() == results.keys() and table(again) == table(results), "the page can be made of it"
+
+
+def test_pictures_are_averages_of_frames_with_a_value(tmp_path: Path) -> None:
+    values = np.full((2, 32), np.nan)
+    values[0, :16], values[1, 4:] = 1.0, 3.0
+    smooth = moving_average(values)
+    assert smooth.shape == (32,) and smooth[0] == pytest.approx((8 * 1 + 4 * 3) / 12) and smooth[31] == 3
+    assert np.isnan(moving_average(np.full((1, 40), np.nan))).all()
+    videos = {name: np.full((20, 8, 8, 3), shade, np.uint8) for name, shade in (("a", 10), ("b", 200))}
+    draw_sheet([videos, videos], tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (LABEL + 3 * (CELL + GAP), TEXT + 4 * (CELL + GAP)), "frames 0, 16 and 19"
+        shades = [sheet.getpixel((LABEL + CELL // 2, TEXT + row * (CELL + GAP) + 9)) for row in range(4)]
+    assert shades == [(10,) * 3, (200,) * 3] * 2
 
 
 def test_a_contrast_of_few_seeds_is_exploratory_and_half_of_one_is_none(tmp_path: Path) -> None:
@@ -64,7 +89,7 @@ def test_a_contrast_of_few_seeds_is_exploratory_and_half_of_one_is_none(tmp_path
     write(tmp_path, PRIMARY[1], 2, 3.0)
     (said,) = contrasts(read_results(tmp_path, NAMES))
     assert "2 training seeds" in said and "exploratory" in said and "drifts less" not in said
-    write_page(tmp_path / "long.md", tmp_path / "nothing", NAMES)
+    write_page(tmp_path / "long.md", {})
     assert "There are no scores yet" in (tmp_path / "long.md").read_text()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -314,7 +315,7 @@ def test_the_command_line_takes_a_run_that_interpolates(runs: dict[str, Trial], 
 @pytest.mark.parametrize(
     ("long", "frames", "message"),
     [
-        (CHUNKS, 2, r"frames is 2, no more than the 2 of sample\.long\.prefix"),
+        (CHUNKS, 2, r"frames is 2: the network sees 2, no more than the 2 of sample\.long\.prefix"),
         (replace(CHUNKS, window=0, prefix=3), 9, r"sample\.long\.prefix is 3, but a pass sees 3 frames"),
         (LVDM, 9, r"sample\.long\.kind is lvdm, but no active strategy tells the network"),
     ],
@@ -374,7 +375,7 @@ class Interrupted:
     def __iter__(self) -> Iterator[Tensor]:
         for frames in self.sampler:
             if not self.left:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             self.left -= 1
             yield frames
 

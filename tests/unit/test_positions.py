@@ -27,7 +27,7 @@ def test_longer_and_larger_grids_continue_the_smaller() -> None:
 def test_rotary_angles_are_time_row_and_column() -> None:
     """Pair i of an axis with p pairs turns by position / 10000 ** (i / p)."""
     rotary = rotary_3d(range(-1, 2), 2, 3, 16, CPU, F64)
-    assert rotary.cos.shape == (3, 6, 1, 8)
+    assert rotary.cos.shape == (3, 6, 1, 16)
     expected = torch.tensor(
         [
             [
@@ -41,8 +41,9 @@ def test_rotary_angles_are_time_row_and_column() -> None:
         ],
         dtype=F64,
     )
-    assert worst(rotary.cos[:, :, 0], expected.cos()) < 1e-12
-    assert worst(rotary.sin[:, :, 0], expected.sin()) < 1e-12
+    cos, sin = expected.cos(), expected.sin()
+    assert worst(rotary.cos[:, :, 0], torch.cat([cos, cos], -1)) < 1e-12
+    assert worst(rotary.sin[:, :, 0], torch.cat([-sin, sin], -1)) < 1e-12
     x = torch.randn(2, 3, 6, 2, 16, dtype=F64)
     complex_x = (
         torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones(()).double(), expected)[:, :, None]

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from einops import reduce
 from torch import Tensor
 
+from dit_booth.config import LongConfig
 from dit_booth.config.subject import SubjectConfig
 from dit_booth.data.toyworld import Toyworld, ToyworldConfig
 from dit_booth.data.video import write_video
@@ -16,7 +19,7 @@ from dit_booth.diffusion.objectives import make_objective
 from dit_booth.diffusion.samplers import SamplerConfig, sample
 from dit_booth.diffusion.start import StartConfig, WarpedStart
 from dit_booth.pipeline import Pipeline
-from dit_booth.sampling.generate import generate
+from dit_booth.sampling.generate import foreground_of, generate
 
 torch.set_num_threads(1)
 
@@ -55,6 +58,21 @@ def test_moved_frames_are_those_of_frame_0_where_no_noise_is_added(kind: str):
     assert torch.equal(later[:, 0], moved[:, 2]), "a part of a video moves frame 0 by the frames' own indices"
 
 
+def test_the_moved_background_of_frame_0_is_mixed_in_where_no_subject_is():
+    config = StartConfig(kind="warp", motion=(64.0, 0.0), background=0.6)  # a column of eight per frame
+    start = WarpedStart(make_objective(OBJECTIVES["flow"]), SamplerConfig(), config)
+    latents = torch.randn(1, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    foreground = torch.zeros(1, 2, 1, 8, 8)
+    foreground[0, 0, 0, 2, 5] = foreground[0, 1, 0, 6, 1] = 1  # the former moves to column 4
+    smooth = start.smooth(latents, foreground)
+    assert torch.equal(smooth[:, 0], latents[:, 0])
+    mixed = 0.6 * latents[0, 0, :, :, 1:] + 0.4 * latents[0, 1, :, :, :-1]
+    for row, column in ((2, 4), (6, 1)):
+        assert torch.equal(smooth[0, 1, :, row, column], latents[0, 1, :, row, column])
+        mixed[:, row, column] = latents[0, 1, :, row, column]
+    torch.testing.assert_close(smooth[0, 1, :, :, :-1], mixed)
+
+
 def test_noise_is_added_up_to_the_level_of_the_step_that_goes_on():
     objective, config = make_objective(OBJECTIVES["flow"]), SamplerConfig(steps=50)
     noise = torch.randn(4, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -73,6 +91,7 @@ def test_noise_is_added_up_to_the_level_of_the_step_that_goes_on():
         ({"renoised": 0.5}, "start.renoised is 0.5, more than start.denoised 0.12"),
         ({"denoised": 1.0}, "start.denoised is 1.0"),
         ({"motion": (1000.0, 0.0)}, "start.motion is"),
+        ({"background": 1.5}, "start.background is 1.5"),
     ],
 )
 def test_a_start_that_cannot_be_is_refused(values: dict, message: str):
@@ -103,3 +122,26 @@ def test_an_inverted_video_comes_back(pipeline: Pipeline, tmp_path: Path):
 
     inverted = error(20, "inversion")
     assert inverted < 0.5 * error(20, "noise")
+
+
+def test_a_video_whose_background_is_smoothed_is_sampled_again(pipeline: Pipeline):
+    def sampled(background: float, **options: Any) -> Tensor:
+        start = StartConfig(kind="warp", denoised=0.5, renoised=0.25, background=background)
+        return generate(
+            pipeline, torch.ones(1, 3, 32, 32), ["a star is resting on sand"], [None], [0], size=(3, 32, 32),
+            guidance=GuidanceConfig(scale=1.0), sampler=SamplerConfig(steps=4, eta=0.0), start=start, use_image=False,
+            **options,
+        )  # fmt: skip
+
+    assert not torch.equal(sampled(0.6), sampled(0.0))
+    with pytest.raises(ValueError, match=r"start.background is 0.6, but sample.long.kind is chunks"):
+        sampled(0.6, long=LongConfig(kind="chunks"))
+
+
+def test_the_foreground_is_the_subject_at_the_latents_resolution(pipeline: Pipeline):
+    example = Toyworld(ToyworldConfig(split="dev"))[3]
+    latents = pipeline.autoencoder.encode(example.video[None], None)
+    found = foreground_of(pipeline, latents)[0, :, 0].bool()
+    assert found.shape == (8, *latents.shape[-2:])
+    true = reduce(example.mask.float(), "f (h i) (w j) -> f h w", "max", i=2, j=2).bool()
+    assert (found & true).sum() > 0.8 * (found | true).sum()

@@ -76,6 +76,31 @@ def test_the_posterior_is_sampled_with_a_rows_own_noise(folder: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"patch_size": 2, "in_channels": 12, "out_channels": 12}])
+def test_a_video_decoded_in_parts_is_the_whole(options: Any, tmp_path: Path) -> None:
+    """Wan 2.1 and 2.2, after any part also from a saved state, which does not grow."""
+    wan_pipeline.autoencoder(**options).save_pretrained(tmp_path / "vae")
+    ours = load(tmp_path)
+    latents = torch.randn(2, 6, 4, 2, 3, generator=torch.Generator().manual_seed(0)) * 3
+    whole = ours.decode(latents)
+    decoder, at, sizes, device = ours.stream_decoder(), 0, [], torch.device("cpu")
+    for count, frames in ((1, 1), (1, 4), (3, 12), (1, 4)):
+        state = {name: tensor.clone() for name, tensor in decoder.state().items()}
+        sizes.append(sum(tensor.numel() for tensor in state.values()))
+        again = ours.stream_decoder()
+        again.restore(state, device)
+        part = decoder.decode(latents[:, at : at + count])
+        assert torch.equal(again.decode(latents[:, at : at + count]), part)
+        start = 4 * at - 3 if at else 0
+        assert part.shape[1] == frames
+        torch.testing.assert_close(part, whole[:, start : start + frames], rtol=1e-4, atol=1e-5)
+        at += count
+    assert 0 == sizes[0] < sizes[1] < sizes[2] == sizes[3]
+    alone = ours.decode(latents[:, 2:])
+    assert (alone[:, 1:] - whole[:, 9:]).abs().max() > 1e-3, "a part needs those before it"
+
+
+@torch.no_grad()
 def test_tiles(folder: Path) -> None:
     tiled, vae = load(folder, posterior="mode", tile=32), wan_pipeline.autoencoder()
     vae.enable_tiling(32, 32, 24, 24)

@@ -182,12 +182,15 @@ def test_sampling_refuses_what_needs_a_latent_of_every_frame(ours: Components) -
     from dit_booth.config import LongConfig
     from dit_booth.diffusion.start import StartConfig
 
-    with pytest.raises(
-        ValueError, match=r"sample\.long\.kind chunks needs a latent of every frame.* 4 frames"
-    ):
-        sampler(ours, long=LongConfig(kind="chunks"))
     with pytest.raises(ValueError, match=r"start\.kind warp needs a latent of every frame"):
         sampler(ours, start=StartConfig(kind="warp"))
+    tiled = replace(ours.config, autoencoder=replace(ours.config.autoencoder, tile=64))
+    with pytest.raises(
+        ValueError, match=r"long\.kind chunks decodes a video in parts.*tile is 64.*set it to 0"
+    ):
+        sampler(replace(ours, config=tiled), long=LongConfig(kind="chunks"))
+    with pytest.raises(ValueError, match=r"frames is 9: the network sees 3, no more than the 3 of sample"):
+        sampler(ours, long=LongConfig(kind="chunks", window=4, prefix=3))
     with pytest.raises(ValueError, match=r"sample\.long\.riflex is 8; .*use 5 or 9"):
         sampler(ours, long=LongConfig(riflex=8))
     assert sampler(ours, long=LongConfig(riflex=5)).frames == FRAMES
@@ -203,6 +206,35 @@ def test_sampling_refuses_what_needs_a_latent_of_every_frame(ours: Components) -
                     size=size, guidance=GuidanceConfig(), sampler=SamplerConfig(),
                 )
             )  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["chunks", "diffusion_forcing"])
+def test_long_videos_in_parts_are_their_latents_decoded_at_once(ours: Components, kind: Any) -> None:
+    """Frames 0 to 4, 5 to 12, ..: window and prefix count latent frames. A saved state goes on after any part."""
+    from dit_booth.config import LongConfig
+
+    def start() -> FrameSampler:
+        return FrameSampler.build(
+            ours, torch.zeros(1, 3, 16, 16), CAPTIONS[:1], [None], [3], size=(21, 16, 16),
+            guidance=GuidanceConfig(), sampler=SamplerConfig(kind="euler", steps=2),
+            long=LongConfig(kind=kind, window=2, prefix=1),
+        )  # fmt: skip
+
+    parts, states = [], []
+    sampling = start()
+    for part in sampling:
+        parts.append(part)
+        states.append(sampling.state())
+    lengths = [part.shape[1] for part in parts]
+    assert lengths == ([5, 4, 4, 4, 4] if kind == "chunks" else [5, 8, 8]) and sampling.frames == 21
+    latents, whole = start().latents, torch.cat(parts, dim=1)
+    found = torch.cat([latents.next_block() for _ in lengths], dim=1)
+    torch.testing.assert_close(ours.autoencoder.decode(found).clamp(-1, 1), whole, rtol=1e-4, atol=1e-5)
+    again = start()
+    again.restore(states[1])
+    assert again.done == 5 + lengths[1]
+    assert torch.equal(torch.cat(list(again), dim=1), torch.cat(parts[2:], dim=1))
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,10 @@ def build(settings: BuildSettings) -> Report:
         raise ValueError(
             f"videos is {settings.videos!r}, which is not a folder; give the folder of the videos"
         )
+    if Path(settings.captions).resolve().parent == out.resolve():
+        raise ValueError(
+            f"captions is {settings.captions!r}, which lies in out, where every CSV file is a list of the set; move it"
+        )
     folder, masks = out / "build", out / "build" / "masks"
     run = partial(run_stage, folder=folder, workers=settings.workers or os.cpu_count() or 1)
     source, frames = str(videos), settings.filters.min_frames

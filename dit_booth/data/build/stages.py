@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dit_booth.data.build.candidate import BROKEN, Candidate, Dropped, digest
-from dit_booth.files import read_lines
+from dit_booth.files import NO_ROOM, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,15 @@ def run_stage(
 
 
 def attempt(work: Work, candidate: Candidate) -> list[Candidate]:
-    """Run one step; an error becomes the reason of a rejection, as no file may end the whole build."""
+    """Run one step; an error becomes the reason of a rejection, as no file may end the whole build.
+
+    OSError: the disk is full, which is no fault of the clip: the build stops, and goes on when there is room.
+    """
     try:
         return work(candidate)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise
         reason = error.reason if isinstance(error, Dropped) else BROKEN
         details = (
             str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"

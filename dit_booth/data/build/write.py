@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from dit_booth.data.build.candidate import Candidate
 from dit_booth.data.build.nouns import singulars
+from dit_booth.data.parquet import read_parquet, write_parquet
 from dit_booth.data.video import cut_video
 from dit_booth.files import replacing, write_text
 
@@ -58,7 +58,8 @@ def write_masks(clip: Sequence[Candidate], masks: Path, folder: Path) -> None:
 def write_set(candidates: Sequence[Candidate], *, masks: Path, out: Path) -> None:
     """Write the masks and the CSV files of the triplets, and the manifest of all candidates.
 
-    A clip stands in the CSV file of its subject of the highest score. CSV files of earlier builds are removed.
+    A clip stands in the CSV file of its subject of the highest score. CSV files of earlier builds are removed:
+    those that begin with `COLUMNS`.
     """
     groups = defaultdict(list)
     accepted = sorted((c for c in candidates if not c.reasons), key=lambda c: c.videoid)
@@ -68,7 +69,8 @@ def write_set(candidates: Sequence[Candidate], *, masks: Path, out: Path) -> Non
         best = max(clip, key=lambda c: c.score)
         groups[group_of(best.subject)].append(best)
     for file in out.glob("*.csv"):
-        file.unlink()
+        if file.read_bytes().startswith(",".join(COLUMNS).encode()):
+            file.unlink()
     for name, clips in groups.items():
         with replacing(out / f"{name}.csv") as partial, partial.open("w", newline="") as stream:
             table = csv.writer(stream)
@@ -84,14 +86,14 @@ def group_of(subject: str) -> str:
 
 
 def write_manifest(candidates: Sequence[Candidate], out: Path) -> None:
-    """Write a row for every candidate into ``manifest.parquet``. ValueError: DuckDB is not installed."""
-    duckdb = import_duckdb()
+    """Write a row for every candidate into ``manifest.parquet``.
+
+    ValueError: DuckDB is not installed. OSError: the file cannot be written.
+    """
     rows = out / "build" / "manifest.jsonl"
     lines = (json.dumps({**asdict(c), "seconds": c.seconds, "accepted": not c.reasons}) for c in candidates)
     write_text(rows, "".join(f"{line}\n" for line in lines))
-    with replacing(out / MANIFEST) as partial:
-        table = duckdb.read_json(str(rows), format="newline_delimited", columns=COLUMN_TYPES)
-        table.write_parquet(str(partial))
+    write_parquet(rows, out / MANIFEST, COLUMN_TYPES)
     rows.unlink()
 
 
@@ -108,26 +110,14 @@ COLUMN_TYPES = {
 
 
 def read_manifest(out: Path) -> list[Candidate]:
-    """Read the rows of ``manifest.parquet``. ValueError: there is none, or DuckDB is not installed."""
+    """Read the rows of ``manifest.parquet``. ValueError: there is none, it is broken, or DuckDB is not installed."""
     file = out / MANIFEST
     if not file.is_file():
         raise ValueError(f"{out} has no {MANIFEST}; build it with dit-booth data build")
-    table = import_duckdb().read_parquet(str(file))
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.fetchall()]
     return [
-        Candidate.load({k: v for k, v in row.items() if k not in ("seconds", "accepted")}) for row in rows
+        Candidate.load({k: v for k, v in row.items() if k not in ("seconds", "accepted")})
+        for row in read_parquet(file)
     ]
-
-
-def import_duckdb() -> Any:
-    """Return the module DuckDB, which writes and reads Parquet. ValueError: it is not installed."""
-    try:
-        import duckdb
-    except ImportError as error:
-        raise ValueError(
-            "duckdb is not installed, which writes the manifest; pip install dit-booth[build]"
-        ) from error
-    return duckdb
 
 
 def pair_across(candidates: Sequence[Candidate]) -> list[Candidate]:

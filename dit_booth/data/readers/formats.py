@@ -28,7 +28,8 @@ from typing import Any, Literal
 
 from dit_booth.data.image_files import Box
 from dit_booth.data.listing import LISTS, list_files
-from dit_booth.data.media import Media, Member, members_of, open_media
+from dit_booth.data.media import Member, members_of, open_media
+from dit_booth.data.parquet import read_parquet
 from dit_booth.data.readers.item import Row, safe
 from dit_booth.files import read_table
 
@@ -112,25 +113,27 @@ def read_images(folder: Path, root: Path) -> Iterable[Row]:
 
 
 def beside(video: Path, mask: Path, root: Path, *, still: bool) -> Row:
-    """Make a row of a file and those beside it. ValueError: no caption, or a link leads out of `root`."""
+    """Make a row of a file and those beside it. `Escapes`: a link leads out of `root`."""
     name = video.relative_to(root)
     text = safe(root, name.with_suffix(".txt"))
-    if not text.is_file():
-        raise ValueError(
-            f"{video} has no caption; write it into {text.name} beside it, or move the file away"
-        )
-    caption, subject = parse_text(text, text.read_bytes())
     found = safe(root, mask.relative_to(root)) if mask.is_file() else None
-    key = str(name.with_suffix(""))
-    return Row(
-        key=key,
-        caption=caption,
-        subject=subject,
+    row = Row(
+        key=str(name.with_suffix("")),
+        caption="",
         video=safe(root, name),
         mask=found,
         references=tuple(safe(root, path.relative_to(root)) for path in numbered(video)),
         still=still,
     )
+    if not text.is_file():
+        return replace(
+            row, fault=f"{video} has no caption; write it into {text.name} beside it, or move the file away"
+        )
+    try:
+        caption, subject = parse_text(text, text.read_bytes())
+    except ValueError as error:
+        return replace(row, fault=str(error))
+    return replace(row, caption=caption, subject=subject)
 
 
 def numbered(video: Path) -> Iterator[Path]:
@@ -183,10 +186,7 @@ def metadata_rows(file: Path) -> Iterable[Mapping[str, Any]]:
     if file.suffix == ".csv":
         return [line for _, line in read_table(file, (), "names the columns")]
     if file.suffix == ".parquet":
-        import duckdb
-
-        table = duckdb.read_parquet(str(file))
-        return [dict(zip(table.columns, values, strict=True)) for values in table.fetchall()]
+        return read_parquet(file)
     try:
         rows = [
             json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()
@@ -241,24 +241,25 @@ def read_shard(archive: Path, root: Path) -> Iterable[Row]:
         stem, _, suffix = name.partition(".")
         samples[f"{folder}/{stem}" if folder else stem][f".{suffix.lower()}"] = member
     for stem, parts in samples.items():
-        video = next(
-            (parts[suffix] for suffix in (*VIDEOS, ".jpg", ".jpeg", ".webp") if suffix in parts), None
-        )
-        if video is None:
-            raise ValueError(f"{archive}: sample {stem!r} has no video or image; it has {', '.join(parts)}")
-        caption, subject, box = describe_sample(archive, stem, parts)
-        still = f".{video.name.rpartition('.')[2].lower()}" in IMAGES
-        mask: Media | None = parts.get(".png") or parts.get(MASK)
-        yield Row(
+        found = (parts[suffix] for suffix in (*VIDEOS, ".jpg", ".jpeg", ".webp") if suffix in parts)
+        video = next(found, None)
+        row = Row(
             key=f"{archive.relative_to(root).with_suffix('')}/{stem}",
-            caption=caption,
-            subject=subject,
-            video=video,
-            mask=mask,
-            box=box,
+            caption="",
+            video=video or next(iter(parts.values())),
+            mask=parts.get(".png") or parts.get(MASK),
             references=tuple(numbered_parts(parts)),
-            still=still,
+            still=video is not None and f".{video.name.rpartition('.')[2].lower()}" in IMAGES,
         )
+        try:
+            if video is None:
+                raise ValueError(
+                    f"{archive}, sample {stem}: has no video or image; it has {', '.join(parts)}"
+                )
+            caption, subject, box = describe_sample(archive, stem, parts)
+            yield replace(row, caption=caption, subject=subject, box=box)
+        except ValueError as error:
+            yield replace(row, fault=str(error))
 
 
 def numbered_parts(parts: Mapping[str, Member]) -> Iterator[Member]:

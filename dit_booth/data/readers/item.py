@@ -62,6 +62,7 @@ class Row:
         image_from: key of the example that the image prompt is cut from; empty: its own first frame.
         references: pictures that are the image prompts instead, in order; with transparency, what is opaque.
         still: the video is an image, and the example has one frame.
+        fault: the reason why the example is broken, if its caption cannot be read.
     """
 
     key: str
@@ -74,6 +75,7 @@ class Row:
     image_from: str = ""
     references: tuple[Media, ...] = ()
     still: bool = False
+    fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ def check_row(row: Row, root: Path, *, shapes: Sequence[Shape], stride: int, che
     Raises:
         ValueError: the reason why the example is broken; of class `Escapes`, that a path leads out of `root`.
     """
+    if row.fault:
+        raise ValueError(row.fault)
     subject, mask, box = row.subject, row.mask, row.box
     if row.masks is not None:
         folder = row.masks.relative_to(root)
@@ -193,10 +197,7 @@ def load_item(
         mask = item.read_mask(pictures[0])
         seen = (pictures[0], mask) if prompt is item else None
         image, *further = cut_prompts(prompt, seen, image_size, image_prompts, augment, rng)
-        _, height, width, _ = pictures.shape
-        box = pixel_box(item.box, mask, height=height, width=width)
-        shown = np.zeros((height, width), bool) if mask is None else mask
-        video, small = fit(torch.from_numpy(pictures), shown, box=box, size=shape[1:])
+        video, small = fit_about(item, pictures, mask, shape)
     except (ValueError, OSError) as error:
         raise ValueError(f"example {row.key}: {error}") from error
     masks = torch.zeros(video.shape[0], *small.shape, dtype=torch.bool)
@@ -236,6 +237,25 @@ def cut_prompts(
         for pixels, mask, box in cutouts
     ]
     return of_number(images, count)
+
+
+def read_clip(item: Item, start: int, shape: Shape, stride: int) -> Tensor | None:
+    """Read a clip of an item's video from frame `start` on (f 3 h w in [-1, 1]), cropped about the subject in frame 0.
+
+    None: the video is a picture, or ends before.
+    """
+    if item.row.still or start + shape.needs(stride) > probe(item.row.video).frames:
+        return None
+    pictures = read_video(item.row.video, start=start, frames=shape.frames, stride=stride)
+    return fit_about(item, pictures, item.read_mask(pictures[0]), shape)[0]
+
+
+def fit_about(item: Item, pictures: Pixels, mask: Mask | None, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Fit pictures (f h w 3) and the mask of frame 0 to a shape, cropped about the item's subject in that frame."""
+    _, height, width, _ = pictures.shape
+    box = pixel_box(item.box, mask, height=height, width=width)
+    shown = np.zeros((height, width), bool) if mask is None else mask
+    return fit(torch.from_numpy(pictures), shown, box=box, size=shape[1:])
 
 
 def fit(

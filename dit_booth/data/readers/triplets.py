@@ -31,8 +31,10 @@ from dit_booth.data.readers.item import (
     check_row,
     cut_prompts,
     load_item,
+    read_clip,
 )
 from dit_booth.data.shapes import Shape
+from dit_booth.data.subject import template_from
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +173,18 @@ class Triplets:
             )
         except (ValueError, OSError) as error:
             raise ValueError(f"example {item.row.key}: {error}") from error
+
+    def another_clip(self, index: int) -> tuple[Tensor, str] | None:
+        """Read another clip of example `index`'s subject (f 3 h w in [-1, 1]); return it with {} in its caption.
+
+        It is the clip that the image prompt is cut from, else what follows the example in its own video. None: that is
+        too short, or the example is a picture, or has no subject.
+        """
+        item = self.items[index]
+        other, shape = self._prompt_of(item), item.shape
+        start = shape.frames * self.config.stride if other is item else 0
+        clip = read_clip(other, start, shape, self.config.stride) if other.subject else None
+        return None if clip is None else (clip, template_from(other.row.caption, other.subject))
 
     def _load(self, index: int, rng: np.random.Generator | None) -> Example:
         if not 0 <= index < len(self.items):

@@ -1,7 +1,7 @@
 """Autoencoders: frame by frame (lossless space-to-depth, AutoencoderKL, AutoencoderTiny), and Wan's, in groups."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class Autoencoder(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (b f c h w) to a video (b f 3 h*factor w*factor), nominally in [-1, 1], not clamped."""
 
+    def stream_decoder(self) -> "StreamDecoder":
+        """Return what decodes one batch of videos part by part."""
+        return StreamDecoder(self)
+
     def train(self, mode: bool = True) -> "Autoencoder":
         """Stay in eval mode."""
         return super().train(False)
@@ -66,6 +70,27 @@ class Autoencoder(nn.Module, ABC):
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}: expected (b, f, {self.channels}, h, w)"
             )
+
+
+class StreamDecoder:
+    """Decodes videos some latent frames at a time, in order, to the frames that `Autoencoder.decode` makes at once.
+
+    Between two parts its state, of bounded size, can be saved.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.autoencoder = autoencoder
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the next latents (b f c h w) to the next frames (b g 3 h*factor w*factor)."""
+        return self.autoencoder.decode(latents)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `restore` needs to go on after the last part."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from a state, which may have other entries, too."""
 
 
 class PixelAutoencoder(Autoencoder):
@@ -179,6 +204,64 @@ class WanAutoencoder(Autoencoder):
         z = rearrange(self.posterior.undo_scale(latents), "b f c h w -> b c f h w")
         video: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
         return rearrange(video, "b c f h w -> b f c h w").to(latents.dtype)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """Return what decodes part by part; with `tile`, its one part is the whole video."""
+        return StreamDecoder(self) if self.config.tile else WanStreamDecoder(self)
+
+
+class WanStreamDecoder(StreamDecoder):
+    """Decodes by Wan's causal convolutions, each of which goes on from its last two inputs.
+
+    They are diffusers' own cache, which `AutoencoderKLWan.decode` drops at the end of a call.
+    """
+
+    REPEAT = "Rep"
+    """diffusers' mark of a temporal upsampling that has seen the first latent frame alone."""
+
+    def __init__(self, autoencoder: WanAutoencoder) -> None:
+        super().__init__(autoencoder)
+        self.wan, self.vae = autoencoder, autoencoder.vae
+        self.caches: list[list[Tensor | str | None]] = []
+        """Of each row: what each convolution holds."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.wan._check_latents(latents)
+        z = rearrange(self.wan.posterior.undo_scale(latents), "b f c h w -> b c f h w")
+        rows = self.vae.post_quant_conv(z.to(self.vae.dtype)).split(1)
+        if not self.caches:
+            self.caches = [[None] * self._convolutions for _ in rows]
+        video = torch.cat([self._decode_row(*row) for row in zip(rows, self.caches, strict=True)])
+        return rearrange(video.clamp(-1, 1), "b c f h w -> b f c h w").to(latents.dtype)
+
+    def _decode_row(self, z: Tensor, cache: list[Tensor | str | None]) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        parts = []
+        for frame in z.split(1, dim=2):
+            first = cache[0] is None
+            parts.append(self.vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=first))
+        patch, video = self.vae.config.patch_size, torch.cat(parts, dim=2)
+        return video if patch is None else unpatchify(video, patch)
+
+    @property
+    def _convolutions(self) -> int:
+        count: int = self.vae._cached_conv_counts["decoder"]
+        return count
+
+    def state(self) -> dict[str, Tensor]:
+        by_convolution = list(zip(*self.caches, strict=True))
+        marked = [i for i, rows in enumerate(by_convolution) if rows[0] == self.REPEAT]
+        held = {i: [x for x in rows if isinstance(x, Tensor)] for i, rows in enumerate(by_convolution)}
+        tensors = {f"decoder.{i}": torch.cat(rows) for i, rows in held.items() if rows}
+        return {**tensors, "decoder.repeats": torch.tensor(marked)}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        names = {i: f"decoder.{i}" for i in range(self._convolutions)}
+        held = {i: state[name].to(device).split(1) for i, name in names.items() if name in state}
+        marks = dict.fromkeys(state["decoder.repeats"].tolist(), self.REPEAT)
+        count = max(map(len, held.values()), default=0)
+        self.caches = [[held[i][row] if i in held else marks.get(i) for i in names] for row in range(count)]
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
