@@ -26,6 +26,7 @@ from dit_booth.diffusion import GuidanceConfig
 from dit_booth.diffusion.noise import randn
 from dit_booth.models.wan.image_encoder import WanImageEncoder
 from dit_booth.sampling.generate import FrameSampler
+from dit_booth.testing import BACKBONES, trial
 from dit_booth.training.address import stages_of
 from dit_booth.training.encoded import EncodedData, encode_data
 from dit_booth.training.inputs import generator_of, make_inputs
@@ -205,6 +206,12 @@ def test_text_to_video_weights_are_no_image_to_video_weights(tmp_path: Path) -> 
     asked = RunConfig.create("wan_image_sample", weights=str(tmp_path), **options)
     with pytest.raises(ValueError, match=r"these are text-to-video weights, .*image-to-video pipeline"):
         build(asked)
+
+
+def test_weights_with_other_channels_are_refused() -> None:
+    wan = replace(BACKBONES["wan"]["wan"], condition_channels=54)  # two more videos, and no mask
+    with pytest.raises(ValueError, match=r"wan\.condition_channels is 54; .* 4 of a mask and 27 of latents"):
+        trial("image_to_video", "wan", wan=wan)
 
 
 def test_an_image_encoder_that_does_not_fit(theirs: Any, folder: Path, tmp_path: Path) -> None:
