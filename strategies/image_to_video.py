@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from dit_booth.inject import Condition, FirstFrame, Hidden, Latents, Reference, Site, Sites
 from dit_booth.strategy import Strategy, StrategyConfig, register
 
+MARKS = 4
+"""Channels of Wan's mask, one for each frame of a latent frame: all are 1 in the first, which stands alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageToVideoConfig(StrategyConfig):
@@ -37,9 +40,14 @@ class ImageToVideo(Strategy):
         (entry,) = sites.match("*", port="latents", role="entry")
         assert entry.embed is not None, "an entry site names the layer that embeds the latents"
         own = entry.embed.in_channels - entry.dim
-        if own:
-            self.attach(entry, FillChannels(own - entry.dim))
+        if own == MARKS + entry.dim:
+            self.attach(entry, FillChannels())
             self.trains = {}
+        elif own:
+            raise ValueError(
+                f"wan.condition_channels is {own}; strategy image_to_video fills {MARKS} of a mask and {entry.dim} of"
+                " latents: give image-to-video weights, or choose another strategy"
+            )
         elif config.new_channels:
             self.attach(entry, NewChannels(entry))
         else:
@@ -67,17 +75,13 @@ def in_frames(picture: Tensor, latents: Latents) -> Tensor:
 
 
 class FillChannels(nn.Module):
-    """Fill the channels that weights have behind the latents': `marks` of the mask, then the image's latents."""
-
-    def __init__(self, marks: int) -> None:
-        super().__init__()
-        self.marks = marks
+    """Fill the channels that weights have behind the latents': those of the mask, then the image's latents."""
 
     def forward(self, latents: Latents, image: FirstFrame | None) -> Latents:
         if image is None:
             return latents
         picture = in_frames(image.latent, latents)
-        mask = repeat(picture[:, :, :1], "b f 1 h w -> b f m h w", m=self.marks)
+        mask = repeat(picture[:, :, :1], "b f 1 h w -> b f m h w", m=MARKS)
         return latents.filled(torch.cat([mask, picture[:, :, 1:]], dim=2), image.states)
 
 

@@ -251,6 +251,8 @@ class RunConfig:
         if not self.subject.prompts:  # else no video of the data need be read
             self.data.check_toyworld()
         self.autoencoder.latent_frames(self.data.frames, "data.frames")
+        for shape in self.data.shapes("train"):
+            self.autoencoder.latent_frames(shape.frames, f"the number of frames of {shape} in data.buckets")
         for name in STAGES:
             for length in getattr(self.stages, name).lengths:
                 self.autoencoder.latent_frames(length or 1, f"stages.{name}.frames")

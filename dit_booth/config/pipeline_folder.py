@@ -17,6 +17,34 @@ PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 CONFIG = "wan"
 """The packaged configuration of a run from such a folder, where none is named."""
 
+_PLAIN = dict.fromkeys(
+    ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False
+)
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "UniPCMultistepScheduler": {
+        **_PLAIN,
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "predict_x0": True,
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "thresholding": False,
+        "final_sigmas_type": "zero",
+        "shift_terminal": None,
+        "num_train_timesteps": 1000,
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        **_PLAIN,
+        "invert_sigmas": False,
+        "stochastic_sampling": False,
+        "shift_terminal": None,
+        "num_train_timesteps": 1000,
+    },
+}
+"""Entries of a scheduler's configuration that our samplers have no option for; an absent one is taken as equal."""
+
 
 def is_pipeline(weights: str) -> bool:
     """Return True for the folder of a pipeline that a run can start from."""
@@ -71,16 +99,18 @@ def _network(file: Path) -> dict[str, Any]:
 def _scheduler(file: Path) -> dict[str, Any]:
     """Return objective and sampler of a scheduler's configuration."""
     found = _read(file)
-    name = found.get("_class_name")
-    if name == "UniPCMultistepScheduler" and found.get("use_flow_sigmas"):
-        shift, sampler = found["flow_shift"], {"kind": "unipc"}
-    elif name == "FlowMatchEulerDiscreteScheduler" and not found.get("use_dynamic_shifting"):
-        shift, sampler = found["shift"], {"kind": "euler", "spacing": "diffusers"}
-    else:
+    name = found.get("_class_name", "no scheduler")
+    if name not in SCHEDULERS:
+        raise ValueError(f"weights: {file} is of {name}; known are {' and '.join(SCHEDULERS)}")
+    wanted = SCHEDULERS[name]
+    if other := [k for k, value in wanted.items() if found.get(k, value) != value]:
         raise ValueError(
-            f"weights: {file} is of {name or 'no scheduler'}; known are UniPCMultistepScheduler with use_flow_sigmas"
-            " and FlowMatchEulerDiscreteScheduler without use_dynamic_shifting"
+            f"weights: {file} has {other[0]} {found[other[0]]!r}, our sampler {wanted[other[0]]!r}; give --config wan"
+            " and the folder transformer, and choose sampler.kind and objective.shift"
         )
+    unipc = name == "UniPCMultistepScheduler"
+    shift = found.get("flow_shift" if unipc else "shift", 1.0)
+    sampler = {"kind": "unipc"} if unipc else {"kind": "euler", "spacing": "diffusers"}
     flow = {"kind": "flow", "prediction": "velocity", "shift": shift, "max_timestep": 1000}
     return {"objective": flow, "sampler": sampler}
 

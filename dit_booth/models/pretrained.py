@@ -20,6 +20,7 @@ from dit_booth.models.upstream.wan import (
     find_wan_mismatches,
     from_original,
     from_original_settings,
+    is_original_wan,
 )
 from dit_booth.models.wan.model import VideoWan
 from dit_booth.models.weights import (
@@ -42,9 +43,9 @@ UNET = "UNet2DConditionModel"
 def load_pretrained(backbone: nn.Module, text: nn.Module, source: str, kind: str) -> dict[str, Tensor]:
     """Load the backbone, and the text encoder if the source has one; return the source's tensors for strategies.
 
-    source: `embedded`, `none`, a run folder, a weights file of ours, a Stable Diffusion folder (diffusers), a folder of
-    Wan (diffusers' or the original's), VideoBooth's U-Net (.pt), or DiT's official file (.pt). ValueError: it is
-    missing, or of another architecture; the error lists the differences.
+    source: `embedded`, `none`, a run folder, a weights file of ours, a Stable Diffusion folder (diffusers), a folder or
+    file of Wan (diffusers' or the original's names), VideoBooth's U-Net (.pt), or DiT's official file (.pt).
+    ValueError: it is missing, or of another architecture; the error lists the differences.
     """
     if source == "none":
         return {}
@@ -66,6 +67,9 @@ def load_pretrained(backbone: nn.Module, text: nn.Module, source: str, kind: str
     state, _ = read_any(file)
     if is_official_dit(state):
         _load_dit(backbone, state, label)
+        return {}
+    if isinstance(backbone, VideoWan) and is_original_wan(state):
+        load_strictly(backbone, from_original(state), label)
         return {}
     if source != "embedded" and not path.is_dir() and not part(state, "backbone."):
         split = from_videobooth(state)

@@ -197,6 +197,18 @@ def test_the_branch_starts_as_the_backbone_with_references_before_the_video(layo
 
 
 @torch.no_grad()
+def test_the_branch_on_wan_starts_as_the_backbone_too() -> None:
+    run = passing(trial("vace", "wan", image_prompts=2))
+    backbone = run.model.backbone
+    payload: Residuals = watched(run, run.reference()).after[backbone.residual.name]
+    output = backbone.head(payload.added[1], payload.run.keywords["t_emb"], *run.x.shape[-2:])
+    beside = trial("in_context", "wan", image_prompts=2)
+    expected = beside(beside.reference())
+    assert worst(output, expected) < 1e-5 * expected.abs().max().item()
+    assert worst(output, run.plain()) > 1e-4
+
+
+@torch.no_grad()
 def test_the_branch_of_a_unet_adds_to_its_skips_and_its_middle() -> None:
     run = passing(trial("vace", "unet", image_prompts=2))
     payload: Residuals = watched(run, run.reference()).after[run.model.backbone.residual.name]

@@ -92,6 +92,14 @@ SUMS: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
         {"spatial_concat": SpatialConcatConfig(skip_text=False)},
     ),
 }
+SYSTEMS_ON_WAN = (
+    "stand-in",
+    "magref",
+    "both ways",
+    "a side branch and words",
+    "low-rank changes beside an image",
+)
+"""Sums that are published on Wan; each strategy alone is checked there, too."""
 QUERIES: dict[str, tuple[str, dict[str, StrategyConfig]]] = {
     f"{mode} queries, {with_}": (
         f"{with_}+query_projection",
@@ -129,8 +137,10 @@ def test_promises_on_other_layouts(name: str, backbone: str) -> None:
     check_strategy(name, backbones=[backbone], promises=OF_LAYOUTS)
 
 
-@pytest.mark.parametrize("backbone", ["dit-factorised", "unet"])
-@pytest.mark.parametrize("case", SUMS)
+@pytest.mark.parametrize(
+    ("case", "backbone"),
+    [*product(SUMS, ("dit-factorised", "unet")), *((case, "wan") for case in SYSTEMS_ON_WAN)],
+)
 def test_promises_of_a_sum(case: str, backbone: str) -> None:
     check_sum(case, backbone)
 

@@ -113,6 +113,15 @@ def test_it_is_diffusers_network_in_float64_with_its_gradients(
             assert p.grad is not None and worst(p.grad, expected[name]) <= 1e-9, name
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_blocks_that_read_an_image_compile_without_a_graph_break() -> None:
+    (_, net), given = pair(**IMAGE), inputs_for("image")
+    expected = given.ours(net, given.t)
+    net.compile_blocks(backend="eager")  # fullgraph
+    torch.testing.assert_close(given.ours(net, given.t), expected)
+
+
 # ---- precision ---------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import wan_pipeline
 from einops import rearrange
 from torch import Tensor
 
-from dit_booth.config import DataConfig, RunConfig, StageConfig, StagesConfig
+from dit_booth.config import DataConfig, RunConfig, StageConfig, StagesConfig, TripletsOptions
 from dit_booth.cost.describe import table_of_run
 from dit_booth.models.autoencoder.config import AutoencoderConfig
 from dit_booth.models.autoencoder.model import Autoencoder, build_autoencoder
@@ -132,6 +132,11 @@ def test_frames_that_cannot_be_grouped(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.frames is 8; .*: use 5 or 9"):
         RunConfig(autoencoder=section)
     assert RunConfig(autoencoder=section, data=DataConfig(frames=9)).latent_frames == 3
+    data = DataConfig(
+        kind="triplets", frames=9, buckets=("16x16", "16x32x4"), triplets=TripletsOptions(root="x")
+    )
+    with pytest.raises(ValueError, match=r"frames of 16x32x4 in data\.buckets is 4; .*: use 1 or 5"):
+        RunConfig(autoencoder=section, data=data)
     stages = StagesConfig(fine=StageConfig(frames=(5, 7)))
     with pytest.raises(ValueError, match=r"stages\.fine\.frames is 7; .*: use 5 or 9"):
         RunConfig(autoencoder=section, data=DataConfig(frames=9), stages=stages)

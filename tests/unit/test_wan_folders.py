@@ -99,6 +99,21 @@ def test_the_originals_folder_loads(kind: str, tmp_path: Path) -> None:
     assert same(net.state_dict(), state)
 
 
+def test_one_file_with_the_originals_names_loads(model: nn.Module, tmp_path: Path) -> None:
+    """As Phantom-Wan's 1.3B is released: a pickle of tensors."""
+    original = official.original_wan(model.state_dict())
+    torch.save(original, tmp_path / "phantom.pth")
+    save_file(original, tmp_path / "phantom.safetensors")
+    for name in ("phantom.pth", "phantom.safetensors"):
+        net = network()
+        load(net, tmp_path / name)
+        assert same(net.state_dict(), model.state_dict())
+    original.pop("head.head.bias")
+    torch.save(original, tmp_path / "phantom.pth")
+    with pytest.raises(ValueError, match=r"1 missing \(proj_out\.bias\)"):
+        load(net, tmp_path / "phantom.pth")
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 

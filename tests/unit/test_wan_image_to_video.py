@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import dit_booth
 from dit_booth.components import Components, build
 from dit_booth.config import RunConfig
 from dit_booth.data.example import Loader
@@ -25,6 +26,7 @@ from dit_booth.diffusion import GuidanceConfig
 from dit_booth.diffusion.noise import randn
 from dit_booth.models.wan.image_encoder import WanImageEncoder
 from dit_booth.sampling.generate import FrameSampler
+from dit_booth.testing import BACKBONES, trial
 from dit_booth.training.address import stages_of
 from dit_booth.training.encoded import EncodedData, encode_data
 from dit_booth.training.inputs import generator_of, make_inputs
@@ -161,6 +163,18 @@ def test_a_training_step_on_files_and_on_encoded_data(
     assert len(trained) == 20 and all(p.grad is not None and p.grad.any() for p in trained.values())
 
 
+def test_the_folders_own_weights_sample_an_image(
+    theirs: Any, folder: Path, in_process: Any, picture: Image.Image, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    size = ["--data.frames", "5", "--data.size", "16", "--data.image-size", "48"]
+    flags = [*size, "--sampler.steps", "2", "--text.dtype", "float32"]
+    ended = in_process("--config", "wan_image_sample", "--weights", str(folder), *flags, "--out", str(out))
+    assert ended.code == 0, ended.output
+    video = dit_booth.load(out, device="cpu")(picture, CAPTION, frames=5, size=(HEIGHT, WIDTH))
+    assert video.frames.shape == (5, HEIGHT, WIDTH, 3)
+
+
 def test_the_middle_of_an_image_prompt_has_the_videos_aspect() -> None:
     square = torch.arange(36.0).reshape(1, 1, 6, 6)
     assert torch.equal(cut_to_aspect(square, 20, 30), square[..., 1:5, :])
@@ -192,6 +206,12 @@ def test_text_to_video_weights_are_no_image_to_video_weights(tmp_path: Path) -> 
     asked = RunConfig.create("wan_image_sample", weights=str(tmp_path), **options)
     with pytest.raises(ValueError, match=r"these are text-to-video weights, .*image-to-video pipeline"):
         build(asked)
+
+
+def test_weights_with_other_channels_are_refused() -> None:
+    wan = replace(BACKBONES["wan"]["wan"], condition_channels=54)  # two more videos, and no mask
+    with pytest.raises(ValueError, match=r"wan\.condition_channels is 54; .* 4 of a mask and 27 of latents"):
+        trial("image_to_video", "wan", wan=wan)
 
 
 def test_an_image_encoder_that_does_not_fit(theirs: Any, folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import wan_pipeline
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 import dit_booth
@@ -19,11 +20,17 @@ from dit_booth.components import Components, build
 from dit_booth.config import RunConfig
 from dit_booth.config.parse import parse
 from dit_booth.config.pipeline_folder import pipeline_settings
+from dit_booth.data.example import Loader
+from dit_booth.data.video import write_video
 from dit_booth.diffusion import GuidanceConfig, SamplerConfig
 from dit_booth.diffusion.noise import randn
+from dit_booth.models.text import umt5
 from dit_booth.sampling.generate import FrameSampler
+from dit_booth.training import state
 from dit_booth.training.address import stages_of
+from dit_booth.training.encoded import EncodedData, encode_data
 from dit_booth.training.inputs import _region as make_region
+from dit_booth.training.inputs import generator_of, make_inputs
 
 torch.set_num_threads(1)
 CAPTIONS = ["a red dog runs on the grass", "a polar bear, number 7"]
@@ -152,6 +159,14 @@ def test_the_scheduler_of_a_folder(folder: Path, theirs: Any, tmp_path: Path) ->
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match=r"scheduler_config\.json is of DDIMScheduler; known are"):
         pipeline_settings(str(tmp_path))
+    for name, option in (
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 3}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+    ):
+        file, (changed, value) = tmp_path / "scheduler" / "scheduler_config.json", list(option.items())[-1]
+        file.write_text(json.dumps({"_class_name": name, **option}))
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json has {changed} {value}, our sampler"):
+            pipeline_settings(str(tmp_path))
     (tmp_path / "transformer" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json is no configuration of Wan's transformer"):
         pipeline_settings(str(tmp_path))
@@ -179,11 +194,18 @@ def test_sampling_refuses_what_needs_a_latent_of_every_frame(ours: Components) -
     with pytest.raises(ValueError, match=r"sample\.long\.riflex is 8; .*use 5 or 9"):
         sampler(ours, long=LongConfig(riflex=8))
     assert sampler(ours, long=LongConfig(riflex=5)).frames == FRAMES
-    with pytest.raises(ValueError, match=r"frames is 8; .* takes 4k \+ 1 frames: use 5 or 9"):
-        FrameSampler.build(
-            ours, torch.zeros(1, 3, 16, 16), ["a"], [None], [0],
-            size=(8, 16, 16), guidance=GuidanceConfig(), sampler=SamplerConfig(),
-        )  # fmt: skip
+    for size, says in (
+        ((8, 16, 16), r"frames is 8; .* takes 4k \+ 1 frames: use 5 or 9"),
+        ((9, 16, 20), "size is 16 x 20 pixels; the autoencoder needs multiples of 8"),
+        ((9, 16, 24), r"latents of 2 x 3 cannot be cut into patches of 2; change wan\.patch or data\.size"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            next(
+                FrameSampler.build(
+                    ours, torch.zeros(1, 3, 16, 16), ["a"], [None], [0],
+                    size=size, guidance=GuidanceConfig(), sampler=SamplerConfig(),
+                )
+            )  # fmt: skip
 
 
 @torch.no_grad()
@@ -233,9 +255,25 @@ ON_CPU = """
 
 
 def test_both_stages_run_from_the_folder(
-    theirs: Any, folder: Path, data: Path, in_process: Any, steps_of: Any, tmp_path: Path
+    theirs: Any,
+    folder: Path,
+    data: Path,
+    in_process: Any,
+    steps_of: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """``deepspeed experiments/run.py --config wan_1.3b --weights FOLDER`` in bfloat16, in this process."""
+    dtypes = []
+
+    def spied(*arguments: Any) -> Any:
+        engine = make_engine(*arguments)
+        parameters = engine.module.parameters(), engine.optimizer.single_partition_of_fp32_groups
+        dtypes.append([{p.dtype for p in group} for group in parameters])
+        return engine
+
+    make_engine = state.make_engine
+    monkeypatch.setattr(state, "make_engine", spied)
     out = tmp_path / "run"
     flags = [
         "--config",
@@ -248,6 +286,7 @@ def test_both_stages_run_from_the_folder(
     ]
     ended = in_process(*flags, *ON_CPU.split(), "--out", str(out))
     assert ended.code == 0, ended.output
+    assert dtypes == [[{torch.bfloat16}, {torch.float32}]] * 2, "parameters, and master weights"
     assert steps_of(out) == [("coarse", 1), ("coarse", 2), ("fine", 1), ("fine", 2)]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line), "through umT5, too"
@@ -261,14 +300,20 @@ def test_both_stages_run_from_the_folder(
     )
 
 
+def test_the_folders_own_weights_sample_without_training(
+    theirs: Any, folder: Path, in_process: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--data.frames", "5", "--data.size", "16", "--sampler.steps", "2", "--text.dtype", "float32"]
+    ended = in_process("--config", "wan_sample", "--weights", str(folder), *flags, "--out", str(out))
+    assert ended.code == 0, ended.output
+    video = dit_booth.load(out, device="cpu")(None, "a red dog runs", frames=9, size=(16, 32))
+    assert video.frames.shape == (9, 16, 32, 3)
+
+
 def test_encoded_data_bring_the_text_states(
     theirs: Any, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dit_booth.data.example import Loader
-    from dit_booth.models.text import umt5
-    from dit_booth.training.encoded import EncodedData, encode_data
-    from dit_booth.training.inputs import generator_of, make_inputs
-
     flags = [
         "--weights",
         str(folder),
@@ -298,6 +343,46 @@ def test_encoded_data_bring_the_text_states(
         make_inputs(lean, batch, replace(stage, frames=1), draws, torch.float32, with_image=True)
     with pytest.raises(ValueError, match=r"single_frames is true, but autoencoder\.kind is wan"):
         make_inputs(lean, batch, replace(stage, single_frames=True), draws, torch.float32, with_image=False)
+
+
+def test_shapes_references_and_text_of_encoded_data_together(
+    theirs: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of two shapes, two image prompts of an example or one: all as from the files, without umT5."""
+    root = tmp_path / "data"
+    for number, width in enumerate((16, 16, 32, 32)):
+        video = torch.rand(5, 3, 16, width, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        write_video(root / f"clip{number}.mp4", video, fps=8)
+        (root / f"clip{number}.txt").write_text(f"a red box, number {number}\nbox\n")
+    for number, colour in enumerate(("red", "blue"), 1):
+        Image.new("RGB", (9, 12), colour).save(root / f"clip1.{number}.png")
+    section = {"frames": 5, "size": 16, "buckets": ["16x16", "16x32"], "image_prompts": 2, "variations": 1}
+    triplets = {"root": str(root), "format": "folder", "stride": 1}
+    config = RunConfig.create(
+        weights=str(folder),
+        strategy="in_context",
+        data={"kind": "triplets", "triplets": triplets, **section},
+        text=FLOAT,
+        train={"batch_size": 2},
+    )
+    whole, cache = build(config), tmp_path / "cache"
+    list(encode_data(whole, cache))
+    monkeypatch.setattr(umt5, "load_encoder", None)
+    lean = build(replace(config, data=replace(config.data, cache=str(cache))))
+    stage, shapes, there = replace(config.stages.fine, drop=0.0), set(), []
+    for number in range(2):
+        outputs = []
+        for components, dataset in ((whole, whole.dataset()), (lean, EncodedData(lean.config))):
+            batch = Loader(dataset, batch_size=2, seed=3).batch(number)  # type: ignore[arg-type]
+            draws = [generator_of(number, row) for row in range(2)]
+            inputs = make_inputs(components, batch, stage, draws, torch.float32, with_image=True)
+            outputs.append(inputs.predict(components.model).output)
+        torch.testing.assert_close(*outputs)
+        shapes.add(outputs[0].shape)
+        assert inputs.reference is not None
+        there += inputs.reference.further[0].present.tolist()
+    assert len(shapes) == 2 and there.count(True) == 1
+    assert lean.model.text.frozen._encoder is None  # type: ignore[union-attr]
 
 
 def test_the_mask_of_a_latent_is_the_mean_of_its_frames_masks() -> None:

@@ -160,7 +160,9 @@ def load_tokenizer(config: TextConfig) -> Any:
     transformers = _transformers()
     source, local = _locate(config, config.tokenizer, "tokenizer_config.json")
     where = f"text.path = {config.path!r}, text.tokenizer = {config.tokenizer!r}"
-    model = transformers.UMT5Config()  # else a config.json is looked for, which a tokenizer's folder does not have
+    model = (
+        transformers.UMT5Config()
+    )  # else a config.json is looked for, which a tokenizer's folder does not have
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, config=model, **local)
     except (OSError, ValueError, KeyError) as error:

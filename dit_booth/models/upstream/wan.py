@@ -79,6 +79,11 @@ def from_original(state: Mapping[str, T]) -> dict[str, T]:
     return {_OLD.sub(lambda found: _RENAMED[found[1]], name): tensor for name, tensor in state.items()}
 
 
+def is_original_wan(names: Collection[str]) -> bool:
+    """Return True for names of tensors as the original has them."""
+    return "blocks.0.self_attn.q.weight" in names
+
+
 # ---- settings ----------------------------------------------------------------------------------------------
 
 

@@ -27,12 +27,11 @@ class WanImageEncoder(nn.Module):
         path = find_image_encoder(folder, width)
         from transformers import CLIPImageProcessor, CLIPVisionModel
 
-        options: Any = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
+        vision: Any = CLIPVisionModel
+        options = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
         try:
             self.processor = CLIPImageProcessor.from_pretrained(str(path / PROCESSOR), local_files_only=True)
-            encoder, found = CLIPVisionModel.from_pretrained(
-                str(path / ENCODER), output_loading_info=True, **options
-            )
+            encoder, found = vision.from_pretrained(str(path / ENCODER), output_loading_info=True, **options)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"{path / ENCODER} could not be loaded: {error}; copy the folder again"
