@@ -4,8 +4,8 @@
     python -m experiments.bench.drift --out runs/drift --only first keyframes-8      # the primary contrast alone
     python -m experiments.bench.drift --out runs/drift --page docs/results/long.md   # the page of what is there
 
-One stage on crops of 8 frames is shared; each variant then trains a short stage on crops of 16 frames, samples test
-prompts, and is scored by the oracle. Finished pieces (a training, the scores of some prompts) are not made again.
+Each variant trains the embedded strategies for a short stage on crops of 16 frames, samples test prompts, and
+is scored by the oracle. Finished pieces (a training, the scores of some prompts) are not made again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import yaml
 from numpy.typing import NDArray
 
 from dit_booth.commands.sample import nested
-from dit_booth.config import PlainDict
+from dit_booth.config import PlainDict, RunConfig
 from dit_booth.config.parse import merge
 from dit_booth.data.video import read_video
 from dit_booth.evaluation import score
@@ -45,7 +44,6 @@ from experiments.bench.drift_pictures import draw_frames, draw_sheet
 
 log = logging.getLogger("dit_booth")
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SHARED = "shared"
 SHOWN = (0, 1)
 """Prompts on the sheet."""
 
@@ -70,11 +68,6 @@ def way(kind: str, **options: object) -> PlainDict:
     return {"sample": {"long": {"kind": kind, **options}}}
 
 
-def with_lvdm(settings: PlainDict) -> PlainDict:
-    names = ["token_replacement", "kv_concat", "lvdm"]
-    return {**settings, "strategy": "+".join(names), "stages": {"fine": {"strategies": names}}}
-
-
 KEYFRAMES = anchored("self+keyframes(8)", 8)
 VARIANTS = {
     "first": Variant(anchored("self+first+previous")),
@@ -83,11 +76,10 @@ VARIANTS = {
     "keyframes-16": Variant(anchored("self+keyframes(16)", 16)),
     "window": Variant(anchored("window(8)")),
     "sink+window": Variant(anchored("sink(1)+window(8)")),
-    "diffusion_forcing": Variant(KEYFRAMES, way("diffusion_forcing"), "keyframes-8"),
+    "diffusion_forcing": Variant({**KEYFRAMES, "objective": {"per_frame": True}}, way("diffusion_forcing")),
     "freenoise": Variant(KEYFRAMES, way("freenoise"), "keyframes-8"),
     "whole": Variant(KEYFRAMES, way("none"), "keyframes-8"),
     "riflex": Variant(KEYFRAMES, way("none", riflex=16), "keyframes-8"),
-    "lvdm": Variant(with_lvdm(KEYFRAMES), way("lvdm")),
 }
 
 
@@ -146,11 +138,15 @@ class Study:
         missing = {file: prompts for file, prompts in files.items() if not file.is_file()}
         if not missing:
             return
-        pipeline = self.pipeline(piece)
-        requests = requests_of(pipeline, pipeline.config.sample)
+        pipeline, requests = self.requests_of(piece)
         for file, prompts in missing.items():
             started = time.process_time()
-            cases = self.cases(pipeline, piece, requests, prompts)
+            if pipeline is None:
+                cases = [case_of(requests[i]) for i in prompts]
+            else:
+                folder = self.out / f"{piece.name}-seed{piece.seed}" / "samples"
+                sample = pipeline.config.sample
+                cases = list(sample_prompts(pipeline, sample, requests, folder, ALONE, prompts).values())
             sampled = time.process_time()
             write_scores(
                 file, [one for case in cases for one in score(case, [oracle_scores], seed=piece.seed)]
@@ -158,36 +154,20 @@ class Study:
             seconds = {"sampled": sampled - started, "scored": time.process_time() - sampled}
             log.info("%s seed %d, prompts %s: %s", piece.name, piece.seed, list(prompts), json.dumps(seconds))
 
-    def cases(
-        self, pipeline: Pipeline, piece: Piece, requests: Sequence[Request], prompts: range
-    ) -> list[Case]:
-        """Sample the videos of some prompts, or take the real ones."""
+    def requests_of(self, piece: Piece) -> tuple[Pipeline | None, list[Request]]:
+        """Return the network of a piece, trained if need be, and its prompts; no network: the real videos are meant."""
         if piece.name == TRUTH:
-            return [case_of(requests[i]) for i in prompts]
-        folder = self.out / f"{piece.name}-seed{piece.seed}" / "samples"
-        made = sample_prompts(pipeline, pipeline.config.sample, requests, folder, ALONE, prompts)
-        return list(made.values())
-
-    def pipeline(self, piece: Piece) -> Pipeline:
-        """Load the network of a piece, trained if need be, with the settings that it samples with."""
-        sample: PlainDict = {"sample": {"videos": piece.prompts, "batch_size": self.step}}
-        if piece.name == TRUTH:
-            return Pipeline.load(self.shared(), settings=sample, device="cpu")
+            return None, real_videos(piece.prompts, self.settings)
         variant = VARIANTS[piece.name]
+        sample: PlainDict = {"sample": {"videos": piece.prompts, "batch_size": self.step}}
         folder = self.trained(variant.weights_of or piece.name, piece.seed)
-        return Pipeline.load(folder, settings=merge(sample, variant.sampling), device="cpu")
+        pipeline = Pipeline.load(folder, settings=merge(sample, variant.sampling), device="cpu")
+        return pipeline, requests_of(pipeline, pipeline.config.sample)
 
     def trained(self, name: str, seed: int) -> Path:
-        """Train a variant's own stage from the shared one; return the run's folder."""
-        weights = str(self.shared())
-        begin: PlainDict = {"schedule": ["fine"], "weights": weights, "strategy_weights": [weights]}
-        train: PlainDict = {"train": {"seed": seed, "batch_size": 4}}  # of twice as many frames
-        return self.run(f"{name}-seed{seed}", begin, VARIANTS[name].training, train)
-
-    def shared(self) -> Path:
-        """Train the shared stage; return the run's folder."""
-        adapter = str(ASSETS / EMBEDDED["toyworld"])
-        return self.run(SHARED, {"schedule": ["joint"], "strategy_weights": [adapter]}, KEYFRAMES)
+        """Train a variant's stage from the embedded pipeline; return the run's folder."""
+        start: PlainDict = {"strategy_weights": [str(ASSETS / EMBEDDED["toyworld"])], "train": {"seed": seed}}
+        return self.run(f"{name}-seed{seed}", VARIANTS[name].training, start)
 
     def run(self, name: str, *settings: PlainDict) -> Path:
         """Train a run to its end, unless it is there; sample nothing. Return its folder.
@@ -203,9 +183,16 @@ class Study:
             )
         if not (folder / "finished").is_file():
             write_text(file, text)
-            # a process of its own: DeepSpeed trains once in a process
+            # in a process of its own, which gives its memory back
             subprocess.run([sys.executable, "-m", "dit_booth", "run", "--config", str(file)], check=True)
         return folder
+
+
+def real_videos(count: int, settings: PlainDict) -> list[Request]:
+    """Return the first test prompts, with their real videos."""
+    config = RunConfig.create("long", **settings)
+    split = config.data.build(config.sample.split)
+    return [Request.of(split[i]) for i in range(count)]
 
 
 def case_of(request: Request) -> Case:
@@ -227,8 +214,7 @@ def draw_pictures(options: DriftArguments, results: Results) -> None:
     frames, sheet = (options.page.with_name(name.format(options.page.stem)) for name in PICTURES)
     draw_frames(results, (TRUTH, *PRIMARY), METRIC, frames)
     if options.out.is_dir():
-        pipeline = Pipeline.load(options.out / SHARED / "run", device="cpu")
-        requests = requests_of(pipeline, replace(pipeline.config.sample, videos=max(SHOWN) + 1))
+        requests = real_videos(max(SHOWN) + 1, nested(options.set))
         draw_sheet([videos_of(options.out, requests[i], i, results) for i in SHOWN], sheet)
 
 
