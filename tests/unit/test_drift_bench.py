@@ -11,7 +11,9 @@ from PIL import Image
 from dit_booth.attention import FramePlan
 from dit_booth.config import RunConfig
 from dit_booth.evaluation.scores import Score, write_scores
-from experiments.bench.drift import VARIANTS, DriftArguments, Piece, Study
+from dit_booth.models.weights import ASSETS
+from dit_booth.pipeline import EMBEDDED
+from experiments.bench.drift import VARIANTS, DriftArguments, Piece, Study, real_videos
 from experiments.bench.drift_page import (
     FINDINGS,
     PRIMARY,
@@ -100,17 +102,23 @@ def test_pieces_go_seed_by_seed_through_the_primary_contrast_first() -> None:
     assert pieces[5:] == [Piece(name, 0, 8) for name in VARIANTS if name not in PRIMARY]
 
 
-def test_a_variant_is_a_run_from_the_shared_stage_and_of_one_study(
+def test_a_variant_is_a_run_from_the_embedded_pipeline_and_of_one_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("subprocess.run", lambda command, check: None)
-    Study(tmp_path, {"stages": {"fine": {"steps": 3}}}, 4).trained("lvdm", 1)
-    config = RunConfig.create(tmp_path / "lvdm-seed1" / "settings.yaml")
+    Study(tmp_path, {"stages": {"fine": {"steps": 3}}}, 4).trained("diffusion_forcing", 1)
+    config = RunConfig.create(tmp_path / "diffusion_forcing-seed1" / "settings.yaml")
     assert (config.stages.fine.steps, config.train.seed, config.sample.videos) == (3, 1, 0)
-    assert config.schedule == ("fine",) and config.weights == str(tmp_path / "shared" / "run")
+    assert config.schedule == ("fine",) and config.strategy_weights == (str(ASSETS / EMBEDDED["toyworld"]),)
     assert config.sample.long.kind == "chunks" and config.objective.per_frame
-    with pytest.raises(ValueError, match=r"shared/settings\.yaml has other settings; choose another --out"):
-        Study(tmp_path, {}, 4).trained("lvdm", 1)
+    with pytest.raises(ValueError, match=r"seed1/settings\.yaml has other settings; choose another --out"):
+        Study(tmp_path, {}, 4).trained("diffusion_forcing", 1)
     for variant in VARIANTS.values():
         assert FramePlan(variant.training["dit"]["plan"]).causal
         assert not variant.weights_of or VARIANTS[variant.weights_of].training == variant.training
+
+
+def test_the_real_videos_are_those_of_the_test_prompts() -> None:
+    requests = real_videos(2, {"data": {"frames": 4}})
+    assert [one.truth.shape[0] for one in requests if one.truth is not None] == [4, 4]
+    assert len({one.prompt for one in requests}) == 2
