@@ -71,13 +71,11 @@ class Rotary(NamedTuple):
         """Build the tables of the pairs' angles (f n 1 d/2), in float32 at least."""
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-        pairs = (cos, cos), (-sin, sin)
-        tables = (
-            (torch.stack(pair, dim=-1).flatten(-2) for pair in pairs)
-            if interleaved
-            else (torch.cat(pair, dim=-1) for pair in pairs)
+        first, second = (
+            torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+            for pair in ((cos, cos), (-sin, sin))
         )
-        return cls(*tables, interleaved=interleaved)
+        return cls(first, second, interleaved)
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate x (b g m k d): group i as frame i, token j as place j of the grid.

@@ -36,7 +36,8 @@ def moving_average(values: Frames) -> Frames:
         np.convolve(column, kernel, mode="same")
         for column in (np.where(known, values, 0).sum(0), known.sum(0).astype(np.float64))
     )
-    return np.divide(total, count, out=np.full(values.shape[1], math.nan), where=count > 0)
+    average: Frames = np.divide(total, count, out=np.full(values.shape[1], math.nan), where=count > 0)
+    return average
 
 
 def draw_frames(

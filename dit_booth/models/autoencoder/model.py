@@ -242,7 +242,8 @@ class WanStreamDecoder(StreamDecoder):
             first = cache[0] is None
             parts.append(self.vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=first))
         patch, video = self.vae.config.patch_size, torch.cat(parts, dim=2)
-        return video if patch is None else unpatchify(video, patch)
+        whole: Tensor = video if patch is None else unpatchify(video, patch)  # type: ignore[no-untyped-call]
+        return whole
 
     @property
     def _convolutions(self) -> int:
