@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_booth.config.data import DATA_KINDS, DataConfig, DataKind, ToyworldOptions, TripletsOptions
+from dit_booth.config.decisive import PlainDict, decisive
 from dit_booth.config.long import LongConfig
 from dit_booth.config.pipeline_folder import is_pipeline
+from dit_booth.config.stages import STAGES, StageConfig, StageName, StagesConfig
 from dit_booth.config.subject import SubjectConfig
 from dit_booth.diffusion.clip_sampling import ClipsConfig
 from dit_booth.diffusion.guidance import GuidanceConfig
@@ -36,86 +38,7 @@ from dit_booth.models.unet.model import UNetConfig
 from dit_booth.models.wan.model import WanConfig
 from dit_booth.strategy import StrategyConfig, names_in
 
-StageName = Literal["images", "base", "coarse", "fine", "joint", "subject"]
 SampleReference = Literal["own", "shuffled", "none"]
-STAGES: tuple[StageName, ...] = ("images", "base", "coarse", "fine", "joint", "subject")
-PlainDict = dict[str, Any]
-"""Nested settings as YAML and JSON hold them: mappings, lists, strings, numbers, None."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    steps: int = 200
-    """Optimizer steps; 0: this stage's strategies take part as `weights` and `strategy_weights` have them."""
-    lr: float = 1e-4
-    """Peak learning rate of AdamW."""
-    warmup: int = 20
-    """Steps of linear warm-up."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
-    strategies: tuple[str, ...] = ()
-    """Active strategies; empty: those that this stage or an earlier one trains."""
-    train: tuple[str, ...] = ()
-    """Globs over parameter names to train; empty: what the strategies declare, or the backbone (images, base)."""
-    finetune_coarse: bool = False
-    """Also train what the coarse stage trains (VideoBooth's released fine stage does)."""
-    drop: float = 0.0
-    """Share of samples that lose text and reference together, for guidance (VideoBooth's fine stage: 0.1)."""
-    drop_image: float = 0.0
-    """Share of further samples that lose the reference only, for separate guidance (InstructPix2Pix: 0.05 each)."""
-    drop_text: float = 0.0
-    """Share of further samples that lose the text only."""
-    frames: int | tuple[int, ...] = 0
-    """Train on this many consecutive frames of a video at a random offset: more subjects per second; 0: all frames.
-    Several numbers, such as 4 8 16: each step draws one of them for all its videos."""
-    foreground: bool = False
-    """Only the subject's positions count in the loss, by the data's masks (ELITE's local stage)."""
-    single_frames: bool = False
-    """Train on every frame as a video of its own: cheap pretraining on images."""
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            "",
-            **dict.fromkeys(("steps", "warmup"), "[0, 1000000000]"),
-            lr="(0, 1000]",
-            **dict.fromkeys(("drop", "drop_image", "drop_text"), "[0, 1]"),
-            frames="[0, 10000]",
-        )
-        if not self.lengths or len(set(self.lengths)) < len(self.lengths):
-            raise ValueError(
-                f"frames is {self.frames}; give one number, or several different ones such as 4 8 16"
-            )
-        if self.drop + self.drop_image + self.drop_text > 1:
-            raise ValueError(
-                f"drop {self.drop} + drop_image {self.drop_image} + drop_text {self.drop_text} is more than 1;"
-                " lower one of them"
-            )
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Return the numbers of frames that a step may have; 0: all."""
-        return self.frames if isinstance(self.frames, tuple) else (self.frames,)
-
-    def frames_of(self, video: int) -> int:
-        """Return the number of frames that the stage trains on, the largest one, of a video of `video` frames."""
-        return max(min(length or video, video) for length in self.lengths)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StagesConfig:
-    images: StageConfig = StageConfig(single_frames=True)
-    """Pretraining of the backbone on single frames, text only: far cheaper than on videos."""
-    base: StageConfig = StageConfig()
-    """Pretraining of the backbone on videos, text only."""
-    coarse: StageConfig = StageConfig()
-    """VideoBooth's first stage."""
-    fine: StageConfig = StageConfig(drop=0.1)
-    """VideoBooth's second stage."""
-    joint: StageConfig = StageConfig(drop=0.1)
-    """Everything at once (the paper's `unified`)."""
-    subject: StageConfig = StageConfig()
-    """Optimization for the one subject of the section `subject` (Textual Inversion, DreamBooth, Tune-A-Video)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,56 +266,6 @@ class RunConfig:
     def folder(self) -> str:
         """Return the run folder: the same settings always name the same one, so the same command resumes."""
         return self.out or f"runs/{self.strategy}-{self.backbone}-{self.fingerprint()}"
-
-
-ANCHORED = ("decoupled_attention", "elite_local", "in_context", "spatial_concat", "token_bank")
-LATER: dict[str, object] = {
-    "data.toyworld.scene": "short",
-    "sample.long": dataclasses.asdict(LongConfig()),
-    "objective.per_frame": False,
-    "objective.max_timestep": 999,
-    "guidance.negative": "",
-    "text": dataclasses.asdict(TextConfig()),
-    "autoencoder.tile": 0,
-    "data.variations": 0,
-    "data.buckets": [],
-    "data.image_prompts": 1,
-    "clips": dataclasses.asdict(ClipsConfig()),
-    "wan": dataclasses.asdict(WanConfig()),
-    "wan.image_encoder": "",
-    "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
-    **{f"stages.{name}.foreground": False for name in STAGES},
-    "lora.layers": ["*.to_q", "*.to_v"],
-    "kv_concat.projections": "copies",
-    "kv_concat.rank": 128,
-    "kv_concat.reference_place": "backbone",
-    **{f"{name}.reference_at": "all" for name in ANCHORED},
-    **{f"{name}.keyframe_every": 8 for name in ANCHORED},
-    "in_context.place": "before",
-    "start.background": 0.0,
-}
-"""Settings and sections that came after the first runs: at these values a run is as if without them."""
-
-
-def decisive(settings: Mapping[str, Any]) -> PlainDict:
-    """Return the settings (`RunConfig.as_dict`, or a ``run.yaml``) that change a run's result.
-
-    Left out: folders, what only watches a run, the sections of data sets that are not read, and `LATER`.
-    """
-    out: PlainDict = copy.deepcopy(dict(settings))
-    for field, value in LATER.items():
-        *path, name = field.split(".")
-        section = functools.reduce(lambda at, key: at.get(key, {}), path, out)
-        if section.get(name) == value:
-            del section[name]
-    for name in ("out", "store", "stop_after"):
-        out.pop(name, None)
-    data = out.get("data", {})
-    for name in ("workers", "cache", *(kind for kind in DATA_KINDS if kind != data.get("kind"))):
-        data.pop(name, None)
-    for name in ("checkpoint_every", "validate_every", "validate_examples", "validate_prompts"):
-        out.get("train", {}).pop(name, None)
-    return out
 
 
 __all__ = [
