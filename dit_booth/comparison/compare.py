@@ -84,11 +84,9 @@ def _prepare(comparison: Comparison, systems: Sequence[System], ranks: Ranks) ->
     folder, base = comparison.folder, RunConfig.create("none", **comparison.settings)
     files = folder / "subjects" / digest([asdict(base.data), comparison.split], 8)
     subjects = read_subjects(base.data, comparison.split, comparison.subjects, files)
-    for system, subject in product(systems, subjects):
+    for system, subject in product(systems, subjects):  # an error of any subject comes before all training
         if system.kind == "subject":
-            subject.settings(
-                system.config.subject
-            )  # an error of the last one, too, comes before any training
+            subject.settings(system.config.subject)
     budget = resolve(comparison.budget, folder, lambda: base_throughput(base, ranks))
     costs = [_cost(system, subjects[0], folder, ranks) for system in systems]
     plans = [

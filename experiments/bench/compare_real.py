@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dit_booth.commands.evaluate import EvaluateArguments, evaluate
 from dit_booth.commands.personalise import PersonaliseArguments, per_subject_methods, personalise
 from dit_booth.commands.report import ReportArguments, write_report
 from dit_booth.comparison.compare import Comparison, compare
@@ -89,6 +90,10 @@ def compare_systems(arguments: RealArguments) -> list[Point]:
             command="python -m experiments.bench.compare_real",
         )
     )
+    for point in points:  # colours of the subject, whose background is plain in videos that the base makes
+        list(
+            evaluate(EvaluateArguments(videos=str(point.place / "samples"), metrics=("palette",), page=False))
+        )
     write_report(ReportArguments(folders=(str(folder),), csv=True))
     return points
 
@@ -113,7 +118,7 @@ def personal(arguments: RealArguments, method: str, points: list[Point]) -> Pixe
     )
     samples = VideoFolder(out / "samples" / "videos.csv")
     return np.concatenate(
-        [pixels(samples[0].image[None]), *(ends(pixels(case.video)) for case in samples)], axis=1
+        [pixels(samples[0].image[None])[0], *(ends(pixels(case.video)) for case in samples)], axis=1
     )
 
 
