@@ -5,16 +5,14 @@ A field's docstring is its help on the command line. Every ValueError names the 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dit_booth.config.data import DATA_KINDS, DataConfig, DataKind, ToyworldOptions, TripletsOptions
 from dit_booth.config.decisive import PlainDict, decisive
