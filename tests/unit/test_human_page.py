@@ -127,6 +127,7 @@ def by_keyboard(study: Path, browser: Browser, key: Key, rater: SimulatedRater) 
     assert times[0] == times[1] and round(times[0] * 8 - 0.5, 6) in range(4)
     browser.press(" ")
     revised = rate(browser, key, 1, rater, press, start=2)
+    end_text(browser, "Your answers were sent")  # a page that is left while it sends would send once more
     browser.open(f"file://{study / 'study.html'}")
     end_text(browser, "Your answers were sent")
     file = save(browser)

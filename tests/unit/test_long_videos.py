@@ -382,8 +382,12 @@ class Interrupted:
 
 def interrupt(path: Path, sampler: FrameSampler, blocks: int, key: str = "k") -> None:
     stopped: Any = Interrupted(sampler, blocks)
-    with pytest.raises(KeyboardInterrupt, match="of 9 frames; the same command resumes"):
-        write_while_sampling(path, stopped, fps=8, key=key)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt, match="of 9 frames; the same command resumes"):
+            write_while_sampling(path, stopped, fps=8, key=key)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupted_file_plays_and_resumes_to_the_same_video(
