@@ -93,7 +93,7 @@ class DriftArguments:
     """Training seeds of the primary contrast; the other variants have the first one."""
     prompts: int = 24
     """Test prompts of the primary contrast."""
-    fewer: int = 8
+    fewer: int = 4
     """Test prompts of the other variants."""
     piece: int = 4
     """Prompts that are sampled and scored at once."""

@@ -53,7 +53,7 @@ Videos of 128 frames of the toy world's long scenes, the first prompts of the `t
   {METRIC}, five training seeds and 24 prompts. `first`: plan `self+first+previous`, the image's keys at frame 0.
   `keyframes-m`: plan `self+keyframes(m)`, the image's keys again at every m-th frame. In all variants the image also
   enters every frame by the subject's words (`token_replacement`): `kv_concat` alone, which was trained beside it, does
-  not transfer the colours. Everything else has one seed and eight prompts, and is exploratory.
+  not transfer the colours. Everything else has one seed and four prompts, and is exploratory.
 * `window`: plan `window(8)`, the image at frame 0; `sink+window`: `sink(1)+window(8)`. All of these are made in
   chunks of 16 frames with a clean prefix of two.
 * `diffusion_forcing`: the plan of `{PRIMARY[0]}`, trained with timesteps of their own in all frames, made by a queue.
