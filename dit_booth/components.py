@@ -236,9 +236,10 @@ def build(config: RunConfig) -> Components:
         loaded |= load_strategy_weights(
             model.strategy, read_strategy_weights(source), f"strategy_weights {source}"
         )
-    built = Components(config, model, autoencoder, image_encoder, make_objective(config.objective), loaded)
-    built.state_encoder = build_state_encoder(config, model.strategy)
-    return built
+    objective, state_encoder = make_objective(config.objective), build_state_encoder(config, model.strategy)
+    return Components(
+        config, model, autoencoder, image_encoder, objective, loaded, state_encoder=state_encoder
+    )
 
 
 def build_state_encoder(config: RunConfig, strategies: Strategies) -> WanImageEncoder | None:

@@ -129,6 +129,12 @@ class Site:
         )  # of one frame
         return nn.Conv2d(channels, like.out_channels, kernel, stride, padding, bias=bias)  # type: ignore[arg-type]
 
+    def further_channels(self, channels: int) -> nn.Conv2d:
+        """Return the weights of further input channels of the entry's own layer; zero at the start."""
+        layer = self.embedding_of(channels)
+        nn.init.zeros_(layer.weight)
+        return layer
+
     def embedding_weight(self) -> Tensor:
         """Return the weight of the entry's own layer for the latents' channels of one frame: d c p q."""
         like = self.embed

@@ -47,8 +47,7 @@ class FurtherChannels(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.embed = site.embedding_of(site.dim + 1)
-        nn.init.zeros_(self.embed.weight)
+        self.embed = site.further_channels(site.dim + 1)
 
     def forward(self, latents: Latents, image: Tensor | None) -> Latents:
         if image is None:

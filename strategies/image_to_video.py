@@ -90,8 +90,7 @@ class NewChannels(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.embed = site.embedding_of(site.dim + 1)
-        nn.init.zeros_(self.embed.weight)
+        self.embed = site.further_channels(site.dim + 1)
 
     def forward(self, latents: Latents, image: FirstFrame | None) -> Latents:
         if image is None:

@@ -35,8 +35,7 @@ class MaskChannel(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.embed = site.embedding_of(1)
-        nn.init.zeros_(self.embed.weight)
+        self.embed = site.further_channels(1)
 
     def forward(self, latents: Latents, image: object) -> Latents:
         if latents.known is None:

@@ -31,8 +31,8 @@ LATER: dict[str, object] = {
     "data.buckets": [],
     "data.image_prompts": 1,
     "clips": dataclasses.asdict(ClipsConfig()),
-    "wan": dataclasses.asdict(WanConfig()),
     "wan.image_encoder": "",
+    "wan": dataclasses.asdict(WanConfig()),
     "known": {**dataclasses.asdict(KnownFramesConfig()), "previous": [1]},  # a run.yaml has lists
     **{f"stages.{name}.foreground": False for name in STAGES},
     "lora.layers": ["*.to_q", "*.to_v"],
@@ -53,10 +53,14 @@ def decisive(settings: Mapping[str, Any]) -> PlainDict:
     Left out: folders, what only watches a run, the sections of data sets that are not read, and `LATER`.
     """
     out: PlainDict = copy.deepcopy(dict(settings))
-    for field, value in LATER.items():
+    for field in sorted(
+        LATER, key=lambda name: name.count("."), reverse=True
+    ):  # settings before their sections
         *path, name = field.split(".")
-        section = functools.reduce(lambda at, key: at.get(key, {}), path, out)
-        if section.get(name) == value:
+        section, default = functools.reduce(lambda at, key: at.get(key, {}), path, out), LATER[field]
+        if isinstance(default, dict):  # a section, perhaps older than some of its settings
+            default = {key: value for key, value in default.items() if f"{field}.{key}" not in LATER}
+        if section.get(name) == default:
             del section[name]
     for name in ("out", "store", "stop_after"):
         out.pop(name, None)

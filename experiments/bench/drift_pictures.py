@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from dit_booth.evaluation.scores import Score
 
+log = logging.getLogger("dit_booth")
 Frames = NDArray[np.float64]
 WINDOW = 16
 """Frames of the moving average, and distance of the frames on the sheet."""
@@ -44,8 +46,11 @@ def draw_frames(
     results: Mapping[str, Sequence[Score]], primary: Sequence[str], metric: str, path: Path
 ) -> None:
     """Draw the metric over the frames: left the primary variants, with each seed, right all. Needs matplotlib."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        log.warning("no plot: matplotlib is not installed; run `pip install -e .[bench]`")
+        return
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 

@@ -178,6 +178,15 @@ def test_what_changes_no_result_does_not(change):
     assert decisive(other.as_dict()) == decisive(RunConfig().as_dict())
 
 
+def test_a_run_from_before_a_setting_came_to_its_section_goes_on():
+    """Sections that are themselves later ones: of networks that the run does not have, and of its own."""
+    for config in (RunConfig(), RunConfig(backbone="wan", wan=WanConfig(depth=3))):
+        before = config.as_dict()
+        del before["wan"]["image_encoder"]
+        assert decisive(before) == decisive(config.as_dict())
+    assert "wan" not in decisive(RunConfig().as_dict())
+
+
 def test_decisive_leaves_its_argument_alone():
     settings = RunConfig().as_dict()
     before = json.dumps(settings)

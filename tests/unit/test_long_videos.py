@@ -1,23 +1,20 @@
-"""Videos far longer than those of the training: chunks, a queue, LVDM's hierarchy; files that resume."""
+"""Videos far longer than those of the training: chunks, a queue, LVDM's hierarchy."""
 
 from __future__ import annotations
 
 import logging
-import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from long_trials import CHUNKS, KINDS, LVDM, QUEUE, sampler_of
 from torch import Tensor
 
 from dit_booth.attention import Clip, PrefixCache
 from dit_booth.commands.sample import SampleArguments, load
 from dit_booth.config import LongConfig, SampleConfig
-from dit_booth.data.video import join_videos, probe, read_video, write_video
 from dit_booth.diffusion import ObjectiveConfig, make_objective, sample
 from dit_booth.diffusion.frame_queue import FrameSteps, steps_of
 from dit_booth.diffusion.guidance import GuidanceConfig
@@ -27,10 +24,9 @@ from dit_booth.models.dit.model import DiTConfig
 from dit_booth.models.unet.blocks import VideoNorm
 from dit_booth.models.unet.model import UNetConfig
 from dit_booth.pipeline import Pipeline
-from dit_booth.sampling.generate import FrameSampler, generate
+from dit_booth.sampling.generate import generate
 from dit_booth.sampling.long import warn_of_timesteps
 from dit_booth.sampling.prompts import requests_of, sample_prompts
-from dit_booth.sampling.stream import write_while_sampling
 from dit_booth.testing import Trial, trial, worst
 from dit_booth.testing.tiny import SIZE
 from dit_booth.training.distributed import Ranks
@@ -52,33 +48,6 @@ CAUSAL: dict[str, dict[str, Any]] = {
         ),
     },
 }
-CHUNKS = LongConfig(kind="chunks", window=4, prefix=2)
-QUEUE = LongConfig(kind="diffusion_forcing", window=4, prefix=2)
-LVDM = LongConfig(kind="lvdm", interpolated=4)
-KINDS = {"chunks": ("kv_concat", CHUNKS), "diffusion_forcing": ("kv_concat", QUEUE), "lvdm": ("lvdm", LVDM)}
-
-
-def sampler_of(
-    run: Trial,
-    long: LongConfig,
-    frames: int = 9,
-    rows: slice = slice(0, 1),
-    steps: int = 2,
-    start: StartConfig = StartConfig(),  # noqa: B008 (frozen)
-) -> FrameSampler:
-    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return FrameSampler.build(
-        run.components,
-        images[rows],
-        ["a dog runs", "the red cat and a cat"][rows],
-        ["dog", "cat"][rows],
-        [3, 4][rows],
-        size=(frames, SIZE, SIZE),
-        guidance=GuidanceConfig(scale=2.0),
-        sampler=SamplerConfig(steps=steps, eta=1.0),
-        start=start,
-        long=long,
-    )
 
 
 def video(run: Trial, long: LongConfig, frames: int = 9, rows: slice = slice(0, 1)) -> Tensor:
@@ -348,82 +317,7 @@ def test_what_the_training_never_saw_is_one_warning(
         LongConfig(interpolated=2)
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def test_joined_videos_have_the_frames_of_their_parts(tmp_path: Path) -> None:
-    frames = torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    parts = []
-    for start, stop in ((0, 4), (4, 5), (5, 10)):
-        parts.append(tmp_path / f"{start}.mp4")
-        write_video(parts[-1], frames[start:stop], fps=8, joinable=True)
-    join_videos(tmp_path / "all.mp4", parts)
-    assert probe(tmp_path / "all.mp4").frames == 10
-    decoded = np.concatenate([read_video(part) for part in parts])
-    assert np.array_equal(read_video(tmp_path / "all.mp4"), decoded)
-
-
-class Interrupted:
-    """A sampler's frames until Ctrl-C, after as many blocks."""
-
-    def __init__(self, sampler: FrameSampler, blocks: int) -> None:
-        self.sampler, self.left = sampler, blocks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for frames in self.sampler:
-            if not self.left:
-                signal.raise_signal(signal.SIGINT)
-            self.left -= 1
-            yield frames
-
-
-def interrupt(path: Path, sampler: FrameSampler, blocks: int, key: str = "k") -> None:
-    stopped: Any = Interrupted(sampler, blocks)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt, match="of 9 frames; the same command resumes"):
-            write_while_sampling(path, stopped, fps=8, key=key)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupted_file_plays_and_resumes_to_the_same_video(
-    runs: dict[str, Trial], tmp_path: Path
-) -> None:
-    run, path, whole = runs["chunks"], tmp_path / "a.mp4", tmp_path / "whole.mp4"
-    write_while_sampling(whole, sampler_of(run, CHUNKS), fps=8, key="k")
-    interrupt(path, sampler_of(run, CHUNKS), 0)
-    assert list(tmp_path.iterdir()) == [whole]
-    interrupt(path, sampler_of(run, CHUNKS), 2)
-    assert len(read_video(path)) == 6 and (tmp_path / "a.mp4.parts").is_dir()
-    write_while_sampling(path, sampler_of(run, CHUNKS), fps=8, key="k")
-    assert path.read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "whole.mp4"]
-
-
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("a.mp4.parts/00000.mp4", "00000.mp4 is not as it was written when sampling stopped"),
-        ("a.mp4.parts/state.safetensors", "state.safetensors cannot be read"),
-        ("a.mp4", "a.mp4 is not as it was written when sampling stopped"),
-    ],
-)
-def test_a_file_that_was_tampered_with_is_one_error(
-    file: str, message: str, runs: dict[str, Trial], tmp_path: Path
-) -> None:
-    sampler = sampler_of(runs["chunks"], CHUNKS)
-    interrupt(tmp_path / "a.mp4", sampler, 1)
-    with pytest.raises(ValueError, match="is of another video"):
-        write_while_sampling(tmp_path / "a.mp4", sampler, fps=8, key="another")
-    content = bytearray((tmp_path / file).read_bytes())
-    content[len(content) // 2 if file.endswith("mp4") else 0] ^= 255
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        write_while_sampling(tmp_path / "a.mp4", sampler, fps=8, key="k")
+# ---- whole videos --------------------------------------------------------------------------------------------------
 
 
 def test_prompts_of_a_split_are_sampled_and_compared_at_any_length(
